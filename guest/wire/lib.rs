@@ -1,0 +1,13 @@
+//! The messages between host and agent, and their bytes. No I/O: frames go in and out as slices.
+//!
+//! Either side treats the other's bytes as hostile: every length has a limit that is checked before anything is
+//! allocated, decoding is flat (no recursion) and never panics, and a violation is an error that ends the machine.
+//! What carries the frames (a virtio-serial port, vsock) is not this crate's business.
+
+mod codec;
+mod frame;
+mod message;
+
+pub use codec::DecodeError;
+pub use frame::{FrameError, FrameReader, MAX_PAYLOAD_BYTES, encode_frame};
+pub use message::*;

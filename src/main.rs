@@ -1,0 +1,3 @@
+//! The entry of the `kiln` command.
+
+fn main() {}

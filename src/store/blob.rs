@@ -1,0 +1,131 @@
+//! Blobs: files named by the SHA-256 of what is in them.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+
+use kiln_artifact::tree::Contents;
+use kiln_digest::{Digest, Hasher};
+use tempfile::NamedTempFile;
+
+/// The blobs of a store.
+#[derive(Debug, Clone)]
+pub struct Blobs {
+    path: PathBuf,
+    temporary: PathBuf,
+}
+
+impl Blobs {
+    pub(super) fn new(path: PathBuf, temporary: PathBuf) -> Self {
+        Self { path, temporary }
+    }
+
+    /// Where the blob `digest` lies if it is there.
+    pub fn path(&self, digest: &Digest) -> PathBuf {
+        let name = digest.to_string();
+        self.path.join(&name[..2]).join(&name[2..])
+    }
+
+    /// Whether the blob is there.
+    pub fn contains(&self, digest: &Digest) -> bool {
+        self.path(digest).is_file()
+    }
+
+    /// Opens a blob for reading.
+    ///
+    /// # Errors
+    /// `NotFound` where it is not there; what open(2) says.
+    pub fn file(&self, digest: &Digest) -> io::Result<File> {
+        File::open(self.path(digest))
+    }
+
+    /// Starts a blob whose digest will be known when it is complete.
+    ///
+    /// # Errors
+    /// What making a temporary file says.
+    pub fn writer(&self) -> io::Result<BlobWriter> {
+        let file = NamedTempFile::new_in(&self.temporary)?;
+        Ok(BlobWriter { blobs: self.clone(), file, hasher: Hasher::default(), hole: false })
+    }
+
+    /// Stores all that `reader` gives; its digest and its length in bytes.
+    ///
+    /// # Errors
+    /// What reading or writing says.
+    pub fn put(&self, mut reader: impl Read) -> io::Result<(Digest, u64)> {
+        let mut writer = self.writer()?;
+        io::copy(&mut reader, &mut writer)?;
+        writer.finish()
+    }
+}
+
+impl Contents for Blobs {
+    fn open(&self, digest: &Digest) -> io::Result<Box<dyn Read + '_>> {
+        Ok(Box::new(self.file(digest)?))
+    }
+}
+
+/// A blob being written. Dropped before [`BlobWriter::finish`], it leaves nothing.
+#[derive(Debug)]
+pub struct BlobWriter {
+    blobs: Blobs,
+    file: NamedTempFile,
+    hasher: Hasher,
+    hole: bool,
+}
+
+impl BlobWriter {
+    /// Adds `length_bytes` zeros as a hole.
+    ///
+    /// # Errors
+    /// What lseek(2) says.
+    pub fn skip(&mut self, length_bytes: u64) -> io::Result<()> {
+        const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+        let forward = i64::try_from(length_bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        self.file.seek(SeekFrom::Current(forward))?;
+        let mut left = length_bytes;
+        while left > 0 {
+            let piece = left.min(ZEROS.len() as u64);
+            self.hasher.update(&ZEROS[..usize::try_from(piece).unwrap_or(ZEROS.len())]);
+            left -= piece;
+        }
+        self.hole = true;
+        Ok(())
+    }
+
+    /// Ends the blob and gives it its name.
+    ///
+    /// # Errors
+    /// What writing and renaming say.
+    pub fn finish(self) -> io::Result<(Digest, u64)> {
+        let (digest, length_bytes) = self.hasher.finish();
+        let path = self.blobs.path(&digest);
+        if path.is_file() {
+            return Ok((digest, length_bytes));
+        }
+        if self.hole {
+            self.file.as_file().set_len(length_bytes)?;
+        }
+        self.file.as_file().set_permissions(fs::Permissions::from_mode(0o444))?;
+        if let Some(folder) = path.parent()
+            && !folder.is_dir()
+        {
+            fs::create_dir_all(folder)?;
+        }
+        self.file.persist(&path).map_err(|error| error.error)?;
+        Ok((digest, length_bytes))
+    }
+}
+
+impl Write for BlobWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.file.write(bytes)?;
+        self.hasher.update(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}

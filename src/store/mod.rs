@@ -1,0 +1,111 @@
+//! The store: every byte kiln keeps, by digest, and small records that name what belongs together.
+//!
+//! A blob is a read-only file named by its SHA-256; it appears under its name whole or not at all. Records are
+//! JSON files that appear by rename after what they name was synced, so that a record never names a blob that a
+//! crash took. Several kilns may use one store at once.
+
+mod blob;
+mod record;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+pub use blob::{BlobWriter, Blobs};
+pub use record::Records;
+
+/// Why the store cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// A folder or file of the store could not be made or read.
+    #[error("store `{path}` cannot be used")]
+    Io {
+        /// What was touched.
+        path: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The store belongs to somebody else.
+    #[error("store `{path}` belongs to user {owner}, not to the user who runs kiln ({user})")]
+    Owner {
+        /// The store.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+        /// Who runs.
+        user: u32,
+    },
+}
+
+impl StoreError {
+    fn at(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
+    }
+}
+
+/// An open store.
+#[derive(Debug, Clone)]
+pub struct Store {
+    path: PathBuf,
+    blobs: Blobs,
+}
+
+impl Store {
+    /// Opens the store at `path`, making it (mode 0700) where it is missing.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] when it cannot be made or written, [`StoreError::Owner`] when it is another user's.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        for folder in ["", "blobs", "images", "records", "run", "tmp"] {
+            let folder = path.join(folder);
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&folder)
+                .map_err(StoreError::at(&folder))?;
+        }
+        let owner = fs::metadata(path).map_err(StoreError::at(path))?.uid();
+        let user = rustix::process::geteuid().as_raw();
+        if owner != user {
+            return Err(StoreError::Owner { path: path.to_owned(), owner, user });
+        }
+        Ok(Self { path: path.to_owned(), blobs: Blobs::new(path.join("blobs"), path.join("tmp")) })
+    }
+
+    /// The blobs.
+    pub fn blobs(&self) -> &Blobs {
+        &self.blobs
+    }
+
+    /// The records of one `family`: a short folder name.
+    pub fn records(&self, family: &'static str) -> Records {
+        Records::new(self.path.join("records").join(family), self.path.join("tmp"))
+    }
+
+    /// Where disk images lie, named by whoever makes them after what they hold.
+    pub fn images(&self) -> PathBuf {
+        self.path.join("images")
+    }
+
+    /// A place on the store's file system for files that are not finished.
+    pub fn temporary(&self) -> PathBuf {
+        self.path.join("tmp")
+    }
+
+    /// Where running machines keep what must have a name.
+    pub fn run(&self) -> PathBuf {
+        self.path.join("run")
+    }
+
+    /// Makes everything written so far survive a power failure. Called before a record names it.
+    ///
+    /// # Errors
+    /// What syncfs(2) says.
+    pub fn sync(&self) -> Result<(), StoreError> {
+        let folder = fs::File::open(&self.path).map_err(StoreError::at(&self.path))?;
+        rustix::fs::syncfs(&folder).map_err(|errno| StoreError::at(&self.path)(errno.into()))
+    }
+}
