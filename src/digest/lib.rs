@@ -89,7 +89,7 @@ impl<'de> Deserialize<'de> for Digest {
 }
 
 /// Computes a digest from bytes given in pieces.
-#[derive(Default, Clone)]
+#[derive(Debug, Default, Clone)]
 pub struct Hasher {
     state: Sha256,
     length_bytes: u64,
