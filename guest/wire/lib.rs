@@ -6,8 +6,10 @@
 
 mod codec;
 mod frame;
+mod from_agent;
 mod message;
+mod to_agent;
 
 pub use codec::DecodeError;
-pub use frame::{FrameError, FrameReader, MAX_PAYLOAD_BYTES, encode_frame};
+pub use frame::{FrameError, FrameReader, MAX_FROM_AGENT_BYTES, MAX_PAYLOAD_BYTES, encode_frame};
 pub use message::*;
