@@ -1,0 +1,40 @@
+//! What PID 1 does before it can hear the host: the kernel's file systems, modules, its own limits.
+
+use std::path::Path;
+
+use rustix::fs::Mode;
+use rustix::mount::MountAttrFlags;
+use rustix::process::{Resource, Rlimit, setrlimit, umask};
+
+use crate::failure::{Doing, Failure};
+use crate::{modules, mounts};
+
+/// Where the initramfs keeps the modules that are loaded at start.
+const MODULES: &str = "/modules";
+
+/// Makes the machine usable. Returns what went wrong and is not fatal.
+///
+/// # Errors
+/// A file system without which nothing works could not be mounted.
+pub fn prepare() -> Result<Vec<Failure>, Failure> {
+    umask(Mode::from_raw_mode(0o022));
+    let quiet = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC
+        | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let device_flags = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let run = mounts::filesystem("tmpfs", &[("source", "run"), ("mode", "0755")], quiet)?;
+    for (mount, path) in [
+        (mounts::filesystem("devtmpfs", &[("source", "dev"), ("mode", "0755")], device_flags)?, "/dev"),
+        (mounts::filesystem("proc", &[("source", "proc")], quiet)?, "/proc"),
+        (mounts::filesystem("sysfs", &[("source", "sys")], quiet)?, "/sys"),
+        (run, "/run"),
+    ] {
+        mounts::attach_at(&mount, path)?;
+    }
+    // The machine is useless without its agent; whatever a step starts is the better victim.
+    std::fs::write("/proc/self/oom_score_adj", "-1000").doing(|| "setting oom_score_adj")?;
+    // What programs expect of a Linux system today; the kernel's own hard limit of 4096 is too low for some linkers.
+    let files = Rlimit { current: Some(1024), maximum: Some(524_288) };
+    setrlimit(Resource::Nofile, files).doing(|| "setting the limit of open files")?;
+    Ok(modules::load_folder(Path::new(MODULES)))
+}

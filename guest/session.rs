@@ -1,0 +1,250 @@
+//! The conversation with the host: one loop that waits for the wire, the commands and the clock, and does nothing else
+//! that could block for long. `List` and `Fetch` are served to their end; commands' output waits in its pipes meanwhile.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use kiln_wire::{Exec, FromAgent, ToAgent, VERSION};
+use rustix::event::{PollFd, poll};
+use rustix::fs::Timespec;
+use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::command::Command;
+use crate::failure::{Doing, Failure, cut, errno_number};
+use crate::layer::Listing;
+use crate::link::{ABSENCE, Link, LinkError};
+use crate::meter::Meter;
+use crate::setup::{self, World};
+use crate::shutdown;
+
+/// How often memory in use is sampled while a command runs.
+const SAMPLE: Duration = Duration::from_millis(150);
+
+/// Why a session ended without `PowerOff`.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The wire is of no more use.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The host's message does not belong here.
+    #[error("the host broke the protocol: {0}")]
+    Protocol(&'static str),
+    /// The agent cannot work.
+    #[error(transparent)]
+    Machine(#[from] Failure),
+}
+
+/// The state of the conversation.
+struct Session {
+    link: Link,
+    meter: Meter,
+    null: OwnedFd,
+    greeted: bool,
+    world: Option<World>,
+    commands: BTreeMap<u32, Command>,
+    /// The last `List`: which layer, and what was in it.
+    listing: Option<(usize, Listing)>,
+    sampled: Instant,
+}
+
+/// Talks to the host until it says `PowerOff`, which leaves a machine ready to be switched off.
+///
+/// # Errors
+/// The machine cannot go on.
+pub fn run(mut link: Link, complaints: Vec<Failure>) -> Result<(), SessionError> {
+    let meter = Meter::open()?;
+    let null = File::options().read(true).open("/dev/null").doing(|| "opening /dev/null")?.into();
+    link.queue(&ready(&meter));
+    for complaint in complaints {
+        link.queue(&FromAgent::Log(cut(complaint.to_string())));
+    }
+    let mut session = Session {
+        link,
+        meter,
+        null,
+        greeted: false,
+        world: None,
+        commands: BTreeMap::new(),
+        listing: None,
+        sampled: Instant::now(),
+    };
+    loop {
+        // Messages first: some may have arrived together with those that made the agent stop listening.
+        while session.listens() {
+            match session.link.next()? {
+                Some(ToAgent::PowerOff) => return session.power_off(),
+                Some(message) => session.answer(message)?,
+                None => break,
+            }
+        }
+        session.link.write()?;
+        session.wait()?;
+        session.advance()?;
+    }
+}
+
+fn ready(meter: &Meter) -> FromAgent {
+    let uptime = clock_gettime(ClockId::Boottime);
+    let microseconds =
+        |time: Timespec| u64::try_from(time.tv_sec * 1_000_000 + time.tv_nsec / 1000).unwrap_or(0);
+    let cpus = std::thread::available_parallelism()
+        .map_or(1, |count| u16::try_from(count.get()).unwrap_or(u16::MAX));
+    FromAgent::Ready {
+        version: VERSION,
+        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        uptime_us: microseconds(uptime),
+        memory_bytes: meter.memory_bytes(),
+        cpus,
+    }
+}
+
+impl Session {
+    /// Whether the host may go on: no command has more input waiting than the agent cares to hold.
+    fn listens(&self) -> bool {
+        !self.commands.values().any(Command::is_full)
+    }
+
+    fn answer(&mut self, message: ToAgent) -> Result<(), SessionError> {
+        if !self.greeted && !matches!(message, ToAgent::Hello { .. }) {
+            return Err(SessionError::Protocol("a message before Hello"));
+        }
+        let result = match message {
+            ToAgent::Hello { version } => {
+                if version != VERSION {
+                    return Err(SessionError::Protocol("another version"));
+                }
+                self.greeted = true;
+                return Ok(());
+            }
+            ToAgent::Setup(setup) => {
+                if self.world.is_some() {
+                    return Err(SessionError::Protocol("a second Setup"));
+                }
+                self.link.bind();
+                setup::make(&setup).map(|world| {
+                    self.world = Some(world);
+                    self.link.queue(&FromAgent::SetupDone);
+                })
+            }
+            ToAgent::Exec(exec) => return self.start(&exec),
+            ToAgent::Stdin { id, data } => {
+                // A command that is no longer there has ended meanwhile; the host will learn of it.
+                if let Some(command) = self.commands.get_mut(&id) {
+                    command.feed(&data);
+                }
+                return Ok(());
+            }
+            ToAgent::Signal { id, signal } => {
+                if let Some(command) = self.commands.get(&id) {
+                    command.signal(signal);
+                }
+                return Ok(());
+            }
+            ToAgent::List { target } => self.list(&target),
+            ToAgent::Fetch { ordinals } => self.fetch(&ordinals),
+            ToAgent::PowerOff => Ok(()),
+        };
+        if let Err(failure) = result {
+            self.link.queue(&failure.message());
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, exec: &Exec) -> Result<(), SessionError> {
+        if self.world.is_none() {
+            return Err(SessionError::Protocol("a command before Setup"));
+        }
+        if self.commands.contains_key(&exec.id) {
+            return Err(SessionError::Protocol("a second command with the same id"));
+        }
+        match Command::start(exec, &self.null, &self.meter) {
+            Ok(command) => {
+                self.commands.insert(exec.id, command);
+            }
+            Err(error) => {
+                self.link.queue(&FromAgent::Log(cut(format!("command {}: {error}", exec.id))));
+                self.link.queue(&FromAgent::ExecFailed { id: exec.id, errno: errno_number(error.0) });
+            }
+        }
+        Ok(())
+    }
+
+    fn list(&mut self, target: &[u8]) -> Result<(), Failure> {
+        let layers = self.world.as_ref().map_or(&[][..], |world| &world.layers);
+        let found = layers.iter().enumerate().find(|(_, layer)| layer.is_at(target));
+        let what = || format!("listing the layer of {}", target.escape_ascii());
+        let (index, layer) = found.ok_or(Errno::NOENT).doing(what)?;
+        self.listing = None;
+        self.listing = Some((index, layer.list(&mut self.link)?));
+        Ok(())
+    }
+
+    fn fetch(&mut self, ordinals: &[u32]) -> Result<(), Failure> {
+        let listed = self.listing.as_ref().zip(self.world.as_ref());
+        let ((index, listing), world) = listed.ok_or(Errno::NOENT).doing(|| "fetching before a listing")?;
+        for &ordinal in ordinals {
+            let path = listing.path(ordinal).zip(world.layers.get(*index));
+            let (path, layer) = path.ok_or(Errno::NOENT).doing(|| format!("fetching entry {ordinal}"))?;
+            layer.fetch(ordinal, &path, &mut self.link)?;
+        }
+        self.link.queue(&FromAgent::FetchDone);
+        Ok(())
+    }
+
+    /// Sleeps until there is something to do.
+    fn wait(&self) -> Result<(), SessionError> {
+        let has_room = self.link.has_room();
+        let mut fds: Vec<PollFd<'_>> = Vec::new();
+        fds.extend(self.link.interest(self.listens()).map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags)));
+        for command in self.commands.values() {
+            fds.extend(command.interests(has_room).map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags)));
+        }
+        let now = Instant::now();
+        let deadlines = self.commands.values().filter_map(Command::wake_at);
+        let sample = (!self.commands.is_empty()).then(|| self.sampled + SAMPLE);
+        let absence = self.link.is_absent().then(|| now + ABSENCE);
+        let wake_at = deadlines.chain(sample).chain(absence).min();
+        let timeout = wake_at.map(|wake_at| {
+            let rest = wake_at.saturating_duration_since(now);
+            Timespec {
+                tv_sec: i64::try_from(rest.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: rest.subsec_nanos().into(),
+            }
+        });
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(Failure::new("waiting", error).into()),
+        }
+    }
+
+    /// Looks everywhere: all descriptors are non-blocking, and there are few of them.
+    fn advance(&mut self) -> Result<(), SessionError> {
+        if self.listens() {
+            self.link.read()?;
+        }
+        let now = Instant::now();
+        if !self.commands.is_empty() && now >= self.sampled + SAMPLE {
+            self.sampled = now;
+            let used_bytes = self.meter.used_bytes();
+            self.commands.values_mut().for_each(|command| command.sample(used_bytes));
+        }
+        let (link, meter) = (&mut self.link, &self.meter);
+        self.commands.retain(|_, command| !command.advance(now, link, meter));
+        Ok(())
+    }
+
+    fn power_off(mut self) -> Result<(), SessionError> {
+        for command in self.commands.values_mut() {
+            command.kill_now();
+        }
+        let direct = self.world.map(|world| world.direct).unwrap_or_default();
+        for failure in shutdown::end_all(&direct) {
+            self.link.queue(&FromAgent::Log(cut(failure.to_string())));
+        }
+        self.link.queue(&FromAgent::Bye);
+        Ok(self.link.flush_to_host()?)
+    }
+}

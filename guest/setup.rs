@@ -1,0 +1,244 @@
+//! `Setup`: makes the world that a step's commands run in. Everything of the agent's own lies under `/run/kiln` of the
+//! initramfs, which the commands never see: each moves the step's root over `/` in a mount namespace of its own.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, chown};
+use std::path::Path;
+
+use kiln_wire::{Access, Clock, Mount, SHARES_TAG, Setup, Source};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, XattrFlags, openat, utimensat};
+use rustix::io::Errno;
+use rustix::mount::MountAttrFlags;
+use rustix::time::ClockId;
+
+use crate::failure::{Doing, Failure};
+use crate::layer::Layer;
+use crate::modules::ModuleTree;
+use crate::place::StepRoot;
+use crate::{disk, mounts, scratch, sys};
+
+/// The step's root in the agent's own tree.
+pub const ROOT: &CStr = c"/run/kiln/root";
+const ROOT_PATH: &str = "/run/kiln/root";
+const SHARES: &str = "/run/kiln/shares";
+const LAYERS: &str = "/run/kiln/layers";
+
+/// A step's world, as far as it is needed after it was made.
+pub struct World {
+    /// What the step can write to and `List` can name.
+    pub layers: Vec<Layer>,
+    /// Where the agent has disks mounted that steps write to: to be unmounted at the end.
+    pub direct: Vec<String>,
+}
+
+/// Makes the world.
+///
+/// # Errors
+/// What failed, by name. The machine is of no use then.
+pub fn make(setup: &Setup) -> Result<World, Failure> {
+    let random = File::options().write(true).open("/dev/urandom").doing(|| "opening /dev/urandom")?;
+    sys::add_entropy(&random, &setup.seed).doing(|| "adding the seed to the kernel's entropy")?;
+    set_clock(setup.clock)?;
+    rustix::system::sethostname(setup.hostname.as_bytes())
+        .doing(|| format!("setting the host name {:?}", setup.hostname))?;
+    sys::loopback_up().doing(|| "bringing up the loopback interface")?;
+    if !setup.scratch_serial.is_empty() {
+        scratch::swap_on(&disk::find(&setup.scratch_serial)?)?;
+    }
+    mount_layers(setup.layer_bytes)?;
+
+    let mut maker = Maker { shares: None, lowers: 0, layers: Vec::new(), direct: Vec::new() };
+    let lower = maker.lower(&setup.root)?;
+    let root = maker.layered(lower, b"/")?;
+    mounts::attach_at(&root, ROOT_PATH)?;
+    let root = StepRoot::open(ROOT_PATH)?;
+    mount_system(&root)?;
+    for mount in &setup.mounts {
+        maker.mount(&root, mount, &setup.load_modules)?;
+    }
+    let has_modules = setup.mounts.iter().any(|mount| matches!(mount.source, Source::Modules(_)));
+    if let Some(name) = setup.load_modules.first().filter(|_| !has_modules) {
+        return Err(Failure::new(format!("loading module {name}: no module tree is mounted"), Errno::NOENT));
+    }
+    for layer in &mut maker.layers {
+        layer.remember()?;
+    }
+    Ok(World { layers: maker.layers, direct: maker.direct })
+}
+
+fn set_clock(clock: Clock) -> Result<(), Failure> {
+    let time = Timespec { tv_sec: clock.seconds, tv_nsec: clock.nanoseconds.into() };
+    rustix::time::clock_settime(ClockId::Realtime, time)
+        .doing(|| format!("setting the clock to {}", clock.seconds))
+}
+
+/// The tmpfs of all layers. Inodes are not limited beside bytes: a step is told one limit, not two.
+fn mount_layers(bytes: u64) -> Result<(), Failure> {
+    let size = bytes.to_string();
+    let all = [("source", "layers"), ("mode", "0700"), ("nr_inodes", "0"), ("size", size.as_str())];
+    let options = if bytes == 0 { all.get(..3) } else { all.get(..) };
+    let tmpfs = mounts::filesystem("tmpfs", options.unwrap_or_default(), MountAttrFlags::empty())?;
+    mounts::attach_at(&tmpfs, LAYERS)
+}
+
+/// What every step finds whatever its root is: devices and kernel information. `/proc` is mounted by each command, in
+/// its own pid namespace; here it only gets its place.
+fn mount_system(root: &StepRoot) -> Result<(), Failure> {
+    for path in ["/proc", "/run"] {
+        root.folder(path.as_bytes())?;
+    }
+    root.folder_with_mode(b"/tmp", 0o1777)?;
+    attach(root, &mounts::bind(CWD, "/sys", mounts::READ_ONLY_KERNEL)?, b"/sys")?;
+    attach(root, &mounts::bind(CWD, "/dev", 0)?, b"/dev")?;
+    for (name, text) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "fd/0"),
+        ("stdout", "fd/1"),
+        ("stderr", "fd/2"),
+        ("core", "/proc/kcore"),
+    ] {
+        match std::os::unix::fs::symlink(text, Path::new("/dev").join(name)) {
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            result => result.doing(|| format!("linking /dev/{name}"))?,
+        }
+    }
+    let no_programs = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let terminals = [("source", "devpts"), ("mode", "0620"), ("gid", "5"), ("ptmxmode", "0666")];
+    attach(root, &mounts::filesystem("devpts", &terminals, no_programs)?, b"/dev/pts")?;
+    let no_devices = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let shared_memory = [("source", "shm"), ("mode", "1777")];
+    attach(root, &mounts::filesystem("tmpfs", &shared_memory, no_devices)?, b"/dev/shm")
+}
+
+fn attach(root: &StepRoot, mount: &OwnedFd, target: &[u8]) -> Result<(), Failure> {
+    let folder = root.folder(target)?;
+    mounts::attach(mount, &folder).doing(|| format!("mounting on {}", target.escape_ascii()))
+}
+
+/// Makes mounts and remembers what was made.
+struct Maker {
+    shares: Option<OwnedFd>,
+    lowers: usize,
+    layers: Vec<Layer>,
+    direct: Vec<String>,
+}
+
+impl Maker {
+    /// One of a `Setup`'s mounts.
+    fn mount(&mut self, root: &StepRoot, mount: &Mount, load_modules: &[String]) -> Result<(), Failure> {
+        match (&mount.source, mount.access) {
+            (Source::Disk { serial, filesystem, .. }, _) if filesystem.is_empty() => {
+                let device = disk::find(serial)?;
+                let file = root.file(&mount.target)?;
+                mounts::attach(&mounts::bind(CWD, &device, 0)?, &file)
+                    .doing(|| format!("mounting {device} on {}", mount.target.escape_ascii()))
+            }
+            (Source::Modules(name), _) => {
+                let tree = self.share(name)?;
+                let release = rustix::system::uname();
+                let target = [b"/lib/modules/", release.release().to_bytes()].concat();
+                attach(root, &tree, &target)?;
+                if load_modules.is_empty() {
+                    return Ok(());
+                }
+                // Loaded here, not last: a mount after this one may need them.
+                let tree = ModuleTree::open(tree)?;
+                load_modules.iter().try_for_each(|module| tree.load(module))
+            }
+            (source, Access::ReadOnly) => attach(root, &self.read_only(source)?, &mount.target),
+            (source, Access::Layered) => {
+                let lower = self.lower(source)?;
+                let overlay = self.layered(lower, &mount.target)?;
+                attach(root, &overlay, &mount.target)
+            }
+            (Source::Disk { serial, filesystem, read_only }, Access::Direct) => {
+                let device = disk::find(serial)?;
+                let own = format!("/run/kiln/direct/{}", self.direct.len());
+                mounts::attach_at(&mounts::disk(&device, filesystem, *read_only)?, &own)?;
+                let shown = mounts::bind(CWD, &own, 0)?;
+                self.direct.push(own);
+                attach(root, &shown, &mount.target)
+            }
+            (Source::Share(name), Access::Direct) => {
+                Err(Failure::new(format!("mounting share {name} for writing"), Errno::ROFS))
+            }
+        }
+    }
+
+    /// A source as a mount that nobody can write to.
+    fn read_only(&mut self, source: &Source) -> Result<OwnedFd, Failure> {
+        match source {
+            Source::Disk { serial, filesystem, .. } => mounts::disk(&disk::find(serial)?, filesystem, true),
+            Source::Share(name) | Source::Modules(name) => self.share(name),
+        }
+    }
+
+    /// A share; the device of shares is mounted when the first is needed.
+    fn share(&mut self, name: &str) -> Result<OwnedFd, Failure> {
+        let shares = match self.shares.take() {
+            Some(shares) => shares,
+            None => {
+                let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
+                let device =
+                    mounts::filesystem("virtiofs", &[("source", SHARES_TAG), ("ro", "")], attributes)?;
+                mounts::attach_at(&device, SHARES)?;
+                device
+            }
+        };
+        if name.is_empty() {
+            return Err(Failure::new("binding a share without a name", Errno::INVAL));
+        }
+        let share = mounts::bind(&shares, name, mounts::READ_ONLY_SHARE);
+        self.shares = Some(shares);
+        share
+    }
+
+    /// A source mounted read-only at a path of the agent's own, to be the lower tree of an overlay.
+    fn lower(&mut self, source: &Source) -> Result<String, Failure> {
+        let path = format!("/run/kiln/lower/{}", self.lowers);
+        self.lowers += 1;
+        mounts::attach_at(&self.read_only(source)?, &path)?;
+        Ok(path)
+    }
+
+    /// An overlay with a new layer above `lower`, known by `target`.
+    fn layered(&mut self, lower: String, target: &[u8]) -> Result<OwnedFd, Failure> {
+        let number = self.layers.len();
+        let (upper, work) = (format!("{LAYERS}/{number}/upper"), format!("{LAYERS}/{number}/work"));
+        let what = || format!("making a layer for {}", target.escape_ascii());
+        for path in [&upper, &work] {
+            std::fs::DirBuilder::new().recursive(true).mode(0o755).create(path).doing(what)?;
+        }
+        copy_attributes(&lower, &upper).doing(what)?;
+        let overlay = mounts::overlay(&lower, &upper, &work)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let top = openat(CWD, upper.as_str(), flags, Mode::empty()).doing(what)?;
+        self.layers.push(Layer::new(target.to_vec(), top));
+        Ok(overlay)
+    }
+}
+
+/// Gives the top of a layer the attributes of the lower tree's top, because the overlay shows the layer's.
+fn copy_attributes(from: &str, to: &str) -> std::io::Result<()> {
+    let stat = rustix::fs::stat(from)?;
+    let mut names = vec![0; 65_536];
+    let length = rustix::fs::llistxattr(from, &mut names[..])?;
+    let names = names.get(..length).unwrap_or_default();
+    for name in names
+        .split(|&byte| byte == 0)
+        .filter(|name| !name.is_empty() && !name.starts_with(b"trusted.overlay."))
+    {
+        let mut value = vec![0; 65_536];
+        let length = rustix::fs::lgetxattr(from, name, &mut value[..])?;
+        rustix::fs::lsetxattr(to, name, value.get(..length).unwrap_or_default(), XattrFlags::empty())?;
+    }
+    chown(to, Some(stat.st_uid), Some(stat.st_gid))?;
+    rustix::fs::chmod(to, Mode::from_raw_mode(stat.st_mode & 0o7777))?;
+    let nanoseconds = i64::try_from(stat.st_mtime_nsec).unwrap_or(0);
+    let time = Timespec { tv_sec: stat.st_mtime, tv_nsec: nanoseconds };
+    let times = Timestamps { last_access: time, last_modification: time };
+    utimensat(CWD, to, &times, AtFlags::empty())?;
+    Ok(())
+}
