@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use rustix::fs::Mode;
+use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::mount::MountAttrFlags;
 use rustix::process::{Resource, Rlimit, setrlimit, umask};
 
 use crate::failure::{Doing, Failure};
-use crate::{modules, mounts};
+use crate::{modules, mounts, sys};
 
 /// Where the initramfs keeps the modules that are loaded at start.
 const MODULES: &str = "/modules";
@@ -33,6 +34,10 @@ pub fn prepare() -> Result<Vec<Failure>, Failure> {
     }
     // The machine is useless without its agent; whatever a step starts is the better victim.
     std::fs::write("/proc/self/oom_score_adj", "-1000").doing(|| "setting oom_score_adj")?;
+    sys::run_first().doing(|| "raising the agent's priority")?;
+    // Nor is it to wait for the swap disk; only what it uses counts.
+    let all = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
+    mlockall(all).doing(|| "locking the agent's memory")?;
     // What programs expect of a Linux system today; the kernel's own hard limit of 4096 is too low for some linkers.
     let files = Rlimit { current: Some(1024), maximum: Some(524_288) };
     setrlimit(Resource::Nofile, files).doing(|| "setting the limit of open files")?;

@@ -136,6 +136,8 @@ pub fn run(program: &Program, ends: &Ends) -> ! {
         let _ = write(&ends.report, &Refusal { stage, errno }.encode());
         sys::exit(127)
     };
+    // Priority is not inherited. If it cannot be had, time-outs are late under load, no more.
+    let _ = sys::run_first();
     if let Err(errno) = enter_root() {
         refuse(Stage::World, errno);
     }

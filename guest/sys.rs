@@ -109,6 +109,20 @@ pub fn wait(pid: Option<Pid>, block: bool) -> Result<Option<Ended>, Errno> {
     Ok(Pid::from_raw(check(result)?).map(|pid| Ended { pid, status, rusage }))
 }
 
+/// Puts this process before all ordinary ones: a step that starts thousands of processes must not keep its time-out from
+/// being enforced. What it forks is ordinary again.
+///
+/// # Errors
+/// Those of sched_setscheduler(2).
+pub fn run_first() -> Result<(), Errno> {
+    let lowest = libc::sched_param { sched_priority: 1 };
+    // SAFETY: the parameter is live; 0 is the calling process.
+    check(unsafe {
+        libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &raw const lowest)
+    })
+    .map(drop)
+}
+
 /// Sends a signal to every process this one may signal, in its pid namespace, save itself and the namespace's init.
 ///
 /// # Errors
