@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use kiln_wire::{Exec, FromAgent, MAX_DATA_BYTES, Outcome, Stream, Usage};
+use rustix::buffer::spare_capacity;
 use rustix::event::PollFlags;
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::io::{Errno, read, write};
@@ -43,7 +44,6 @@ pub struct Command {
     deadline: Option<Instant>,
     grace: Duration,
     timed_out: bool,
-    killed: bool,
     usage: Usage,
     oom_kills_before: u64,
     /// Set once all its processes are gone.
@@ -107,7 +107,6 @@ impl Command {
             deadline: deadline(started, exec.timeout_ms),
             grace: Duration::from_millis(exec.grace_ms),
             timed_out: false,
-            killed: false,
             usage,
             oom_kills_before,
             end: None,
@@ -149,8 +148,7 @@ impl Command {
     }
 
     /// Ends everything of the command at once.
-    pub fn kill_now(&mut self) {
-        self.killed = true;
+    pub fn kill_now(&self) {
         // ESRCH: it has ended already.
         let _ = pidfd_send_signal(&self.init_fd, Signal::KILL);
     }
@@ -169,10 +167,11 @@ impl Command {
     pub fn advance(&mut self, now: Instant, link: &mut Link, meter: &Meter) -> bool {
         self.read_report(link);
         self.write_stdin();
-        self.enforce_deadline(now);
         if self.end.is_none() {
             self.reap(now, meter);
         }
+        // After looking whether it has ended: one that ended in time has not timed out because the agent was late.
+        self.enforce_deadline(now);
         self.read_outputs(link);
         let Some(verdict) = self.end else { return false };
         if self.outputs.iter().any(|(_, fd)| fd.is_some()) {
@@ -282,10 +281,10 @@ impl Command {
         let ended = self.end.is_some();
         for (stream, output) in &mut self.outputs {
             while let Some(fd) = output.as_ref().filter(|_| link.has_room()) {
-                let mut data = vec![0; MAX_DATA_BYTES];
-                match read(fd, &mut data) {
+                // Not zeroed first: most reads are short.
+                let mut data = Vec::with_capacity(MAX_DATA_BYTES);
+                match read(fd, spare_capacity(&mut data)) {
                     Ok(length @ 1..) => {
-                        data.truncate(length);
                         link.queue(&FromAgent::Output { id: self.id, stream: *stream, data });
                         if length < PIPE_BYTES && !ended {
                             break;

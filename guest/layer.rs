@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 
 use kiln_wire::{Entry, EntryKind, FromAgent, MAX_DATA_BYTES, MAX_PATH_BYTES, MAX_XATTR_BYTES, MAX_XATTRS};
+use rustix::buffer::spare_capacity;
 use rustix::fs::{FileType, OFlags, SeekFrom, Statx, fstat, seek};
 use rustix::io::{Errno, pread};
 
@@ -112,13 +113,12 @@ impl Layer {
             position = start;
             while position < end {
                 let room = usize::try_from(end - position).unwrap_or(usize::MAX).min(MAX_DATA_BYTES);
-                let mut data = vec![0; room];
-                let length = pread(&file, &mut data[..], position).doing(what)?;
+                let mut data = Vec::with_capacity(room);
+                let length = pread(&file, spare_capacity(&mut data), position).doing(what)?;
                 if length == 0 {
                     // Cut short since the seek; the next seek finds the end.
                     break;
                 }
-                data.truncate(length);
                 let offset = position;
                 position += u64::try_from(length).unwrap_or(0);
                 sink.send(&FromAgent::FileData { offset, data })?;

@@ -237,7 +237,7 @@ impl Session {
     }
 
     fn power_off(mut self) -> Result<(), SessionError> {
-        for command in self.commands.values_mut() {
+        for command in self.commands.values() {
             command.kill_now();
         }
         let direct = self.world.map(|world| world.direct).unwrap_or_default();

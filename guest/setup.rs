@@ -224,12 +224,13 @@ impl Maker {
 fn copy_attributes(from: &str, to: &str) -> std::io::Result<()> {
     let stat = rustix::fs::stat(from)?;
     let mut names = vec![0; 65_536];
-    let length = rustix::fs::llistxattr(from, &mut names[..])?;
-    let names = names.get(..length).unwrap_or_default();
-    for name in names
-        .split(|&byte| byte == 0)
-        .filter(|name| !name.is_empty() && !name.starts_with(b"trusted.overlay."))
-    {
+    let length = match rustix::fs::llistxattr(from, &mut names[..]) {
+        // A share whose device has no extended attributes.
+        Err(Errno::NOTSUP | Errno::NOSYS) => 0,
+        result => result?,
+    };
+    let names = names.get(..length).unwrap_or_default().split(|&byte| byte == 0);
+    for name in names.filter(|name| !name.is_empty() && !name.starts_with(b"trusted.overlay.")) {
         let mut value = vec![0; 65_536];
         let length = rustix::fs::lgetxattr(from, name, &mut value[..])?;
         rustix::fs::lsetxattr(to, name, value.get(..length).unwrap_or_default(), XattrFlags::empty())?;
