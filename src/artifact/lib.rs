@@ -6,6 +6,7 @@
 mod content;
 pub mod cpio;
 pub mod erofs;
+pub mod kernel;
 pub mod tree;
 
 pub use content::ContentError;
