@@ -3,6 +3,7 @@
 //! Everything here is a pure function of a [`tree::Tree`] and the contents it names: no clock, no environment, no
 //! network, and equal input gives equal bytes. It uses nothing of kiln but digests.
 
+pub mod archive;
 mod content;
 pub mod cpio;
 pub mod erofs;
