@@ -10,6 +10,8 @@ mod directory;
 mod format;
 mod image;
 mod layout;
+#[cfg(test)]
+mod reader;
 
 use std::collections::BTreeMap;
 use std::io::{self, Seek, Write};
