@@ -7,6 +7,8 @@
 
 use std::io::{self, Read};
 
+use lzma_rust2::{Action, Status, XzStream};
+
 /// The longest uncompressed kernel that is accepted.
 pub const MAX_KERNEL_BYTES: u64 = 512 << 20;
 
@@ -179,9 +181,7 @@ fn decompress(payload: &[u8]) -> Result<Vec<u8>, KernelError> {
         }
         // The length at the end of a gzip stream is its own (RFC 1952, ISIZE), so the stream is the whole payload.
         [0x1f, 0x8b, ..] => bounded(flate2::bufread::GzDecoder::new(payload), "gzip", check_length()?)?,
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
-            bounded(lzma_rust2::XzReader::new(stream, false), "xz", check_length()?)?
-        }
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => xz(stream, check_length()?)?,
         [0x02, 0x21, 0x4c, 0x18, blocks @ ..] => lz4_legacy(blocks, check_length()?)?,
         [b'B', b'Z', b'h', ..] => return Err(KernelError::UnsupportedCompression("bzip2")),
         [0x5d, 0, 0, ..] => return Err(KernelError::UnsupportedCompression("lzma")),
@@ -207,6 +207,29 @@ fn bounded(reader: impl Read, format: &'static str, limit_bytes: u64) -> Result<
         });
     }
     Ok(bytes)
+}
+
+/// An xz stream. The kernel build's dictionary has 32 or 128 MiB (`scripts/xz_wrap.sh`); the format could ask for 4 GiB.
+fn xz(mut stream: &[u8], length: u64) -> Result<Vec<u8>, KernelError> {
+    const MEMORY_LIMIT_KIB: u32 = 192 << 10;
+    let failed = |source| KernelError::Decompress { format: "xz", source };
+    let mut decoder = XzStream::new_mem_limit(false, MEMORY_LIMIT_KIB);
+    let mut bytes = Vec::new();
+    let mut piece = vec![0; 1 << 20];
+    loop {
+        let done = decoder.process(stream, &mut piece, Action::Finish).map_err(failed)?;
+        bytes.extend_from_slice(&piece[..done.bytes_produced]);
+        if bytes.len() as u64 > length {
+            return Err(KernelError::BadHeader("uncompressed length"));
+        }
+        if done.status == Status::StreamEnd {
+            return Ok(bytes);
+        }
+        if done.bytes_consumed == 0 && done.bytes_produced == 0 {
+            return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+        }
+        stream = &stream[done.bytes_consumed..];
+    }
 }
 
 /// The "legacy" frame of LZ4 (lz4_Frame_format.md, "Legacy frame"), after its magic number: blocks, each with its
@@ -492,6 +515,22 @@ mod tests {
         let says = |length: u32| read(&bz_image(&[bomb.clone(), length.to_le_bytes().to_vec()].concat(), 4));
         assert!(matches!(says(1 << 30), Err(KernelError::TooLarge)));
         assert!(matches!(says(1 << 20), Err(KernelError::BadHeader("uncompressed length"))));
+    }
+
+    #[test]
+    fn an_xz_stream_that_wants_gigabytes_is_refused() {
+        let (_, mut payload) = payloads(&vmlinux()).remove(3);
+        read(&bz_image(&payload, 4)).expect("a kernel");
+        // The xz file format 1.2.1, §3.1: after the stream header a block header: length, flags, LZMA2's filter number,
+        // one byte of properties, which is the dictionary's size (§5.3.1), padding, CRC32.
+        assert_eq!(payload[12..16], [2, 0, 0x21, 1]);
+        payload[16] = 40;
+        let mut crc = flate2::Crc::new();
+        crc.update(&payload[12..20]);
+        payload[20..24].copy_from_slice(&crc.sum().to_le_bytes());
+        let refused = read(&bz_image(&payload, 4)).expect_err("4 GiB of dictionary");
+        let KernelError::Decompress { format: "xz", source } = refused else { unreachable!("{refused}") };
+        assert!(source.to_string().contains("memory"), "{source}");
     }
 
     proptest! {
