@@ -47,7 +47,7 @@ struct State<D> {
 
 struct Served<D> {
     device: D,
-    memory: Option<GuestMemoryAtomic<GuestMemoryMmap>>,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
     /// The driver broke a queue: nothing is served until it starts anew.
     broken: bool,
 }
@@ -67,7 +67,7 @@ impl<D: Device<()> + 'static> Carrier<D> {
         let state = State {
             queues: device.queue_sizes().len(),
             features: device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(),
-            device: Mutex::new(Served { device, memory: None, broken: false }),
+            device: Mutex::new(Served { device, memory: no_memory(), broken: false }),
         };
         Self { state: Arc::new(state) }
     }
@@ -79,7 +79,7 @@ impl<D: Device<()> + 'static> Carrier<D> {
     /// See [`CarryError`]. That QEMU hangs up is none.
     pub fn serve(self, listener: OwnedFd) -> Result<(), CarryError> {
         let start = |error: vhost_user_backend::Error| CarryError::Start(error.to_string());
-        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+        let memory = no_memory();
         let name = "vhost-user".to_owned();
         let mut daemon = VhostUserDaemon::new(name, Backend(self.state.clone()), memory).map_err(start)?;
         let events = {
@@ -152,7 +152,7 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
-        self.with(|served| served.memory = Some(memory));
+        self.with(|served| served.memory = memory);
         Ok(())
     }
 
@@ -190,14 +190,11 @@ impl<D: Device<()> + 'static> Backend<D> {
 
     fn serve_once(&self, wake: Wake, vrings: &[VringMutex]) -> io::Result<Outcome> {
         self.with(|served| {
-            let Some(memory) = served.memory.as_ref().filter(|_| !served.broken) else {
-                return Ok(Outcome::default());
-            };
-            let memory = memory.memory();
+            let memory = served.memory.memory();
             let mut states: Vec<_> = vrings.iter().map(VringT::get_mut).collect();
             let mut queues: Vec<Option<&mut Queue>> = Vec::with_capacity(states.len());
             for state in &mut states {
-                let runs = state.is_enabled() && state.get_queue().is_valid(&*memory);
+                let runs = !served.broken && state.is_enabled() && state.get_queue().is_valid(&*memory);
                 queues.push(runs.then(|| state.get_queue_mut()));
             }
             let outcome = match served.device.process(wake, &mut queues, &memory) {
@@ -215,4 +212,8 @@ impl<D: Device<()> + 'static> Backend<D> {
             Ok(outcome)
         })
     }
+}
+
+fn no_memory() -> GuestMemoryAtomic<GuestMemoryMmap> {
+    GuestMemoryAtomic::new(GuestMemoryMmap::new())
 }

@@ -12,13 +12,14 @@
 
 use std::error::Error;
 use std::ffi::OsString;
+use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use kiln_virtio::control::Client;
+use kiln_virtio::control::{Client, ClientError};
 use kiln_virtio::fs::Attributes;
 use kiln_virtio::process::DeviceProcess;
 
@@ -99,6 +100,9 @@ fn drive(arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
         qemu.args(["-device", "vhost-user-vsock-pci,chardev=vs"]);
     }
     let mut qemu = qemu.args(rest).spawn()?;
+    if cid != 0 {
+        echo(&client)?;
+    }
     qemu.wait()?;
     eprintln!("guest ran for {:.2} s", began.elapsed().as_secs_f64());
     let status = std::fs::read_to_string(format!("/proc/{}/status", device.id()))?;
@@ -109,5 +113,41 @@ fn drive(arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
     println!("{}", serde_json::to_string(&record)?);
     drop(client);
     device.wait()?;
+    Ok(())
+}
+
+/// Echoes what the guest sends to port 5001, and sends a pattern to the guest's port 5000, whose echo is
+/// compared. The guest may take its time to listen.
+fn echo(client: &Client) -> Result<(), Box<dyn Error>> {
+    let incoming = client.listen(5001)?;
+    std::thread::spawn(move || {
+        for stream in incoming {
+            std::thread::spawn(move || {
+                let bytes = std::io::copy(&mut &stream, &mut &stream);
+                eprintln!("echoed {bytes:?} to the guest");
+                let _ = stream.shutdown(std::net::Shutdown::Write);
+            });
+        }
+    });
+    let stream = loop {
+        match client.connect(5000, Duration::from_secs(60)) {
+            Err(ClientError::Refused(_)) => std::thread::sleep(Duration::from_millis(100)),
+            result => break result?,
+        }
+    };
+    let (total, began) = (100_usize << 20, Instant::now());
+    let sending = stream.try_clone()?;
+    let sender = std::thread::spawn(move || -> std::io::Result<()> {
+        for block in 0..total / 4096 {
+            (&sending).write_all(&[u8::try_from(block % 251).unwrap_or(0); 4096])?;
+        }
+        sending.shutdown(std::net::Shutdown::Write)
+    });
+    let mut received = Vec::new();
+    (&stream).read_to_end(&mut received)?;
+    sender.join().map_err(|_| "sender")??;
+    let right = received.iter().enumerate().all(|(at, byte)| usize::from(*byte) == at / 4096 % 251);
+    let seconds = began.elapsed().as_secs_f64();
+    eprintln!("guest echoed {} bytes, right: {right}, {seconds:.2} s", received.len());
     Ok(())
 }

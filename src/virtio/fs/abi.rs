@@ -43,7 +43,6 @@ pub mod op {
     pub const NOTIFY_REPLY: u32 = 41;
     pub const BATCH_FORGET: u32 = 42;
     pub const FALLOCATE: u32 = 43;
-    pub const READDIRPLUS: u32 = 44;
     pub const RENAME2: u32 = 45;
     pub const COPY_FILE_RANGE: u32 = 47;
     pub const TMPFILE: u32 = 51;
@@ -53,7 +52,6 @@ pub mod op {
 pub mod init {
     pub const ASYNC_READ: u32 = 1 << 0;
     pub const AUTO_INVAL_DATA: u32 = 1 << 12;
-    pub const DO_READDIRPLUS: u32 = 1 << 13;
     pub const NO_OPEN_SUPPORT: u32 = 1 << 17;
     pub const PARALLEL_DIROPS: u32 = 1 << 18;
     pub const MAX_PAGES: u32 = 1 << 22;

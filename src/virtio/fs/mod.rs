@@ -23,7 +23,6 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::Bitmap;
 
-pub use self::server::Listing;
 use self::server::{MOST_READ_BYTES, Server};
 pub use self::share::{Attributes, Share};
 pub use self::tree::{AddShareError, Tree};
@@ -48,13 +47,11 @@ pub struct Settings<'a> {
     pub tag: &'a str,
     /// Most descriptors of shared files to keep open.
     pub open_files: usize,
-    /// How listings are answered.
-    pub listing: Listing,
 }
 
 impl Default for Settings<'_> {
     fn default() -> Self {
-        Self { tag: "kiln", open_files: 512, listing: Listing::Plain }
+        Self { tag: "kiln", open_files: 512 }
     }
 }
 
@@ -75,7 +72,7 @@ pub struct Shares {
 impl Fs {
     /// A device without shares, and what adds them.
     pub fn new(settings: Settings<'_>) -> (Self, Shares) {
-        let server = Server::new(Tree::new(settings.open_files), settings.listing);
+        let server = Server::new(Tree::new(settings.open_files));
         let server = Arc::new(Mutex::new(server));
         // struct virtio_fs_config: the tag, padded with zeroes, and the number of request queues.
         let mut config = [0; 40];

@@ -9,8 +9,9 @@
 //! - **Nothing is written.** Whatever would change a share answers EROFS; what is not known, ENOSYS.
 //! - **Holes are not shown**: LSEEK is ENOSYS, so SEEK_DATA finds data everywhere, on every host. STATFS shows
 //!   an empty file system for the same reason.
-//! - **Listings carry no attributes.** READDIRPLUS would make every listing a question about the metadata of
-//!   all entries. See [`Listing`] for what that costs.
+//! - **Listings carry no attributes.** With READDIRPLUS, every listing would be a question about the metadata
+//!   of all entries. 20,000 files, TCG, 2 vCPUs: `find -type f` 0.6 s with READDIR, 1.2 s with READDIRPLUS; a walk
+//!   that asks for each file's times 6.4 s and 1.9 s. READDIRPLUS whose attributes may not be cached: 6.3 s.
 
 use rustix::io::Errno;
 use vm_memory::bitmap::Bitmap;
@@ -22,15 +23,6 @@ use super::record::Kind;
 use super::share::NAME_BYTES;
 use super::tree::Tree;
 use crate::ring::{Chain, Readable, Writable};
-
-/// How directory listings are answered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Listing {
-    /// Names and kinds; attributes are asked for one by one. What is used.
-    Plain,
-    /// Names, kinds and attributes at once (READDIRPLUS), which counts as asking for all of them.
-    WithAttributes,
-}
 
 /// Largest READ, and the reason for `max_pages`.
 pub const MOST_READ_BYTES: usize = 1 << 20;
@@ -44,7 +36,6 @@ const FOR_EVER: u64 = 10 * 365 * 24 * 3600;
 /// The server of one fs device.
 pub struct Server {
     tree: Tree,
-    listing: Listing,
     answer: Vec<u8>,
     started: bool,
 }
@@ -61,8 +52,8 @@ enum Reply {
 
 impl Server {
     /// A server of `tree`.
-    pub fn new(tree: Tree, listing: Listing) -> Self {
-        Self { tree, listing, answer: Vec::new(), started: false }
+    pub fn new(tree: Tree) -> Self {
+        Self { tree, answer: Vec::new(), started: false }
     }
 
     /// The tree, for adding shares and taking the record.
@@ -164,12 +155,7 @@ impl Server {
             op::READDIR => {
                 let node = node()?;
                 let ask: abi::ReadIn = read_struct(request)?;
-                self.list(node, &ask, false, room.remaining_bytes())
-            }
-            op::READDIRPLUS if self.listing == Listing::WithAttributes => {
-                let node = node()?;
-                let ask: abi::ReadIn = read_struct(request)?;
-                self.list(node, &ask, true, room.remaining_bytes())
+                self.list(node, &ask, room.remaining_bytes())
             }
             op::GETXATTR => {
                 let node = node()?;
@@ -226,7 +212,7 @@ impl Server {
         }
         self.reset();
         self.started = true;
-        let mut can = init::ASYNC_READ
+        let can = init::ASYNC_READ
             | init::AUTO_INVAL_DATA
             | init::NO_OPEN_SUPPORT
             | init::PARALLEL_DIROPS
@@ -234,9 +220,6 @@ impl Server {
             | init::CACHE_SYMLINKS
             | init::NO_OPENDIR_SUPPORT
             | init::INIT_EXT;
-        if self.listing == Listing::WithAttributes {
-            can |= init::DO_READDIRPLUS;
-        }
         out.minor = ask.minor.get().min(abi::NEWEST_MINOR).into();
         out.max_readahead = ask.max_readahead;
         out.flags = (ask.flags.get() & can).into();
@@ -284,52 +267,28 @@ impl Server {
     }
 
     /// Positions: 0 is before `.`, 1 after it, 2 after `..`, then the children in their order.
-    fn list(
-        &mut self,
-        directory: NodeId,
-        ask: &abi::ReadIn,
-        with_attributes: bool,
-        room: usize,
-    ) -> Result<Reply, Errno> {
+    fn list(&mut self, directory: NodeId, ask: &abi::ReadIn, room: usize) -> Result<Reply, Errno> {
         if self.tree.kind(directory) != Kind::Directory {
             return Err(Errno::NOTDIR);
         }
         let most = (ask.size.get() as usize).min(room).min(MOST_ANSWER_BYTES);
-        let mut answer = std::mem::take(&mut self.answer);
+        let answer = &mut self.answer;
         let mut offset = ask.offset.get();
-        let dots = self.tree.dot_inodes(directory);
-        for (dot, inode) in
-            [b".".as_slice(), b".."].into_iter().zip(dots).skip(usize::try_from(offset).unwrap_or(2))
-        {
-            // The kernel takes `.` and `..` without attributes: an entry whose node is 0.
-            let blank = with_attributes.then(abi::EntryOut::default);
-            if !push_entry(&mut answer, most, blank, dot, inode, Kind::Directory, offset + 1) {
-                self.answer = answer;
-                return Ok(Reply::Bytes);
-            }
+        let dots = [b".".as_slice(), b".."].into_iter().zip(self.tree.dot_inodes(directory));
+        let mut fits = true;
+        for (dot, inode) in dots.skip(usize::try_from(offset).unwrap_or(2)) {
             offset += 1;
+            fits = fits && push_entry(answer, most, dot, inode, Kind::Directory, offset);
         }
-        let listing = self.tree.list(directory, offset.saturating_sub(2), |tree, node, name, inode, kind| {
-            offset = offset.saturating_add(1);
-            if !with_attributes {
-                return push_entry(&mut answer, most, None, name, inode, kind, offset);
-            }
-            let Ok(attr) = tree.attributes(node) else { return false };
-            let entry = abi::EntryOut {
-                nodeid: node.to_fuse().into(),
-                entry_valid: if tree.is_share(node) { 0 } else { FOR_EVER }.into(),
-                attr_valid: FOR_EVER.into(),
-                attr,
-                ..Default::default()
-            };
-            let fits = push_entry(&mut answer, most, Some(entry), name, inode, kind, offset);
-            if fits {
-                tree.hold(node);
-            }
-            fits
-        });
-        self.answer = answer;
-        listing.map(|()| Reply::Bytes)
+        if fits {
+            self.tree.list(directory, offset.saturating_sub(2), |name, inode, kind| {
+                offset = offset.saturating_add(1);
+                fits = push_entry(answer, most, name, inode, kind, offset);
+                fits
+            })?;
+        }
+        // An empty answer would say that there is nothing more.
+        if !fits && answer.is_empty() { Err(Errno::INVAL) } else { Ok(Reply::Bytes) }
     }
 
     fn batch_forget<B: Bitmap + 'static>(&mut self, request: &mut Readable<'_, B>) -> Reply {
@@ -364,19 +323,8 @@ impl Server {
 }
 
 /// Appends one entry of a listing, or nothing and returns false where it does not fit.
-fn push_entry(
-    answer: &mut Vec<u8>,
-    most: usize,
-    attributes: Option<abi::EntryOut>,
-    name: &[u8],
-    inode: u64,
-    kind: Kind,
-    next: u64,
-) -> bool {
+fn push_entry(answer: &mut Vec<u8>, most: usize, name: &[u8], inode: u64, kind: Kind, next: u64) -> bool {
     let before = answer.len();
-    if let Some(entry) = attributes {
-        answer.extend_from_slice(entry.as_bytes());
-    }
     // DT_*.
     let kind = match kind {
         Kind::Fifo => 1,

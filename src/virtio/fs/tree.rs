@@ -203,16 +203,13 @@ impl Tree {
         &mut self,
         directory: NodeId,
         from: u64,
-        mut each: impl FnMut(&mut Self, NodeId, &[u8], u64, Kind) -> bool,
+        mut each: impl FnMut(&[u8], u64, Kind) -> bool,
     ) -> Result<(), Errno> {
         if directory == NodeId::TOP {
             let from = usize::try_from(from).unwrap_or(usize::MAX);
-            let shares: Vec<_> =
-                self.by_name.iter().skip(from).map(|(name, place)| (name.clone(), *place)).collect();
-            for (name, place) in shares {
-                let root = self.shares[usize::from(place)].root;
-                let inode = self.inode(root);
-                if !each(self, root, &name, inode, Kind::Directory) {
+            for (name, place) in self.by_name.iter().skip(from) {
+                let inode = self.inode(self.shares[usize::from(*place)].root);
+                if !each(name, inode, Kind::Directory) {
                     break;
                 }
             }
@@ -227,13 +224,12 @@ impl Tree {
             _ => None,
         };
         for child in self.index.children(directory, from) {
-            let name = self.index.name(child).to_vec();
+            let name = self.index.name(child);
             let inode = match &numbers {
-                Some(numbers) => numbers.number(&name),
+                Some(numbers) => numbers.number(name),
                 None => self.index.inode(child),
             };
-            let kind = self.index.kind(child);
-            if !each(self, child, &name, inode, kind) {
+            if !each(name, inode, self.index.kind(child)) {
                 break;
             }
         }
