@@ -25,3 +25,6 @@ pub mod process;
 pub mod ring;
 pub mod vhost_user;
 pub mod vsock;
+
+#[cfg(test)]
+mod testkit;

@@ -361,3 +361,6 @@ impl<'m, B: Bitmap + 'static> Writable<'m, B> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

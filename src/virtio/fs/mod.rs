@@ -150,3 +150,6 @@ impl<B: Bitmap + 'static> Device<B> for Fs {
         self.server().reset();
     }
 }
+
+#[cfg(test)]
+mod tests;
