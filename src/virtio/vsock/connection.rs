@@ -109,6 +109,19 @@ impl Connection {
         }
     }
 
+    /// Bytes that wait in the buffer.
+    #[cfg(test)]
+    pub fn buffered(&self) -> usize {
+        self.buffer.len()
+    }
+
+    /// Lets all counters stand at `count`.
+    #[cfg(test)]
+    pub fn set_counters(&mut self, count: u32) {
+        (self.received, self.forwarded, self.told) = (count, count, count);
+        (self.sent, self.guest_forwarded) = (count, count);
+    }
+
     /// The host's stream.
     pub fn stream(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()

@@ -231,3 +231,6 @@ impl<B: Bitmap + 'static> Device<B> for Vsock {
         self.muxer.reset();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -73,6 +73,18 @@ impl Muxer {
         self.resets.clear();
     }
 
+    /// Bytes that wait in the buffer of connection number `id`.
+    #[cfg(test)]
+    pub fn buffered(&self, id: u64) -> usize {
+        self.connections.get(&id).map_or(0, Connection::buffered)
+    }
+
+    /// Lets all counters of connection number `id` stand at `count`.
+    #[cfg(test)]
+    pub fn set_counters(&mut self, id: u64, count: u32) {
+        self.connections.get_mut(&id).expect("connection").set_counters(count);
+    }
+
     /// Connects `stream` to port `guest_port` of the guest.
     pub fn connect(&mut self, guest_port: u32, stream: UnixStream, answer: Answer) {
         if self.connections.len() >= MOST_CONNECTIONS {
