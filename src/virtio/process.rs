@@ -16,6 +16,9 @@ use crate::fs::{Fs, Settings, Share, Shares};
 use crate::vhost_user::{Carrier, CarryError};
 use crate::vsock::{Backend, Connector, Vsock};
 
+/// Descriptors kept for shares, queues and sockets.
+const OTHER_DESCRIPTORS: usize = 128;
+
 /// Most bytes of private memory a device process should need.
 pub const MEMORY_BYTES: u64 = 15 << 20;
 
@@ -61,17 +64,27 @@ impl DeviceProcess {
     /// Serves until the parent closes the control connection. That QEMU hangs up ends a device, but not the
     /// process: the record is asked for afterwards.
     ///
+    /// The limit of open descriptors (RLIMIT_NOFILE) is left as it is and shared out: below about 1,700, there
+    /// are fewer open files and streams than there could be.
+    ///
     /// # Errors
     /// See [`ProcessError`].
     pub fn run(self) -> Result<(), ProcessError> {
-        let (fs, shares) = Fs::new(Settings::default());
+        // Files and streams must not take each other's descriptors, and some are for everything else.
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
+        let settings = Settings::default();
+        let open_files = settings.open_files.min(limit / 4);
+        let most_connections = limit.saturating_sub(open_files + OTHER_DESCRIPTORS);
+        let (fs, shares) = Fs::new(Settings { open_files, ..settings });
         let mut devices = vec![start("fs", Carrier::new(fs), self.fs)?];
         let sender = Sender { socket: Arc::new(self.control), sending: Arc::default() };
         let mut vsock = None;
         if let Some((listener, guest_cid)) = self.vsock {
             let listening = Arc::new(Mutex::default());
             let ports = Ports { listening: Arc::clone(&listening), sender: sender.clone() };
-            let device = Vsock::new(guest_cid, Box::new(ports)).map_err(ProcessError::Vsock)?;
+            let device =
+                Vsock::new(guest_cid, most_connections, Box::new(ports)).map_err(ProcessError::Vsock)?;
             let (device, connector) = device;
             devices.push(start("vsock", Carrier::new(device), listener)?);
             vsock = Some((connector, listening));

@@ -3,7 +3,7 @@
 use std::num::Wrapping;
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// VIRTQ_DESC_F_NEXT.
 pub const NEXT: u16 = 1;
@@ -39,6 +39,16 @@ pub fn memory() -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&regions).expect("memory")
 }
 
+/// Guest memory that another process could map.
+pub fn shared_memory() -> GuestMemoryMmap {
+    let regions = REGIONS.map(|(start, length)| {
+        let file = tempfile::tempfile().expect("file");
+        file.set_len(length as u64).expect("length");
+        (GuestAddress(start), length, Some(FileOffset::new(file, 0)))
+    });
+    GuestMemoryMmap::from_ranges_with_files(regions).expect("memory")
+}
+
 impl Ring {
     /// Ring number `number` of `size` descriptors.
     pub fn new(number: u64, size: u16) -> Self {
@@ -50,6 +60,11 @@ impl Ring {
         queue.set_ready(true);
         let data = DATA_STRIDE * (number + 1);
         Self { queue, base, data, size, available: Wrapping(0), used: Wrapping(0) }
+    }
+
+    /// Where descriptor table, available and used ring are.
+    pub fn addresses(&self) -> [u64; 3] {
+        [self.base, self.base + 0x8000, self.base + 0xa000]
     }
 
     /// Where this ring's buffers start.

@@ -178,6 +178,7 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
             index if index < self.0.queues => Wake::Queue(index),
             _ => Wake::Events,
         };
+        let _alive = AbortOnPanic;
         while self.serve_once(wake, vrings)?.again {}
         Ok(())
     }
@@ -214,6 +215,21 @@ impl<D: Device<()> + 'static> Backend<D> {
     }
 }
 
+/// A device whose thread has ended would leave the guest waiting for ever: a panic there ends the process, and
+/// QEMU sees the connection end.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
 fn no_memory() -> GuestMemoryAtomic<GuestMemoryMmap> {
     GuestMemoryAtomic::new(GuestMemoryMmap::new())
 }
+
+#[cfg(test)]
+mod tests;

@@ -87,3 +87,6 @@ pub enum Event {
         part: RecordPart,
     },
 }
+
+#[cfg(test)]
+mod tests;

@@ -218,6 +218,8 @@ pub enum RecordPart {
 
 /// Most paths in one [`RecordPart`].
 pub const PART_PATHS: usize = 500;
+/// Bytes of paths after which a [`RecordPart`] ends.
+pub const PART_BYTES: usize = 256 << 10;
 
 /// Why the parts do not make up a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -15,7 +15,8 @@ use super::abi;
 use super::host::{self, Handles, Open};
 use super::index::{Full, Index, NodeId};
 use super::record::{
-    Change, Changed, Entry, Fingerprint, Kind, Missed, Observed, PART_PATHS, PathBytes, RecordPart,
+    Change, Changed, Entry, Fingerprint, Kind, Missed, Observed, PART_BYTES, PART_PATHS, PathBytes,
+    RecordPart,
 };
 use super::share::{Attributes, Extra, InodeNames, Share, is_name};
 
@@ -360,18 +361,18 @@ impl Tree {
                 observed: self.index.observed(node),
                 fingerprint: self.index.fingerprint(node).unwrap_or_default(),
             });
-            in_parts(entries, |part| give(RecordPart::Entries(part)))?;
+            in_parts(entries, |entry| entry.path.0.len(), |part| give(RecordPart::Entries(part)))?;
             let missed = self.missed.iter().filter_map(|(directory, name)| {
                 let directory = self.index.at(directory).filter(|node| in_share(place, *node))?;
                 let path = self.index.path(directory);
                 let separator: &[u8] = if path.is_empty() { b"" } else { b"/" };
                 Some(PathBytes([&path, separator, name].concat()))
             });
-            in_parts(missed, |part| give(RecordPart::Missed(part)))?;
+            in_parts(missed, |path| path.0.len(), |part| give(RecordPart::Missed(part)))?;
             let changed = self.changed.iter().filter(|(node, _)| in_share(place, **node));
             let changed =
                 changed.map(|(node, what)| Changed { path: PathBytes(self.index.path(*node)), what: *what });
-            in_parts(changed, |part| give(RecordPart::Changed(part)))?;
+            in_parts(changed, |entry| entry.path.0.len(), |part| give(RecordPart::Changed(part)))?;
         }
         give(RecordPart::End { complete: !self.missed.overflowed() })
     }
@@ -543,15 +544,19 @@ impl Tree {
     }
 }
 
+/// Gives `items` in parts of at most [`PART_PATHS`] and about [`PART_BYTES`].
 fn in_parts<T, E>(
     items: impl Iterator<Item = T>,
+    length_of: impl Fn(&T) -> usize,
     mut give: impl FnMut(Vec<T>) -> Result<(), E>,
 ) -> Result<(), E> {
-    let mut part = Vec::new();
+    let (mut part, mut bytes) = (Vec::new(), 0);
     for item in items {
+        bytes += length_of(&item);
         part.push(item);
-        if part.len() == PART_PATHS {
+        if part.len() == PART_PATHS || bytes >= PART_BYTES {
             give(std::mem::take(&mut part))?;
+            bytes = 0;
         }
     }
     if part.is_empty() { Ok(()) } else { give(part) }

@@ -20,6 +20,7 @@ use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::Bitmap;
 use zerocopy::FromBytes;
 
+pub use self::muxer::MOST_CONNECTIONS;
 use self::muxer::Muxer;
 use self::packet::{HEADER_BYTES, Header};
 use crate::device::{COMMON_FEATURES, Device, Outcome, Wake};
@@ -66,13 +67,18 @@ struct Inbox {
 }
 
 impl Vsock {
-    /// A device for the guest whose context id is `guest_cid`, and what connects to it.
+    /// A device for the guest whose context id is `guest_cid`, and what connects to it. There will be at most
+    /// `most_connections` at a time, each with a descriptor, and never more than [`MOST_CONNECTIONS`].
     ///
     /// # Errors
     /// No epoll or event descriptor can be had.
-    pub fn new(guest_cid: u64, backend: Box<dyn Backend>) -> std::io::Result<(Self, Connector)> {
+    pub fn new(
+        guest_cid: u64,
+        most_connections: usize,
+        backend: Box<dyn Backend>,
+    ) -> std::io::Result<(Self, Connector)> {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        let muxer = Muxer::new(guest_cid)?;
+        let muxer = Muxer::new(guest_cid, most_connections)?;
         muxer.watch_inbox(&bell)?;
         let inbox = Arc::new(Inbox { waiting: Mutex::default(), bell });
         let connector = Connector { inbox: inbox.clone() };

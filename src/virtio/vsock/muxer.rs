@@ -30,6 +30,7 @@ pub const INBOX: u64 = u64::MAX;
 /// All connections of one device.
 pub struct Muxer {
     guest_cid: u64,
+    most_connections: usize,
     epoll: OwnedFd,
     connections: BTreeMap<u64, Connection>,
     by_ports: BTreeMap<(u32, u32), u64>,
@@ -41,10 +42,11 @@ pub struct Muxer {
 }
 
 impl Muxer {
-    /// No connections, for the guest whose context id is `guest_cid`.
-    pub fn new(guest_cid: u64) -> rustix::io::Result<Self> {
+    /// No connections yet and `most_connections` at most, for the guest whose context id is `guest_cid`.
+    pub fn new(guest_cid: u64, most_connections: usize) -> rustix::io::Result<Self> {
         Ok(Self {
             guest_cid,
+            most_connections: most_connections.min(MOST_CONNECTIONS),
             epoll: epoll::create(CreateFlags::CLOEXEC)?,
             connections: BTreeMap::new(),
             by_ports: BTreeMap::new(),
@@ -87,7 +89,7 @@ impl Muxer {
 
     /// Connects `stream` to port `guest_port` of the guest.
     pub fn connect(&mut self, guest_port: u32, stream: UnixStream, answer: Answer) {
-        if self.connections.len() >= MOST_CONNECTIONS {
+        if self.connections.len() >= self.most_connections {
             return answer(false);
         }
         // There are far more numbers than connections.
@@ -127,7 +129,7 @@ impl Muxer {
         }
         match (op, id) {
             (op::REQUEST, None) => {
-                let full = self.connections.len() >= MOST_CONNECTIONS;
+                let full = self.connections.len() >= self.most_connections;
                 match if full { None } else { backend.connect_from_guest(ports.0) } {
                     Some(stream) => self.insert(Connection::accepted(header, stream)),
                     None => self.refuse(header),
