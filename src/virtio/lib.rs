@@ -1,1 +1,30 @@
-//! x
+//! Virtio devices written once, against queues and guest memory: fs (virtio 1.3 §5.11) and vsock (§5.10).
+//!
+//! A [`device::Device`] is given its queues and the guest's memory, works off what is there, and *returns*
+//! which queues the driver has to be interrupted for; it never signals, and it knows no transport.
+//! [`vhost_user`] carries a device to QEMU. [`process`] is the whole device process beside one QEMU, and
+//! [`control`] what its parent says to it and hears from it.
+//!
+//! | room | what |
+//! | --- | --- |
+//! | [`ring`] | one descriptor chain, walked once, bounded: the only door for bytes of the guest |
+//! | [`device`] | the contract between a device and what carries it |
+//! | [`fs`] | a FUSE server over read-only shares, and the record of what the guest asked for |
+//! | [`vsock`] | stream sockets between guest and host, credits, one trait to what is behind them |
+//! | [`vhost_user`] | carries a device over the vhost-user protocol |
+//! | [`control`] | the messages between parent and device process, and the parent's half |
+//! | [`process`] | the device process's entry |
+//!
+//! The guest is hostile from its first instruction: every number that comes out of guest memory is read once,
+//! checked at the door and bounded, and no request may panic, allocate without bound, or spin.
+
+pub mod control;
+pub mod device;
+pub mod fs;
+pub mod process;
+pub mod ring;
+pub mod vhost_user;
+pub mod vsock;
+
+#[cfg(test)]
+mod testkit;

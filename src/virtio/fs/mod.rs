@@ -1,0 +1,155 @@
+//! The fs device (virtio 1.3 §5.11): read-only shares of host directories, served over FUSE, and the record of
+//! what the guest asked for.
+//!
+//! The guest sees one file system whose root holds the shares by name; they may come and go while it runs. A
+//! name from the guest is compared with an index that the host's own listings filled (`index`) and never
+//! reaches the host's kernel; files are opened beneath the share's descriptor by paths from that index
+//! (`host`). `tree` joins the two and keeps the record (`record`), `server` speaks FUSE (`abi`), and this file
+//! is the device: queues in, answers out.
+//!
+//! The driver is expected to mount it read-only; whether it does or not, nothing can be written.
+
+mod abi;
+mod host;
+mod index;
+pub mod record;
+mod server;
+mod share;
+mod tree;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestMemoryMmap;
+use vm_memory::bitmap::Bitmap;
+
+use self::server::{MOST_READ_BYTES, Server};
+pub use self::share::{Attributes, Share};
+pub use self::tree::{AddShareError, Tree};
+use crate::device::{COMMON_FEATURES, Device, Outcome, Wake};
+use crate::ring::{Chain, Limits, QueueError};
+
+/// VIRTIO_ID_FS.
+pub const DEVICE_TYPE: u32 = 26;
+/// The high-priority queue and one request queue.
+const QUEUE_SIZES: [u16; 2] = [1024, 1024];
+/// Room for a READ of a mebibyte, and as much again for a WRITE that will be refused.
+const LIMITS: Limits = Limits {
+    readable_bytes: MOST_READ_BYTES + (8 << 10),
+    writable_bytes: MOST_READ_BYTES + (8 << 10),
+    slices: 1024,
+};
+
+/// How to make an [`Fs`].
+#[derive(Debug, Clone, Copy)]
+pub struct Settings<'a> {
+    /// The name by which the driver mounts it, at most 36 bytes.
+    pub tag: &'a str,
+    /// Most descriptors of shared files to keep open.
+    pub open_files: usize,
+}
+
+impl Default for Settings<'_> {
+    fn default() -> Self {
+        Self { tag: "kiln", open_files: 512 }
+    }
+}
+
+/// The fs device.
+pub struct Fs {
+    server: Arc<Mutex<Server>>,
+    config: [u8; 40],
+}
+
+/// The side of an fs device that adds shares and takes the record, while the device serves.
+#[derive(Clone)]
+pub struct Shares {
+    // Protects the tree: the thread that serves the queues and the one that adds shares take turns, a request
+    // each.
+    server: Arc<Mutex<Server>>,
+}
+
+impl Fs {
+    /// A device without shares, and what adds them.
+    pub fn new(settings: Settings<'_>) -> (Self, Shares) {
+        let server = Server::new(Tree::new(settings.open_files));
+        let server = Arc::new(Mutex::new(server));
+        // struct virtio_fs_config: the tag, padded with zeroes, and the number of request queues.
+        let mut config = [0; 40];
+        config.iter_mut().zip(settings.tag.bytes().take(36)).for_each(|(to, from)| *to = from);
+        config[36] = 1;
+        (Self { server: server.clone(), config }, Shares { server })
+    }
+
+    fn server(&self) -> MutexGuard<'_, Server> {
+        self.server.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Shares {
+    /// Runs `with` on the tree, between two requests of the guest.
+    pub fn with_tree<T>(&self, with: impl FnOnce(&mut Tree) -> T) -> T {
+        with(self.server.lock().unwrap_or_else(PoisonError::into_inner).tree())
+    }
+}
+
+impl<B: Bitmap + 'static> Device<B> for Fs {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        COMMON_FEATURES
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn process(
+        &mut self,
+        wake: Wake,
+        queues: &mut [Option<&mut Queue>],
+        memory: &GuestMemoryMmap<B>,
+    ) -> Result<Outcome, QueueError> {
+        let mut outcome = Outcome::default();
+        let Wake::Queue(index) = wake else { return Ok(outcome) };
+        let Some(Some(queue)) = queues.get_mut(index) else { return Ok(outcome) };
+        let fail = |source| QueueError { queue: index, source };
+        let mut taken = 0;
+        queue.disable_notification(memory).map_err(fail)?;
+        loop {
+            // One queue's length at most, so that whoever wants to stop the queue gets a turn.
+            if taken == queue.size() {
+                outcome.again = true;
+                break;
+            }
+            let Some(next) = Chain::next_of(queue, memory, LIMITS).map_err(fail)? else {
+                // Another request may have come in just before notifications were on again.
+                if queue.enable_notification(memory).map_err(fail)? {
+                    queue.disable_notification(memory).map_err(fail)?;
+                    continue;
+                }
+                break;
+            };
+            taken += 1;
+            let written = next.chain.map_or(0, |chain| self.server().serve(chain));
+            queue.add_used(memory, next.head, written).map_err(fail)?;
+        }
+        if taken > 0 && queue.needs_notification(memory).map_err(fail)? {
+            outcome.interrupt_for(index);
+        }
+        Ok(outcome)
+    }
+
+    fn reset(&mut self) {
+        self.server().reset();
+    }
+}
+
+#[cfg(test)]
+mod tests;

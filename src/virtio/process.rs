@@ -1,0 +1,213 @@
+//! The device process beside one QEMU: its devices, and the loop that does what the parent asks.
+//!
+//! The parent starts it with inherited descriptors and talks to it through [`crate::control`]. Each device has
+//! two threads (QEMU's messages, the queues), and the caller's thread serves the control connection. Whatever
+//! sandbox the process is to run in is put around it by the launcher.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crate::control::{Ask, Event, FrameError, Request, receive, send};
+use crate::fs::{Fs, Settings, Share, Shares};
+use crate::vhost_user::{Carrier, CarryError};
+use crate::vsock::{Backend, Connector, Vsock};
+
+/// Descriptors kept for shares, queues and sockets.
+const OTHER_DESCRIPTORS: usize = 128;
+
+/// Most bytes of private memory a device process should need.
+pub const MEMORY_BYTES: u64 = 15 << 20;
+
+/// Why a device process ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// A thread could not be started.
+    #[error("cannot start a device thread")]
+    Thread(#[source] io::Error),
+    /// The vsock device could not be made.
+    #[error("cannot make the vsock device")]
+    Vsock(#[source] io::Error),
+    /// The parent sent what is not a request.
+    #[error("cannot receive from the parent")]
+    Control(#[from] FrameError),
+    /// A device could not be served.
+    #[error("device `{device}` failed")]
+    Device {
+        /// `fs` or `vsock`.
+        device: &'static str,
+        /// Why.
+        #[source]
+        source: CarryError,
+    },
+}
+
+/// Serves the fs (and, where given, vsock) device of one machine.
+///
+/// A vhost-user socket here is the *listener*: a bound, listening unix socket. The parent connects to it
+/// before it starts this process, unlinks its path, and gives the connected end to QEMU
+/// (`-chardev socket,id=fs,fd=N`), or lets QEMU connect by path and unlinks afterwards.
+#[derive(Debug)]
+pub struct DeviceProcess {
+    /// The vhost-user listener of the fs device, tag `kiln`.
+    pub fs: OwnedFd,
+    /// The vhost-user listener of the vsock device, and the guest's CID.
+    pub vsock: Option<(OwnedFd, u64)>,
+    /// The connection to the parent's [`crate::control::Client`].
+    pub control: UnixStream,
+}
+
+impl DeviceProcess {
+    /// Serves until the parent closes the control connection. That QEMU hangs up ends a device, but not the
+    /// process: the record is asked for afterwards.
+    ///
+    /// The limit of open descriptors (RLIMIT_NOFILE) is left as it is and shared out: below about 1,700, there
+    /// are fewer open files and streams than there could be.
+    ///
+    /// # Errors
+    /// See [`ProcessError`].
+    pub fn run(self) -> Result<(), ProcessError> {
+        // Files and streams must not take each other's descriptors, and some are for everything else.
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
+        let settings = Settings::default();
+        let open_files = settings.open_files.min(limit / 4);
+        let most_connections = limit.saturating_sub(open_files + OTHER_DESCRIPTORS);
+        let (fs, shares) = Fs::new(Settings { open_files, ..settings });
+        let mut devices = vec![start("fs", Carrier::new(fs), self.fs)?];
+        let sender = Sender { socket: Arc::new(self.control), sending: Arc::default() };
+        let mut vsock = None;
+        if let Some((listener, guest_cid)) = self.vsock {
+            let listening = Arc::new(Mutex::default());
+            let ports = Ports { listening: Arc::clone(&listening), sender: sender.clone() };
+            let device =
+                Vsock::new(guest_cid, most_connections, Box::new(ports)).map_err(ProcessError::Vsock)?;
+            let (device, connector) = device;
+            devices.push(start("vsock", Carrier::new(device), listener)?);
+            vsock = Some((connector, listening));
+        }
+        Control { sender, shares, vsock }.serve()?;
+        for (device, thread) in devices {
+            // A device whose QEMU still runs ends with the process.
+            if thread.is_finished()
+                && let Ok(Err(source)) = thread.join()
+            {
+                return Err(ProcessError::Device { device, source });
+            }
+        }
+        Ok(())
+    }
+}
+
+type Running = (&'static str, JoinHandle<Result<(), CarryError>>);
+
+fn start<D: crate::device::Device<()> + 'static>(
+    name: &'static str,
+    carrier: Carrier<D>,
+    listener: OwnedFd,
+) -> Result<Running, ProcessError> {
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    let thread = thread.stack_size(256 << 10).spawn(move || carrier.serve(listener));
+    Ok((name, thread.map_err(ProcessError::Thread)?))
+}
+
+/// The sending half of the connection to the parent.
+#[derive(Clone)]
+struct Sender {
+    socket: Arc<UnixStream>,
+    // Held while a frame is sent, so that frames of two threads do not mix.
+    sending: Arc<Mutex<()>>,
+}
+
+impl Sender {
+    fn send(&self, event: &Event, stream: Option<&UnixStream>) -> Result<(), FrameError> {
+        let _sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
+        send(&self.socket, event, stream.map(UnixStream::as_fd))
+    }
+}
+
+/// Ports of the host that the guest may connect to. Shared by the thread that serves the parent, which adds
+/// to it, and the vsock device's.
+type Listening = Arc<Mutex<BTreeSet<u32>>>;
+
+/// What is behind the vsock device: the parent.
+struct Ports {
+    listening: Listening,
+    sender: Sender,
+}
+
+impl Backend for Ports {
+    fn connect_from_guest(&mut self, port: u32) -> Option<UnixStream> {
+        if !self.listening.lock().unwrap_or_else(PoisonError::into_inner).contains(&port) {
+            return None;
+        }
+        let (ours, theirs) = UnixStream::pair().ok()?;
+        self.sender.send(&Event::Accepted { port }, Some(&theirs)).ok()?;
+        Some(ours)
+    }
+}
+
+/// What the parent asks, and who does it.
+struct Control {
+    sender: Sender,
+    shares: Shares,
+    vsock: Option<(Connector, Listening)>,
+}
+
+impl Control {
+    fn serve(&self) -> Result<(), FrameError> {
+        while let Some((request, descriptor)) = receive::<Request>(&self.sender.socket)? {
+            let id = request.id;
+            if let Some(result) = self.answer(request, descriptor)? {
+                self.sender.send(&Event::Reply { id, result }, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what is asked; `None` where the answer will come from elsewhere.
+    fn answer(
+        &self,
+        request: Request,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Option<Result<(), String>>, FrameError> {
+        let id = request.id;
+        Ok(Some(match (request.what, descriptor, &self.vsock) {
+            (Ask::AddShare { name, attributes }, Some(directory), _) => {
+                let share = Share { directory, attributes };
+                let added = self.shares.with_tree(|tree| tree.add_share(&name.0, share));
+                added.map_err(|error| error.to_string())
+            }
+            (Ask::RemoveShare { name }, None, _) => {
+                let removed = self.shares.with_tree(|tree| tree.remove_share(&name.0));
+                if removed { Ok(()) } else { Err("no share of that name".to_owned()) }
+            }
+            (Ask::Finish, None, _) => {
+                self.shares.with_tree(|tree| {
+                    tree.settle();
+                    tree.export(|part| self.sender.send(&Event::Record { id, part }, None))
+                })?;
+                Ok(())
+            }
+            (Ask::Listen { port }, None, Some((_, listening))) => {
+                listening.lock().unwrap_or_else(PoisonError::into_inner).insert(port);
+                Ok(())
+            }
+            (Ask::Connect { port }, Some(stream), Some((connector, _))) => {
+                let sender = self.sender.clone();
+                connector.connect_to_guest(port, stream.into(), move |accepted| {
+                    let refused = || Err("the guest does not accept".to_owned());
+                    let result = if accepted { Ok(()) } else { refused() };
+                    // A parent that is gone ends the process on another thread.
+                    let _ = sender.send(&Event::Reply { id, result }, None);
+                });
+                return Ok(None);
+            }
+            (Ask::Listen { .. } | Ask::Connect { .. }, _, None) => Err("there is no vsock device".to_owned()),
+            _ => Err("a descriptor is missing, or one too many".to_owned()),
+        }))
+    }
+}

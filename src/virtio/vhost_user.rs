@@ -1,0 +1,235 @@
+//! Carries a [`Device`] over the vhost-user protocol to QEMU.
+//!
+//! One [`Carrier`] serves one device on one connection: a thread of the protocol crate's takes QEMU's messages,
+//! another waits for notifications and calls the device. This file locks the queues for the device, raises the
+//! interrupts it returns, and stops serving a device whose driver has broken a queue.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vhost::vhost_user::Listener;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringMutex, VringT};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
+
+use crate::device::{Device, Outcome, Wake};
+
+/// Why a device could not be served.
+#[derive(Debug, thiserror::Error)]
+pub enum CarryError {
+    /// The device could not be set up, or its connection was not accepted.
+    #[error("cannot start the vhost-user device: {0}")]
+    Start(String),
+    /// The device's own descriptor cannot be waited for.
+    #[error("cannot wait for the device's events")]
+    Events(#[source] io::Error),
+    /// QEMU sent what the protocol does not allow.
+    #[error("vhost-user connection failed: {0}")]
+    Connection(String),
+}
+
+/// Serves one device to one QEMU.
+pub struct Carrier<D: Device<()> + 'static> {
+    state: Arc<State<D>>,
+}
+
+struct State<D> {
+    // Protects the device and what is known of its driver. Taken before any queue's lock.
+    device: Mutex<Served<D>>,
+    queues: usize,
+    features: u64,
+}
+
+struct Served<D> {
+    device: D,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    /// The driver broke a queue: nothing is served until it starts anew.
+    broken: bool,
+}
+
+/// A handle to the state, in the form the protocol crate wants.
+struct Backend<D>(Arc<State<D>>);
+
+impl<D> Clone for Backend<D> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<D: Device<()> + 'static> Carrier<D> {
+    /// A carrier of `device`.
+    pub fn new(device: D) -> Self {
+        let state = State {
+            queues: device.queue_sizes().len(),
+            features: device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(),
+            device: Mutex::new(Served { device, memory: no_memory(), broken: false }),
+        };
+        Self { state: Arc::new(state) }
+    }
+
+    /// Accepts one connection on `listener`, a bound and listening unix socket, serves it until QEMU hangs up,
+    /// and returns.
+    ///
+    /// # Errors
+    /// See [`CarryError`]. That QEMU hangs up is none.
+    pub fn serve(self, listener: OwnedFd) -> Result<(), CarryError> {
+        let start = |error: vhost_user_backend::Error| CarryError::Start(error.to_string());
+        let memory = no_memory();
+        let name = "vhost-user".to_owned();
+        let mut daemon = VhostUserDaemon::new(name, Backend(self.state.clone()), memory).map_err(start)?;
+        let events = {
+            let served = self.state.device.lock().unwrap_or_else(PoisonError::into_inner);
+            served.device.events().map(|events| events.as_raw_fd())
+        };
+        if let Some(events) = events {
+            for handler in daemon.get_epoll_handlers() {
+                let data = self.state.queues as u64 + 1;
+                handler.register_listener(events, EventSet::IN, data).map_err(CarryError::Events)?;
+            }
+        }
+        let mut listener = Listener::from(UnixListener::from(listener));
+        daemon.start(&mut listener).map_err(start)?;
+        drop(listener);
+        match daemon.wait() {
+            Ok(()) => Ok(()),
+            Err(vhost_user_backend::Error::HandleRequest(
+                vhost::vhost_user::Error::Disconnected | vhost::vhost_user::Error::PartialMessage,
+            )) => Ok(()),
+            Err(error) => Err(CarryError::Connection(error.to_string())),
+        }
+    }
+}
+
+impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
+    type Bitmap = ();
+    type Vring = VringMutex;
+
+    fn num_queues(&self) -> usize {
+        self.0.queues
+    }
+
+    fn max_queue_size(&self) -> usize {
+        self.with(|served| served.device.queue_sizes().iter().copied().max().unwrap_or(0).into())
+    }
+
+    fn features(&self) -> u64 {
+        self.0.features
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        let mut features = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::RESET_DEVICE;
+        // QEMU keeps the fs device's configuration space itself, and warns where it is offered another.
+        let keeps_config = self.with(|served| served.device.device_type() != crate::fs::DEVICE_TYPE);
+        features.set(VhostUserProtocolFeatures::CONFIG, keeps_config);
+        features
+    }
+
+    fn reset_device(&self) {
+        self.with(|served| {
+            served.device.reset();
+            served.broken = false;
+        });
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The queues know it themselves.
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        self.with(|served| {
+            let config = served.device.config();
+            let offset = offset as usize;
+            let end = offset.saturating_add(size as usize);
+            config.get(offset..end).map(<[u8]>::to_vec).unwrap_or_default()
+        })
+    }
+
+    fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        self.with(|served| served.memory = memory);
+        Ok(())
+    }
+
+    fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
+        new_event_consumer_and_notifier(EventFlag::CLOEXEC | EventFlag::NONBLOCK).ok()
+    }
+
+    fn stop_vring(&self, _queue_index: u32) -> io::Result<()> {
+        // A request is answered before the device's lock is given back, so none is under way here. The driver
+        // that stops a queue is about to start anew.
+        self.with(|served| served.broken = false);
+        Ok(())
+    }
+
+    fn handle_event(
+        &self,
+        event: u16,
+        _ready: EventSet,
+        vrings: &[VringMutex],
+        _thread: usize,
+    ) -> io::Result<()> {
+        let wake = match usize::from(event) {
+            index if index < self.0.queues => Wake::Queue(index),
+            _ => Wake::Events,
+        };
+        let _alive = AbortOnPanic;
+        while self.serve_once(wake, vrings)?.again {}
+        Ok(())
+    }
+}
+
+impl<D: Device<()> + 'static> Backend<D> {
+    fn with<T>(&self, with: impl FnOnce(&mut Served<D>) -> T) -> T {
+        with(&mut self.0.device.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn serve_once(&self, wake: Wake, vrings: &[VringMutex]) -> io::Result<Outcome> {
+        self.with(|served| {
+            let memory = served.memory.memory();
+            let mut states: Vec<_> = vrings.iter().map(VringT::get_mut).collect();
+            let mut queues: Vec<Option<&mut Queue>> = Vec::with_capacity(states.len());
+            for state in &mut states {
+                let runs = !served.broken && state.is_enabled() && state.get_queue().is_valid(&*memory);
+                queues.push(runs.then(|| state.get_queue_mut()));
+            }
+            let outcome = match served.device.process(wake, &mut queues, &memory) {
+                Ok(outcome) => outcome,
+                Err(_) => {
+                    served.broken = true;
+                    Outcome::default()
+                }
+            };
+            for (index, state) in states.iter().enumerate() {
+                if outcome.interrupt >> index & 1 == 1 {
+                    state.signal_used_queue()?;
+                }
+            }
+            Ok(outcome)
+        })
+    }
+}
+
+/// A device whose thread has ended would leave the guest waiting for ever: a panic there ends the process, and
+/// QEMU sees the connection end.
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
+fn no_memory() -> GuestMemoryAtomic<GuestMemoryMmap> {
+    GuestMemoryAtomic::new(GuestMemoryMmap::new())
+}
+
+#[cfg(test)]
+mod tests;

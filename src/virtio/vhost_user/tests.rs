@@ -1,0 +1,227 @@
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
+
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::*;
+use crate::control::{Client, ClientError};
+use crate::fs::record::Observed;
+use crate::fs::{Attributes, Fs, Settings, Share};
+use crate::process::{DeviceProcess, ProcessError};
+use crate::testkit::{Ring, memory, shared_memory};
+
+/// A device process in a thread, its parent, and a driver behind a vhost-user front end.
+struct Machine {
+    process: JoinHandle<Result<(), ProcessError>>,
+    client: Client,
+    fs: Driver,
+    vsock: Driver,
+}
+
+struct Driver {
+    frontend: Frontend,
+    memory: GuestMemoryMmap,
+    ring: Ring,
+    kick: EventFd,
+    call: EventFd,
+}
+
+fn machine() -> Machine {
+    let directory = tempfile::tempdir().expect("directory");
+    let [(fs, fs_stream), (vsock, vsock_stream)] = ["fs", "vsock"].map(|name| {
+        let listener = UnixListener::bind(directory.path().join(name)).expect("socket");
+        let stream = UnixStream::connect(directory.path().join(name)).expect("socket");
+        (OwnedFd::from(listener), stream)
+    });
+    // From here on nobody else can connect.
+    drop(directory);
+    let (ours, control) = UnixStream::pair().expect("pair");
+    let process = DeviceProcess { fs, vsock: Some((vsock, 77)), control };
+    let process = std::thread::spawn(|| process.run());
+    let client = Client::new(ours).expect("client");
+    let (fs, vsock) = (Driver::new(fs_stream, 1), Driver::new(vsock_stream, 1));
+    Machine { process, client, fs, vsock }
+}
+
+impl Driver {
+    /// Brings queue `index` up as QEMU does.
+    fn new(stream: UnixStream, index: usize) -> Self {
+        let mut frontend = Frontend::from_stream(stream, 3);
+        let (memory, ring) = (shared_memory(), Ring::new(index as u64, 64));
+        let (kick, call) = (EventFd::new(0).expect("event"), EventFd::new(0).expect("event"));
+        frontend.set_owner().expect("owner");
+        let features = frontend.get_features().expect("features");
+        frontend.set_features(features & (1 << 30 | 1 << 32)).expect("features");
+        let protocol = frontend.get_protocol_features().expect("features");
+        frontend.set_protocol_features(protocol).expect("features");
+        let regions: Vec<_> = memory
+            .iter()
+            .map(|region| VhostUserMemoryRegionInfo::from_guest_region(region).expect("region"))
+            .collect();
+        frontend.set_mem_table(&regions).expect("memory");
+        let [desc_table_addr, avail_ring_addr, used_ring_addr] = ring
+            .addresses()
+            .map(|address| memory.get_host_address(GuestAddress(address)).expect("address") as u64);
+        let config = VringConfigData {
+            queue_max_size: 64,
+            queue_size: 64,
+            flags: 0,
+            desc_table_addr,
+            used_ring_addr,
+            avail_ring_addr,
+            log_addr: None,
+        };
+        frontend.set_vring_num(index, 64).expect("queue");
+        frontend.set_vring_addr(index, &config).expect("queue");
+        frontend.set_vring_base(index, 0).expect("queue");
+        frontend.set_vring_call(index, &call).expect("queue");
+        frontend.set_vring_kick(index, &kick).expect("queue");
+        frontend.set_vring_enable(index, true).expect("queue");
+        Self { frontend, memory, ring, kick, call }
+    }
+
+    /// Sends one FUSE request, and waits for the interrupt and the answer.
+    fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(40 + body.len()).expect("short");
+        let mut request = [length, opcode, 1, 0].map(u32::to_le_bytes).concat();
+        request.extend(node.to_le_bytes());
+        request.extend([0; 16]);
+        request.extend(body);
+        self.ring.send(&self.memory, &request, 4096);
+        self.kick.write(1).expect("event");
+        self.call.read().expect("event");
+        let (_, length) = self.ring.used(&self.memory).expect("an answer comes before its interrupt");
+        let mut answer = vec![0; length as usize];
+        self.memory.read_slice(&mut answer, GuestAddress(self.ring.answer())).expect("memory");
+        answer
+    }
+
+    fn init(&mut self) {
+        let version: Vec<u8> = [7_u32, 41].into_iter().flat_map(u32::to_le_bytes).chain([0; 56]).collect();
+        assert_eq!(self.ask(26, 0, &version).len(), 80);
+    }
+}
+
+#[test]
+fn a_device_process_serves_its_guest_and_hands_the_record_to_its_parent() {
+    let mut machine = machine();
+    let host = tempfile::tempdir().expect("directory");
+    std::fs::write(host.path().join("f"), "content").expect("file");
+    let directory = File::open(host.path()).expect("directory");
+    let attributes = Attributes::Fixed { mtime_seconds: 0 };
+    machine.client.add_share(b"s", directory.as_fd(), attributes).expect("share");
+    let again = machine.client.add_share(b"s", directory.as_fd(), attributes);
+    assert!(matches!(again, Err(ClientError::Refused(why)) if why.contains("exists")));
+    let not_a_directory = File::open(host.path().join("f")).expect("file");
+    assert!(machine.client.add_share(b"f", not_a_directory.as_fd(), attributes).is_err());
+    assert!(machine.client.remove_share(b"none").is_err());
+
+    machine.fs.init();
+    let share = machine.fs.ask(1, 1, b"s\0");
+    let node = u64::from_le_bytes(*share[16..].first_chunk().expect("entry"));
+    machine.fs.ask(1, node, b"f\0");
+    machine.fs.ask(1, node, b"missing\0");
+    // A device that QEMU has hung up on still has its record.
+    drop(machine.fs);
+    drop(machine.vsock);
+    let record = machine.client.finish().expect("record");
+    let share = &record.shares[0];
+    assert!(record.complete && share.changed.is_empty());
+    assert_eq!(share.missed.iter().map(|path| path.to_string()).collect::<Vec<_>>(), ["missing"]);
+    assert_eq!(share.entries.last().map(|entry| entry.observed), Some(Observed::METADATA));
+    assert_eq!(machine.client.finish().expect("record"), record);
+    drop(machine.client);
+    machine.process.join().expect("thread").expect("a parent that hangs up ends the process");
+}
+
+#[test]
+fn the_guests_context_id_is_in_the_configuration_space() {
+    let mut machine = machine();
+    let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
+    let (_, config) = machine.vsock.frontend.get_config(0, 8, flags, &[0; 8]).expect("configuration");
+    assert_eq!(config, 77_u64.to_le_bytes());
+}
+
+#[test]
+fn a_guest_that_connects_reaches_whoever_listens_at_the_parent() {
+    use std::io::Read as _;
+    let mut machine = machine();
+    let incoming = machine.client.listen(5000).expect("port");
+    let driver = &mut machine.vsock;
+    // REQUEST, then RW with two bytes.
+    for (op, data) in [(1_u16, b"".as_slice()), (5, b"hi")] {
+        let mut packet = [77_u64, 2].map(u64::to_le_bytes).concat();
+        let length = u32::try_from(data.len()).expect("short");
+        packet.extend([1000, 5000, length].map(u32::to_le_bytes).concat());
+        packet.extend([1, op].map(u16::to_le_bytes).concat());
+        packet.extend([0_u32, 65_536, 0].map(u32::to_le_bytes).concat());
+        packet.extend(data);
+        driver.ring.send(&driver.memory, &packet, 0);
+        driver.kick.write(1).expect("event");
+        driver.call.read().expect("event");
+    }
+    let mut stream = incoming.recv().expect("connection");
+    let mut bytes = [0; 2];
+    stream.read_exact(&mut bytes).expect("data");
+    assert_eq!(&bytes, b"hi");
+}
+
+#[test]
+fn a_process_without_a_vsock_device_says_so() {
+    let directory = tempfile::tempdir().expect("directory");
+    let fs = UnixListener::bind(directory.path().join("fs")).expect("socket").into();
+    let (ours, control) = UnixStream::pair().expect("pair");
+    std::thread::spawn(|| DeviceProcess { fs, vsock: None, control }.run());
+    let client = Client::new(ours).expect("client");
+    assert!(matches!(client.listen(1), Err(ClientError::Refused(_))));
+    assert!(matches!(client.connect(1, std::time::Duration::MAX), Err(ClientError::Refused(_))));
+}
+
+#[test]
+fn hv06_a_broken_queue_is_left_alone_until_the_driver_starts_anew() {
+    let (device, shares) = Fs::new(Settings::default());
+    let directory = File::open("/").expect("directory").into();
+    let share = Share { directory, attributes: Attributes::Real };
+    shares.with_tree(|tree| tree.add_share(b"s", share)).expect("share");
+    let backend = Backend(Carrier::new(device).state);
+    let guest = GuestMemoryAtomic::new(memory());
+    backend.update_memory(guest.clone()).expect("memory");
+    let vrings = [0, 1].map(|_| VringMutex::new(guest.clone(), 64).expect("queue"));
+    let mut ring = Ring::new(1, 64);
+    let start = |ring: &Ring| {
+        let [table, available, used] = ring.addresses();
+        vrings[1].set_queue_info(table, available, used).expect("aligned");
+        vrings[1].set_queue_next_avail(0);
+        vrings[1].set_queue_next_used(0);
+        vrings[1].set_queue_ready(true);
+        vrings[1].set_enabled(true);
+    };
+    start(&ring);
+    let memory = guest.memory();
+    let kick = || backend.handle_event(1, EventSet::IN, &vrings, 0).expect("served");
+    ring.send(&memory, &[0; 40], 100);
+    kick();
+    assert!(ring.used(&memory).is_some());
+    ring.set_available(&memory, 3000);
+    kick();
+    // What would have been good is not looked at any more.
+    ring.set_available(&memory, 1);
+    ring.offer(&memory, 0);
+    kick();
+    assert!(ring.used(&memory).is_none());
+    backend.stop_vring(1).expect("stopped");
+    let zero = [0; 16];
+    for address in &ring.addresses()[1..] {
+        memory.write_slice(&zero, GuestAddress(*address)).expect("memory");
+    }
+    ring = Ring::new(1, 64);
+    start(&ring);
+    ring.send(&memory, &[0; 40], 100);
+    kick();
+    assert!(ring.used(&memory).is_some());
+}
