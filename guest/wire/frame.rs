@@ -6,4 +6,4 @@ pub struct FrameReader;
 /// x
 pub const MAX_PAYLOAD_BYTES: usize = 0;
 /// x
-pub fn encode_frame(){}
+pub fn encode_frame() {}

@@ -1,5 +1,7 @@
 //! What a signed index must survive, and what must be refused.
 
+#![allow(clippy::panic, reason = "a test fails by panicking")]
+
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use kiln_openpgp::testing::{SignOptions, TestKey};
