@@ -1,0 +1,8 @@
+//! Debian.
+pub mod control;
+pub mod packages;
+pub mod relation;
+pub mod release;
+pub mod sources;
+pub mod spec;
+pub mod version;
