@@ -1,8 +1,13 @@
-//! File formats that kiln writes itself, and the file tree they are made from.
+//! File formats that kiln writes itself, readers of the formats it takes in, and the file tree between them.
 //!
-//! Everything here is a pure function of a [`tree::Tree`] and the contents it names: no clock, no
-//! environment, no network, and equal input gives equal bytes. It uses nothing of kiln but digests.
+//! Everything here is a pure function of a [`tree::Tree`] and the contents it names: no clock, no environment, no
+//! network, and equal input gives equal bytes. It uses nothing of kiln but digests.
 
+pub mod archive;
+mod content;
 pub mod cpio;
 pub mod erofs;
+pub mod kernel;
 pub mod tree;
+
+pub use content::ContentError;

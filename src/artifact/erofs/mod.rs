@@ -1,1 +1,1 @@
-//! a
+//! The erofs images that roots are.
