@@ -182,6 +182,23 @@ impl Client {
         })
     }
 
+    /// The document that `expected` describes, from the first of `urls` that gives it.
+    ///
+    /// # Errors
+    /// [`FetchError`] of the last URL.
+    pub fn get_exactly(
+        &self,
+        what: &str,
+        urls: &[String],
+        expected: Expected,
+    ) -> Result<Vec<u8>, FetchError> {
+        self.first_of(what, urls, |url| {
+            let mut bytes = Vec::new();
+            self.copy_exactly(what, url, expected, &mut bytes, &|_| {})?;
+            Ok(bytes)
+        })
+    }
+
     /// Puts the blob that `expected` describes into `blobs` from the first of `urls` that gives it, unless it is
     /// there already.
     ///
@@ -269,8 +286,23 @@ impl Client {
         progress: Progress<'_>,
     ) -> Result<(), FetchError> {
         let io = |source| FetchError::Io { what: what.into(), url: url.into(), source };
-        let mut reader = self.open(what, url, expected.size)?.reader;
         let mut writer = blobs.writer().map_err(io)?;
+        self.copy_exactly(what, url, expected, &mut writer, progress)?;
+        writer.finish().map_err(io)?;
+        Ok(())
+    }
+
+    /// Copies what `url` gives to `writer`; an error where it is not what was expected.
+    fn copy_exactly(
+        &self,
+        what: &str,
+        url: &str,
+        expected: Expected,
+        writer: &mut dyn Write,
+        progress: Progress<'_>,
+    ) -> Result<(), FetchError> {
+        let io = |source| FetchError::Io { what: what.into(), url: url.into(), source };
+        let mut reader = self.open(what, url, expected.size)?.reader;
         let mut hasher = Hasher::default();
         let mut buffer = vec![0; 1 << 16];
         let mut found = 0_u64;
@@ -306,7 +338,6 @@ impl Client {
                 found: digest,
             });
         }
-        writer.finish().map_err(io)?;
         Ok(())
     }
 }

@@ -4,3 +4,4 @@
 //! - [`modules`]: which files of a kernel's modules to load, in which order.
 
 pub mod debian;
+pub mod decompress;

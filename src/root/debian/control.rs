@@ -33,11 +33,6 @@ pub struct Paragraph<'a> {
 }
 
 impl<'a> Paragraph<'a> {
-    /// The paragraph's own text.
-    pub fn text(&self) -> &'a str {
-        self.text
-    }
-
     /// The fields in order: name and value, the value trimmed at both ends.
     pub fn fields(&self) -> impl Iterator<Item = Result<(&'a str, &'a str), ControlError>> + use<'a> {
         let mut rest = self.text;
@@ -121,7 +116,7 @@ mod tests {
         fn no_text_makes_the_reader_fail(text in "[a-b:#\n\t é-]{0,60}") {
             for paragraph in paragraphs(&text) {
                 let count = paragraph.fields().count();
-                assert!(count <= paragraph.text().len());
+                assert!(count <= paragraph.text.len());
             }
         }
     }
