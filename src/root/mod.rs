@@ -4,4 +4,5 @@
 //! - [`modules`]: which files of a kernel's modules to load, in which order.
 
 pub mod debian;
-pub mod decompress;
+mod decompress;
+pub mod modules;

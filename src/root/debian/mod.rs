@@ -14,6 +14,7 @@ mod control;
 mod database;
 mod deb;
 mod index;
+mod kernel;
 mod packages;
 mod relation;
 mod release;
@@ -33,6 +34,7 @@ use kiln_artifact::tree::Tree;
 
 pub use deb::DebError;
 pub use index::IndexError;
+pub use kernel::{DEFAULT_KERNEL_SUITE, KernelError, KernelTree};
 pub use packages::PackagesError;
 pub use release::ReleaseError;
 pub use resolve::ResolveError;
@@ -105,6 +107,9 @@ pub enum ArchiveError {
     /// Packages cannot be unpacked.
     #[error(transparent)]
     Unpack(#[from] UnpackError),
+    /// There is no kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
 }
 
 impl ArchiveError {
@@ -117,6 +122,7 @@ impl ArchiveError {
             Self::Resolve(error) => error.hint(),
             Self::Fetch(error) => error.hint(),
             Self::Unpack(error) => error.hint(),
+            Self::Kernel(error) => error.hint(),
         }
     }
 }
