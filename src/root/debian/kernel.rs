@@ -167,20 +167,21 @@ impl Archive {
         let folder = folders.iter().filter_map(|path| TreePath::new(path.as_bytes()).ok());
         let folder = folder.into_iter().find(|path| data.get(path).is_some());
         let folder = folder.ok_or_else(|| incomplete(&folders[0]))?;
-        let text = |name: &str| -> Result<String, KernelError> {
+        let read = |name: &str| -> Result<Vec<u8>, KernelError> {
             let path = folder.join(name.as_bytes())?;
             let missing = || incomplete(&format!("{folder}/{name}"));
             let Some(Node { kind: Kind::File { digest, .. }, .. }) = data.get(&path) else {
                 return Err(missing());
             };
-            let mut text = String::new();
-            let read = self.store.blobs().file(digest).and_then(|mut file| file.read_to_string(&mut text));
+            let mut bytes = Vec::new();
+            let read = self.store.blobs().file(digest).and_then(|mut file| file.read_to_end(&mut bytes));
             read.map_err(|source| KernelError::Read { path, source })?;
-            Ok(text)
+            Ok(bytes)
         };
-        let (order, builtin) = (text("modules.order")?, text("modules.builtin")?);
+        let (order, builtin) = (read("modules.order")?, read("modules.builtin")?);
+        let (order, builtin) = (String::from_utf8_lossy(&order), String::from_utf8_lossy(&builtin));
         let infos = self.module_infos(&data, &folder)?;
-        let modules = Modules::from_infos(infos, &order, &builtin);
+        let modules = Modules::from_infos(infos, &order, &builtin, &read("modules.builtin.modinfo")?);
         let mut builder = Builder::new();
         for (path, node) in data.iter().filter(|(path, _)| !path.is_root()) {
             match &node.kind {

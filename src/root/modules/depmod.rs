@@ -38,8 +38,12 @@ impl Modules {
                 soft.push_str(&format!("softdep {name} pre: {}\n", module.soft_depends.join(" ")));
             }
         }
-        for name in self.builtin.keys() {
+        for name in &self.builtin {
             builtin_index.insert(name, "", 0);
+        }
+        let mut builtin_alias_index = Index::default();
+        for (pattern, name) in &self.builtin_aliases {
+            builtin_alias_index.insert(pattern, name, 0);
         }
         Ok(vec![
             ("modules.dep", dep.into_bytes()),
@@ -50,12 +54,13 @@ impl Modules {
             ("modules.symbols.bin", symbol_index.to_bytes()),
             ("modules.softdep", soft.into_bytes()),
             ("modules.builtin.bin", builtin_index.to_bytes()),
+            ("modules.builtin.alias.bin", builtin_alias_index.to_bytes()),
         ])
     }
 }
 
 /// An alias as modprobe looks for it: `_` for `-`, except within brackets.
-fn normal_alias(alias: &str) -> String {
+pub(super) fn normal_alias(alias: &str) -> String {
     let mut is_inside = false;
     let normal = alias.chars().map(|letter| {
         match letter {

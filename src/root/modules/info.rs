@@ -120,6 +120,17 @@ impl ModuleInfo {
     }
 }
 
+/// The aliases in `modules.builtin.modinfo` (`NAME.alias=ALIAS`), `_` for `-`, each with the name of its module.
+pub(super) fn builtin_aliases(modinfo: &[u8]) -> Vec<(String, String)> {
+    let entries = modinfo.split(|&byte| byte == 0).filter_map(|entry| std::str::from_utf8(entry).ok());
+    let aliases = entries.filter_map(|entry| {
+        let (key, alias) = entry.split_once('=')?;
+        let name = key.strip_suffix(".alias")?;
+        Some((super::depmod::normal_alias(alias), super::normal_name(name)))
+    });
+    aliases.collect()
+}
+
 /// The names after `pre:` in a soft dependency: `pre: a b post: c`.
 fn soft_before(value: &str) -> Vec<String> {
     let mut is_before = false;

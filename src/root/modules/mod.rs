@@ -70,8 +70,10 @@ struct Module {
 pub struct Modules {
     /// By normal name.
     modules: BTreeMap<String, Module>,
-    /// Normal names of what is part of the kernel itself, and their paths.
-    builtin: BTreeMap<String, String>,
+    /// What is part of the kernel itself, by normal name.
+    builtin: BTreeSet<String>,
+    /// The aliases of what is part of the kernel itself, and its normal names.
+    builtin_aliases: Vec<(String, String)>,
 }
 
 impl Modules {
@@ -91,15 +93,16 @@ impl Modules {
             };
             modules.insert(normal_name(&module.path), module);
         }
-        Ok(Self { modules, builtin: names_and_paths(builtin) })
+        Ok(Self { modules, builtin: names(builtin), builtin_aliases: Vec::new() })
     }
 
-    /// Modules from what each says of itself, by path below the folder of modules, and the text of
-    /// `modules.order` and `modules.builtin`.
+    /// Modules from what each says of itself, by path below the folder of modules, and the contents of
+    /// `modules.order`, `modules.builtin` and `modules.builtin.modinfo`.
     pub fn from_infos(
         infos: impl IntoIterator<Item = (String, ModuleInfo)>,
         order: &str,
         builtin: &str,
+        builtin_modinfo: &[u8],
     ) -> Self {
         let places: BTreeMap<String, u32> =
             (0..).zip(order.lines()).map(|(n, line)| (normal_name(line), n)).collect();
@@ -115,7 +118,11 @@ impl Modules {
             };
             (name, module)
         });
-        Self { modules: modules.collect(), builtin: names_and_paths(builtin) }
+        Self {
+            modules: modules.collect(),
+            builtin: names(builtin),
+            builtin_aliases: info::builtin_aliases(builtin_modinfo),
+        }
     }
 
     /// How many modules there are that can be loaded.
@@ -130,7 +137,7 @@ impl Modules {
 
     /// Whether `name` is part of the kernel itself.
     pub fn is_builtin(&self, name: &str) -> bool {
-        self.builtin.contains_key(&normal_name(name))
+        self.builtin.contains(&normal_name(name))
     }
 
     /// The files to load for the modules `wanted`, by path below the folder of modules: each once, after all
@@ -154,10 +161,13 @@ impl Modules {
         Ok(walk.order)
     }
 
-    /// The modules that `name_or_alias` stands for.
+    /// The modules that `name_or_alias` stands for; none where the kernel itself answers to it.
     fn standing_for(&self, name_or_alias: &str) -> Vec<String> {
         let name = normal_name(name_or_alias);
-        if self.modules.contains_key(&name) || self.builtin.contains_key(&name) {
+        if self.builtin.contains(&name) || self.builtin_aliases.iter().any(|(alias, _)| *alias == name) {
+            return Vec::new();
+        }
+        if self.modules.contains_key(&name) {
             return vec![name];
         }
         let has_alias = |module: &Module| module.aliases.iter().any(|alias| alias.replace('-', "_") == name);
@@ -165,9 +175,8 @@ impl Modules {
     }
 }
 
-fn names_and_paths(lines: &str) -> BTreeMap<String, String> {
-    let paths = lines.lines().map(str::trim).filter(|path| !path.is_empty());
-    paths.map(|path| (normal_name(path), path.to_owned())).collect()
+fn names(paths: &str) -> BTreeSet<String> {
+    paths.lines().map(str::trim).filter(|path| !path.is_empty()).map(normal_name).collect()
 }
 
 /// A walk over what modules need, deepest first.
@@ -185,7 +194,7 @@ impl Walk<'_> {
             return Ok(());
         }
         let Some(module) = self.modules.modules.get(name) else {
-            if self.modules.builtin.contains_key(name) {
+            if self.modules.builtin.contains(name) {
                 return Ok(());
             }
             return Err(ModulesError::Unknown {
@@ -274,9 +283,17 @@ kernel/net/vsock.ko.xz:
                 ("kernel/xfs.ko".to_owned(), info(&["libcrc32c"], &[], &[])),
             ],
             "",
-            "",
+            "kernel/sha.ko\n",
+            b"",
         );
         let order = modules.load_order(&["xfs"]).expect("an order");
         assert_eq!(order, ["kernel/crc32c_generic.ko", "kernel/libcrc32c.ko", "kernel/xfs.ko"]);
+        let builtin = b"sha.license=GPL\0sha.alias=crc32c\0junk\0";
+        let infos = [
+            ("kernel/libcrc32c.ko".to_owned(), info(&[], &["crc32c"], &[])),
+            ("kernel/crc32c_intel.ko".to_owned(), info(&[], &[], &["crc32c"])),
+        ];
+        let modules = Modules::from_infos(infos, "", "kernel/sha.ko\n", builtin);
+        assert_eq!(modules.load_order(&["libcrc32c"]).expect("an order"), ["kernel/libcrc32c.ko"]);
     }
 }
