@@ -129,7 +129,7 @@ mod tests {
 
     fn xz(bytes: &[u8]) -> Vec<u8> {
         let mut writer =
-            lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(6)).expect("a writer");
+            lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(0)).expect("a writer");
         writer.write_all(bytes).expect("memory");
         writer.finish().expect("memory")
     }
@@ -161,7 +161,7 @@ mod tests {
 
     #[test]
     fn changed_cut_and_extended_streams_are_errors_and_no_panic() {
-        let sample: Vec<u8> = sample()[..4000].to_vec();
+        let sample: Vec<u8> = sample()[..1000].to_vec();
         let zstd = zstd::encode_all(&sample[..], 3).expect("memory");
         for (compression, good) in [(Compression::Xz, xz(&sample)), (Compression::Zstd, zstd)] {
             for position in 0..good.len() {

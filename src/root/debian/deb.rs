@@ -267,57 +267,24 @@ impl<R: Read> Ar<R> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::{File, ar, tar_of};
     use super::*;
-
-    fn ar(members: &[(&str, &[u8])]) -> Vec<u8> {
-        let mut bytes = AR_MAGIC.to_vec();
-        for (name, content) in members {
-            bytes.extend(
-                format!("{name:<16}{:<12}{:<6}{:<6}{:<8}{:<10}`\n", 0, 0, 0, 100_644, content.len()).bytes(),
-            );
-            bytes.extend_from_slice(content);
-            if content.len() % 2 == 1 {
-                bytes.push(b'\n');
-            }
-        }
-        bytes
-    }
-
-    fn tar_of(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
-        let mut builder = ::tar::Builder::new(Vec::new());
-        for (name, mode, bytes) in files {
-            let mut header = ::tar::Header::new_gnu();
-            let is_folder = name.ends_with('/');
-            header.set_entry_type(if is_folder {
-                ::tar::EntryType::Directory
-            } else {
-                ::tar::EntryType::Regular
-            });
-            header.set_size(bytes.len() as u64);
-            header.set_mode(*mode);
-            header.set_uid(0);
-            header.set_gid(0);
-            header.set_mtime(7);
-            builder.append_data(&mut header, name, *bytes).expect("memory");
-        }
-        builder.into_inner().expect("memory")
-    }
 
     const CONTROL: &[u8] = b"Package: hello\nVersion: 1-1\nArchitecture: amd64\nDescription: x\n";
 
     fn parts() -> (Vec<u8>, Vec<u8>) {
         let control = tar_of(&[
-            ("./", 0o755, b""),
-            ("./control", 0o644, CONTROL),
-            ("./postinst", 0o755, b"#!/bin/sh\n"),
-            ("./conffiles", 0o644, b"/etc/hello\n\n"),
+            ("./", File::Folder(0o755)),
+            ("./control", File::Plain(0o644, CONTROL)),
+            ("./postinst", File::Plain(0o755, b"#!/bin/sh\n")),
+            ("./conffiles", File::Plain(0o644, b"/etc/hello\n\n")),
         ]);
         let data = tar_of(&[
-            ("./", 0o755, b""),
-            ("./bin/", 0o755, b""),
-            ("./bin/hello", 0o4755, b"hello"),
-            ("./etc/", 0o755, b""),
-            ("./etc/hello", 0o644, b"x=1\n"),
+            ("./", File::Folder(0o755)),
+            ("./bin/", File::Folder(0o755)),
+            ("./bin/hello", File::Plain(0o4755, b"hello")),
+            ("./etc/", File::Folder(0o755)),
+            ("./etc/hello", File::Plain(0o644, b"x=1\n")),
         ]);
         (zstd::encode_all(&control[..], 1).expect("memory"), zstd::encode_all(&data[..], 1).expect("memory"))
     }
@@ -363,9 +330,13 @@ mod tests {
         ] {
             assert!(read(&ar(&members)).is_err(), "{members:?}");
         }
-        let script = tar_of(&[("./control", 0o644, CONTROL), ("./a/", 0o755, b""), ("./a/b", 0o644, b"")]);
+        let script = tar_of(&[
+            ("./control", File::Plain(0o644, CONTROL)),
+            ("./a/", File::Folder(0o755)),
+            ("./a/b", File::Plain(0o644, b"")),
+        ]);
         assert!(read(&ar(&[binary, ("control.tar", &script), d])).is_err());
-        let none = tar_of(&[("./postinst", 0o644, b"")]);
+        let none = tar_of(&[("./postinst", File::Plain(0o644, b""))]);
         assert!(read(&ar(&[binary, ("control.tar", &none), d])).is_err());
         assert!(read(b"").is_err());
         assert!(read(b"!<arch>\n").is_err());

@@ -21,6 +21,10 @@ mod release;
 mod resolve;
 mod sources;
 mod spec;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod unpack;
 mod version;
 

@@ -402,8 +402,8 @@ impl<'a> Walk<'_, 'a> {
                 let providers = self.provided.get(relation.name).into_iter().flatten();
                 let provider =
                     providers.filter(|(_, version)| provides(&relation, *version)).map(|&(taken, _)| taken);
-                for taken in real.into_iter().chain(provider).filter(|&taken| other(self.package(taken).name))
-                {
+                let mut others = real.into_iter().chain(provider);
+                if let Some(taken) = others.find(|&taken| other(self.package(taken).name)) {
                     let whole = self.chain(taken).join(" → ");
                     return Ok(Some(format!("it conflicts with {relation}, needed by {whole}")));
                 }

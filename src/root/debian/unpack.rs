@@ -334,17 +334,14 @@ impl Layout<'_> {
         conffiles: &BTreeSet<TreePath>,
     ) -> Result<bool, UnpackError> {
         let is_folder = node.kind == Kind::Directory;
-        match self.builder.get(&place).map(|there| &there.kind) {
+        let there = self.builder.get(&place).map(|there| there.kind.clone());
+        match there {
             Some(Kind::Directory) if is_folder => return Ok(true),
             // As dpkg: a folder stays where a link to one is shipped, and the other way round.
             Some(Kind::Directory) if matches!(node.kind, Kind::Symlink(_)) => return Ok(true),
             Some(Kind::Symlink(_)) if is_folder && self.leads_to_folder(&place) => return Ok(true),
-            Some(_) => {
-                if !self.may_take(index, &place)? {
-                    return Ok(false);
-                }
-            }
-            None => {}
+            Some(_) if !self.may_take(index, &place)? => return Ok(false),
+            _ => {}
         }
         if let Kind::HardLink(target) = &node.kind {
             let target = self.place(index, target, conffiles.contains(target))?;

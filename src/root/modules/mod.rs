@@ -227,6 +227,16 @@ impl Walk<'_> {
 }
 
 #[cfg(test)]
+pub(crate) mod testing {
+    //! Modules for the tests of others.
+
+    /// A module whose section `.modinfo` is `modinfo`.
+    pub(crate) fn module(modinfo: &[u8]) -> Vec<u8> {
+        super::info::tests::module(modinfo, &[])
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
