@@ -22,13 +22,17 @@ if dpkg-query -W -f '${db:Status-Abbrev} ${binary:Package}\n' | grep -v '^ii ' >
     exit 1
 fi
 
-# What tells when, where or in which order this ran, and is made anew by whoever needs it.
+# What tells when, where or in which order this ran, or is a secret of one machine: whoever needs it makes it anew.
 rm -f /usr/sbin/policy-rc.d
-rm -rf /var/cache/ldconfig/aux-cache /var/lib/systemd/random-seed /var/lib/dpkg/lock /var/lib/dpkg/lock-frontend \
-    /var/lib/dpkg/triggers/Lock /var/lib/dpkg/*-old /var/cache/debconf/*-old /root/.rnd /etc/.pwd.lock \
-    /etc/passwd- /etc/group- /etc/shadow- /etc/gshadow- /etc/subuid- /etc/subgid-
+rm -rf /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old /var/cache/fontconfig/* /var/cache/man/* \
+    /var/lib/dpkg/lock /var/lib/dpkg/lock-frontend /var/lib/dpkg/triggers/Lock /var/lib/dpkg/*-old \
+    /var/lib/systemd/random-seed /var/lib/dbus/machine-id /etc/ssh/ssh_host_*_key /etc/ssh/ssh_host_*_key.pub \
+    /root/.rnd /etc/.pwd.lock /etc/passwd- /etc/group- /etc/shadow- /etc/gshadow- /etc/subuid- /etc/subgid-
 find /var/log -xdev -type f -exec rm -f {} +
-find /tmp /var/tmp /run -xdev -mindepth 1 -delete
+for folder in /tmp /var/tmp /run; do
+    # What is mounted there is the machine's own and not part of the root.
+    mountpoint -q "$folder" || find "$folder" -xdev -mindepth 1 -delete
+done
 if [ -e /etc/machine-id ]; then
     : >/etc/machine-id
 fi

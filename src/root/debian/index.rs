@@ -27,6 +27,14 @@ pub enum IndexError {
     /// They cannot be fetched.
     #[error(transparent)]
     Fetch(#[from] FetchError),
+    /// The archive has no such suite.
+    #[error("there is no suite `{suite}` at `{uri}`")]
+    NoSuite {
+        /// The suite.
+        suite: String,
+        /// The archive.
+        uri: String,
+    },
     /// A keyring cannot be read.
     #[error("keyring `{path}` cannot be read")]
     Keyring {
@@ -93,6 +101,7 @@ impl IndexError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Fetch(error) => error.hint(),
+            Self::NoSuite { .. } => Some("check the suite's name (as in bookworm or trixie) and the mirror".into()),
             Self::Verify { source: VerifyError::UnknownKey { .. } | VerifyError::EmptyKeyring, .. } => Some(
                 "install a newer debian-archive-keyring, or name a key file that you trust with --debian-keyring FILE"
                     .into(),
@@ -154,10 +163,15 @@ impl Archive {
         let (verified, sha256) =
             match self.client.get(&what("InRelease"), &urls("InRelease"), MAX_RELEASE_BYTES) {
                 Ok(bytes) => (kiln_openpgp::verify_cleartext(&bytes, keyrings, now), Digest::of(&bytes)),
-                Err(missing @ FetchError::Missing { .. }) => {
-                    let Ok(text) = self.client.get(&what("Release"), &urls("Release"), MAX_RELEASE_BYTES)
-                    else {
-                        return Err(missing.into());
+                Err(FetchError::Missing { .. }) => {
+                    let text = match self.client.get(&what("Release"), &urls("Release"), MAX_RELEASE_BYTES) {
+                        Err(FetchError::Missing { .. }) => {
+                            return Err(IndexError::NoSuite {
+                                suite: suite.clone(),
+                                uri: pocket.uris.join(" "),
+                            });
+                        }
+                        text => text?,
                     };
                     let signature =
                         self.client.get(&what("Release.gpg"), &urls("Release.gpg"), MAX_RELEASE_BYTES)?;

@@ -159,11 +159,11 @@ impl<'a> Universe<'a> {
         let mut near: Vec<_> = names
             .into_iter()
             .filter(|name| name.len().abs_diff(wanted.len()) <= limit)
-            .map(|name| (distance(wanted, name), name))
-            .filter(|(distance, _)| *distance <= limit)
+            .map(|name| (distance(wanted, name), wanted.get(..1) != name.get(..1), name))
+            .filter(|(distance, ..)| *distance <= limit)
             .collect();
         near.sort_unstable();
-        near.into_iter().take(SUGGESTIONS).map(|(_, name)| name.to_owned()).collect()
+        near.into_iter().take(SUGGESTIONS).map(|(.., name)| name.to_owned()).collect()
     }
 
     /// The package that `name` and `wanted` (a version) stand for when a person names them.
