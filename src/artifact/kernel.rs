@@ -7,6 +7,8 @@
 
 use std::io::{self, Read};
 
+use lzma_rust2::{Action, Status, XzStream};
+
 /// The longest uncompressed kernel that is accepted.
 pub const MAX_KERNEL_BYTES: u64 = 512 << 20;
 
@@ -179,9 +181,7 @@ fn decompress(payload: &[u8]) -> Result<Vec<u8>, KernelError> {
         }
         // The length at the end of a gzip stream is its own (RFC 1952, ISIZE), so the stream is the whole payload.
         [0x1f, 0x8b, ..] => bounded(flate2::bufread::GzDecoder::new(payload), "gzip", check_length()?)?,
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => {
-            bounded(lzma_rust2::XzReader::new(stream, false), "xz", check_length()?)?
-        }
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => xz(stream, check_length()?)?,
         [0x02, 0x21, 0x4c, 0x18, blocks @ ..] => lz4_legacy(blocks, check_length()?)?,
         [b'B', b'Z', b'h', ..] => return Err(KernelError::UnsupportedCompression("bzip2")),
         [0x5d, 0, 0, ..] => return Err(KernelError::UnsupportedCompression("lzma")),
@@ -207,6 +207,29 @@ fn bounded(reader: impl Read, format: &'static str, limit_bytes: u64) -> Result<
         });
     }
     Ok(bytes)
+}
+
+/// An xz stream. The kernel build's dictionary has 32 or 128 MiB (`scripts/xz_wrap.sh`); the format could ask for 4 GiB.
+fn xz(mut stream: &[u8], length: u64) -> Result<Vec<u8>, KernelError> {
+    const MEMORY_LIMIT_KIB: u32 = 192 << 10;
+    let failed = |source| KernelError::Decompress { format: "xz", source };
+    let mut decoder = XzStream::new_mem_limit(false, MEMORY_LIMIT_KIB);
+    let mut bytes = Vec::new();
+    let mut piece = vec![0; 1 << 20];
+    loop {
+        let done = decoder.process(stream, &mut piece, Action::Finish).map_err(failed)?;
+        bytes.extend_from_slice(&piece[..done.bytes_produced]);
+        if bytes.len() as u64 > length {
+            return Err(KernelError::BadHeader("uncompressed length"));
+        }
+        if done.status == Status::StreamEnd {
+            return Ok(bytes);
+        }
+        if done.bytes_consumed == 0 && done.bytes_produced == 0 {
+            return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+        }
+        stream = &stream[done.bytes_consumed..];
+    }
 }
 
 /// The "legacy" frame of LZ4 (lz4_Frame_format.md, "Legacy frame"), after its magic number: blocks, each with its
@@ -290,4 +313,242 @@ fn xen_entry(mut notes: &[u8]) -> Result<Option<u64>, KernelError> {
         notes = notes.get(next..).unwrap_or_default();
     }
     Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const RELEASE: &str = "6.12.95+deb12-cloud-amd64";
+
+    /// An ELF file with one loaded segment, `banner` in it, and a note segment of `notes`.
+    fn elf(banner: &str, notes: &[u8]) -> Vec<u8> {
+        let mut elf = vec![0; 64 + 2 * 56];
+        elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        elf[18] = 62;
+        elf[32] = 64;
+        elf[54] = 56;
+        elf[56] = 2;
+        let body = [vec![0x90; 5000], banner.as_bytes().to_vec(), vec![0; 3]].concat();
+        let load_at = elf.len();
+        for (header, kind, at, length) in
+            [(64, 1, load_at, body.len()), (120, 4, load_at + body.len(), notes.len())]
+        {
+            elf[header] = kind;
+            elf[header + 8..header + 16].copy_from_slice(&(at as u64).to_le_bytes());
+            elf[header + 32..header + 40].copy_from_slice(&(length as u64).to_le_bytes());
+        }
+        [elf, body, notes.to_vec()].concat()
+    }
+
+    fn note(name: &[u8], kind: u32, value: &[u8]) -> Vec<u8> {
+        let mut note = Vec::new();
+        for number in
+            [u32::try_from(name.len()).expect("short"), u32::try_from(value.len()).expect("short"), kind]
+        {
+            note.extend(number.to_le_bytes());
+        }
+        for part in [name, value] {
+            note.extend(part);
+            note.resize(note.len().next_multiple_of(4), 0);
+        }
+        note
+    }
+
+    fn vmlinux() -> Vec<u8> {
+        let notes = [note(b"GNU\0", 3, b"build"), note(b"Xen\0", 18, &0x100_0a30_u64.to_le_bytes())].concat();
+        elf(&format!("Linux version %s\0Linux version {RELEASE} (builder)"), &notes)
+    }
+
+    /// A bzImage of protocol 2.15 round a payload.
+    fn bz_image(payload: &[u8], setup_sectors: u8) -> Vec<u8> {
+        let setup_bytes = (usize::from(if setup_sectors == 0 { 4 } else { setup_sectors }) + 1) * 512;
+        let mut image = vec![0; setup_bytes + 100];
+        image[0x1f1] = setup_sectors;
+        image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x206..0x208].copy_from_slice(&[0x0f, 0x02]);
+        image[0x20e..0x210].copy_from_slice(&[0x00, 0x02]);
+        image[0x248] = 100;
+        image[0x24c..0x250].copy_from_slice(&u32::try_from(payload.len()).expect("short").to_le_bytes());
+        let version = format!("{RELEASE} (someone@somewhere) #1 SMP\0");
+        image[0x400..0x400 + version.len()].copy_from_slice(version.as_bytes());
+        [image, payload.to_vec(), vec![0; 50]].concat()
+    }
+
+    fn with_length(stream: Vec<u8>, length: usize) -> Vec<u8> {
+        [stream, u32::try_from(length).expect("short").to_le_bytes().to_vec()].concat()
+    }
+
+    fn zstd_payload(content: &[u8]) -> Vec<u8> {
+        with_length(zstd::encode_all(content, 1).expect("memory"), content.len())
+    }
+
+    fn payloads(content: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(content).expect("memory");
+        let mut xz =
+            lzma_rust2::XzWriter::new(Vec::new(), lzma_rust2::XzOptions::with_preset(1)).expect("memory");
+        xz.write_all(content).expect("memory");
+        let mut lz4 = vec![0x02, 0x21, 0x4c, 0x18];
+        for block in content.chunks(8 << 20) {
+            let block = lz4_flex::block::compress(block);
+            lz4.extend(u32::try_from(block.len()).expect("short").to_le_bytes());
+            lz4.extend(block);
+        }
+        vec![
+            ("none", content.to_vec()),
+            ("zstd", zstd_payload(content)),
+            ("gzip", gzip.finish().expect("memory")),
+            ("xz", with_length(xz.finish().expect("memory"), content.len())),
+            ("lz4", with_length(lz4, content.len())),
+        ]
+    }
+
+    #[test]
+    fn every_compression_gives_the_same_kernel() {
+        let elf = vmlinux();
+        let expected =
+            Kernel { elf: elf.clone(), release: Some(RELEASE.into()), pvh_entry: Some(0x100_0a30) };
+        for (format, payload) in payloads(&elf) {
+            for setup_sectors in [0, 4, 63] {
+                let kernel = read(&bz_image(&payload, setup_sectors)).expect(format);
+                assert_eq!(kernel, expected, "{format}");
+            }
+        }
+        assert_eq!(read(&elf).expect("an ELF file"), expected);
+    }
+
+    #[test]
+    fn lz4_kernels_have_more_than_one_block() {
+        let mut content = vmlinux();
+        content.resize(20 << 20, 0x90);
+        let (_, payload) = payloads(&content).pop().expect("lz4 is last");
+        assert!(read(&bz_image(&payload, 4)).expect("a kernel").elf == content);
+    }
+
+    #[test]
+    fn a_kernel_may_lack_release_and_entry() {
+        let kernel = read(&elf("", &note(b"Xenon\0", 18, &[0; 8]))).expect("an ELF file");
+        assert_eq!((kernel.release, kernel.pvh_entry), (None, None));
+        let kernel = read(&elf("", &note(b"Xen\0", 18, &[1, 0, 0, 0]))).expect("an ELF file");
+        assert_eq!(kernel.pvh_entry, Some(1));
+        let mut image = bz_image(&zstd_payload(&vmlinux()), 4);
+        image[0x20e..0x210].fill(0);
+        assert_eq!(read(&image).expect("a kernel").release.as_deref(), Some(RELEASE));
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        for (format, payload) in payloads(&vmlinux()) {
+            let image = bz_image(&payload, 4);
+            let needed = image.len() - 50;
+            for end in (0..needed).filter(|end| end % 7 == 0 || *end < 0x300 || needed - end < 40) {
+                assert!(read(&image[..end]).is_err(), "{format} cut at {end}");
+                // A payload that is cut, in an image that says so and is whole.
+                let header_end = 5 * 512 + 100;
+                if end > header_end && format != "none" {
+                    assert!(read(&bz_image(&payload[..end - header_end], 4)).is_err(), "{format} of {end}");
+                }
+            }
+            read(&image[..needed]).expect(format);
+        }
+        let elf = vmlinux();
+        for end in 0..elf.len() {
+            assert!(read(&elf[..end]).is_err(), "an ELF file cut at {end}");
+        }
+    }
+
+    #[test]
+    fn headers_that_lie_are_told_from_each_other() {
+        let payload = zstd_payload(&vmlinux());
+        let changed = |at: usize, bytes: &[u8]| {
+            let mut image = bz_image(&payload, 4);
+            image[at..at + bytes.len()].copy_from_slice(bytes);
+            read(&image)
+        };
+        assert!(matches!(read(b""), Err(KernelError::NotAKernel)));
+        assert!(matches!(changed(0x1fe, &[0, 0]), Err(KernelError::NotAKernel)));
+        assert!(matches!(changed(0x202, b"hdrs"), Err(KernelError::NotAKernel)));
+        assert!(matches!(changed(0x206, &[7, 2]), Err(KernelError::OldProtocol { major: 2, minor: 7 })));
+        assert!(matches!(changed(0x248, &[0xff; 4]), Err(KernelError::Truncated("payload"))));
+        assert!(matches!(changed(0x24c, &[0xff; 4]), Err(KernelError::Truncated("payload"))));
+        assert!(matches!(changed(0x24c, &[0, 0, 0, 0]), Err(KernelError::Truncated("payload"))));
+        assert!(matches!(changed(0x20e, &[0xff; 2]), Err(KernelError::BadHeader("kernel_version"))));
+        assert!(matches!(changed(0x1f1, &[255]), Err(KernelError::Truncated(_))));
+        let mut short = payload.clone();
+        short.truncate(payload.len() - 4);
+        let says = |length: u32| read(&bz_image(&[short.clone(), length.to_le_bytes().to_vec()].concat(), 4));
+        let length = u32::try_from(vmlinux().len()).expect("short");
+        says(length).expect("a kernel");
+        assert!(matches!(says(length - 1), Err(KernelError::BadHeader("uncompressed length"))));
+        assert!(matches!(says(length + 1), Err(KernelError::BadHeader("uncompressed length"))));
+        assert!(matches!(says((512 << 20) + 1), Err(KernelError::TooLarge)));
+        for magic in [&b"BZh9"[..], b"\x5d\0\0\0", b"\x89LZO", b"\0\0\0\0"] {
+            let unsupported = read(&bz_image(&[magic, &[0; 100]].concat(), 4));
+            assert!(
+                matches!(unsupported, Err(KernelError::UnsupportedCompression(_))),
+                "{}",
+                magic.escape_ascii()
+            );
+        }
+        assert!(matches!(read(&bz_image(&zstd_payload(b"no ELF file"), 4)), Err(KernelError::NotElf)));
+        for at in [4, 5, 18] {
+            let mut elf = vmlinux();
+            elf[at] ^= 0xff;
+            assert!(matches!(read(&elf), Err(KernelError::NotElf)), "byte {at}");
+        }
+    }
+
+    #[test]
+    fn a_payload_that_grows_beyond_its_length_is_stopped() {
+        // 1 GiB of zeros, as long as it says or far longer.
+        let mut bomb = zstd::stream::Encoder::new(Vec::new(), 1).expect("memory");
+        for _ in 0..1024 {
+            bomb.write_all(&vec![0; 1 << 20]).expect("memory");
+        }
+        let bomb = bomb.finish().expect("memory");
+        let says = |length: u32| read(&bz_image(&[bomb.clone(), length.to_le_bytes().to_vec()].concat(), 4));
+        assert!(matches!(says(1 << 30), Err(KernelError::TooLarge)));
+        assert!(matches!(says(1 << 20), Err(KernelError::BadHeader("uncompressed length"))));
+    }
+
+    #[test]
+    fn an_xz_stream_that_wants_gigabytes_is_refused() {
+        let (_, mut payload) = payloads(&vmlinux()).remove(3);
+        read(&bz_image(&payload, 4)).expect("a kernel");
+        // The xz file format 1.2.1, §3.1: after the stream header a block header: length, flags, LZMA2's filter number,
+        // one byte of properties, which is the dictionary's size (§5.3.1), padding, CRC32.
+        assert_eq!(payload[12..16], [2, 0, 0x21, 1]);
+        payload[16] = 40;
+        let mut crc = flate2::Crc::new();
+        crc.update(&payload[12..20]);
+        payload[20..24].copy_from_slice(&crc.sum().to_le_bytes());
+        let refused = read(&bz_image(&payload, 4)).expect_err("4 GiB of dictionary");
+        let KernelError::Decompress { format: "xz", source } = refused else { unreachable!("{refused}") };
+        assert!(source.to_string().contains("memory"), "{source}");
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_never_panic(changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+            for (_, payload) in payloads(&vmlinux()) {
+                let mut image = bz_image(&payload, 4);
+                let mut elf = vmlinux();
+                for (at, byte) in &changes {
+                    let in_headers = at.index(0x260);
+                    image[in_headers] = *byte;
+                    let anywhere = at.index(image.len());
+                    image[anywhere] = *byte;
+                    elf[at.index(64 + 2 * 56)] = *byte;
+                }
+                let _ = read(&image);
+                let _ = read(&elf);
+            }
+        }
+    }
 }

@@ -93,44 +93,59 @@ pub(crate) fn entries() -> impl Strategy<Value = Entry> {
 
 /// A tree and the contents of its files.
 pub(crate) fn trees_with_contents() -> impl Strategy<Value = (Tree, BTreeMap<Digest, Vec<u8>>)> {
-    (metas(), vec((paths(), entries()), 0..40)).prop_map(|(root, named)| {
-        let mut builder = Builder::new();
-        builder.put(TreePath::root(), Node { kind: Kind::Directory, meta: root });
-        let mut contents = BTreeMap::new();
-        let mut given: Vec<TreePath> = Vec::new();
-        for (path, entry) in named {
-            let mut missing = Vec::new();
-            let mut folder = path.parent();
-            while let Some(ancestor) = folder {
-                folder = ancestor.parent();
-                missing.push(ancestor);
-            }
-            for ancestor in missing.into_iter().rev() {
-                if !matches!(builder.get(&ancestor), Some(Node { kind: Kind::Directory, .. })) {
-                    let meta = Meta { mode: 0o755, ..Meta::default() };
-                    builder.put(ancestor, Node { kind: Kind::Directory, meta });
-                }
-            }
-            match entry {
-                Entry::Node(node, content) => {
-                    if let Kind::File { digest, .. } = node.kind {
-                        contents.insert(digest, content);
-                    }
-                    builder.put(path.clone(), node);
-                }
-                // A name that is gone again, or a folder's, makes no link.
-                Entry::Link(back) if !given.is_empty() => {
-                    let _ = builder.link(path.clone(), &given[back % given.len()]);
-                }
-                Entry::Link(_) => {}
-            }
-            given.push(path);
-        }
-        (builder.finish().expect("parents were made"), contents)
-    })
+    (metas(), vec((paths(), entries()), 0..40)).prop_map(|(root, named)| assembled(root, named))
 }
 
 /// A tree alone.
 pub(crate) fn trees() -> impl Strategy<Value = Tree> {
     trees_with_contents().prop_map(|(tree, _)| tree)
+}
+
+/// A tree whose shape is all that matters: many folders, FIFOs and hard links under few names.
+pub(crate) fn shapes() -> impl Strategy<Value = Tree> {
+    let node = |kind: Kind| {
+        let kinds = Just(kind);
+        (kinds, 0..8_u16).prop_map(|(kind, mode)| {
+            Entry::Node(Node { kind, meta: Meta { mode, ..Meta::default() } }, vec![])
+        })
+    };
+    let entries = prop_oneof![2 => node(Kind::Directory), 3 => node(Kind::Fifo), 3 => any::<usize>().prop_map(Entry::Link)];
+    vec((paths(), entries), 0..30).prop_map(|named| assembled(Meta::default(), named).0)
+}
+
+/// Puts entries into a tree one after the other, with the folders they need.
+fn assembled(root: Meta, named: Vec<(TreePath, Entry)>) -> (Tree, BTreeMap<Digest, Vec<u8>>) {
+    let mut builder = Builder::new();
+    builder.put(TreePath::root(), Node { kind: Kind::Directory, meta: root });
+    let mut contents = BTreeMap::new();
+    let mut given: Vec<TreePath> = Vec::new();
+    for (path, entry) in named {
+        let mut missing = Vec::new();
+        let mut folder = path.parent();
+        while let Some(ancestor) = folder {
+            folder = ancestor.parent();
+            missing.push(ancestor);
+        }
+        for ancestor in missing.into_iter().rev() {
+            if !matches!(builder.get(&ancestor), Some(Node { kind: Kind::Directory, .. })) {
+                let meta = Meta { mode: 0o755, ..Meta::default() };
+                builder.put(ancestor, Node { kind: Kind::Directory, meta });
+            }
+        }
+        match entry {
+            Entry::Node(node, content) => {
+                if let Kind::File { digest, .. } = node.kind {
+                    contents.insert(digest, content);
+                }
+                builder.put(path.clone(), node);
+            }
+            // A name that is gone again, or a folder's, makes no link.
+            Entry::Link(back) if !given.is_empty() => {
+                let _ = builder.link(path.clone(), &given[back % given.len()]);
+            }
+            Entry::Link(_) => {}
+        }
+        given.push(path);
+    }
+    (builder.finish().expect("parents were made"), contents)
 }

@@ -251,22 +251,20 @@ impl<R: Read> Archive<'_, R> {
             .map_err(|source| TarError::Name { member: member.shown(), source })?;
         self.make_parents(&path, &member)?;
         // v7 and GNU tar: a regular file whose name ends in a slash is a folder.
-        let named_as_folder = member.name.ends_with(b"/");
-        let is_file = matches!(kind, EntryType::Regular | EntryType::Continuous) && !named_as_folder;
-        if !is_file && kind != EntryType::GNUSparse && member.body_bytes != 0 {
+        let is_regular = matches!(kind, EntryType::Regular | EntryType::Continuous);
+        let is_folder = kind == EntryType::Directory || is_regular && member.name.ends_with(b"/");
+        let is_file = is_regular && !is_folder || kind == EntryType::GNUSparse;
+        if !is_file && member.body_bytes != 0 {
             return Err(member.bad("a body, and is no file"));
         }
-        if path.is_root()
-            && (is_file || !(named_as_folder || kind == EntryType::Directory || member.name == b"."))
-        {
+        if path.is_root() && !is_folder {
             return Err(member.bad("the root's name, and is no folder"));
         }
         let device = || fields::device(&member.header).ok_or_else(|| member.bad("no good device number"));
         let node_kind = match kind {
             EntryType::Link => return self.link(path, &member),
-            EntryType::Regular | EntryType::Continuous if !named_as_folder => self.store(&member)?,
-            EntryType::GNUSparse => self.store(&member)?,
-            EntryType::Regular | EntryType::Continuous | EntryType::Directory => Kind::Directory,
+            _ if is_folder => Kind::Directory,
+            _ if is_file => self.store(&member)?,
             EntryType::Symlink => Kind::Symlink(member.link_name.clone().into()),
             EntryType::Char => device().map(|(major, minor)| Kind::CharDevice { major, minor })?,
             EntryType::Block => device().map(|(major, minor)| Kind::BlockDevice { major, minor })?,
