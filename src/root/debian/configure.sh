@@ -1,7 +1,7 @@
 #!/bin/sh
 # Configures a root whose packages are unpacked. It runs as root with that root as `/`, in a machine of its
-# own, with /proc, /sys, /dev and /dev/pts mounted. Status 0: every package is configured, and what differs from
-# one configuration to the next is gone.
+# own, with /proc, /sys, /dev and /dev/pts mounted and SOURCE_DATE_EPOCH set, which shadow and systemd write
+# into files. Status 0: every package is configured, and what differs from one configuration to the next is gone.
 set -eu
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 LANG=C.UTF-8 TZ=UTC
 export DEBIAN_FRONTEND=noninteractive DEBCONF_NONINTERACTIVE_SEEN=true DEBCONF_NOWARNINGS=yes
