@@ -1,1 +1,9 @@
-//! fetch
+//! Fetching: what comes from outside, by digest, and the lock file that names it.
+//!
+//! - [`lock`]: `kiln.lock`, every byte that came from outside.
+//! - [`http`]: a client that gives back only what has the digest that was asked for.
+//!
+//! What a source *means* (an index, a package, a layer) is the business of the rooms in `root`.
+
+pub mod http;
+pub mod lock;

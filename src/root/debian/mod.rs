@@ -1,0 +1,295 @@
+//! Roots made of Debian packages, and Debian's kernels.
+//!
+//! From `debian:SUITE+PKG,…` to a tree in four steps, each verified against the one before it:
+//! 1. [`Archive::resolve`]: the suite's signed indexes, and from them the packages of the root, for the lock;
+//! 2. [`Archive::fetch`]: each locked .deb into the store, by digest;
+//! 3. [`Archive::unpack`]: all of them as one tree, as dpkg leaves it after unpacking; no script of a package
+//!    ever runs on the host;
+//! 4. [`CONFIGURE_SCRIPT`], run in a machine on that tree, configures it.
+//!
+//! [`Archive::resolve_kernel`] and [`Archive::unpack_kernel`] do the same for a kernel, which needs no step 4.
+//! Steps 2 and 3 need no index and, with everything in the store, no network and no mirror.
+
+mod control;
+mod database;
+mod deb;
+mod index;
+mod kernel;
+mod packages;
+mod relation;
+mod release;
+mod resolve;
+mod sources;
+mod spec;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+mod unpack;
+mod version;
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use jiff::Timestamp;
+use kiln_artifact::tree::Tree;
+
+pub use deb::DebError;
+pub use index::IndexError;
+pub use kernel::{DEFAULT_KERNEL_SUITE, KernelError, KernelTree};
+pub use packages::PackagesError;
+pub use release::ReleaseError;
+pub use resolve::ResolveError;
+pub use sources::SourcesError;
+pub use spec::{DebianSpec, SpecError};
+pub use unpack::UnpackError;
+
+use crate::fetch::http::{Client, Expected, FetchError, Progress};
+use crate::fetch::lock::{LockedIndex, LockedPackage, LockedRoot};
+use crate::store::Store;
+use index::Index;
+use packages::Package;
+use resolve::Universe;
+use sources::Pocket;
+
+/// The one architecture that roots are made for.
+pub const ARCHITECTURE: &str = "amd64";
+
+/// What the machine runs on an unpacked root to configure it: a `sh` script, the root being `/`.
+pub const CONFIGURE_SCRIPT: &str = include_str!("configure.sh");
+
+/// How many packages are fetched at once.
+const CONNECTIONS: usize = 4;
+
+/// What the user says about Debian's archives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ArchiveSettings {
+    /// A mirror instead of the host's APT sources (`--debian-mirror`).
+    pub mirror: Option<String>,
+    /// A mirror of the security archive beside it (`--debian-security-mirror`).
+    pub security_mirror: Option<String>,
+    /// A file of keys instead of the host's (`--debian-keyring`).
+    pub keyring: Option<PathBuf>,
+    /// Whether a Release may be used after its `Valid-Until` (`--debian-allow-expired`).
+    pub allow_expired: bool,
+    /// Below which folder the host's APT sources and keyrings lie: `/`.
+    pub host_root: PathBuf,
+}
+
+impl Default for ArchiveSettings {
+    fn default() -> Self {
+        Self {
+            mirror: None,
+            security_mirror: None,
+            keyring: None,
+            allow_expired: false,
+            host_root: PathBuf::from("/"),
+        }
+    }
+}
+
+/// Why a root or a kernel cannot be had from Debian.
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {
+    /// A spec that is none.
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    /// No archive or no key is known.
+    #[error(transparent)]
+    Sources(#[from] SourcesError),
+    /// A suite's indexes cannot be used.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// No set of packages will do.
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
+    /// A package cannot be fetched.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// Packages cannot be unpacked.
+    #[error(transparent)]
+    Unpack(#[from] UnpackError),
+    /// There is no kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}
+
+impl ArchiveError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Spec(error) => error.hint(),
+            Self::Sources(error) => error.hint(),
+            Self::Index(error) => error.hint(),
+            Self::Resolve(error) => error.hint(),
+            Self::Fetch(error) => error.hint(),
+            Self::Unpack(error) => error.hint(),
+            Self::Kernel(error) => error.hint(),
+        }
+    }
+}
+
+/// Debian's archives as this host reaches them, and the store that packages go to.
+#[derive(Debug, Clone)]
+pub struct Archive {
+    settings: ArchiveSettings,
+    client: Client,
+    store: Store,
+    now: Timestamp,
+}
+
+impl Archive {
+    /// The archives that `settings` and the host name. Nothing is read before it is needed. Signatures and dates
+    /// are judged at the moment `now`.
+    pub fn new(settings: ArchiveSettings, store: &Store, now: Timestamp) -> Self {
+        Self { settings, client: Client::new(), store: store.clone(), now }
+    }
+
+    /// The packages of a root for `spec`, for the lock. Fetches the suite's indexes. An index older than the one
+    /// in `previous`, what was locked before, is refused.
+    ///
+    /// # Errors
+    /// [`ArchiveError`], as its variants say.
+    pub fn resolve(
+        &self,
+        spec: &DebianSpec,
+        previous: Option<&LockedRoot>,
+    ) -> Result<LockedRoot, ArchiveError> {
+        let previous = previous.map_or(&[][..], |root| &root.indexes);
+        self.with_packages(spec.suite(), previous, |universe, locate, indexes| {
+            let chosen = resolve::resolve(universe, spec)?;
+            Ok(LockedRoot {
+                spec: spec.to_string(),
+                indexes,
+                packages: chosen.into_iter().map(locate).collect(),
+            })
+        })
+    }
+
+    /// Fetches the packages of `locked` that the store lacks. `progress` is told of bytes as they come; all
+    /// together they are [`total_bytes`].
+    ///
+    /// # Errors
+    /// [`ArchiveError::Fetch`], or [`ArchiveError::Sources`] where something is to be fetched.
+    pub fn fetch(&self, locked: &LockedRoot, progress: Progress<'_>) -> Result<(), ArchiveError> {
+        self.fetch_packages(&locked.packages, progress)
+    }
+
+    /// The packages of `locked`, which the store has, as one tree; contents go into the store.
+    ///
+    /// # Errors
+    /// [`ArchiveError::Unpack`].
+    pub fn unpack(&self, locked: &LockedRoot) -> Result<Tree, ArchiveError> {
+        Ok(unpack::unpack(&locked.packages, self.store.blobs(), locked.source_date_epoch())?)
+    }
+
+    fn pockets(&self, suite: &str) -> Result<Vec<Pocket>, SourcesError> {
+        let settings = sources::Settings {
+            mirror: self.settings.mirror.clone(),
+            security_mirror: self.settings.security_mirror.clone(),
+            keyring: self.settings.keyring.clone(),
+        };
+        sources::pockets(suite, ARCHITECTURE, &settings, &self.settings.host_root)
+    }
+
+    /// Runs `work` on all packages of `suite`, with what turns one into its place in the lock.
+    fn with_packages<T>(
+        &self,
+        suite: &str,
+        previous: &[LockedIndex],
+        work: impl FnOnce(
+            &Universe<'_>,
+            &dyn Fn(&Package<'_>) -> LockedPackage,
+            Vec<LockedIndex>,
+        ) -> Result<T, ArchiveError>,
+    ) -> Result<T, ArchiveError> {
+        let pockets = self.pockets(suite)?;
+        let indexes = thread::scope(|scope| {
+            let threads: Vec<_> =
+                pockets.iter().map(|pocket| scope.spawn(|| self.index(pocket, previous))).collect();
+            let join = |thread: thread::ScopedJoinHandle<'_, Result<Index, IndexError>>| {
+                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            };
+            threads.into_iter().map(join).collect::<Result<Vec<_>, _>>()
+        })?;
+        let mut parsed: Vec<Vec<Package<'_>>> = Vec::new();
+        for index in &indexes {
+            let mut all = Vec::new();
+            for text in &index.texts {
+                let packages = packages::parse(text, ARCHITECTURE)
+                    .map_err(|source| IndexError::Packages { suite: index.locked.suite.clone(), source })?;
+                all.extend(packages);
+            }
+            parsed.push(all);
+        }
+        let locate = |package: &Package<'_>| {
+            let is_here = |packages: &Vec<Package<'_>>| packages.iter().any(|one| std::ptr::eq(one, package));
+            let suite = parsed.iter().position(is_here).map_or(suite, |pocket| &indexes[pocket].locked.suite);
+            LockedPackage {
+                name: package.name.into(),
+                version: package.version.into(),
+                architecture: package.architecture.into(),
+                suite: suite.into(),
+                path: package.path.into(),
+                size: package.size,
+                sha256: package.sha256,
+            }
+        };
+        let universe = Universe::new(suite, parsed.iter().map(Vec::as_slice));
+        work(&universe, &locate, indexes.iter().map(|index| index.locked.clone()).collect())
+    }
+
+    fn fetch_packages(&self, packages: &[LockedPackage], progress: Progress<'_>) -> Result<(), ArchiveError> {
+        let mut missing = Vec::new();
+        for package in packages {
+            if self.store.blobs().contains(&package.sha256) {
+                progress(package.size);
+            } else {
+                missing.push((package, self.urls(package)?));
+            }
+        }
+        // Protects the first failure.
+        let failure = Mutex::new(None);
+        let next = AtomicUsize::new(0);
+        let fetch_some = || {
+            while let Some((package, urls)) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let what = format!("package {} {}", package.name, package.version);
+                let expected = Expected { size: package.size, sha256: package.sha256 };
+                if let Err(error) = self.client.fetch(&what, urls, expected, self.store.blobs(), progress) {
+                    next.store(missing.len(), Ordering::Relaxed);
+                    let mut failure = failure.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    failure.get_or_insert(error);
+                }
+            }
+        };
+        thread::scope(|scope| {
+            for _ in 0..CONNECTIONS.min(missing.len()) {
+                scope.spawn(fetch_some);
+            }
+        });
+        match failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+            Some(error) => Err(error.into()),
+            None => Ok(()),
+        }
+    }
+
+    /// Where `package` may be fetched from.
+    fn urls(&self, package: &LockedPackage) -> Result<Vec<String>, SourcesError> {
+        // `bookworm-security` is a pocket of `bookworm`, `bookworm-backports` one of its own.
+        let release = ["-security", "-updates", "/updates"]
+            .iter()
+            .find_map(|pocket| package.suite.strip_suffix(pocket))
+            .unwrap_or(&package.suite);
+        let pockets = self.pockets(release)?;
+        let pocket = pockets.iter().find(|pocket| pocket.suite == package.suite);
+        let pocket = pocket.ok_or_else(|| SourcesError::NoMirror { suite: package.suite.clone() })?;
+        Ok(pocket.uris.iter().map(|uri| format!("{uri}/{}", package.path)).collect())
+    }
+}
+
+/// The length of all `packages` together in bytes.
+pub fn total_bytes(packages: &[LockedPackage]) -> u64 {
+    packages.iter().map(|package| package.size).sum()
+}
