@@ -1,0 +1,13 @@
+//! What a step is, as pure data and pure functions: no file, no clock, no process, no environment.
+
+mod environment;
+mod output;
+mod quantity;
+mod root;
+mod text;
+
+pub use environment::{DEFAULT_SOURCE_DATE_EPOCH, EnvError, Environment, FIXED_PATH};
+pub use output::{OutputError, Outputs};
+pub use quantity::{ParseQuantityError, parse_bytes, parse_duration, show_bytes, show_duration};
+pub use root::{ParseRootError, RootSpec};
+pub use text::{harmless, harmless_bytes};

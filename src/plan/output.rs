@@ -1,0 +1,115 @@
+//! Output globs: which paths below WORK a step declares as its outputs.
+
+use globset::{GlobBuilder, GlobMatcher};
+use kiln_artifact::tree::TreePath;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+/// A glob that cannot name outputs.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OutputError {
+    /// Absolute, or with `..`: it would leave WORK.
+    #[error("output `{0}` escapes WORK: write a path relative to it, without `..`")]
+    Escapes(String),
+    /// Empty or malformed.
+    #[error("output `{glob}` is not a glob: {why}")]
+    Malformed {
+        /// The text.
+        glob: String,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// The declared outputs of a step. A glob that matches a folder takes all that is in it; `*` does not cross a `/`,
+/// `**` does.
+#[derive(Debug, Clone, Default)]
+pub struct Outputs {
+    globs: Vec<(String, GlobMatcher)>,
+}
+
+impl Outputs {
+    /// Reads globs.
+    ///
+    /// # Errors
+    /// [`OutputError`] names the glob.
+    pub fn parse<'a>(globs: impl IntoIterator<Item = &'a str>) -> Result<Self, OutputError> {
+        let mut outputs = Self::default();
+        for text in globs {
+            let trimmed = text.strip_prefix("./").unwrap_or(text).trim_end_matches('/');
+            if text.starts_with('/') || trimmed.split('/').any(|part| part == "..") {
+                return Err(OutputError::Escapes(text.to_owned()));
+            }
+            let malformed = |why: String| OutputError::Malformed { glob: text.to_owned(), why };
+            if trimmed.is_empty() || trimmed.split('/').any(|part| part.is_empty()) {
+                return Err(malformed("it has an empty part".to_owned()));
+            }
+            let glob = GlobBuilder::new(trimmed)
+                .literal_separator(true)
+                .build()
+                .map_err(|error| malformed(error.kind().to_string()))?;
+            outputs.globs.push((text.to_owned(), glob.compile_matcher()));
+        }
+        Ok(outputs)
+    }
+
+    /// The globs as they were written.
+    pub fn globs(&self) -> impl Iterator<Item = &str> {
+        self.globs.iter().map(|(text, _)| text.as_str())
+    }
+
+    /// Whether none were declared.
+    pub fn is_empty(&self) -> bool {
+        self.globs.is_empty()
+    }
+
+    /// The numbers of the globs that match `path` or a folder it lies in.
+    pub fn matching<'a>(&'a self, path: &'a TreePath) -> impl Iterator<Item = usize> + 'a {
+        self.globs
+            .iter()
+            .enumerate()
+            .filter(move |(_, (_, glob))| {
+                let bytes = path.as_bytes();
+                let ends =
+                    bytes.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(index, _)| index);
+                ends.chain([bytes.len()])
+                    .any(|end| end > 0 && glob.is_match(OsStr::from_bytes(&bytes[..end])))
+            })
+            .map(|(index, _)| index)
+    }
+
+    /// Whether any glob declares `path`.
+    pub fn declare(&self, path: &TreePath) -> bool {
+        self.matching(path).next().is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(text: &str) -> TreePath {
+        TreePath::new(text.as_bytes()).expect("a good path")
+    }
+
+    #[test]
+    fn a_glob_takes_files_and_whole_folders() {
+        let outputs = Outputs::parse(["bin/*", "share", "lib/**/*.so"]).expect("good globs");
+        for declared in ["bin/lua", "bin/sub/deep", "share", "share/doc/x", "lib/a/b/c.so", "lib/c.so"] {
+            assert!(outputs.declare(&path(declared)), "{declared}");
+        }
+        for undeclared in ["bin", "shared", "lib/c.a", "x/bin/lua"] {
+            assert!(!outputs.declare(&path(undeclared)), "{undeclared}");
+        }
+    }
+
+    #[test]
+    fn globs_that_leave_work_are_refused() {
+        for bad in ["/etc/passwd", "../x", "a/../../x", "a/.."] {
+            assert_eq!(Outputs::parse([bad]).err(), Some(OutputError::Escapes(bad.to_owned())));
+        }
+        for bad in ["", "a//b", "a[", "{a"] {
+            assert!(matches!(Outputs::parse([bad]), Err(OutputError::Malformed { .. })), "{bad}");
+        }
+    }
+}

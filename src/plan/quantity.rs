@@ -1,0 +1,119 @@
+//! Sizes and durations as people write them.
+
+use std::time::Duration;
+
+/// Text that is no size or duration.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ParseQuantityError {
+    /// Not a size.
+    #[error("`{0}` is not a size: write bytes, or a number with K, M, G or T (powers of 1,024), such as 2G")]
+    Bytes(String),
+    /// Not a duration.
+    #[error("`{0}` is not a duration: write seconds, or a number with ms, s, m or h, such as 90s")]
+    Duration(String),
+}
+
+fn split(text: &str) -> Option<(u64, &str)> {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    Some((text[..end].parse().ok()?, &text[end..]))
+}
+
+/// Bytes from `4096`, `512M`, `2G`, `2GiB`, `2GB`: units are powers of 1,024.
+///
+/// # Errors
+/// [`ParseQuantityError::Bytes`] for anything else, and for what does not fit in 64 bits.
+pub fn parse_bytes(text: &str) -> Result<u64, ParseQuantityError> {
+    let parse = || {
+        let (number, unit) = split(text.trim())?;
+        let unit = unit.to_ascii_lowercase();
+        let shift = match unit.strip_suffix("ib").or(unit.strip_suffix('b')).unwrap_or(&unit) {
+            "" => 0,
+            "k" => 10,
+            "m" => 20,
+            "g" => 30,
+            "t" => 40,
+            _ => return None,
+        };
+        number.checked_mul(1 << shift)
+    };
+    parse().ok_or_else(|| ParseQuantityError::Bytes(text.to_owned()))
+}
+
+/// A duration from `90`, `90s`, `250ms`, `10m`, `2h`; a bare number counts seconds.
+///
+/// # Errors
+/// [`ParseQuantityError::Duration`] for anything else.
+pub fn parse_duration(text: &str) -> Result<Duration, ParseQuantityError> {
+    let parse = || {
+        let (number, unit) = split(text.trim())?;
+        let milliseconds = match unit {
+            "ms" => 1,
+            "" | "s" => 1_000,
+            "m" | "min" => 60_000,
+            "h" => 3_600_000,
+            _ => return None,
+        };
+        number.checked_mul(milliseconds).map(Duration::from_millis)
+    };
+    parse().ok_or_else(|| ParseQuantityError::Duration(text.to_owned()))
+}
+
+/// A size for people: three digits and a unit.
+pub fn show_bytes(bytes: u64) -> String {
+    let (mut whole, mut rest, mut unit) = (bytes, 0, 0);
+    while whole >= 1024 {
+        rest = whole % 1024;
+        whole /= 1024;
+        unit += 1;
+    }
+    let name = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"][unit];
+    if unit == 0 || whole >= 100 {
+        format!("{whole} {name}")
+    } else {
+        format!("{whole}.{} {name}", rest * 10 / 1024)
+    }
+}
+
+/// A duration for people: two digits after the point below a minute.
+pub fn show_duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    if seconds < 60 {
+        format!("{:.2} s", duration.as_secs_f64())
+    } else {
+        format!("{} m {} s", seconds / 60, seconds % 60)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_and_without_units() {
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert_eq!(parse_bytes("2G"), Ok(2 << 30));
+        assert_eq!(parse_bytes("512MiB"), Ok(512 << 20));
+        assert_eq!(parse_bytes("1kb"), Ok(1024));
+        for bad in ["", "G", "-1", "1.5G", "16777216T", "2 furlongs"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn durations_are_read_with_and_without_units() {
+        assert_eq!(parse_duration("90"), Ok(Duration::from_secs(90)));
+        assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(parse_duration("2h"), Ok(Duration::from_secs(7200)));
+        for bad in ["", "s", "1d", "-5"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_shown_with_three_digits() {
+        assert_eq!(show_bytes(0), "0 B");
+        assert_eq!(show_bytes(1536), "1.5 KiB");
+        assert_eq!(show_bytes(200 << 20), "200 MiB");
+        assert_eq!(show_bytes(u64::MAX), "15.9 EiB");
+    }
+}

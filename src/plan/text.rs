@@ -1,0 +1,39 @@
+//! Text from a guest, made harmless for a terminal.
+
+/// The bytes with everything that a terminal would obey replaced: C0 controls but newline and tab, DEL, C1
+/// controls (also as raw bytes), and what is not UTF-8. A carriage return before a newline is dropped.
+pub fn harmless_bytes(bytes: &[u8]) -> Vec<u8> {
+    harmless(bytes).into_bytes()
+}
+
+/// As [`harmless_bytes`], as text.
+pub fn harmless(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    let lossy = String::from_utf8_lossy(bytes);
+    let mut characters = lossy.chars().peekable();
+    while let Some(c) = characters.next() {
+        match c {
+            '\n' | '\t' => text.push(c),
+            '\r' if characters.peek() == Some(&'\n') => {}
+            // The Unicode picture of a control character says which it was.
+            '\0'..='\x1f' => text.push(char::from_u32(0x2400 + u32::from(c)).unwrap_or('\u{fffd}')),
+            '\x7f' => text.push('\u{2421}'),
+            // C1 controls, and characters that turn the direction of text around.
+            '\u{80}'..='\u{9f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => text.push('\u{fffd}'),
+            _ => text.push(c),
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_obeys_nothing_of_a_guest() {
+        assert_eq!(harmless(b"a\x1b[31mb\r\n\tc\x07"), "a\u{241b}[31mb\n\tc\u{2407}");
+        assert_eq!(harmless(b"\x9b31m \xff \rx"), "\u{fffd}31m \u{fffd} \u{240d}x");
+        assert_eq!(harmless("gr\u{fc}n \u{202e}".as_bytes()), "gr\u{fc}n \u{fffd}");
+    }
+}
