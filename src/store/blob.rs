@@ -81,7 +81,7 @@ impl BlobWriter {
     /// # Errors
     /// What lseek(2) says.
     pub fn skip(&mut self, length_bytes: u64) -> io::Result<()> {
-        const ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+        static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
         let forward = i64::try_from(length_bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
         self.file.seek(SeekFrom::Current(forward))?;
         let mut left = length_bytes;

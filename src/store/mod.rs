@@ -6,14 +6,17 @@
 
 mod blob;
 mod record;
+mod temporary;
 
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use blob::{BlobWriter, Blobs};
 pub use record::Records;
+use temporary::Temporary;
 
 /// Why the store cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +53,7 @@ impl StoreError {
 #[derive(Debug, Clone)]
 pub struct Store {
     path: PathBuf,
+    temporary: Arc<Temporary>,
     blobs: Blobs,
 }
 
@@ -72,7 +76,10 @@ impl Store {
         if owner != user {
             return Err(StoreError::Owner { path: path.to_owned(), owner, user });
         }
-        Ok(Self { path: path.to_owned(), blobs: Blobs::new(path.join("blobs"), path.join("tmp")) })
+        let area = path.join("tmp");
+        let temporary = Arc::new(Temporary::new(&area).map_err(StoreError::at(&area))?);
+        let blobs = Blobs::new(path.join("blobs"), temporary.path().to_owned());
+        Ok(Self { path: path.to_owned(), temporary, blobs })
     }
 
     /// The blobs.
@@ -82,7 +89,7 @@ impl Store {
 
     /// The records of one `family`: a short folder name.
     pub fn records(&self, family: &'static str) -> Records {
-        Records::new(self.path.join("records").join(family), self.path.join("tmp"))
+        Records::new(self.path.join("records").join(family), self.temporary())
     }
 
     /// Where disk images lie, named by whoever makes them after what they hold.
@@ -90,9 +97,9 @@ impl Store {
         self.path.join("images")
     }
 
-    /// A place on the store's file system for files that are not finished.
+    /// A place on the store's file system for files that are not finished; it goes with this process.
     pub fn temporary(&self) -> PathBuf {
-        self.path.join("tmp")
+        self.temporary.path().to_owned()
     }
 
     /// Where running machines keep what must have a name.
