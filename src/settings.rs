@@ -1,0 +1,399 @@
+//! Every setting, from flag, environment, `kiln.toml` or default, and which of these it was.
+//!
+//! The only place that reads the environment. What it finds is data; nothing here acts on it.
+
+use std::env;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+/// The recipe's file name.
+pub const RECIPE: &str = "kiln.toml";
+/// The lock's file name, beside the recipe.
+pub const LOCK: &str = "kiln.lock";
+/// The project of a run that has no recipe: a fixed word, so that paths in a guest do not depend on the host's.
+pub const DEFAULT_PROJECT: &str = "project";
+
+/// Why the settings cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The recipe cannot be read.
+    #[error("cannot read `{path}`")]
+    Read {
+        /// The recipe.
+        path: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// The recipe is not what kiln understands.
+    #[error("`{path}` is not a good recipe")]
+    Recipe {
+        /// The recipe.
+        path: PathBuf,
+        /// Line, column and what is wrong.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A value that its setting does not take.
+    #[error("setting `{name}` ({origin}) is `{value}`: {wanted}")]
+    Value {
+        /// The setting.
+        name: &'static str,
+        /// Where it was set.
+        origin: Origin,
+        /// Its value.
+        value: String,
+        /// What it takes.
+        wanted: &'static str,
+    },
+    /// No home directory and no other place for the store.
+    #[error("there is no home directory to keep the store in: set KILN_STORE")]
+    NoHome,
+}
+
+/// Where a setting was set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Origin {
+    /// On the command line.
+    Flag,
+    /// By this variable.
+    Environment(&'static str),
+    /// In the recipe.
+    Recipe,
+    /// By the host's own configuration.
+    Host,
+    /// Nowhere.
+    Default,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag => f.write_str("flag"),
+            Self::Environment(name) => write!(f, "environment {name}"),
+            Self::Recipe => f.write_str(RECIPE),
+            Self::Host => f.write_str("the host's APT sources"),
+            Self::Default => f.write_str("default"),
+        }
+    }
+}
+
+/// A setting's value and where it was set.
+#[derive(Debug, Clone)]
+pub struct Setting<T> {
+    /// The value.
+    pub value: T,
+    /// Where it was set.
+    pub origin: Origin,
+}
+
+/// Which backend and accelerator are asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackendChoice {
+    /// What the probe recommends.
+    Auto,
+    /// QEMU on KVM, or nothing.
+    Kvm,
+    /// QEMU, on KVM where the probe says that it is real.
+    Qemu,
+    /// QEMU's emulation, even where KVM is there.
+    Tcg,
+}
+
+impl BackendChoice {
+    /// Reads a backend's name.
+    pub fn parse(text: &str) -> Option<Self> {
+        match text {
+            "auto" => Some(Self::Auto),
+            "kvm" => Some(Self::Kvm),
+            "qemu" => Some(Self::Qemu),
+            "tcg" => Some(Self::Tcg),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for BackendChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Kvm => "kvm",
+            Self::Qemu => "qemu",
+            Self::Tcg => "tcg",
+        })
+    }
+}
+
+/// What was said on the command line.
+#[derive(Debug, Clone, Default)]
+pub struct Flags {
+    /// `--project`.
+    pub project: Option<String>,
+    /// `--work`.
+    pub work: Option<PathBuf>,
+    /// `--src`.
+    pub srcdir: Option<PathBuf>,
+    /// `--store`.
+    pub store: Option<PathBuf>,
+    /// `--backend`.
+    pub backend: Option<String>,
+    /// `--debian-mirror`.
+    pub debian_mirror: Option<String>,
+    /// `--debian-keyring`.
+    pub debian_keyring: Option<PathBuf>,
+    /// `--debian-security-mirror`.
+    pub debian_security_mirror: Option<String>,
+    /// `--debian-allow-expired`.
+    pub debian_allow_expired: bool,
+    /// `--lock`.
+    pub lock: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Recipe {
+    project: Option<String>,
+    #[serde(default)]
+    settings: RecipeSettings,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "lowercase")]
+struct RecipeSettings {
+    work: Option<PathBuf>,
+    srcdir: Option<PathBuf>,
+    secrets: Option<PathBuf>,
+    repo: Option<String>,
+    tag: Option<String>,
+    store: Option<PathBuf>,
+    backend: Option<String>,
+    qemu: Option<String>,
+    debian: Option<RecipeDebian>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RecipeDebian {
+    mirror: Option<String>,
+    #[serde(rename = "security-mirror")]
+    security_mirror: Option<String>,
+    keyring: Option<PathBuf>,
+    #[serde(rename = "allow-expired", default)]
+    allow_expired: bool,
+}
+
+/// All settings.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The name in `/ws/PROJECT` and `/x/PROJECT`.
+    pub project: Setting<String>,
+    /// Where outputs go.
+    pub work: Setting<PathBuf>,
+    /// What is built; none where there is neither a flag nor a recipe nor `/ws/PROJECT`.
+    pub srcdir: Setting<Option<PathBuf>>,
+    /// Signing keys, never shared with a guest.
+    pub secrets: Setting<PathBuf>,
+    /// Where images are published.
+    pub repo: Setting<Option<String>>,
+    /// Under which tag.
+    pub tag: Setting<String>,
+    /// kiln's store.
+    pub store: Setting<PathBuf>,
+    /// Backend.
+    pub backend: Setting<BackendChoice>,
+    /// QEMU's program: a path, or a name to be found in PATH.
+    pub qemu: Setting<String>,
+    /// Debian mirror; none: the host's APT sources.
+    pub debian_mirror: Setting<Option<String>>,
+    /// Mirror of the security archive; none: the host's APT sources.
+    pub debian_security_mirror: Setting<Option<String>>,
+    /// Whether an index may be used after its `Valid-Until`.
+    pub debian_allow_expired: bool,
+    /// Debian keyring; none: what the APT sources name, else the host's.
+    pub debian_keyring: Setting<Option<PathBuf>>,
+    /// The lock file.
+    pub lock: Setting<PathBuf>,
+    /// The agent, where the environment names it.
+    pub agent: Setting<Option<PathBuf>>,
+    /// The recipe that was read.
+    pub recipe: Option<PathBuf>,
+    /// PATH of the host, for finding programs.
+    pub search_path: String,
+    /// Where kiln was called.
+    pub directory: PathBuf,
+}
+
+fn pick<T>(
+    flag: Option<T>,
+    variable: &'static str,
+    from_environment: impl Fn(String) -> T,
+    recipe: Option<T>,
+    default: impl FnOnce() -> T,
+) -> Setting<T> {
+    if let Some(value) = flag {
+        return Setting { value, origin: Origin::Flag };
+    }
+    if let Some(text) = variable_text(variable) {
+        return Setting { value: from_environment(text), origin: Origin::Environment(variable) };
+    }
+    match recipe {
+        Some(value) => Setting { value, origin: Origin::Recipe },
+        None => Setting { value: default(), origin: Origin::Default },
+    }
+}
+
+/// The host's variable `name` as bytes, for a step that names it.
+#[expect(clippy::disallowed_methods, reason = "the one door to the environment")]
+pub fn host_variable(name: &str) -> Option<Vec<u8>> {
+    env::var_os(name).map(OsStringExt::into_vec)
+}
+
+#[expect(clippy::disallowed_methods, reason = "the one door to the environment")]
+fn variable_text(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|text| !text.is_empty())
+}
+
+fn find_recipe(directory: &Path) -> Option<PathBuf> {
+    directory.ancestors().map(|folder| folder.join(RECIPE)).find(|path| path.is_file())
+}
+
+impl Settings {
+    /// Reads the recipe of the current directory (or of one above it) and the environment.
+    ///
+    /// # Errors
+    /// [`SettingsError`].
+    pub fn read(flags: Flags) -> Result<Self, SettingsError> {
+        let directory =
+            env::current_dir().map_err(|source| SettingsError::Read { path: PathBuf::from("."), source })?;
+        let recipe_path = find_recipe(&directory);
+        let recipe: Recipe = match &recipe_path {
+            Some(path) => {
+                let text = fs::read_to_string(path)
+                    .map_err(|source| SettingsError::Read { path: path.clone(), source })?;
+                toml::from_str(&text).map_err(|source| SettingsError::Recipe {
+                    path: path.clone(),
+                    source: Box::new(source),
+                })?
+            }
+            None => Recipe::default(),
+        };
+        let recipe_folder = recipe_path.as_deref().and_then(Path::parent);
+        let beside_recipe = |path: PathBuf| recipe_folder.unwrap_or(&directory).join(path);
+        let file = recipe.settings;
+        let home = variable_text("HOME").map(PathBuf::from);
+        let project =
+            pick(flags.project, "PROJECT", |text| text, recipe.project, || DEFAULT_PROJECT.to_owned());
+        if !is_project_name(&project.value) {
+            return Err(SettingsError::Value {
+                name: "project",
+                origin: project.origin,
+                value: project.value,
+                wanted: "it takes letters, digits, `.`, `_` and `-`, and starts with a letter or digit",
+            });
+        }
+        let name = project.value.clone();
+        let cache = variable_text("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .or_else(|| home.as_ref().map(|home| home.join(".cache")));
+        let work = pick(flags.work, "WORK", PathBuf::from, file.work.map(beside_recipe), || {
+            let preferred = Path::new("/x").join(&name);
+            let usable = if preferred.is_dir() { &preferred } else { Path::new("/x") };
+            let usable = if usable.is_dir() { usable } else { Path::new("/") };
+            if rustix::fs::access(usable, rustix::fs::Access::WRITE_OK).is_ok() {
+                return preferred;
+            }
+            home.as_ref().map_or(preferred, |home| home.join(".cache").join(&name))
+        });
+        let srcdir = pick(
+            flags.srcdir.map(Some),
+            "SRCDIR",
+            |text| Some(text.into()),
+            file.srcdir.map(|p| Some(beside_recipe(p))),
+            || {
+                let preferred = Path::new("/ws").join(&name);
+                if preferred.is_dir() { Some(preferred) } else { recipe_folder.map(Path::to_owned) }
+            },
+        );
+        let secrets = pick(None, "SECRETS", PathBuf::from, file.secrets.map(beside_recipe), || {
+            home.clone().unwrap_or_else(|| PathBuf::from("/")).join(".ssh").join(&name)
+        });
+        let store = match (
+            pick(
+                flags.store.map(Some),
+                "KILN_STORE",
+                |text| Some(text.into()),
+                file.store.map(|p| Some(beside_recipe(p))),
+                || None,
+            ),
+            cache,
+        ) {
+            (Setting { value: Some(value), origin }, _) => Setting { value, origin },
+            (Setting { origin, .. }, Some(cache)) => Setting { value: cache.join("kiln"), origin },
+            _ => return Err(SettingsError::NoHome),
+        };
+        let backend = pick(flags.backend, "KILN_BACKEND", |text| text, file.backend, || "auto".to_owned());
+        let debian = file.debian.unwrap_or_default();
+        Ok(Self {
+            backend: match BackendChoice::parse(&backend.value) {
+                Some(value) => Setting { value, origin: backend.origin },
+                None => {
+                    return Err(SettingsError::Value {
+                        name: "backend",
+                        origin: backend.origin,
+                        value: backend.value,
+                        wanted: "it takes auto, kvm, qemu or tcg",
+                    });
+                }
+            },
+            work: absolute(work, &directory),
+            srcdir,
+            secrets: absolute(secrets, &directory),
+            repo: pick(None, "REPO", Some, file.repo.map(Some), || None),
+            tag: pick(None, "TAG", |text| text, file.tag, || "latest".to_owned()),
+            store: absolute(store, &directory),
+            qemu: pick(None, "KILN_QEMU", |text| text, file.qemu, || "qemu-system-x86_64".to_owned()),
+            debian_mirror: pick(
+                flags.debian_mirror.map(Some),
+                "KILN_DEBIAN_MIRROR",
+                Some,
+                debian.mirror.map(Some),
+                || None,
+            ),
+            debian_security_mirror: pick(
+                flags.debian_security_mirror.map(Some),
+                "KILN_DEBIAN_SECURITY_MIRROR",
+                Some,
+                debian.security_mirror.map(Some),
+                || None,
+            ),
+            debian_allow_expired: flags.debian_allow_expired || debian.allow_expired,
+            debian_keyring: pick(
+                flags.debian_keyring.map(Some),
+                "KILN_DEBIAN_KEYRING",
+                |text| Some(text.into()),
+                debian.keyring.map(|path| Some(beside_recipe(path))),
+                || None,
+            ),
+            lock: pick(flags.lock, "KILN_LOCK", PathBuf::from, None, || beside_recipe(LOCK.into())),
+            agent: pick(None, "KILN_AGENT", |text| Some(text.into()), None, || None),
+            recipe: recipe_path.clone(),
+            search_path: variable_text("PATH").unwrap_or_default(),
+            project,
+            directory,
+        })
+    }
+}
+
+fn absolute(setting: Setting<PathBuf>, directory: &Path) -> Setting<PathBuf> {
+    Setting { value: directory.join(setting.value), origin: setting.origin }
+}
+
+fn is_project_name(name: &str) -> bool {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    name.len() <= 64 && name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.chars().all(good)
+}
