@@ -1,0 +1,229 @@
+//! One VM for one step, whichever backend runs it.
+//!
+//! A [`Backend`] starts a [`Machine`] from a [`Spec`], which names what the step may see (shares, disks) and its
+//! limits, never how they are carried. Everything is handed over as descriptors, so a machine needs no name in
+//! the host's file system and leaves none. The life of a machine:
+//!
+//! ```text
+//! start ──▶ wire (agent answers) ──▶ share, observe … ──▶ drop: killed and reaped
+//! ```
+//!
+//! Backends: [`qemu`]; [`fake`] for tests of what stands above. A ready copy of a template will be another
+//! implementation of [`Machine`] behind the same [`Backend`].
+
+pub mod fake;
+pub mod launch;
+pub mod probe;
+pub mod qemu;
+mod spawn;
+mod tail;
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kiln_virtio::fs::record::Record;
+
+/// The tree of a host directory under a name, as the machine's fs device shows it.
+#[derive(Debug)]
+pub struct Share {
+    /// The name in the device's top directory.
+    pub name: String,
+    /// The directory. Beneath it the device opens what the guest asks for, and nowhere else.
+    pub directory: OwnedFd,
+    /// What its files show.
+    pub attributes: Attributes,
+    /// Paths in it that the guest is not shown.
+    pub hidden: Vec<PathBytes>,
+}
+
+pub use kiln_virtio::fs::Attributes;
+pub use kiln_virtio::fs::record::PathBytes;
+
+/// A file attached as virtio-blk, read as raw bytes whatever is in it.
+#[derive(Debug)]
+pub struct Disk {
+    /// The virtio serial by which the agent finds it, at most 20 bytes.
+    pub serial: String,
+    /// The file, open for writing unless `read_only`.
+    pub file: OwnedFd,
+    /// Whether the guest may write.
+    pub read_only: bool,
+}
+
+/// What carries the wire between host and agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Carrier {
+    /// A virtio-serial port of the backend's own, which survives being frozen.
+    #[default]
+    Serial,
+    /// kiln's vsock device.
+    Vsock,
+}
+
+/// What a machine is made of.
+#[derive(Debug)]
+pub struct Spec {
+    /// vmlinux or bzImage.
+    pub kernel: PathBuf,
+    /// The initramfs with the agent.
+    pub initramfs: PathBuf,
+    /// Guest memory.
+    pub memory_bytes: u64,
+    /// Virtual processors.
+    pub cpus: u16,
+    /// Trees the guest may read.
+    pub shares: Vec<Share>,
+    /// Disks, found by serial.
+    pub disks: Vec<Disk>,
+    /// What carries the wire.
+    pub carrier: Carrier,
+    /// Whether the guest's processor offers virtualisation.
+    pub nested: bool,
+}
+
+/// How strong the boundary around a machine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accelerator {
+    /// Hardware virtualisation: a boundary.
+    Kvm,
+    /// Emulation, which QEMU's own policy does not call a boundary.
+    Tcg,
+}
+
+/// What the first line of a run and its record say about the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    /// Backend and its version, such as `qemu 10.0.2`.
+    pub backend: String,
+    /// How guest code runs.
+    pub accelerator: Accelerator,
+    /// The layers of the jail that hold, in words; none where there is no jail.
+    pub jail: Vec<&'static str>,
+}
+
+impl std::fmt::Display for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let accelerator = match self.accelerator {
+            Accelerator::Kvm => "KVM",
+            Accelerator::Tcg => "emulation (no security boundary)",
+        };
+        write!(f, "{}, {accelerator}; jail: ", self.backend)?;
+        if self.jail.is_empty() { f.write_str("none") } else { f.write_str(&self.jail.join(", ")) }
+    }
+}
+
+/// How a machine that stopped by itself went.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Death {
+    /// The guest's kernel panicked; the line that says why.
+    Panicked(String),
+    /// The guest switched itself off or asked for a reset.
+    Stopped(String),
+    /// The program that runs the machine died; how, and what it said last.
+    Killed {
+        /// Which program.
+        program: &'static str,
+        /// Exit status in words.
+        status: String,
+        /// The end of its standard error.
+        said: String,
+    },
+}
+
+impl std::fmt::Display for Death {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Panicked(line) => write!(f, "the guest's kernel panicked: {line}"),
+            Self::Stopped(reason) => write!(f, "the guest stopped its machine ({reason})"),
+            Self::Killed { program, status, said } if said.is_empty() => {
+                write!(f, "{program} ended ({status})")
+            }
+            Self::Killed { program, status, said } => write!(f, "{program} ended ({status}): {said}"),
+        }
+    }
+}
+
+/// Why a machine could not be started or driven.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// The program of a backend is not there.
+    #[error("`{program}` was not found")]
+    Missing {
+        /// What was looked for.
+        program: String,
+    },
+    /// QEMU is older than what kiln is built for.
+    #[error("QEMU {found} is too old: kiln needs {} or newer", qemu::OLDEST)]
+    TooOld {
+        /// Its version.
+        found: String,
+    },
+    /// The machine died before its agent answered.
+    #[error("the machine died at start: {0}")]
+    DiedAtStart(Death),
+    /// A process could not be started or spoken to.
+    #[error("cannot {what}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The system's word.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The fs device's process did not do what it was told.
+    #[error("the device process failed: {0}")]
+    Device(String),
+}
+
+impl MachineError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Missing { .. } | Self::TooOld { .. } => Some(format!(
+                "install QEMU {} or newer (Debian 13: qemu-system-x86; Debian 12: the same from \
+                 bookworm-backports), or name it with KILN_QEMU",
+                qemu::OLDEST
+            )),
+            _ => None,
+        }
+    }
+
+    fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// Starts machines.
+pub trait Backend {
+    /// Starts a machine; its agent may not answer yet.
+    ///
+    /// # Errors
+    /// [`MachineError`] where the host cannot run it.
+    fn start(&self, spec: Spec) -> Result<Box<dyn Machine>, MachineError>;
+}
+
+/// A started machine. Dropping it kills and reaps all of it.
+pub trait Machine: Send {
+    /// What it is.
+    fn identity(&self) -> &Identity;
+
+    /// The stream to the agent; once.
+    ///
+    /// # Errors
+    /// [`MachineError::DiedAtStart`] where the machine is gone before the agent spoke.
+    fn wire(&mut self) -> Result<UnixStream, MachineError>;
+
+    /// Ends the guest, and gives what was observed of the shares.
+    ///
+    /// # Errors
+    /// [`MachineError::Device`] when the device process is gone or does not answer.
+    fn observed(&mut self) -> Result<Record, MachineError>;
+
+    /// After the wire closed: waits at most `patience` for the machine to be gone, and says how it went.
+    fn death(&mut self, patience: Duration) -> Death;
+
+    /// The end of what the guest's kernel printed.
+    fn console(&self) -> String;
+}
