@@ -1,0 +1,10 @@
+//! The host side of the wire: a session with the agent of one machine, and what is carried out of its layers.
+//!
+//! The guest is hostile, and so is whoever answers as its agent: every message is bounded by `kiln-wire`, checked
+//! for its place in the conversation here, and a violation ends the session.
+
+mod session;
+mod transfer;
+
+pub use session::{ExecEnd, Session, SessionError};
+pub use transfer::{Limits, Listing, TransferError};

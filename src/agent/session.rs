@@ -1,0 +1,287 @@
+//! A conversation with one agent: who it is, the setup of the step's world, commands, and the end.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kiln_wire::{
+    Exec, FrameReader, FromAgent, MAX_DATA_BYTES, MAX_FROM_AGENT_BYTES, Outcome, Setup, Stream, ToAgent,
+    Usage, VERSION, encode_frame,
+};
+
+/// How long an agent may take for anything that is not a command.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Why a session is over.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The carrier closed: the machine is gone.
+    #[error("the machine is gone")]
+    Closed,
+    /// No answer in time.
+    #[error("the agent did not answer within {} s while {doing}", waited.as_secs())]
+    Silent {
+        /// What was being done.
+        doing: &'static str,
+        /// For how long.
+        waited: Duration,
+    },
+    /// The other side said what no agent of ours says.
+    #[error("the guest broke the protocol: {0}")]
+    Violation(String),
+    /// The agent could not do what it was asked.
+    #[error("the agent failed to {what}")]
+    Failed {
+        /// What, and with what object, in the agent's words.
+        what: String,
+        /// The guest kernel's word.
+        #[source]
+        errno: io::Error,
+    },
+    /// The host's end of the carrier failed.
+    #[error("cannot speak to the agent")]
+    Io(#[source] io::Error),
+}
+
+impl SessionError {
+    fn violation(what: impl std::fmt::Display) -> Self {
+        Self::Violation(what.to_string())
+    }
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub enum ExecEnd {
+    /// It ran.
+    Ran(Outcome, Usage),
+    /// It could not be started.
+    NotStarted(io::Error),
+}
+
+/// When a whole exchange of many messages has to be over.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Deadline {
+    at: Instant,
+    patience: Duration,
+}
+
+impl Deadline {
+    /// `patience` from now.
+    pub fn after(patience: Duration) -> Self {
+        Self { at: Instant::now() + patience, patience }
+    }
+}
+
+/// An open conversation.
+#[derive(Debug)]
+pub struct Session {
+    stream: UnixStream,
+    // Whole frames are written under this lock: a command's input is sent by a thread of its own.
+    writer: Arc<Mutex<UnixStream>>,
+    reader: FrameReader,
+    buffer: Box<[u8]>,
+    kernel: String,
+}
+
+impl Session {
+    /// Waits for the agent to say that it is ready, and greets it.
+    ///
+    /// # Errors
+    /// [`SessionError::Silent`] after `patience`; [`SessionError::Closed`] when the machine died first;
+    /// [`SessionError::Violation`] when the version differs.
+    pub fn open(stream: UnixStream, patience: Duration) -> Result<Self, SessionError> {
+        // An agent that stops reading must not hold up the host: the time-out is the socket's, and so both halves'.
+        stream.set_write_timeout(Some(PATIENCE)).map_err(SessionError::Io)?;
+        let writer = Arc::new(Mutex::new(stream.try_clone().map_err(SessionError::Io)?));
+        let mut session = Self {
+            stream,
+            writer,
+            reader: FrameReader::new(MAX_FROM_AGENT_BYTES),
+            buffer: vec![0; 64 << 10].into(),
+            kernel: String::new(),
+        };
+        match session.receive("booting", Some(patience))? {
+            FromAgent::Ready { version: VERSION, kernel, .. } => session.kernel = kernel,
+            FromAgent::Ready { version, .. } => {
+                let text = format!("the agent speaks version {version} of the wire, this kiln {VERSION}");
+                return Err(SessionError::Violation(text));
+            }
+            other => return Err(unexpected(&other, "before it was ready")),
+        }
+        session.send(&ToAgent::Hello { version: VERSION })?;
+        Ok(session)
+    }
+
+    /// The guest kernel's release.
+    pub fn kernel(&self) -> &str {
+        &self.kernel
+    }
+
+    /// Prepares the step's world.
+    ///
+    /// # Errors
+    /// [`SessionError::Failed`] names what could not be done.
+    pub fn setup(&mut self, setup: Setup) -> Result<(), SessionError> {
+        self.send(&ToAgent::Setup(setup))?;
+        match self.receive("preparing the step", Some(PATIENCE))? {
+            FromAgent::SetupDone => Ok(()),
+            other => Err(unexpected(&other, "during setup")),
+        }
+    }
+
+    /// Runs one command to its end. `output` gets what it writes as it comes; `input` is copied to it.
+    ///
+    /// # Errors
+    /// [`SessionError`]; a command that fails is no error. With a time-out in `exec`, an agent that overstays it by
+    /// a minute is [`SessionError::Silent`].
+    pub fn exec(
+        &mut self,
+        exec: Exec,
+        input: Option<Box<dyn Read + Send>>,
+        output: &mut dyn FnMut(Stream, &[u8]) -> io::Result<()>,
+    ) -> Result<ExecEnd, SessionError> {
+        let id = exec.id;
+        let limit = (exec.timeout_ms > 0).then(|| {
+            Duration::from_millis(exec.timeout_ms.saturating_add(exec.grace_ms)) + Duration::from_secs(60)
+        });
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        self.send(&ToAgent::Exec(exec))?;
+        if let Some(input) = input {
+            feed(Arc::clone(&self.writer), id, input);
+        }
+        loop {
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            match self.receive("running the command", left.or(limit))? {
+                FromAgent::Started { id: other } if other == id => {}
+                FromAgent::Output { id: other, stream, data } if other == id => {
+                    output(stream, &data).map_err(SessionError::Io)?;
+                }
+                FromAgent::Exited { id: other, outcome, usage } if other == id => {
+                    return Ok(ExecEnd::Ran(outcome, usage));
+                }
+                FromAgent::ExecFailed { id: other, errno } if other == id => {
+                    return Ok(ExecEnd::NotStarted(io::Error::from_raw_os_error(errno.into())));
+                }
+                other => return Err(unexpected(&other, "while a command ran")),
+            }
+        }
+    }
+
+    /// Asks the machine to sync and power off; returns when it said goodbye.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub fn power_off(&mut self) -> Result<(), SessionError> {
+        self.send(&ToAgent::PowerOff)?;
+        match self.receive("powering off", Some(PATIENCE))? {
+            FromAgent::Bye => Ok(()),
+            other => Err(unexpected(&other, "at the end")),
+        }
+    }
+
+    pub(super) fn send(&self, message: &ToAgent) -> Result<(), SessionError> {
+        write_frame(&self.writer, message).map_err(closed_or_io)
+    }
+
+    /// The next message that is not a log line.
+    pub(super) fn next(&mut self, doing: &'static str, by: Deadline) -> Result<FromAgent, SessionError> {
+        let left = by.at.saturating_duration_since(Instant::now());
+        self.receive(doing, Some(left)).map_err(|error| match error {
+            SessionError::Silent { doing, .. } => SessionError::Silent { doing, waited: by.patience },
+            other => other,
+        })
+    }
+
+    fn receive(
+        &mut self,
+        doing: &'static str,
+        patience: Option<Duration>,
+    ) -> Result<FromAgent, SessionError> {
+        let deadline = patience.map(|patience| Instant::now() + patience);
+        loop {
+            while let Some(payload) = self.reader.next().map_err(SessionError::violation)? {
+                match FromAgent::decode(&payload).map_err(SessionError::violation)? {
+                    // The agent's own words are for whoever debugs the machine: they are on its console too.
+                    FromAgent::Log(_) => {}
+                    message => return Ok(message),
+                }
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let silent = || SessionError::Silent { doing, waited: patience.unwrap_or_default() };
+            if left == Some(Duration::ZERO) {
+                return Err(silent());
+            }
+            self.stream.set_read_timeout(left).map_err(SessionError::Io)?;
+            match self.stream.read(&mut self.buffer) {
+                Ok(0) => return Err(SessionError::Closed),
+                Ok(count) => self.reader.push(&self.buffer[..count]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(silent()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(closed_or_io(error)),
+            }
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // Ends the thread that feeds a command's input, if there is one.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+fn closed_or_io(error: io::Error) -> SessionError {
+    match error.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => SessionError::Closed,
+        _ => SessionError::Io(error),
+    }
+}
+
+fn write_frame(writer: &Mutex<UnixStream>, message: &ToAgent) -> io::Result<()> {
+    let frame = encode_frame(&message.encode());
+    writer.lock().unwrap_or_else(PoisonError::into_inner).write_all(&frame)
+}
+
+fn feed(writer: Arc<Mutex<UnixStream>>, id: u32, mut input: Box<dyn Read + Send>) {
+    thread::spawn(move || {
+        let mut buffer = vec![0; MAX_DATA_BYTES.min(64 << 10)];
+        loop {
+            // An unreadable input ends like an empty one: the command sees its end.
+            let count = input.read(&mut buffer).unwrap_or(0);
+            let message = ToAgent::Stdin { id, data: buffer[..count].to_vec() };
+            if write_frame(&writer, &message).is_err() || count == 0 {
+                return;
+            }
+        }
+    });
+}
+
+/// A message in the wrong place; `Failed` is an answer everywhere.
+pub(super) fn unexpected(message: &FromAgent, place: &str) -> SessionError {
+    if let FromAgent::Failed { what, errno } = message {
+        return SessionError::Failed {
+            what: what.clone(),
+            errno: io::Error::from_raw_os_error((*errno).into()),
+        };
+    }
+    let name = match message {
+        FromAgent::Ready { .. } => "ready",
+        FromAgent::SetupDone => "setup done",
+        FromAgent::Started { .. } => "started",
+        FromAgent::ExecFailed { .. } => "not started",
+        FromAgent::Output { .. } => "output",
+        FromAgent::Exited { .. } => "exited",
+        FromAgent::Entry(_) => "an entry",
+        FromAgent::ListDone { .. } => "the end of a list",
+        FromAgent::FileStart { .. } => "the start of a file",
+        FromAgent::FileData { .. } => "a file's bytes",
+        FromAgent::FileEnd { .. } => "the end of a file",
+        FromAgent::FetchDone => "the end of a transfer",
+        FromAgent::Bye => "goodbye",
+        FromAgent::Failed { .. } | FromAgent::Log(_) => "a report",
+    };
+    SessionError::Violation(format!("`{name}` {place}"))
+}
