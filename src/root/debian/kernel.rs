@@ -18,6 +18,7 @@ use crate::fetch::http::Progress;
 use crate::fetch::lock::LockedKernel;
 use crate::root::decompress::{Compression, Limited};
 use crate::root::modules::{InfoError, ModuleInfo, Modules, ModulesError};
+use crate::store::Blobs;
 
 /// The suite whose kernel is taken unless another is named: it has 6.12, which boots every root.
 pub const DEFAULT_KERNEL_SUITE: &str = "trixie";
@@ -180,7 +181,7 @@ impl Archive {
         };
         let (order, builtin) = (read("modules.order")?, read("modules.builtin")?);
         let (order, builtin) = (String::from_utf8_lossy(&order), String::from_utf8_lossy(&builtin));
-        let infos = self.module_infos(&data, &folder)?;
+        let infos = module_infos(self.store.blobs(), &data, &folder)?;
         let modules = Modules::from_infos(infos, &order, &builtin, &read("modules.builtin.modinfo")?);
         let mut builder = Builder::new();
         for (path, node) in data.iter().filter(|(path, _)| !path.is_root()) {
@@ -203,46 +204,49 @@ impl Archive {
             modules,
         })
     }
+}
 
-    /// What each module below `folder` says of itself, by path below it.
-    fn module_infos(
-        &self,
-        data: &Tree,
-        folder: &TreePath,
-    ) -> Result<BTreeMap<String, ModuleInfo>, KernelError> {
-        let modules: Vec<(&TreePath, &Digest)> = data
-            .subtree(folder)
-            .filter_map(|(path, node)| match &node.kind {
-                Kind::File { digest, .. } if is_module(path) => Some((path, digest)),
-                _ => None,
-            })
-            .collect();
-        let next = AtomicUsize::new(0);
-        // Protects what the threads have read so far.
-        let infos = Mutex::new(Vec::new());
-        thread::scope(|scope| {
-            for _ in 0..thread::available_parallelism().map_or(1, usize::from).min(4) {
-                scope.spawn(|| {
-                    while let Some((path, digest)) = modules.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        let info = self.module_info(path, digest).map(|info| (below(path, folder), info));
-                        infos.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(info);
-                    }
-                });
-            }
-        });
-        infos.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_iter().collect()
-    }
+/// What each module below `folder` of `data` says of itself, by path below it.
+///
+/// # Errors
+/// [`KernelError`] names the first module that cannot be read.
+pub fn module_infos(
+    blobs: &Blobs,
+    data: &Tree,
+    folder: &TreePath,
+) -> Result<BTreeMap<String, ModuleInfo>, KernelError> {
+    let modules: Vec<(&TreePath, &Digest)> = data
+        .subtree(folder)
+        .filter_map(|(path, node)| match &node.kind {
+            Kind::File { digest, .. } if is_module(path) => Some((path, digest)),
+            _ => None,
+        })
+        .collect();
+    let next = AtomicUsize::new(0);
+    // Protects what the threads have read so far.
+    let infos = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from).min(4) {
+            scope.spawn(|| {
+                while let Some((path, digest)) = modules.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let info = module_info(blobs, path, digest).map(|info| (below(path, folder), info));
+                    infos.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(info);
+                }
+            });
+        }
+    });
+    infos.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_iter().collect()
+}
 
-    fn module_info(&self, path: &TreePath, digest: &Digest) -> Result<ModuleInfo, KernelError> {
-        let failed = |source| KernelError::Read { path: path.clone(), source };
-        let name = String::from_utf8_lossy(path.name());
-        let (compression, _) = Compression::of_name(&name);
-        let file = self.store.blobs().file(digest).map_err(failed)?;
-        let mut elf = Vec::new();
-        let reader = compression.reader(file).map_err(failed)?;
-        Limited::new(reader, MAX_MODULE_BYTES).read_to_end(&mut elf).map_err(failed)?;
-        ModuleInfo::parse(&elf).map_err(|source| KernelError::Info { path: path.clone(), source })
-    }
+fn module_info(blobs: &Blobs, path: &TreePath, digest: &Digest) -> Result<ModuleInfo, KernelError> {
+    let failed = |source| KernelError::Read { path: path.clone(), source };
+    let name = String::from_utf8_lossy(path.name());
+    let (compression, _) = Compression::of_name(&name);
+    let file = blobs.file(digest).map_err(failed)?;
+    let mut elf = Vec::new();
+    let reader = compression.reader(file).map_err(failed)?;
+    Limited::new(reader, MAX_MODULE_BYTES).read_to_end(&mut elf).map_err(failed)?;
+    ModuleInfo::parse(&elf).map_err(|source| KernelError::Info { path: path.clone(), source })
 }
 
 /// `linux-image-RELEASE (= VERSION)`: the one dependency of the metapackage that is the kernel.

@@ -38,7 +38,7 @@ use kiln_artifact::tree::Tree;
 
 pub use deb::DebError;
 pub use index::IndexError;
-pub use kernel::{DEFAULT_KERNEL_SUITE, KernelError, KernelTree};
+pub use kernel::{DEFAULT_KERNEL_SUITE, KernelError, KernelTree, module_infos};
 pub use packages::PackagesError;
 pub use release::ReleaseError;
 pub use resolve::ResolveError;
@@ -183,6 +183,15 @@ impl Archive {
     /// [`ArchiveError::Unpack`].
     pub fn unpack(&self, locked: &LockedRoot) -> Result<Tree, ArchiveError> {
         Ok(unpack::unpack(&locked.packages, self.store.blobs(), locked.source_date_epoch())?)
+    }
+
+    /// The base URL from which `suite` would be fetched.
+    ///
+    /// # Errors
+    /// [`ArchiveError::Sources`] where neither a setting nor the host names one.
+    pub fn mirror(&self, suite: &str) -> Result<String, ArchiveError> {
+        let pockets = self.pockets(suite)?;
+        Ok(pockets.into_iter().flat_map(|pocket| pocket.uris).next().unwrap_or_default())
     }
 
     fn pockets(&self, suite: &str) -> Result<Vec<Pocket>, SourcesError> {

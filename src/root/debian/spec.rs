@@ -83,7 +83,7 @@ impl DebianSpec {
         if name.contains(':') {
             return Err(SpecError::Architecture(name.to_owned()));
         }
-        if !relation::is_package_name(name) {
+        if !relation::is_package_name(name) || name.contains(|c: char| c.is_ascii_uppercase()) {
             return Err(SpecError::Package(package.to_owned()));
         }
         if let Some(wanted) = wanted.filter(|wanted| !version::is_valid(wanted)) {

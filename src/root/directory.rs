@@ -1,0 +1,213 @@
+//! A host directory as a tree: every file hashed into the store, unless it is as it was when it was hashed last.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use kiln_artifact::tree::{Builder, Kind, Meta, Node, PathError, Timestamp, Tree, TreeError, TreePath};
+use kiln_digest::Digest;
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use crate::store::Store;
+
+/// A file changed less than this before it was hashed may change again without its times showing it.
+const RACY: Duration = Duration::from_secs(2);
+
+/// Why a directory cannot be imported.
+#[derive(Debug, thiserror::Error)]
+pub enum DirectoryError {
+    /// Something in it cannot be read.
+    #[error("cannot read `{path}`")]
+    Read {
+        /// What.
+        path: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// It is no directory.
+    #[error("`{0}` is not a directory")]
+    NotADirectory(PathBuf),
+    /// A file changed while it was hashed.
+    #[error("`{0}` changed while it was read")]
+    Changed(PathBuf),
+    /// A path that a tree cannot have.
+    #[error("`{path}` cannot be in a root")]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: PathError,
+    },
+    /// The whole is not a tree.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// What was hashed cannot be remembered.
+    #[error("the store cannot remember a directory")]
+    Store(#[source] io::Error),
+}
+
+/// What identified a file's content when it was hashed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Stat(u64, u64, u64, i64, i64, i64, i64);
+
+impl Stat {
+    fn of(meta: &Metadata) -> Self {
+        let (m, c) = ((meta.mtime(), meta.mtime_nsec()), (meta.ctime(), meta.ctime_nsec()));
+        Self(meta.dev(), meta.ino(), meta.size(), m.0, m.1, c.0, c.1)
+    }
+
+    fn is_old(&self, now: SystemTime) -> bool {
+        let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        u64::try_from(self.5).is_ok_and(|changed| changed + RACY.as_secs() < since.as_secs())
+    }
+}
+
+type Known = HashMap<String, (Stat, Digest)>;
+
+struct Import<'a> {
+    store: &'a Store,
+    builder: Builder,
+    links: BTreeMap<(u64, u64), TreePath>,
+    known: Known,
+    hashed: Known,
+    now: SystemTime,
+}
+
+/// Reads the directory `path` whole.
+///
+/// # Errors
+/// [`DirectoryError`] names the first thing that cannot be read.
+pub fn import(store: &Store, path: &Path) -> Result<Tree, DirectoryError> {
+    let read = |source| DirectoryError::Read { path: path.to_owned(), source };
+    let path = fs::canonicalize(path).map_err(read)?;
+    if !path.is_dir() {
+        return Err(DirectoryError::NotADirectory(path));
+    }
+    let key = Digest::of(path.as_os_str().as_bytes());
+    let mut import = Import {
+        store,
+        builder: Builder::new(),
+        links: BTreeMap::new(),
+        known: store.records("directory").get(&key).unwrap_or_default(),
+        hashed: Known::new(),
+        now: crate::clock::now(),
+    };
+    import.walk(&path)?;
+    store.records("directory").put(&key, &import.hashed).map_err(DirectoryError::Store)?;
+    Ok(import.builder.finish()?)
+}
+
+impl Import<'_> {
+    fn walk(&mut self, top: &Path) -> Result<(), DirectoryError> {
+        let mut folders = vec![(top.to_owned(), TreePath::root())];
+        while let Some((folder, inner)) = folders.pop() {
+            let read = |source| DirectoryError::Read { path: folder.clone(), source };
+            let meta = fs::symlink_metadata(&folder).map_err(read)?;
+            self.builder.put(inner.clone(), Node { kind: Kind::Directory, meta: shown(&folder, &meta)? });
+            for entry in fs::read_dir(&folder).map_err(read)? {
+                let path = entry.map_err(read)?.path();
+                let name = path.file_name().unwrap_or_default().as_bytes();
+                let inner =
+                    inner.join(name).map_err(|source| DirectoryError::Path { path: path.clone(), source })?;
+                let meta = fs::symlink_metadata(&path)
+                    .map_err(|source| DirectoryError::Read { path: path.clone(), source })?;
+                if meta.is_dir() { folders.push((path, inner)) } else { self.leaf(&path, inner, &meta)? }
+            }
+        }
+        Ok(())
+    }
+
+    fn leaf(&mut self, path: &Path, inner: TreePath, meta: &Metadata) -> Result<(), DirectoryError> {
+        if meta.nlink() > 1 {
+            if let Some(first) = self.links.get(&(meta.dev(), meta.ino())) {
+                let first = first.clone();
+                return match self.builder.link(inner, &first) {
+                    true => Ok(()),
+                    false => Err(DirectoryError::Changed(path.to_owned())),
+                };
+            }
+            self.links.insert((meta.dev(), meta.ino()), inner.clone());
+        }
+        let kind = meta.file_type();
+        let device = |meta: &Metadata| (rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev()));
+        let kind = if kind.is_symlink() {
+            let target = fs::read_link(path)
+                .map_err(|source| DirectoryError::Read { path: path.to_owned(), source })?;
+            Kind::Symlink(target.into_os_string().into_vec().into())
+        } else if kind.is_file() {
+            let (digest, size) = self.content(path, meta)?;
+            Kind::File { digest, size }
+        } else if kind.is_char_device() {
+            let (major, minor) = device(meta);
+            Kind::CharDevice { major, minor }
+        } else if kind.is_block_device() {
+            let (major, minor) = device(meta);
+            Kind::BlockDevice { major, minor }
+        } else if kind.is_fifo() {
+            Kind::Fifo
+        } else {
+            Kind::Socket
+        };
+        let node = Node { kind, meta: shown(path, meta)? };
+        self.builder.put(inner, node);
+        Ok(())
+    }
+
+    fn content(&mut self, path: &Path, meta: &Metadata) -> Result<(Digest, u64), DirectoryError> {
+        let stat = Stat::of(meta);
+        let key = path.as_os_str().as_bytes().escape_ascii().to_string();
+        let digest = match self.known.get(&key) {
+            Some((known, digest)) if *known == stat && self.store.blobs().contains(digest) => *digest,
+            _ => {
+                let read = |source| DirectoryError::Read { path: path.to_owned(), source };
+                let mut file = File::open(path).map_err(read)?;
+                let (digest, _) = self.store.blobs().put(&mut file).map_err(read)?;
+                if Stat::of(&file.metadata().map_err(read)?) != stat {
+                    return Err(DirectoryError::Changed(path.to_owned()));
+                }
+                digest
+            }
+        };
+        if stat.is_old(self.now) {
+            self.hashed.insert(key, (stat, digest));
+        }
+        Ok((digest, meta.size()))
+    }
+}
+
+fn shown(path: &Path, meta: &Metadata) -> Result<Meta, DirectoryError> {
+    Ok(Meta {
+        mode: u16::try_from(meta.mode() & 0o7777).unwrap_or_default(),
+        uid: meta.uid(),
+        gid: meta.gid(),
+        mtime: Timestamp {
+            seconds: meta.mtime(),
+            nanoseconds: u32::try_from(meta.mtime_nsec()).unwrap_or_default(),
+        },
+        xattrs: xattrs(path)
+            .map_err(|errno| DirectoryError::Read { path: path.to_owned(), source: errno.into() })?,
+    })
+}
+
+fn xattrs(path: &Path) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, Errno> {
+    let mut names = vec![0; 64 << 10];
+    let length = match rustix::fs::llistxattr(path, &mut names[..]) {
+        Err(Errno::OPNOTSUPP) => return Ok(BTreeMap::new()),
+        other => other?,
+    };
+    let mut found = BTreeMap::new();
+    for name in names[..length].split(|&byte| byte == 0).filter(|name| !name.is_empty()) {
+        let mut value = vec![0; 64 << 10];
+        let length = rustix::fs::lgetxattr(path, name, &mut value[..])?;
+        value.truncate(length);
+        found.insert(name.to_vec(), value);
+    }
+    Ok(found)
+}
