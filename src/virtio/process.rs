@@ -181,6 +181,11 @@ impl Control {
                 let added = self.shares.with_tree(|tree| tree.add_share(&name.0, share));
                 added.map_err(|error| error.to_string())
             }
+            (Ask::Hide { name, paths }, None, _) => {
+                let paths = paths.into_iter().map(|path| path.0.into_boxed_slice());
+                let hidden = self.shares.with_tree(|tree| tree.hide(&name.0, paths));
+                if hidden { Ok(()) } else { Err("no share of that name".to_owned()) }
+            }
             (Ask::RemoveShare { name }, None, _) => {
                 let removed = self.shares.with_tree(|tree| tree.remove_share(&name.0));
                 if removed { Ok(()) } else { Err("no share of that name".to_owned()) }

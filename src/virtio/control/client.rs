@@ -106,6 +106,19 @@ impl Client {
         self.ask(ask, Some(directory), PATIENCE).map(drop)
     }
 
+    /// Leaves `paths` out of what the share `name` shows. To be called before the guest runs.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn hide(&self, name: &[u8], paths: &[PathBytes]) -> Result<(), ClientError> {
+        // A thousand paths of the greatest length stay below the longest frame.
+        for paths in paths.chunks(1000) {
+            let ask = Ask::Hide { name: PathBytes(name.to_vec()), paths: paths.to_vec() };
+            self.ask(ask, None, PATIENCE)?;
+        }
+        Ok(())
+    }
+
     /// Lets the share `name` disappear.
     ///
     /// # Errors

@@ -8,6 +8,7 @@
 //! | request | descriptor | answered when |
 //! | --- | --- | --- |
 //! | `AddShare` | the directory | the guest can see it |
+//! | `Hide` | | the paths are not shown |
 //! | `RemoveShare` | | the guest can no longer read it |
 //! | `Listen` | | the guest may connect to the port |
 //! | `Connect` | one end of a stream | the guest has accepted or refused |
@@ -43,6 +44,13 @@ pub enum Ask {
         name: PathBytes,
         /// What its files show.
         attributes: Attributes,
+    },
+    /// Leave some paths out of what a share shows. Asked before the guest runs.
+    Hide {
+        /// The share.
+        name: PathBytes,
+        /// Paths in it.
+        paths: Vec<PathBytes>,
     },
     /// Let a share disappear.
     RemoveShare {

@@ -4,7 +4,7 @@
 //! nowhere else. Every function that gives something away notes it in the record first. Called by the server
 //! (for the guest) and by the control side (shares come and go, the record is taken).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
@@ -44,6 +44,8 @@ struct Mounted {
     name: Box<[u8]>,
     directory: Option<OwnedFd>,
     attributes: Attributes,
+    /// Paths that are there on the host and that the guest is not shown.
+    hidden: BTreeSet<Box<[u8]>>,
     root: NodeId,
 }
 
@@ -103,12 +105,32 @@ impl Tree {
             name: name.clone(),
             directory: Some(share.directory),
             attributes: share.attributes,
+            hidden: BTreeSet::new(),
             root,
         });
         self.keep_stat(root, &stat).map_err(|_| AddShareError::TooMany)?;
         self.by_name.insert(name, place);
         self.generation = self.generation.wrapping_add(1);
         Ok(())
+    }
+
+    /// Leaves `paths` out of what the share `name` shows. To be called before the guest has entered it: what was
+    /// listed stays shown. False where there is no such share.
+    pub fn hide(&mut self, name: &[u8], paths: impl IntoIterator<Item = Box<[u8]>>) -> bool {
+        let place = self.by_name.get(name).copied().map(usize::from);
+        let Some(share) = place.and_then(|place| self.shares.get_mut(place)) else { return false };
+        share.hidden.extend(paths);
+        true
+    }
+
+    /// Whether something of the share of `directory` is hidden; then the path of `directory` itself, to be joined.
+    fn hides_in(&self, directory: NodeId) -> Option<Vec<u8>> {
+        self.share(directory).filter(|share| !share.hidden.is_empty())?;
+        let mut path = self.index.path(directory);
+        if !path.is_empty() {
+            path.push(b'/');
+        }
+        Some(path)
     }
 
     /// Lets the share `name` disappear. What the guest still holds of it answers ESTALE from now on. False
@@ -412,7 +434,15 @@ impl Tree {
                 self.index.set_fingerprint(directory, &host::fingerprint_of(&stat))?;
             }
             let mut children = Vec::new();
+            let above = self.hides_in(directory);
             host::list(handle.as_fd(), |name, kind, inode| {
+                let path = above.as_ref().map(|above| [above, name].concat());
+                let hidden = |path: &Vec<u8>| {
+                    self.share(directory).is_some_and(|share| share.hidden.contains(path.as_slice()))
+                };
+                if path.as_ref().is_some_and(hidden) {
+                    return Ok(());
+                }
                 children.push(self.index.listed(name, kind, inode)?);
                 Ok(())
             })?;

@@ -230,6 +230,9 @@ impl Muxer {
         // Closing the stream takes it out of the epoll set.
         if let Some(connection) = self.connections.remove(&id) {
             self.by_ports.remove(&(connection.host_port, connection.guest_port));
+            if connection.queued {
+                self.ready.retain(|queued| *queued != id);
+            }
         }
     }
 
