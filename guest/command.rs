@@ -36,6 +36,8 @@ pub struct Command {
     control: OwnedFd,
     report: Option<OwnedFd>,
     refusal: Option<Refusal>,
+    /// Its working directory, for the case that it is not there.
+    folder: Vec<u8>,
     stdin: Option<OwnedFd>,
     stdin_bytes: Vec<u8>,
     stdin_ends: bool,
@@ -99,6 +101,7 @@ impl Command {
             control,
             report: Some(report_read),
             refusal: None,
+            folder: exec.cwd.clone(),
             stdin: stdin_write,
             stdin_bytes: Vec::new(),
             stdin_ends: false,
@@ -178,7 +181,9 @@ impl Command {
             return false;
         }
         link.queue(&match self.refusal {
-            Some(Refusal { errno, .. }) => FromAgent::ExecFailed { id: self.id, errno },
+            Some(Refusal { stage: Stage::Program, errno }) => FromAgent::ExecFailed { id: self.id, errno },
+            // Not the program's fault: what it was to run in could not be made.
+            Some(Refusal { stage, errno }) => FromAgent::Failed { what: cut(self.attempt(stage)), errno },
             None => FromAgent::Exited { id: self.id, outcome: self.outcome(verdict), usage: self.usage },
         });
         true
@@ -194,6 +199,16 @@ impl Command {
         }
     }
 
+    /// What was being done for the command, in words.
+    fn attempt(&self, stage: Stage) -> String {
+        match stage {
+            Stage::World => "make the command's namespaces".to_owned(),
+            Stage::Process => "prepare the command's process".to_owned(),
+            Stage::Folder => format!("enter the working directory `{}`", self.folder.escape_ascii()),
+            Stage::Program => "execute the program".to_owned(),
+        }
+    }
+
     /// The report pipe ends when the program is executed; before that it tells why it was not.
     fn read_report(&mut self, link: &mut Link) {
         let Some(report) = &self.report else { return };
@@ -201,17 +216,7 @@ impl Command {
         match read(report, &mut bytes) {
             Err(Errno::AGAIN | Errno::INTR) => return,
             Ok(3) => {
-                let refusal = Refusal::decode(bytes);
-                if let Some(what) = match refusal.stage {
-                    Stage::Program => None,
-                    Stage::World => Some("making its namespaces"),
-                    Stage::Process => Some("preparing its process"),
-                    Stage::Folder => Some("going to its working directory"),
-                } {
-                    let errno = Errno::from_raw_os_error(refusal.errno.into());
-                    link.queue(&FromAgent::Log(cut(format!("command {}: {what}: {errno}", self.id))));
-                }
-                self.refusal = Some(refusal);
+                self.refusal = Some(Refusal::decode(bytes));
             }
             _ => link.queue(&FromAgent::Started { id: self.id }),
         }

@@ -135,8 +135,8 @@ impl Maker {
                 mounts::attach(&mounts::bind(CWD, &device, 0)?, &file)
                     .doing(|| format!("mounting {device} on {}", mount.target.escape_ascii()))
             }
-            (Source::Modules(name), _) => {
-                let tree = self.share(name)?;
+            (Source::Modules(serial), _) => {
+                let tree = mounts::disk(&disk::find(serial)?, "erofs", true)?;
                 let release = rustix::system::uname();
                 let target = [b"/lib/modules/", release.release().to_bytes()].concat();
                 attach(root, &tree, &target)?;
@@ -171,7 +171,8 @@ impl Maker {
     fn read_only(&mut self, source: &Source) -> Result<OwnedFd, Failure> {
         match source {
             Source::Disk { serial, filesystem, .. } => mounts::disk(&disk::find(serial)?, filesystem, true),
-            Source::Share(name) | Source::Modules(name) => self.share(name),
+            Source::Modules(serial) => mounts::disk(&disk::find(serial)?, "erofs", true),
+            Source::Share(name) => self.share(name),
         }
     }
 

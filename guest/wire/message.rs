@@ -44,8 +44,8 @@ pub enum Source {
         /// Whether the disk is attached read-only.
         read_only: bool,
     },
-    /// The modules that the initramfs was not given: the share of this name, mounted at
-    /// `/lib/modules/RELEASE`.
+    /// The modules that the initramfs was not given: the erofs disk with this serial, which holds what is mounted
+    /// at `/lib/modules/RELEASE`, whatever the mount's target says.
     Modules(String),
 }
 

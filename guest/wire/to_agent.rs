@@ -170,7 +170,7 @@ fn read_source(r: &mut Reader<'_>) -> Result<Source, DecodeError> {
             filesystem: r.name("file system")?,
             read_only: r.bool("read-only disk")?,
         },
-        2 => Source::Modules(r.name("share of modules")?),
+        2 => Source::Modules(r.name("disk of modules")?),
         tag => return Err(DecodeError::Tag { what: "source", tag }),
     })
 }
