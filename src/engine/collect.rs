@@ -1,0 +1,113 @@
+//! From what a step wrote to what it declared: the layer of WORK, split into outputs and writes that nobody declared.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use kiln_artifact::tree::{Builder, Node, Timestamp, Tree, TreePath};
+use kiln_wire::EntryKind;
+
+use super::error::RunError;
+use super::host::Host;
+use super::prepare::{Prepared, seconds};
+use super::step::Step;
+use crate::agent::{Listing, Session, TransferError};
+
+/// What left the machine.
+#[derive(Debug)]
+pub(super) struct Collection {
+    /// The declared outputs and the folders above them.
+    pub outputs: Tree,
+    /// Paths that were written, or removed, and that nobody declared.
+    pub undeclared: Vec<TreePath>,
+}
+
+/// Carries the declared outputs of `step` out of the layer over WORK.
+///
+/// # Errors
+/// [`RunError::MissingOutputs`] names the globs that nothing matches, [`RunError::Transfer`] what went wrong.
+pub(super) fn collect(
+    step: &Step,
+    host: &Host,
+    prepared: &Prepared,
+    session: &mut Session,
+) -> Result<Collection, RunError> {
+    let (outputs, epoch) = (&step.outputs, seconds(prepared)?);
+    let target = prepared.work_target.as_bytes();
+    let mut listing = Listing::receive(session, target, &step.limits).map_err(transfer)?;
+
+    // Which globs declare an entry: those of its folder, and those that match it itself. Folders come first.
+    let mut declared: BTreeMap<&TreePath, Vec<usize>> = BTreeMap::new();
+    let mut undeclared = Vec::new();
+    let mut wanted = BTreeSet::new();
+    for (path, entry) in listing.entries().filter(|(path, _)| !path.is_root()) {
+        let above = path.parent().and_then(|parent| declared.get(&parent));
+        let globs = match above {
+            Some(globs) if !globs.is_empty() => globs.clone(),
+            _ => outputs.matching(path).collect(),
+        };
+        let is_folder = matches!(entry.kind, EntryKind::Directory { .. });
+        if entry.kind == EntryKind::Whiteout || globs.is_empty() {
+            // A folder is undeclared only as the way to what is in it, which is named itself.
+            if !is_folder {
+                undeclared.push(path.clone());
+            }
+        } else {
+            wanted.insert(entry.ordinal);
+        }
+        if is_folder || !globs.is_empty() {
+            declared.insert(path, globs);
+        }
+    }
+    let matched: BTreeSet<usize> = declared.values().flatten().copied().collect();
+    let globs = outputs.globs().enumerate();
+    let missing: Vec<String> =
+        globs.filter(|(index, _)| !matched.contains(index)).map(|(_, glob)| glob.to_owned()).collect();
+    if !missing.is_empty() {
+        return Err(RunError::MissingOutputs(missing));
+    }
+    drop(declared);
+    listing.fetch(session, host.store.blobs(), &step.limits, &wanted).map_err(transfer)?;
+
+    let folders: BTreeMap<&TreePath, u32> = listing
+        .entries()
+        .filter(|(_, entry)| matches!(entry.kind, EntryKind::Directory { .. }))
+        .map(|(path, entry)| (path, entry.ordinal))
+        .collect();
+    let mut tree = Builder::new();
+    for &ordinal in &wanted {
+        let (Some(path), Some(node)) = (listing.path(ordinal), output_node(&listing, ordinal, epoch)) else {
+            continue;
+        };
+        let mut above = path.parent().filter(|parent| !parent.is_root() && tree.get(parent).is_none());
+        while let Some(folder) = above {
+            if let Some(node) =
+                folders.get(&folder).and_then(|&ordinal| output_node(&listing, ordinal, epoch))
+            {
+                tree.put(folder.clone(), node);
+            }
+            above = folder.parent().filter(|parent| !parent.is_root() && tree.get(parent).is_none());
+        }
+        tree.put(path.clone(), node);
+    }
+    let outputs = tree.finish().map_err(|error| {
+        transfer(TransferError::Session(crate::agent::SessionError::Violation(error.to_string())))
+    })?;
+    Ok(Collection { outputs, undeclared })
+}
+
+fn transfer(error: TransferError) -> RunError {
+    match error {
+        TransferError::Session(error) => RunError::Session(error),
+        other => RunError::Transfer(other),
+    }
+}
+
+/// An output as its node. Hard links become files of their own: what they lead to need not be an output.
+fn output_node(listing: &Listing, ordinal: u32, epoch: i64) -> Option<Node> {
+    let mut node = match listing.entry(ordinal)?.kind {
+        EntryKind::HardLink { ordinal } => listing.node(ordinal)?,
+        _ => listing.node(ordinal)?,
+    };
+    // When a file was made is no part of what it is.
+    node.meta.mtime = Timestamp { seconds: epoch, nanoseconds: 0 };
+    Some(node)
+}

@@ -1,0 +1,98 @@
+//! Why a run could not be carried through: kiln's own failures, not the command's.
+
+use std::io;
+
+use super::host::HostError;
+use super::inputs::InputError;
+use super::merge::MergeError;
+use crate::agent::{SessionError, TransferError};
+use crate::machine::{Death, MachineError};
+use crate::plan::{EnvError, OutputError};
+
+/// A run that kiln could not carry through.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// This host cannot do it.
+    #[error(transparent)]
+    Host(Box<HostError>),
+    /// An input is not what it should be.
+    #[error(transparent)]
+    Input(#[from] InputError),
+    /// An output glob is malformed.
+    #[error(transparent)]
+    Output(#[from] OutputError),
+    /// The environment is malformed.
+    #[error(transparent)]
+    Env(#[from] EnvError),
+    /// The machine cannot be driven.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The conversation with the agent failed while the machine stood.
+    #[error(transparent)]
+    Session(SessionError),
+    /// The machine died under the run.
+    #[error("the machine died while {doing}: {death}")]
+    Died {
+        /// What was going on.
+        doing: &'static str,
+        /// How it went.
+        death: Death,
+    },
+    /// The step's world could not be prepared with a kernel whose modules are not known.
+    #[error("the machine cannot be prepared: its kernel has no module tree, and needs {needed} built in")]
+    BareKernel {
+        /// What a machine needs.
+        needed: String,
+        /// What failed for want of it, as it seems.
+        #[source]
+        source: SessionError,
+    },
+    /// Outputs could not be carried out.
+    #[error(transparent)]
+    Transfer(TransferError),
+    /// Declared outputs that the command did not make.
+    #[error("the command succeeded but made no output that matches {}", quoted(.0))]
+    MissingOutputs(Vec<String>),
+    /// Outputs could not be merged.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
+    /// The host cannot keep the run's own files.
+    #[error("cannot {what}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl From<HostError> for RunError {
+    fn from(error: HostError) -> Self {
+        Self::Host(Box::new(error))
+    }
+}
+
+fn quoted(globs: &[String]) -> String {
+    globs.iter().map(|glob| format!("`{glob}`")).collect::<Vec<_>>().join(", ")
+}
+
+impl RunError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Host(error) => error.hint(),
+            Self::Input(error) => error.hint().map(str::to_owned),
+            Self::Machine(error) => error.hint(),
+            Self::Merge(error) => error.hint(),
+            Self::MissingOutputs(_) => Some(
+                "outputs are paths below WORK, which is $WORK in the step; nothing was merged".to_owned(),
+            ),
+            Self::BareKernel { .. } => Some("name the folder of its modules with --modules DIR".to_owned()),
+            Self::Died { death: Death::Stopped(_) | Death::Panicked(_), .. } => {
+                Some("--memory gives the machine more memory; its last console lines are above".to_owned())
+            }
+            _ => None,
+        }
+    }
+}

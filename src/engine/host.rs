@@ -1,0 +1,302 @@
+//! What a run needs of this host: a backend, a boot bundle and a root, found or made.
+
+use std::path::{Path, PathBuf};
+
+use kiln_digest::Digest;
+use serde::{Deserialize, Serialize};
+
+use crate::fetch::lock::{Lock, LockError};
+use crate::machine::probe::{self, Verdict};
+use crate::machine::qemu::Qemu;
+use crate::machine::{Accelerator, Carrier, MachineError};
+use crate::plan::RootSpec;
+use crate::root::bundle::{self, Bundle, BundleError};
+use crate::root::debian::{Archive, ArchiveError, ArchiveSettings, DebianSpec};
+use crate::root::{self, Root, RootError, Workshop};
+use crate::settings::{BackendChoice, Settings};
+use crate::store::{Store, StoreError};
+
+/// Why this host cannot do what is asked.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The bundle.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The lock.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// Debian's archive.
+    #[error(transparent)]
+    Debian(#[from] ArchiveError),
+    /// The root.
+    #[error(transparent)]
+    Root(#[from] RootError),
+    /// There is no agent to boot.
+    #[error("{}", no_agent(.named.as_deref()))]
+    NoAgent {
+        /// What KILN_AGENT names.
+        named: Option<PathBuf>,
+    },
+    /// A boundary that was demanded is not there.
+    #[error("{demand} was demanded, and this host does not give it: {why}")]
+    Boundary {
+        /// `--require kvm`, `--untrusted`, …
+        demand: &'static str,
+        /// What is missing.
+        why: String,
+    },
+}
+
+fn no_agent(named: Option<&Path>) -> String {
+    match named {
+        Some(path) => format!("there is no agent at `{}`, which KILN_AGENT names", path.display()),
+        None => "the agent was not found beside kiln, in ../libexec/kiln or by KILN_AGENT".to_owned(),
+    }
+}
+
+impl HostError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Machine(error) => error.hint(),
+            Self::NoAgent { .. } => {
+                Some("build it with ci/build, which puts kiln and its agent into target/dist".to_owned())
+            }
+            Self::Boundary { .. } => Some("`kiln doctor` says what is missing and how to get it".to_owned()),
+            Self::Lock(error) => error.hint(),
+            Self::Debian(error) => error.hint(),
+            Self::Root(error) => error.hint(),
+            _ => None,
+        }
+    }
+}
+
+/// A property of the boundary that a run can demand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Require {
+    /// Hardware virtualisation.
+    Kvm,
+    /// A jail around every process of the machine.
+    Jail,
+}
+
+/// What a run demands of the boundary around its machine.
+#[derive(Debug, Clone, Default)]
+pub struct Boundary {
+    /// What was demanded by name.
+    pub require: Vec<Require>,
+    /// Whether the work is not trusted: all of it is demanded.
+    pub untrusted: bool,
+}
+
+/// Which kernel machines boot.
+#[derive(Debug, Clone)]
+pub enum KernelChoice {
+    /// Debian's cloud kernel of this suite.
+    Debian(String),
+    /// A file, and a folder of modules.
+    File {
+        /// vmlinux or bzImage.
+        kernel: PathBuf,
+        /// Module tree.
+        modules: Option<PathBuf>,
+    },
+}
+
+/// This host, as the settings describe it.
+pub struct Host {
+    /// The settings.
+    pub settings: Settings,
+    /// The store.
+    pub store: Store,
+    archive: Archive,
+}
+
+/// The probe's verdict is good for one boot of the host and one kiln.
+#[derive(Serialize, Deserialize)]
+struct Remembered {
+    verdict: Verdict,
+}
+
+impl Host {
+    /// Opens the store; nothing else is touched until it is needed.
+    ///
+    /// # Errors
+    /// [`HostError::Store`].
+    pub fn open(settings: Settings) -> Result<Self, HostError> {
+        let store = Store::open(&settings.store.value)?;
+        let archive = Archive::new(
+            ArchiveSettings {
+                mirror: settings.debian_mirror.value.clone(),
+                security_mirror: settings.debian_security_mirror.value.clone(),
+                keyring: settings.debian_keyring.value.clone(),
+                allow_expired: settings.debian_allow_expired,
+                ..ArchiveSettings::default()
+            },
+            &store,
+            crate::clock::timestamp(),
+        );
+        Ok(Self { settings, store, archive })
+    }
+
+    /// What the code-running probe says about KVM, remembered until the host boots again.
+    pub fn kvm(&self, afresh: bool) -> Verdict {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let key = Digest::of(format!("kvm-probe 1 {boot} {}", env!("CARGO_PKG_VERSION")).as_bytes());
+        let records = self.store.records("probe");
+        if !afresh && let Some(Remembered { verdict }) = records.get(&key) {
+            return verdict;
+        }
+        let verdict = probe::probe();
+        // A device that could not be opened may be granted in a minute; figures stay.
+        if !matches!(verdict, Verdict::Absent { .. }) {
+            let _ = records.put(&key, &Remembered { verdict: verdict.clone() });
+        }
+        verdict
+    }
+
+    /// Chooses accelerator and program by the settings, and holds them against what `boundary` demands.
+    ///
+    /// # Errors
+    /// [`HostError::Boundary`] before anything is started; [`HostError::Machine`] without QEMU.
+    pub fn backend(&self, boundary: &Boundary) -> Result<Qemu, HostError> {
+        let verdict = match self.settings.backend.value {
+            BackendChoice::Tcg => Verdict::Absent { why: "the backend is set to tcg".to_owned() },
+            _ => self.kvm(false),
+        };
+        let accelerator = if verdict.is_usable() { Accelerator::Kvm } else { Accelerator::Tcg };
+        let no_kvm = |demand| HostError::Boundary { demand, why: verdict.to_string() };
+        let no_jail = |demand| HostError::Boundary {
+            demand,
+            why: "this version of kiln has no jail around QEMU and its device process".to_owned(),
+        };
+        if accelerator == Accelerator::Tcg {
+            if self.settings.backend.value == BackendChoice::Kvm {
+                return Err(no_kvm("the backend kvm"));
+            }
+            if boundary.require.contains(&Require::Kvm) {
+                return Err(no_kvm("--require kvm"));
+            }
+            if boundary.untrusted {
+                return Err(HostError::Boundary {
+                    demand: "--untrusted",
+                    why: format!("{verdict}, and emulation is no security boundary"),
+                });
+            }
+        }
+        if boundary.require.contains(&Require::Jail) {
+            return Err(no_jail("--require jail"));
+        }
+        if boundary.untrusted {
+            return Err(no_jail("--untrusted"));
+        }
+        Ok(Qemu::find(&self.settings.qemu.value, &self.settings.search_path, accelerator)?)
+    }
+
+    /// Where Debian packages come from.
+    ///
+    /// # Errors
+    /// [`ArchiveError`] where neither a setting nor the host says.
+    pub fn debian_mirror(&self) -> Result<String, ArchiveError> {
+        self.archive.mirror(crate::root::debian::DEFAULT_KERNEL_SUITE)
+    }
+
+    /// The agent's digest, after putting it into the store.
+    fn agent(&self) -> Result<Digest, HostError> {
+        let named = self.settings.agent.value.as_deref();
+        let path = bundle::find_agent(named).filter(|path| path.is_file());
+        let path = path.ok_or_else(|| HostError::NoAgent { named: named.map(Path::to_owned) })?;
+        Ok(bundle::store_agent(&self.store, &path)?)
+    }
+
+    fn lock(&self) -> Result<Lock, HostError> {
+        Ok(Lock::load(&self.settings.lock.value)?)
+    }
+
+    /// Where the lock file lies.
+    pub fn lock_path(&self) -> &Path {
+        &self.settings.lock.value
+    }
+
+    /// The bundle of `choice`; a Debian kernel is locked and fetched where it is not there yet.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn bundle(
+        &self,
+        choice: &KernelChoice,
+        carrier: Carrier,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<Bundle, HostError> {
+        let agent = self.agent()?;
+        let suite = match choice {
+            KernelChoice::File { kernel, modules } => {
+                return Ok(bundle::from_files(&self.store, kernel, modules.as_deref(), &agent, carrier)?);
+            }
+            KernelChoice::Debian(suite) => suite,
+        };
+        let mut lock = self.lock()?;
+        let locked = match lock.kernel(&format!("debian:{suite}")) {
+            Some(locked) => locked.clone(),
+            None => {
+                progress(&format!("looking up the kernel of Debian {suite}"));
+                let locked = self.archive.resolve_kernel(suite, None)?;
+                lock.set_kernel(locked.clone());
+                lock.save(self.lock_path())?;
+                progress(&format!("locked {} in {}", locked.package.name, self.lock_path().display()));
+                locked
+            }
+        };
+        let key = locked.package.sha256;
+        if let Some(bundle) = bundle::remembered(&self.store, &key, &agent, carrier) {
+            return Ok(bundle);
+        }
+        progress(&format!("fetching {}", locked.package.name));
+        self.archive.fetch_kernel(&locked, &|_| {})?;
+        progress("unpacking the kernel");
+        let tree = self.archive.unpack_kernel(&locked)?;
+        Ok(bundle::from_package(&self.store, &key, &tree, &agent, carrier)?)
+    }
+
+    /// The root of `spec`, made where it is not there yet: with machines of `qemu` that boot `bundle`.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn root(
+        &self,
+        spec: &RootSpec,
+        qemu: &Qemu,
+        bundle: &Bundle,
+        cpus: u16,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<Root, HostError> {
+        let RootSpec::Debian(_) = spec else {
+            return Ok(root::import(&self.store, spec)?);
+        };
+        let spec: DebianSpec = spec.to_string().parse().map_err(RootError::from)?;
+        let mut lock = self.lock()?;
+        let locked = match lock.root(&format!("{spec}")) {
+            Some(locked) => locked.clone(),
+            None => {
+                progress(&format!("resolving {spec}"));
+                let locked = self.archive.resolve(&spec, None)?;
+                lock.set_root(locked.clone());
+                lock.save(self.lock_path())?;
+                progress(&format!(
+                    "locked {} packages in {}",
+                    locked.packages.len(),
+                    self.lock_path().display()
+                ));
+                locked
+            }
+        };
+        let workshop = Workshop { store: &self.store, archive: &self.archive, backend: qemu, bundle, cpus };
+        Ok(workshop.debian(&locked, progress)?)
+    }
+}

@@ -1,0 +1,543 @@
+//! Merging a step's outputs into WORK: all of them or none, one rename an output, under a journal.
+//!
+//! Outputs are first written whole into a staging folder inside WORK (so that a rename stays on one file system),
+//! synced, and named in a journal; from then on the merge is completed, by this kiln or by the next one at
+//! this WORK. Before that moment a crash leaves WORK as it was, and the next kiln removes the staging folder.
+//! What is in WORK belongs to kiln only where the ledger says so: a file that a person made or changed is
+//! never overwritten.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use kiln_artifact::tree::{Kind, Node, Tree, TreePath};
+use kiln_digest::Digest;
+use kiln_virtio::fs::record::PathBytes;
+use serde::{Deserialize, Serialize};
+
+use super::work::{Identity, Seen, Work};
+use crate::store::Store;
+
+/// The staging folder's name in WORK: reserved, and gone after every merge.
+pub const STAGING: &str = ".kiln-staging";
+
+/// Why outputs cannot be merged. WORK is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum MergeError {
+    /// Something in WORK cannot be read or written.
+    #[error("cannot {what} `{path}`")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// A file that kiln did not put there, or that was changed since.
+    #[error("`{path}` in WORK is not what kiln put there")]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A kind of file that WORK does not hold.
+    #[error("output `{path}` is a {kind}, which WORK does not hold")]
+    Kind {
+        /// The output.
+        path: TreePath,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// A name that kiln needs for itself.
+    #[error("output `{path}` lies in {STAGING}, which kiln keeps for itself")]
+    Reserved {
+        /// The output.
+        path: TreePath,
+    },
+}
+
+impl MergeError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Changed { path } => Some(format!(
+                "move `{}` away, or say --overwrite to let this step's outputs replace files that are there",
+                path.display()
+            )),
+            Self::Kind { .. } => {
+                Some("declare the outputs without it, or pack it into an archive".to_owned())
+            }
+            Self::Reserved { .. } => Some("give the output another name".to_owned()),
+            Self::Io { .. } => None,
+        }
+    }
+}
+
+fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MergeError {
+    let path = path.to_owned();
+    move |source| MergeError::Io { what, path, source }
+}
+
+/// What kiln put at one path of a WORK.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Placed {
+    /// What it is.
+    #[serde(flatten)]
+    identity: Identity,
+    /// The step that put it there.
+    step: String,
+}
+
+/// All that kiln put into one WORK and is still answerable for.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Ledger {
+    placed: BTreeMap<PathBytes, Placed>,
+}
+
+/// A merge that will be completed whatever happens.
+#[derive(Debug, Serialize, Deserialize)]
+struct Journal {
+    /// Leaves to be removed first.
+    removals: Vec<PathBytes>,
+    /// Folders to be cleared of empty folders, and removed, for a leaf to take their place.
+    cleared: Vec<PathBytes>,
+    /// Folders to be made, with their modes.
+    folders: Vec<(PathBytes, u32)>,
+    /// Paths that the staged files 0, 1, … are renamed to.
+    places: Vec<PathBytes>,
+    /// The ledger as it will be.
+    ledger: Ledger,
+}
+
+/// One step's outputs, on their way into WORK.
+#[derive(Debug)]
+pub struct Merge<'a> {
+    /// Where contents come from.
+    pub store: &'a Store,
+    /// The directory.
+    pub work: &'a Path,
+    /// Who puts them there: what this step put out before and no longer does is removed.
+    pub step: &'a str,
+    /// Whether files that kiln did not put there may be replaced.
+    pub overwrite: bool,
+}
+
+fn on_host(work: &Path, path: &TreePath) -> PathBuf {
+    work.join(OsStr::from_bytes(path.as_bytes()))
+}
+
+fn bytes(path: &TreePath) -> PathBytes {
+    PathBytes(path.as_bytes().to_vec())
+}
+
+fn ledger_key(work: &Path) -> Digest {
+    Digest::of(work.as_os_str().as_bytes())
+}
+
+/// A WORK that no other kiln merges into while this is held.
+struct Locked {
+    path: PathBuf,
+    work: Work,
+    _lock: File,
+}
+
+/// Takes the lock of a WORK, and completes or undoes what an earlier kiln left there in the middle of a merge.
+fn open(store: &Store, work: &Path) -> Result<Locked, MergeError> {
+    fs::create_dir_all(work).map_err(at("make", work))?;
+    let path = fs::canonicalize(work).map_err(at("find", work))?;
+    let lock_path = store.run().join(format!("work-{}.lock", ledger_key(&path)));
+    let lock = File::create(&lock_path).map_err(at("lock", &lock_path))?;
+    lock.lock().map_err(at("lock", &lock_path))?;
+    let top = File::open(&path).map_err(at("open", &path))?;
+    let locked = Locked { work: Work::new(top.into()), path, _lock: lock };
+    let staging = locked.path.join(STAGING);
+    if fs::symlink_metadata(&staging).is_ok_and(|meta| meta.is_dir()) {
+        let journal = fs::read(staging.join("journal"));
+        match journal.ok().and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok()) {
+            Some(journal) => complete(store, &locked, journal)?,
+            None => remove_tree(&staging)?,
+        }
+    }
+    Ok(locked)
+}
+
+/// Completes or undoes an interrupted merge at `work`, if there was one.
+///
+/// # Errors
+/// [`MergeError::Io`].
+pub fn recover(store: &Store, work: &Path) -> Result<(), MergeError> {
+    if fs::symlink_metadata(work.join(STAGING)).is_ok() { open(store, work).map(drop) } else { Ok(()) }
+}
+
+/// What `step` put into `work` before and kiln is still answerable for: its own next run does not see it, so that
+/// what it puts out then is all that it puts out.
+pub fn placed_by(store: &Store, work: &Path, step: &str) -> Vec<PathBytes> {
+    let Ok(path) = fs::canonicalize(work) else { return Vec::new() };
+    let ledger: Ledger = store.records("work").get(&ledger_key(&path)).unwrap_or_default();
+    ledger.placed.into_iter().filter(|(_, placed)| placed.step == step).map(|(path, _)| path).collect()
+}
+
+impl Merge<'_> {
+    /// Merges `outputs` (every node a declared output or a folder above one) and says which files changed.
+    ///
+    /// # Errors
+    /// [`MergeError`]; nothing was changed then.
+    pub fn run(&self, outputs: &Tree) -> Result<Vec<TreePath>, MergeError> {
+        let locked = open(self.store, self.work)?;
+        let ledger: Ledger = self.store.records("work").get(&ledger_key(&locked.path)).unwrap_or_default();
+        let mut wanted = BTreeMap::new();
+        for (path, node) in outputs.iter() {
+            if path.components().next() == Some(STAGING.as_bytes()) {
+                return Err(MergeError::Reserved { path: path.clone() });
+            }
+            if let Some(identity) = identity(path, node, outputs)? {
+                wanted.insert(path.clone(), identity);
+            }
+        }
+        let (journal, places) = self.plan(&locked, outputs, &wanted, ledger)?;
+        let staging = locked.path.join(STAGING);
+        fs::DirBuilder::new().mode(0o700).create(&staging).map_err(at("make", &staging))?;
+        let staged = self.stage(&staging, outputs, &places).and_then(|()| write_journal(&staging, &journal));
+        match staged {
+            Ok(()) => complete(self.store, &locked, journal)?,
+            Err(error) => {
+                remove_tree(&staging)?;
+                return Err(error);
+            }
+        }
+        Ok(places)
+    }
+
+    /// What has to be done for WORK to have the outputs, or why it must not be.
+    fn plan(
+        &self,
+        locked: &Locked,
+        outputs: &Tree,
+        wanted: &BTreeMap<TreePath, Identity>,
+        mut ledger: Ledger,
+    ) -> Result<(Journal, Vec<TreePath>), MergeError> {
+        let look = |path: &TreePath| locked.work.look(path).map_err(at("read", &on_host(&locked.path, path)));
+        let changed = |path: &TreePath| MergeError::Changed { path: on_host(&locked.path, path) };
+        let mut removals = self.removals(locked, &ledger, wanted)?;
+        let mut cleared = Vec::new();
+        let mut places = Vec::new();
+        // Whether what stands at a path goes away, so that something else may take its place.
+        let gives_way = |path: &TreePath, removals: &mut BTreeSet<TreePath>| {
+            removals.contains(path) || (self.overwrite && removals.insert(path.clone()))
+        };
+        for (path, identity) in wanted {
+            let known = ledger.placed.get(&bytes(path));
+            match look(path)? {
+                Seen::Nothing => places.push(path.clone()),
+                Seen::Leaf(found) if found == *identity => {}
+                Seen::Leaf(found)
+                    if self.overwrite
+                        || found.digest == identity.digest
+                        || known.is_some_and(|placed| placed.identity.digest == found.digest) =>
+                {
+                    places.push(path.clone());
+                }
+                Seen::Blocked(above) if gives_way(&above, &mut removals) => places.push(path.clone()),
+                Seen::Folder => {
+                    // Outputs of this step that go away may leave an empty folder; anything else is a person's.
+                    let leaves =
+                        locked.work.leaves(path).map_err(at("read", &on_host(&locked.path, path)))?;
+                    if leaves.is_empty() || !leaves.iter().all(|leaf| removals.contains(leaf)) {
+                        return Err(changed(path));
+                    }
+                    cleared.push(path.clone());
+                    places.push(path.clone());
+                }
+                Seen::Leaf(_) | Seen::Other => return Err(changed(path)),
+                Seen::Blocked(above) => return Err(changed(&above)),
+            }
+        }
+        let mut folders = Vec::new();
+        for (path, node) in
+            outputs.iter().filter(|(path, node)| node.kind == Kind::Directory && !path.is_root())
+        {
+            match look(path)? {
+                Seen::Nothing | Seen::Folder => {}
+                Seen::Blocked(at) if gives_way(&at, &mut removals) => {}
+                Seen::Leaf(_) if gives_way(path, &mut removals) => {}
+                Seen::Leaf(_) | Seen::Other => return Err(changed(path)),
+                Seen::Blocked(at) => return Err(changed(&at)),
+            }
+            folders.push((bytes(path), u32::from(node.meta.mode)));
+        }
+        ledger.placed.retain(|path, placed| {
+            let gone = TreePath::new(&path.0).is_ok_and(|path| removals.contains(&path));
+            !gone
+                && (placed.step != self.step
+                    || TreePath::new(&path.0).is_ok_and(|path| wanted.contains_key(&path)))
+        });
+        for (path, identity) in wanted {
+            // A file that was there before, and is a person's, does not become kiln's by being equal to an output.
+            if ledger.placed.contains_key(&bytes(path)) || places.binary_search(path).is_ok() {
+                ledger.placed.insert(bytes(path), Placed { identity: *identity, step: self.step.to_owned() });
+            }
+        }
+        let journal = Journal {
+            removals: removals.iter().map(bytes).collect(),
+            cleared: cleared.iter().map(bytes).collect(),
+            folders,
+            places: places.iter().map(bytes).collect(),
+            ledger,
+        };
+        Ok((journal, places))
+    }
+
+    /// What this step put out before, is still as it was, and is no longer among its outputs.
+    fn removals(
+        &self,
+        locked: &Locked,
+        ledger: &Ledger,
+        wanted: &BTreeMap<TreePath, Identity>,
+    ) -> Result<BTreeSet<TreePath>, MergeError> {
+        let mut removals = BTreeSet::new();
+        for (name, placed) in ledger.placed.iter().filter(|(_, placed)| placed.step == self.step) {
+            let Ok(path) = TreePath::new(&name.0) else { continue };
+            if wanted.contains_key(&path) {
+                continue;
+            }
+            let host = on_host(&locked.path, &path);
+            match locked.work.look(&path).map_err(at("read", &host))? {
+                Seen::Leaf(found) if self.overwrite || found.digest == placed.identity.digest => {
+                    removals.insert(path);
+                }
+                Seen::Leaf(_) => return Err(MergeError::Changed { path: host }),
+                // A person removed it, moved it, or put something else there: not kiln's any more.
+                Seen::Nothing | Seen::Blocked(_) | Seen::Folder | Seen::Other => {}
+            }
+        }
+        Ok(removals)
+    }
+
+    fn stage(&self, staging: &Path, outputs: &Tree, places: &[TreePath]) -> Result<(), MergeError> {
+        for (number, path) in places.iter().enumerate() {
+            let Some(node) = outputs.get(path) else { continue };
+            let node = resolve(outputs, node);
+            let staged = staging.join(number.to_string());
+            match &node.kind {
+                Kind::File { digest, size } => {
+                    let mode = mode_in_work(node);
+                    let mut target = fs::OpenOptions::new()
+                        .write(true)
+                        .create_new(true)
+                        .mode(mode)
+                        .open(&staged)
+                        .map_err(at("write", &staged))?;
+                    let mut source = self.store.blobs().file(digest).map_err(at("read", &staged))?;
+                    copy_sparse(&mut source, &mut target, *size)
+                        .map_err(at("write", &on_host(self.work, path)))?;
+                    target
+                        .set_permissions(fs::Permissions::from_mode(mode))
+                        .map_err(at("set the mode of", &staged))?;
+                }
+                Kind::Symlink(text) => {
+                    symlink(OsStr::from_bytes(text), &staged).map_err(at("write", &staged))?;
+                }
+                _ => {}
+            }
+        }
+        let folder = File::open(staging).map_err(at("sync", staging))?;
+        rustix::fs::syncfs(&folder).map_err(|errno| at("sync", staging)(errno.into()))
+    }
+}
+
+/// The permissions of a file in WORK: as the step set them, but nobody else may write it and its owner always may.
+fn mode_in_work(node: &Node) -> u32 {
+    u32::from(node.meta.mode & 0o755) | 0o600
+}
+
+/// The node that holds a hard link's content.
+fn resolve<'a>(outputs: &'a Tree, node: &'a Node) -> &'a Node {
+    match &node.kind {
+        Kind::HardLink(target) => outputs.get(target).unwrap_or(node),
+        _ => node,
+    }
+}
+
+/// What an output will be in WORK; none for a folder.
+fn identity(path: &TreePath, node: &Node, outputs: &Tree) -> Result<Option<Identity>, MergeError> {
+    let node = resolve(outputs, node);
+    let kind = match &node.kind {
+        Kind::Directory => return Ok(None),
+        Kind::File { digest, .. } => return Ok(Some(Identity::file(*digest, mode_in_work(node)))),
+        Kind::Symlink(text) => return Ok(Some(Identity::link(text))),
+        Kind::HardLink(_) => "hard link to nothing",
+        Kind::CharDevice { .. } | Kind::BlockDevice { .. } => "device",
+        Kind::Fifo => "FIFO",
+        Kind::Socket => "socket",
+    };
+    Err(MergeError::Kind { path: path.clone(), kind })
+}
+
+fn write_journal(staging: &Path, journal: &Journal) -> Result<(), MergeError> {
+    let path = staging.join("journal");
+    let temporary = staging.join("journal.new");
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        serde_json::to_writer(&mut file, journal)?;
+        file.write_all(b"\n")?;
+        file.sync_all()?;
+        fs::rename(&temporary, &path)?;
+        File::open(staging)?.sync_all()
+    };
+    write().map_err(at("write", &path))
+}
+
+/// Does what the journal says; every part may have been done already.
+fn complete(store: &Store, locked: &Locked, journal: Journal) -> Result<(), MergeError> {
+    let Locked { path: top, work, .. } = locked;
+    let staging = top.join(STAGING);
+    let staged = File::open(&staging).map_err(at("open", &staging))?;
+    let each = |names: &[PathBytes], act: &dyn Fn(usize, &TreePath) -> io::Result<()>| {
+        for (number, name) in names.iter().enumerate() {
+            let path = TreePath::new(&name.0);
+            let path = path.map_err(|_| at("read", &staging)(io::ErrorKind::InvalidData.into()))?;
+            act(number, &path).map_err(at("change", &on_host(top, &path)))?;
+        }
+        Ok(())
+    };
+    each(&journal.removals, &|_, path| work.remove(path))?;
+    // Done before the leaf is placed; afterwards the path is no folder any more.
+    each(&journal.cleared, &|_, path| work.remove_empty_folders(path))?;
+    for (name, mode) in &journal.folders {
+        each(std::slice::from_ref(name), &|_, path| work.make_folder(path, *mode))?;
+    }
+    each(&journal.places, &|number, path| work.place(staged.as_fd(), &number.to_string(), path))?;
+    store.records("work").put(&ledger_key(top), &journal.ledger).map_err(at("record the outputs of", top))?;
+    remove_tree(&staging)
+}
+
+fn remove_tree(path: &Path) -> Result<(), MergeError> {
+    fs::remove_dir_all(path).map_err(at("remove", path))
+}
+
+/// Copies a blob's data and leaves its holes.
+fn copy_sparse(source: &mut File, target: &mut File, size: u64) -> io::Result<()> {
+    use rustix::fs::SeekFrom as Seek2;
+    let mut position = 0;
+    while position < size {
+        let data = match rustix::fs::seek(&*source, Seek2::Data(position)) {
+            Ok(data) => data,
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(errno) => return Err(errno.into()),
+        };
+        let hole = rustix::fs::seek(&*source, Seek2::Hole(data))?;
+        source.seek(SeekFrom::Start(data))?;
+        target.seek(SeekFrom::Start(data))?;
+        io::copy(&mut Read::by_ref(source).take(hole - data), target)?;
+        position = hole;
+    }
+    target.set_len(size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_artifact::tree::Meta;
+
+    struct World {
+        folder: tempfile::TempDir,
+        store: Store,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            let store = Store::open(&folder.path().join("store")).expect("a store");
+            Self { folder, store }
+        }
+
+        fn work(&self) -> PathBuf {
+            self.folder.path().join("work")
+        }
+
+        fn outputs(&self, files: &[(&str, &str)]) -> Tree {
+            let mut tree = Tree::new();
+            for (path, text) in files {
+                let path = TreePath::new(path.as_bytes()).expect("a good path");
+                let mut folder = path.parent();
+                while let Some(inner) = folder {
+                    let meta = Meta { mode: 0o755, ..Meta::default() };
+                    tree.insert(inner.clone(), Node { kind: Kind::Directory, meta });
+                    folder = inner.parent();
+                }
+                let (digest, size) = self.store.blobs().put(text.as_bytes()).expect("room");
+                let meta = Meta { mode: 0o644, ..Meta::default() };
+                tree.insert(path, Node { kind: Kind::File { digest, size }, meta });
+            }
+            tree
+        }
+
+        fn merge(&self, files: &[(&str, &str)]) -> Result<Vec<TreePath>, MergeError> {
+            let merge = Merge { store: &self.store, work: &self.work(), step: "s", overwrite: false };
+            merge.run(&self.outputs(files))
+        }
+
+        fn read(&self, path: &str) -> Option<String> {
+            fs::read_to_string(self.work().join(path)).ok()
+        }
+    }
+
+    #[test]
+    fn outputs_arrive_and_what_is_no_longer_put_out_goes() {
+        let world = World::new();
+        world.merge(&[("a/b", "1"), ("c", "2")]).expect("a first merge");
+        assert_eq!(world.read("a/b").as_deref(), Some("1"));
+        let changed = world.merge(&[("c", "3")]).expect("a second merge");
+        assert_eq!(changed.len(), 1);
+        assert_eq!(world.read("c").as_deref(), Some("3"));
+        assert!(!world.work().join("a").exists());
+        assert!(!world.work().join(STAGING).exists());
+    }
+
+    #[test]
+    fn a_file_that_a_person_changed_is_not_overwritten_and_nothing_else_is_merged() {
+        let world = World::new();
+        world.merge(&[("a", "1"), ("b", "1")]).expect("a first merge");
+        fs::write(world.work().join("b"), "mine").expect("a person's change");
+        assert!(matches!(world.merge(&[("a", "2"), ("b", "2")]), Err(MergeError::Changed { .. })));
+        assert_eq!(world.read("a").as_deref(), Some("1"));
+        assert_eq!(world.read("b").as_deref(), Some("mine"));
+    }
+
+    #[test]
+    fn an_interrupted_merge_is_completed_from_its_journal() {
+        let world = World::new();
+        let outputs = world.outputs(&[("a", "1"), ("b", "2")]);
+        fs::create_dir_all(world.work().join(STAGING)).expect("a folder");
+        let staging = world.work().join(STAGING);
+        let merge = Merge { store: &world.store, work: &world.work(), step: "s", overwrite: false };
+        let places: Vec<TreePath> =
+            ["a", "b"].map(|name| TreePath::new(name.as_bytes()).expect("good")).into();
+        merge.stage(&staging, &outputs, &places).expect("staged");
+        // Killed before the journal: undone.
+        recover(&world.store, &world.work()).expect("recovered");
+        assert_eq!(world.read("a"), None);
+        fs::create_dir(&staging).expect("a folder");
+        merge.stage(&staging, &outputs, &places).expect("staged");
+        let journal = Journal {
+            removals: Vec::new(),
+            cleared: Vec::new(),
+            folders: Vec::new(),
+            places: places.iter().map(bytes).collect(),
+            ledger: Ledger::default(),
+        };
+        write_journal(&staging, &journal).expect("written");
+        fs::rename(staging.join("0"), world.work().join("a")).expect("one rename done");
+        // Killed after the first rename: completed.
+        recover(&world.store, &world.work()).expect("recovered");
+        assert_eq!(world.read("a").as_deref(), Some("1"));
+        assert_eq!(world.read("b").as_deref(), Some("2"));
+        assert!(!staging.exists());
+    }
+}

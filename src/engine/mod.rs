@@ -1,0 +1,22 @@
+//! A step's life: its inputs opened and checked, its machine started, its command run, its outputs collected and
+//! merged, its reads recorded.
+
+mod collect;
+mod error;
+mod event;
+mod host;
+mod inputs;
+pub mod merge;
+mod prepare;
+mod reads;
+mod run;
+mod step;
+mod work;
+
+pub use error::RunError;
+pub use event::{Event, Phase};
+pub use host::{Boundary, Host, HostError, KernelChoice, Require};
+pub use inputs::{DiskArgument, InputError, MountArgument};
+pub use reads::{ReadsError, ReadsReport, ShareReads};
+pub use run::{Collected, Ended, Report, run};
+pub use step::{Clock, Step};

@@ -1,0 +1,282 @@
+//! Before a machine starts: everything a step is given, opened, found or made, and described for agent and machine.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::Duration;
+
+use kiln_wire::{Access, Exec, Mount, Setup, Source};
+
+use super::error::RunError;
+use super::event::Event;
+use super::host::Host;
+use super::inputs::{InputError, check_work, open_disk, open_share, refuse_secrets, refuse_store};
+use super::merge;
+use super::reads::Observable;
+use super::step::{Clock, Step};
+use crate::machine::qemu::Qemu;
+use crate::machine::{Attributes, Carrier, Disk, PathBytes, Share, Spec};
+use crate::plan::{Environment, RootSpec};
+use crate::root::bundle::Bundle;
+use crate::root::{Root, image};
+
+/// The host name of every machine.
+const HOSTNAME: &str = "kiln";
+
+/// Everything opened and found before the machine starts.
+pub(super) struct Prepared {
+    pub qemu: Qemu,
+    pub bundle: Bundle,
+    pub root: Root,
+    pub environment: Environment,
+    pub cpus: u16,
+    pub shares: Vec<Share>,
+    pub observables: Vec<Observable>,
+    pub mounts: Vec<Mount>,
+    pub disks: Vec<Disk>,
+    pub work_target: String,
+    pub directory: String,
+}
+
+/// Opens and finds all that `step` needs.
+///
+/// # Errors
+/// [`RunError`] before anything was started.
+pub(super) fn prepare(
+    step: &Step,
+    host: &Host,
+    work: &Path,
+    events: &mut dyn FnMut(Event<'_>),
+) -> Result<Prepared, RunError> {
+    let settings = &host.settings;
+    let mut environment = Environment::fixed();
+    let project = &settings.project.value;
+    let (source_target, work_target) = (format!("/ws/{project}"), format!("/x/{project}"));
+    if settings.srcdir.value.is_some() {
+        environment.set("SRCDIR", source_target.as_bytes());
+    }
+    environment.set("WORK", work_target.as_bytes());
+    environment.set("TAG", settings.tag.value.as_bytes());
+    if let Some(repo) = &settings.repo.value {
+        environment.set("REPO", repo.as_bytes());
+    }
+    for variable in &step.env {
+        environment.add(variable, crate::settings::host_variable)?;
+    }
+    let epoch = environment.source_date_epoch()?;
+    let attributes = || match step.real_attributes {
+        true => Attributes::Real,
+        false => Attributes::Fixed { mtime_seconds: epoch },
+    };
+    if !step.outputs.is_empty() {
+        check_work(work)?;
+    }
+
+    let secrets = &settings.secrets.value;
+    let mut shares = Shares::default();
+    let mut mounts = Vec::new();
+    let store = &settings.store.value;
+    refuse_store("WORK", work, store)?;
+    if let Some(source) = &settings.srcdir.value {
+        refuse_store("SRCDIR", &settings.directory.join(source), store)?;
+        let directory = open_share("SRCDIR", &settings.directory.join(source), secrets)?;
+        let access = if step.source_layer { Access::Layered } else { Access::ReadOnly };
+        mounts.push(shares.add("src", &source_target, directory, attributes(), access)?);
+    }
+    let directory = if work.exists() { open_share("WORK", work, secrets)? } else { empty_directory(host)? };
+    mounts.push(shares.add("work", &work_target, directory, attributes(), Access::Layered)?);
+    let mut hidden = merge::placed_by(&host.store, work, &step.name);
+    hidden.push(PathBytes(merge::STAGING.as_bytes().to_vec()));
+    shares.hide(hidden);
+    for (index, mount) in step.mounts.iter().enumerate() {
+        refuse_store("mount", &settings.directory.join(&mount.host), store)?;
+        let directory = open_share("mount", &settings.directory.join(&mount.host), secrets)?;
+        mounts.push(shares.add(
+            &format!("mount{index}"),
+            &mount.guest,
+            directory,
+            attributes(),
+            Access::ReadOnly,
+        )?);
+    }
+    let mut disks = Vec::new();
+    for (index, disk) in step.disks.iter().enumerate() {
+        let (file, filesystem) = open_disk(disk, secrets)?;
+        let serial = format!("disk{index}");
+        let source = Source::Disk { serial: serial.clone(), filesystem, read_only: disk.read_only };
+        let access = if disk.read_only { Access::ReadOnly } else { Access::Direct };
+        mounts.push(Mount { source, target: disk.guest.clone().into_bytes(), access });
+        disks.push(Disk { serial, file, read_only: disk.read_only });
+    }
+
+    let mut places = BTreeSet::new();
+    if let Some(mount) = mounts.iter().find(|mount| !places.insert(mount.target.as_slice())) {
+        return Err(InputError::SamePlace(String::from_utf8_lossy(&mount.target).into_owned()).into());
+    }
+    if let RootSpec::Directory(path) | RootSpec::Archive(path) | RootSpec::Live(path) = &step.root {
+        refuse_secrets("root", &settings.directory.join(path), secrets)?;
+    }
+
+    let qemu = host.backend(&step.boundary)?;
+    let cpus = match step.cpus {
+        0 => std::thread::available_parallelism().ok().and_then(|n| u16::try_from(n.get()).ok()).unwrap_or(1),
+        cpus => cpus,
+    };
+    let mut progress = |text: &str| events(Event::Progress(text));
+    let bundle = host.bundle(&step.kernel, step.carrier, &mut progress)?;
+    let root_bundle = match step.carrier {
+        Carrier::Serial => bundle.clone(),
+        Carrier::Vsock => host.bundle(&step.kernel, Carrier::Serial, &mut progress)?,
+    };
+    let root = host.root(&step.root, &qemu, &root_bundle, cpus, &mut progress)?;
+    let directory = match (&step.directory, &settings.srcdir.value) {
+        (Some(directory), _) => directory.clone(),
+        (None, Some(_)) => source_target,
+        (None, None) => work_target.clone(),
+    };
+    if let Root::Live(path) = &root {
+        let directory = open_share("root", path, secrets)?;
+        shares.add("root", "/", directory, Attributes::Real, Access::Layered)?;
+    }
+    let Shares { list: shares, observables } = shares;
+    Ok(Prepared {
+        qemu,
+        bundle,
+        root,
+        environment,
+        cpus,
+        shares,
+        observables,
+        mounts,
+        disks,
+        work_target,
+        directory,
+    })
+}
+
+/// Shares for the machine, and our own hold on each for the time after it.
+#[derive(Default)]
+struct Shares {
+    list: Vec<Share>,
+    observables: Vec<Observable>,
+}
+
+impl Shares {
+    /// Leaves `paths` out of what the share added last shows.
+    fn hide(&mut self, paths: Vec<PathBytes>) {
+        if let Some(share) = self.list.last_mut() {
+            share.hidden = paths;
+        }
+    }
+
+    fn add(
+        &mut self,
+        name: &str,
+        guest: &str,
+        directory: OwnedFd,
+        attributes: Attributes,
+        access: Access,
+    ) -> Result<Mount, RunError> {
+        let held = directory.try_clone().map_err(|source| RunError::Io { what: "hold a share", source })?;
+        self.observables.push(Observable { name: name.to_owned(), guest: guest.to_owned(), directory: held });
+        self.list.push(Share { name: name.to_owned(), directory, attributes, hidden: Vec::new() });
+        Ok(Mount { source: Source::Share(name.to_owned()), target: guest.as_bytes().to_vec(), access })
+    }
+}
+
+/// The store's empty directory, for a WORK that does not exist yet.
+fn empty_directory(host: &Host) -> Result<OwnedFd, RunError> {
+    let io = |source| RunError::Io { what: "open the store's empty directory", source };
+    let folder = host.store.run().join("empty");
+    std::fs::create_dir_all(&folder).map_err(io)?;
+    Ok(File::open(folder).map_err(io)?.into())
+}
+
+/// What the agent is told, what it runs, and what the machine is made of.
+///
+/// # Errors
+/// [`RunError::Io`] where a descriptor or a file cannot be had.
+pub(super) fn describe(
+    step: &Step,
+    host: &Host,
+    prepared: &Prepared,
+) -> Result<(Setup, Exec, Spec), RunError> {
+    let io = |what| move |source| RunError::Io { what, source };
+    let mut disks = Vec::new();
+    let root = match &prepared.root {
+        Root::Image { path, .. } => {
+            let file = File::open(path).map_err(io("open the root's image"))?;
+            disks.push(Disk { serial: "root".to_owned(), file: file.into(), read_only: true });
+            Source::Disk { serial: "root".to_owned(), filesystem: "erofs".to_owned(), read_only: true }
+        }
+        Root::Live(_) => Source::Share("root".to_owned()),
+    };
+    let mut mounts = prepared.mounts.clone();
+    let with_modules = step.module_tree || !step.modules.is_empty();
+    if let (true, Some(modules)) = (with_modules, &prepared.bundle.modules) {
+        let file = File::open(image::path(&host.store, modules)).map_err(io("open the module image"))?;
+        disks.push(Disk { serial: "modules".to_owned(), file: file.into(), read_only: true });
+        let source = Source::Modules("modules".to_owned());
+        mounts.insert(0, Mount { source, target: b"/lib/modules".to_vec(), access: Access::ReadOnly });
+    }
+    let scratch = tempfile::tempfile_in(host.store.temporary()).map_err(io("make the scratch disk"))?;
+    scratch.set_len(step.scratch_bytes).map_err(io("make the scratch disk"))?;
+    disks.push(Disk { serial: "scratch".to_owned(), file: scratch.into(), read_only: false });
+    for disk in &prepared.disks {
+        let file = disk.file.try_clone().map_err(io("attach a disk"))?;
+        disks.push(Disk { serial: disk.serial.clone(), file, read_only: disk.read_only });
+    }
+    let mut seed = [0; 64];
+    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
+        .map_err(|errno| io("draw a seed")(errno.into()))?;
+    let clock = match step.clock {
+        Clock::Fixed => kiln_wire::Clock { seconds: seconds(prepared)?, nanoseconds: 0 },
+        Clock::Host => {
+            let now = crate::clock::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+            let seconds = i64::try_from(now.as_secs()).unwrap_or_default();
+            kiln_wire::Clock { seconds, nanoseconds: now.subsec_nanos() }
+        }
+    };
+    let setup = Setup {
+        seed,
+        clock,
+        root,
+        scratch_serial: "scratch".to_owned(),
+        layer_bytes: step.scratch_bytes.saturating_add(step.memory_bytes / 2),
+        mounts,
+        hostname: HOSTNAME.to_owned(),
+        load_modules: step.modules.clone(),
+    };
+    let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+    let exec = Exec {
+        id: 1,
+        argv: step.argv.clone(),
+        env: prepared.environment.lines(),
+        cwd: prepared.directory.clone().into_bytes(),
+        timeout_ms: step.timeout.map_or(0, |timeout| milliseconds(timeout).max(1)),
+        grace_ms: milliseconds(step.grace),
+        stdin: false,
+    };
+    let hold = |share: &Share| -> Result<Share, RunError> {
+        let directory = share.directory.try_clone().map_err(io("hold a share"))?;
+        let (name, hidden) = (share.name.clone(), share.hidden.clone());
+        Ok(Share { name, directory, attributes: share.attributes, hidden })
+    };
+    let spec = Spec {
+        kernel: host.store.blobs().path(&prepared.bundle.kernel),
+        initramfs: host.store.blobs().path(&prepared.bundle.initramfs),
+        memory_bytes: step.memory_bytes,
+        cpus: prepared.cpus,
+        shares: prepared.shares.iter().map(hold).collect::<Result<_, _>>()?,
+        disks,
+        carrier: step.carrier,
+        nested: step.nested,
+    };
+    Ok((setup, exec, spec))
+}
+
+/// SOURCE_DATE_EPOCH as file systems count.
+pub(super) fn seconds(prepared: &Prepared) -> Result<i64, RunError> {
+    Ok(i64::try_from(prepared.environment.source_date_epoch()?).unwrap_or(i64::MAX))
+}

@@ -1,0 +1,214 @@
+//! `run`: one step from its description to its merged outputs.
+
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use kiln_artifact::tree::{Kind, TreePath};
+use kiln_digest::Digest;
+use kiln_wire::{Exec, Outcome, Setup, Usage};
+
+use super::collect::{Collection, collect};
+use super::error::RunError;
+use super::event::{Event, Phase};
+use super::host::Host;
+use super::merge::{self, Merge};
+use super::prepare::{Prepared, describe, prepare};
+use super::reads::{self, ReadsReport};
+use super::step::Step;
+use crate::agent::{ExecEnd, Session, SessionError};
+use crate::machine::{Backend, Identity};
+use crate::root::bundle::NEEDED;
+
+/// How long a machine may take from its start to its agent's first word. An emulated one needs two seconds.
+const BOOT_PATIENCE: Duration = Duration::from_secs(90);
+/// How long a machine that closed its wire may take to be gone.
+const DEATH_PATIENCE: Duration = Duration::from_secs(5);
+/// How the command ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// It ran to an end.
+    Ran(Outcome, Usage),
+    /// It could not be started.
+    NotStarted(io::Error),
+}
+
+impl Ended {
+    /// Whether the step succeeded.
+    pub fn is_success(&self) -> bool {
+        matches!(self, Self::Ran(Outcome::Exit(0), _))
+    }
+}
+
+/// What came out of WORK's layer.
+#[derive(Debug)]
+pub struct Collected {
+    /// The digest of the outputs' manifest.
+    pub manifest: Digest,
+    /// Output files, and their bytes together.
+    pub files: (u64, u64),
+    /// Paths in WORK that changed.
+    pub changed: Vec<TreePath>,
+    /// Paths written in WORK that nobody declared.
+    pub undeclared: Vec<TreePath>,
+}
+
+/// What a run came to.
+#[derive(Debug)]
+pub struct Report {
+    /// How the command ended.
+    pub ended: Ended,
+    /// What ran it.
+    pub identity: Identity,
+    /// Digest of the boot bundle.
+    pub bundle: Digest,
+    /// The outputs; none where the command failed.
+    pub collected: Option<Collected>,
+    /// What was read. Contents have digests where they were asked for.
+    pub reads: ReadsReport,
+    /// Where WORK is.
+    pub work: PathBuf,
+}
+
+/// Runs `step` on `host`, telling `events` what happens. `input` is the command's standard input.
+///
+/// # Errors
+/// [`RunError`] where kiln could not carry it through; a command that fails is a [`Report`].
+pub fn run(
+    step: &Step,
+    host: &Host,
+    input: Option<Box<dyn Read + Send>>,
+    events: &mut dyn FnMut(Event<'_>),
+) -> Result<Report, RunError> {
+    let mut stopwatch = Stopwatch(Instant::now());
+    let work = host.settings.work.value.clone();
+    merge::recover(&host.store, &work)?;
+    let prepared = prepare(step, host, &work, events)?;
+    let (setup, exec, spec) = describe(step, host, &prepared)?;
+    events(Event::Phase(Phase::Prepare, stopwatch.lap()));
+
+    let mut machine = prepared.qemu.start(spec)?;
+    events(Event::Machine(machine.identity()));
+    let mut talk = Talk { step, host, prepared: &prepared, stopwatch: &mut stopwatch, doing: "booting" };
+    let conversation =
+        machine.wire().map_err(RunError::from).and_then(|wire| talk.hold(wire, setup, exec, input, events));
+    let doing = talk.doing;
+    let (ended, collection) = match conversation {
+        Err(RunError::Session(SessionError::Closed)) => {
+            let death = machine.death(DEATH_PATIENCE);
+            let console = machine.console();
+            if !console.trim().is_empty() {
+                events(Event::Warning(&format!(
+                    "the machine's console ends with:\n{}",
+                    last_lines(&console, 15)
+                )));
+            }
+            return Err(RunError::Died { doing, death });
+        }
+        other => other?,
+    };
+    let record = machine.observed()?;
+    let identity = machine.identity().clone();
+    drop(machine);
+    let root = prepared.root.digest();
+    let reads = reads::report(&record, &prepared.observables, root, step.report_reads);
+    events(Event::Phase(Phase::Record, stopwatch.lap()));
+
+    let collected = match collection {
+        None => None,
+        Some(collection) => {
+            let changed = if step.outputs.is_empty() {
+                Vec::new()
+            } else {
+                let merge =
+                    Merge { store: &host.store, work: &work, step: &step.name, overwrite: step.overwrite };
+                merge.run(&collection.outputs)?
+            };
+            let manifest = collection.outputs.manifest();
+            let io = |source| RunError::Io { what: "keep the outputs' manifest", source };
+            let (manifest, _) = host.store.blobs().put(&manifest[..]).map_err(io)?;
+            let files = collection.outputs.iter().filter_map(|(_, node)| match node.kind {
+                Kind::File { size, .. } => Some(size),
+                _ => None,
+            });
+            let files = files.fold((0, 0), |(count, bytes), size| (count + 1, bytes + size));
+            Some(Collected { manifest, files, changed, undeclared: collection.undeclared })
+        }
+    };
+    events(Event::Phase(Phase::Merge, stopwatch.lap()));
+    Ok(Report { ended, identity, bundle: prepared.bundle.digest(), collected, reads, work })
+}
+
+struct Stopwatch(Instant);
+
+impl Stopwatch {
+    fn lap(&mut self) -> Duration {
+        let now = Instant::now();
+        now.duration_since(std::mem::replace(&mut self.0, now))
+    }
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.trim_end().lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+type Conversation = (Ended, Option<Collection>);
+
+/// A conversation with one agent, from its first word to the end of the collection.
+struct Talk<'a> {
+    step: &'a Step,
+    host: &'a Host,
+    prepared: &'a Prepared,
+    stopwatch: &'a mut Stopwatch,
+    /// What is going on, for the case that the machine dies.
+    doing: &'static str,
+}
+
+impl Talk<'_> {
+    fn hold(
+        &mut self,
+        wire: UnixStream,
+        setup: Setup,
+        mut exec: Exec,
+        input: Option<Box<dyn Read + Send>>,
+        events: &mut dyn FnMut(Event<'_>),
+    ) -> Result<Conversation, RunError> {
+        let mut session = Session::open(wire, BOOT_PATIENCE).map_err(RunError::Session)?;
+        events(Event::Phase(Phase::Boot, self.stopwatch.lap()));
+        self.doing = "preparing the step";
+        session.setup(setup).map_err(|source| match source {
+            SessionError::Failed { .. } if self.prepared.bundle.modules.is_none() => {
+                RunError::BareKernel { needed: NEEDED.join(", "), source }
+            }
+            source => RunError::Session(source),
+        })?;
+        events(Event::Phase(Phase::Setup, self.stopwatch.lap()));
+        self.doing = "running the command";
+        exec.stdin = input.is_some();
+        let mut output = |stream, data: &[u8]| {
+            events(Event::Output(stream, data));
+            Ok(())
+        };
+        let end = session.exec(exec, input, &mut output).map_err(RunError::Session)?;
+        events(Event::Phase(Phase::Command, self.stopwatch.lap()));
+        let ended = match end {
+            ExecEnd::Ran(outcome, usage) => Ended::Ran(outcome, usage),
+            ExecEnd::NotStarted(error) => Ended::NotStarted(error),
+        };
+        let mut collection = None;
+        if ended.is_success() {
+            self.doing = "collecting outputs";
+            collection = Some(collect(self.step, self.host, self.prepared, &mut session)?);
+        }
+        // A disk that the step may write has to be left clean; without one there is nothing in the machine worth
+        // waiting for.
+        if self.prepared.disks.iter().any(|disk| !disk.read_only) {
+            self.doing = "powering off";
+            session.power_off().map_err(RunError::Session)?;
+        }
+        events(Event::Phase(Phase::Collect, self.stopwatch.lap()));
+        Ok((ended, collection))
+    }
+}

@@ -1,0 +1,74 @@
+//! A step: one command with its root, inputs, outputs, environment and limits, as it is described.
+
+use std::time::Duration;
+
+use super::host::{Boundary, KernelChoice};
+use super::inputs::{DiskArgument, MountArgument};
+use crate::agent::Limits;
+use crate::machine::Carrier;
+use crate::plan::{Outputs, RootSpec};
+
+/// The clock a step sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Clock {
+    /// The host's.
+    #[default]
+    Host,
+    /// It starts at SOURCE_DATE_EPOCH.
+    Fixed,
+}
+
+/// One command with its root, inputs, outputs, environment and limits.
+#[derive(Debug)]
+pub struct Step {
+    /// Who puts outputs into WORK.
+    pub name: String,
+    /// The root.
+    pub root: RootSpec,
+    /// The kernel.
+    pub kernel: KernelChoice,
+    /// Program and arguments.
+    pub argv: Vec<Vec<u8>>,
+    /// Variables the step names: `NAME=VALUE` or `NAME`.
+    pub env: Vec<String>,
+    /// Working directory; where it is not said, SRCDIR's place, else WORK's.
+    pub directory: Option<String>,
+    /// Whether SRCDIR gets a private writable layer.
+    pub source_layer: bool,
+    /// Other directories.
+    pub mounts: Vec<MountArgument>,
+    /// Disks.
+    pub disks: Vec<DiskArgument>,
+    /// Declared outputs.
+    pub outputs: Outputs,
+    /// Whether outputs may replace files that kiln did not put into WORK.
+    pub overwrite: bool,
+    /// Guest memory.
+    pub memory_bytes: u64,
+    /// Processors; 0: as many as the host has.
+    pub cpus: u16,
+    /// Size of the scratch disk.
+    pub scratch_bytes: u64,
+    /// Kill the command after this long.
+    pub timeout: Option<Duration>,
+    /// How long after SIGTERM comes SIGKILL.
+    pub grace: Duration,
+    /// The clock.
+    pub clock: Clock,
+    /// What carries the wire.
+    pub carrier: Carrier,
+    /// Kernel modules to load; with any, the bundle's module tree is attached.
+    pub modules: Vec<String>,
+    /// Whether the module tree is attached.
+    pub module_tree: bool,
+    /// Whether the guest's processor offers virtualisation.
+    pub nested: bool,
+    /// What files of shares show: the contract's fixed owner and time, or the host's own.
+    pub real_attributes: bool,
+    /// What must hold of the boundary.
+    pub boundary: Boundary,
+    /// Whether the reads are hashed for a report.
+    pub report_reads: bool,
+    /// What may leave the machine.
+    pub limits: Limits,
+}
