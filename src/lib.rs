@@ -4,16 +4,24 @@
 //!
 //! - [`cli`]: clap types, one file a verb family, and output rendering; no logic.
 //! - [`engine`]: a step's life from its description to merged outputs.
-//! - [`root`]: from a locked source (Debian packages, a directory, an archive) to a root image.
+//! - [`root`]: from a locked source (Debian packages, a directory, an archive) to a root image, and what a
+//!   machine boots.
 //! - [`fetch`]: the lock file and the HTTP client.
 //! - [`machine`]: one VM, whichever backend runs it; [`agent`]: the host side of the wire.
 //! - [`store`]: content-addressed blobs and what refers to them.
-//! - [`settings`]: every setting with its origin.
-//! - [`plan`]: pure data and pure functions: a step, its globs, its environment.
+//! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock.
+//! - [`plan`]: pure data and pure functions: a step's root, globs, environment, quantities.
 //!
 //! Crates of their own, because their target, trust or dependencies differ: `kiln-digest`, `kiln-artifact`,
 //! `kiln-openpgp`, `kiln-virtio`, `kiln-wire` and the agent.
 
+pub mod agent;
+pub mod cli;
+pub mod clock;
+pub mod engine;
 pub mod fetch;
+pub mod machine;
+pub mod plan;
 pub mod root;
+pub mod settings;
 pub mod store;

@@ -1,0 +1,185 @@
+//! The command line: clap types, one file a verb family, and output rendering. No logic.
+
+mod config;
+mod doctor;
+mod kernel;
+mod run;
+mod show;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::engine::{Host, HostError, RunError};
+use crate::machine::MachineError;
+use crate::settings::{Flags, Settings, SettingsError};
+
+/// Builds software with every step in its own microVM, and says what each step really read.
+#[derive(Debug, Parser)]
+#[command(
+    name = "kiln",
+    version,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+#[command(after_help = "\
+Examples:
+  kiln doctor                                     what this host can do, and what is missing
+  kiln run -- uname -a                            a command in a fresh Debian machine
+  kiln run --root debian:bookworm+gcc,make --src . --src-writable --out lua \\
+      -- sh -c 'make && cp lua $WORK/'            build a source tree, take one file out
+  kiln config                                     every setting and where it was set
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 this host cannot do it. `kiln run` gives the command's own
+status; 124 timed out, 125 kiln failed, 126 not executable, 127 not found, 128+N killed by signal N.")]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// Settings that every verb takes.
+#[derive(Debug, Args, Clone)]
+#[command(next_help_heading = "Settings")]
+struct Global {
+    /// Name in /ws/PROJECT and /x/PROJECT [env: PROJECT] [default: the recipe's, else `project`]
+    #[arg(long, global = true, value_name = "NAME")]
+    project: Option<String>,
+    /// kiln's store [env: KILN_STORE] [default: $XDG_CACHE_HOME/kiln]
+    #[arg(long, global = true, value_name = "DIR")]
+    store: Option<PathBuf>,
+    /// Lock file [env: KILN_LOCK] [default: kiln.lock beside kiln.toml, else here]
+    #[arg(long, global = true, value_name = "FILE")]
+    lock: Option<PathBuf>,
+    /// auto, kvm, qemu or tcg [env: KILN_BACKEND] [default: auto]
+    #[arg(long, global = true, value_name = "BACKEND")]
+    backend: Option<String>,
+    /// Debian mirror [env: KILN_DEBIAN_MIRROR] [default: the host's APT sources]
+    #[arg(long, global = true, value_name = "URL")]
+    debian_mirror: Option<String>,
+    /// Mirror of its security archive [env: KILN_DEBIAN_SECURITY_MIRROR] [default: the host's APT sources]
+    #[arg(long, global = true, value_name = "URL")]
+    debian_security_mirror: Option<String>,
+    /// Take indexes after their Valid-Until
+    #[arg(long, global = true)]
+    debian_allow_expired: bool,
+    /// Keyring that signs it [env: KILN_DEBIAN_KEYRING] [default: what the APT sources name]
+    #[arg(long, global = true, value_name = "FILE")]
+    debian_keyring: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Run one command in its own machine and take its outputs
+    Run(Box<run::RunArguments>),
+    /// Fetch, verify and lock the kernel that machines boot
+    Kernel(kernel::KernelArguments),
+    /// Say what this host can do, by doing it, and how to get what is missing
+    Doctor,
+    /// Print every setting and where it was set
+    Config(config::ConfigArguments),
+}
+
+/// kiln itself failed.
+const FAILED: u8 = 1;
+/// Bad usage.
+const USAGE: u8 = 2;
+/// This host cannot do it.
+const CANNOT: u8 = 3;
+
+/// A failure of kiln, as it is shown.
+#[derive(Debug)]
+struct Failure {
+    text: String,
+    hint: Option<String>,
+    code: u8,
+}
+
+impl Failure {
+    fn new(error: &dyn std::error::Error, hint: Option<String>, code: u8) -> Self {
+        Self { text: show::chain(error), hint, code }
+    }
+
+    fn of_machine(error: &MachineError) -> Self {
+        let code = match error {
+            MachineError::Missing { .. } | MachineError::TooOld { .. } => CANNOT,
+            _ => FAILED,
+        };
+        Self::new(error, error.hint(), code)
+    }
+}
+
+impl From<SettingsError> for Failure {
+    fn from(error: SettingsError) -> Self {
+        Self::new(&error, None, USAGE)
+    }
+}
+
+impl From<HostError> for Failure {
+    fn from(error: HostError) -> Self {
+        let code = match &error {
+            HostError::Boundary { .. } | HostError::NoAgent { .. } => CANNOT,
+            HostError::Root(error) if error.is_the_users() => USAGE,
+            HostError::Bundle(error) if error.is_the_users() => USAGE,
+            HostError::Machine(error) => return Self::of_machine(error),
+            _ => FAILED,
+        };
+        let hint = error.hint();
+        Self::new(&error, hint, code)
+    }
+}
+
+impl From<RunError> for Failure {
+    fn from(error: RunError) -> Self {
+        let hint = error.hint();
+        match error {
+            RunError::Host(error) => (*error).into(),
+            RunError::Machine(error) => Self::of_machine(&error),
+            RunError::Input(_) | RunError::Output(_) | RunError::Env(_) => Self::new(&error, hint, USAGE),
+            _ => Self::new(&error, hint, FAILED),
+        }
+    }
+}
+
+/// Reads the command line and does what it says.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match dispatch(cli) {
+        Ok(code) => code,
+        Err(failure) => {
+            show::failure(&failure.text, failure.hint.as_deref());
+            ExitCode::from(failure.code)
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
+    let mut flags = Flags {
+        project: cli.global.project,
+        store: cli.global.store,
+        lock: cli.global.lock,
+        backend: cli.global.backend,
+        debian_mirror: cli.global.debian_mirror,
+        debian_security_mirror: cli.global.debian_security_mirror,
+        debian_allow_expired: cli.global.debian_allow_expired,
+        debian_keyring: cli.global.debian_keyring,
+        ..Flags::default()
+    };
+    match cli.verb {
+        Verb::Run(arguments) => {
+            flags.srcdir.clone_from(&arguments.src);
+            flags.work.clone_from(&arguments.work);
+            Ok(run::run(&arguments, flags))
+        }
+        Verb::Kernel(arguments) => kernel::kernel(&arguments, &open(flags)?),
+        Verb::Doctor => doctor::doctor(&open(flags)?),
+        Verb::Config(arguments) => config::config(&arguments, Settings::read(flags)?),
+    }
+}
+
+fn open(flags: Flags) -> Result<Host, Failure> {
+    Ok(Host::open(Settings::read(flags)?)?)
+}

@@ -1,0 +1,471 @@
+//! `kiln run`: one command in its own machine.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use kiln_wire::{Outcome, Stream};
+use serde_json::{Value, json};
+
+use super::kernel::KernelFlags;
+use super::show::{self, GuestOutput, Narrator, line};
+use super::{CANNOT, Failure, USAGE};
+use crate::agent::Limits;
+use crate::engine::{
+    Boundary, Clock, DiskArgument, Ended, Event, Host, MountArgument, Phase, ReadsError, ReadsReport, Report,
+    Require, Step, run as run_step,
+};
+use crate::machine::Carrier;
+use crate::plan::{Outputs, RootSpec, harmless, parse_bytes, parse_duration, show_bytes, show_duration};
+use crate::root::debian::DebianSpec;
+use crate::settings::{Flags, Settings};
+
+/// Arguments of `kiln run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The guest sees: the root at /, read-only below a private layer; SRCDIR at /ws/PROJECT, read-only; WORK at
+/x/PROJECT, its content below a private layer; no network; a fixed environment with SRCDIR and WORK.
+Only what --out declares leaves the machine, and only when the command succeeds.
+
+Examples:
+  kiln run -- cat /etc/os-release
+  kiln run --src . --reads reads.json -- grep -r TODO .
+  kiln run --root debian:bookworm+gcc,make,libc6-dev --src ./zlib --src-writable --work out --out 'lib*.a' \\
+      -- sh -c './configure && make && cp libz.a $WORK/'
+  kiln run --root file:rootfs.tar.xz --clock fixed --timeout 10m -- /build.sh")]
+pub(super) struct RunArguments {
+    /// Where / comes from: debian:SUITE+PKG,PKG… or dir:PATH or file:ARCHIVE.tar[.gz|.xz|.zst] or live:PATH
+    #[arg(long, value_name = "ROOT", default_value = "debian:bookworm")]
+    root: String,
+    /// Source tree, read-only at /ws/PROJECT [env: SRCDIR] [default: /ws/PROJECT, else the recipe's folder]
+    #[arg(long, value_name = "DIR")]
+    pub src: Option<PathBuf>,
+    /// Give the guest's view of the source tree a private writable layer, dropped at the end
+    #[arg(long)]
+    src_writable: bool,
+    /// Where outputs go, at /x/PROJECT [env: WORK] [default: /x/PROJECT, else $HOME/.cache/PROJECT]
+    #[arg(long, value_name = "DIR")]
+    pub work: Option<PathBuf>,
+    /// Another directory, read-only
+    #[arg(long, value_name = "HOST:GUEST")]
+    mount: Vec<String>,
+    /// A disk image: mounted at GUEST, or a block device where GUEST is below /dev
+    #[arg(long, value_name = "FILE:GUEST[:ro]")]
+    disk: Vec<String>,
+    /// Declare outputs: a glob of paths below WORK; a folder is taken whole
+    #[arg(long, value_name = "GLOB")]
+    out: Vec<String>,
+    /// Let outputs replace files in WORK that kiln did not put there
+    #[arg(long)]
+    overwrite: bool,
+    /// Set a variable, or pass the host's on
+    #[arg(long, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// Working directory in the guest [default: /ws/PROJECT, else /x/PROJECT]
+    #[arg(long, short = 'C', value_name = "PATH")]
+    directory: Option<String>,
+    /// Pass standard input to the command
+    #[arg(long)]
+    stdin: bool,
+    /// Memory of the machine
+    #[arg(long, value_name = "SIZE", default_value = "2G")]
+    memory: String,
+    /// Processors of the machine [default: the host's]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u16>,
+    /// Space for what the command writes, beyond memory
+    #[arg(long, value_name = "SIZE", default_value = "16G")]
+    scratch: String,
+    /// Stop the command after this long
+    #[arg(long, value_name = "TIME")]
+    timeout: Option<String>,
+    /// How long it has between SIGTERM and SIGKILL
+    #[arg(long, value_name = "TIME", default_value = "10s")]
+    grace: String,
+    /// host, or fixed: the clock starts at SOURCE_DATE_EPOCH
+    #[arg(long, value_name = "CLOCK", default_value = "host")]
+    clock: String,
+    /// fixed, or real: what files of shares show as owner and time
+    #[arg(long, value_name = "WHAT", default_value = "fixed")]
+    attributes: String,
+    #[command(flatten)]
+    kernel: KernelFlags,
+    /// Load a kernel module; the module tree is attached at /lib/modules
+    #[arg(long, value_name = "NAME")]
+    module: Vec<String>,
+    /// Attach the kernel's modules at /lib/modules
+    #[arg(long)]
+    module_tree: bool,
+    /// Offer virtualisation to the guest
+    #[arg(long)]
+    nested: bool,
+    /// What carries messages between host and guest: serial or vsock
+    #[arg(long, value_name = "CARRIER", default_value = "serial")]
+    wire: String,
+    /// Fail unless this holds: kvm or jail
+    #[arg(long, value_name = "WHAT")]
+    require: Vec<String>,
+    /// The code is not trusted: demand hardware virtualisation and a whole jail
+    #[arg(long)]
+    untrusted: bool,
+    /// Write what the command read of its shares, as JSON with digests
+    #[arg(long, value_name = "FILE")]
+    reads: Option<PathBuf>,
+    /// Write events as JSON, one a line, to standard output
+    #[arg(long)]
+    json: bool,
+    /// Say nothing but the command's own output and errors
+    #[arg(long, short)]
+    quiet: bool,
+    /// The command and its arguments
+    #[arg(required = true, last = true, value_name = "CMD")]
+    command: Vec<std::ffi::OsString>,
+}
+
+/// kiln failed where the command should have run.
+const KILN_FAILED: u8 = 125;
+
+/// Runs the command and gives its status.
+pub(super) fn run(arguments: &RunArguments, flags: Flags) -> ExitCode {
+    match try_run(arguments, flags) {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => {
+            if arguments.json {
+                line(&json!({"event": "error", "text": failure.text, "hint": failure.hint}).to_string());
+            }
+            show::failure(&failure.text, failure.hint.as_deref());
+            ExitCode::from(match failure.code {
+                code @ (USAGE | CANNOT) => code,
+                _ => KILN_FAILED,
+            })
+        }
+    }
+}
+
+fn usage(error: &dyn std::error::Error) -> Failure {
+    Failure::new(error, None, USAGE)
+}
+
+fn one_of<T: Copy>(name: &str, value: &str, choices: &[(&str, T)]) -> Result<T, Failure> {
+    choices.iter().find(|(word, _)| *word == value).map(|(_, choice)| *choice).ok_or_else(|| {
+        let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
+        Failure {
+            text: format!("--{name} takes {}, not `{value}`", words.join(" or ")),
+            hint: None,
+            code: USAGE,
+        }
+    })
+}
+
+fn step(arguments: &RunArguments) -> Result<Step, Failure> {
+    let about = |flag: &str, error: &dyn std::error::Error| Failure {
+        text: format!("{flag}: {error}"),
+        hint: None,
+        code: USAGE,
+    };
+    let bytes = |flag, text: &str| parse_bytes(text).map_err(|error| about(flag, &error));
+    let duration = |flag, text: &str| parse_duration(text).map_err(|error| about(flag, &error));
+    let outputs = Outputs::parse(arguments.out.iter().map(String::as_str)).map_err(|error| usage(&error))?;
+    let mut globs: Vec<&str> = outputs.globs().collect();
+    globs.sort_unstable();
+    let memory_bytes = bytes("--memory", &arguments.memory)?;
+    if memory_bytes < 128 << 20 {
+        let text = format!("--memory {} is too little: a machine needs 128M to boot", arguments.memory);
+        return Err(Failure { text, hint: None, code: USAGE });
+    }
+    let scratch_bytes = bytes("--scratch", &arguments.scratch)?;
+    if scratch_bytes < 1 << 20 {
+        let text = format!("--scratch {} is too little: 1M is the least", arguments.scratch);
+        return Err(Failure { text, hint: None, code: USAGE });
+    }
+    let cpus = arguments.cpus.unwrap_or(0);
+    if arguments.cpus == Some(0) || cpus > 64 {
+        return Err(Failure { text: "--cpus takes 1 to 64".to_owned(), hint: None, code: USAGE });
+    }
+    let requirements = [("kvm", Require::Kvm), ("jail", Require::Jail)];
+    Ok(Step {
+        // Runs that declare the same outputs are the same step: the later one's outputs replace the earlier one's.
+        name: format!("run {}", globs.join(" ")),
+        root: root(&arguments.root)?,
+        kernel: arguments.kernel.choice(),
+        argv: arguments
+            .command
+            .iter()
+            .map(|word| std::os::unix::ffi::OsStrExt::as_bytes(word.as_os_str()).to_vec())
+            .collect(),
+        env: arguments.env.clone(),
+        directory: arguments.directory.clone(),
+        source_layer: arguments.src_writable,
+        mounts: arguments
+            .mount
+            .iter()
+            .map(|text| text.parse::<MountArgument>().map_err(|error| usage(&error)))
+            .collect::<Result<_, _>>()?,
+        disks: arguments
+            .disk
+            .iter()
+            .map(|text| text.parse::<DiskArgument>().map_err(|error| usage(&error)))
+            .collect::<Result<_, _>>()?,
+        outputs,
+        overwrite: arguments.overwrite,
+        memory_bytes: memory_bytes.next_multiple_of(1 << 20),
+        cpus,
+        scratch_bytes: scratch_bytes.next_multiple_of(4096),
+        timeout: arguments.timeout.as_deref().map(|text| duration("--timeout", text)).transpose()?,
+        grace: duration("--grace", &arguments.grace)?,
+        clock: one_of("clock", &arguments.clock, &[("host", Clock::Host), ("fixed", Clock::Fixed)])?,
+        carrier: one_of("wire", &arguments.wire, &[("serial", Carrier::Serial), ("vsock", Carrier::Vsock)])?,
+        modules: arguments.module.clone(),
+        module_tree: arguments.module_tree,
+        nested: arguments.nested,
+        real_attributes: one_of("attributes", &arguments.attributes, &[("fixed", false), ("real", true)])?,
+        boundary: Boundary {
+            require: arguments
+                .require
+                .iter()
+                .map(|word| one_of("require", word, &requirements))
+                .collect::<Result<_, _>>()?,
+            untrusted: arguments.untrusted,
+        },
+        report_reads: arguments.reads.is_some(),
+        limits: Limits::default(),
+    })
+}
+
+/// The root by its name, which is checked whole before anything is fetched.
+fn root(text: &str) -> Result<RootSpec, Failure> {
+    let root = text.parse::<RootSpec>().map_err(|error| usage(&error))?;
+    if let RootSpec::Debian(_) = root {
+        text.parse::<DebianSpec>().map_err(|error| Failure::new(&error, error.hint(), USAGE))?;
+    }
+    Ok(root)
+}
+
+/// Whether the report of reads could be written, found out before the step runs.
+fn check_reads(path: &Path) -> Result<(), Failure> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let checked = match std::fs::read_dir(folder) {
+        Ok(_) if path.exists() => File::options().append(true).open(path).map(drop),
+        Ok(_) => rustix::fs::access(folder, rustix::fs::Access::WRITE_OK).map_err(io::Error::from),
+        Err(error) => Err(error),
+    };
+    checked.map_err(|source| usage(&ReadsError::Write { path: path.to_owned(), source }))
+}
+
+fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
+    let step = step(arguments)?;
+    if let Some(path) = &arguments.reads {
+        check_reads(path)?;
+    }
+    let host = Host::open(Settings::read(flags)?)?;
+    let input: Option<Box<dyn Read + Send>> =
+        if arguments.stdin { Some(Box::new(io::stdin())) } else { None };
+    let mut narrator = Narrator::new(arguments.quiet || arguments.json);
+    let mut output = GuestOutput::new();
+    let mut phases: Vec<(Phase, Duration)> = Vec::new();
+    let mut show_event = |event: Event<'_>| {
+        if let Event::Phase(phase, time) = event {
+            phases.push((phase, time));
+        }
+        if arguments.json {
+            line(&as_json(&event).to_string());
+            return;
+        }
+        match event {
+            Event::Progress(text) => narrator.progress(text),
+            Event::Warning(text) => narrator.warn(text),
+            Event::Machine(identity) => narrator.say(&identity.to_string()),
+            Event::Output(stream, data) => {
+                narrator.clear();
+                output.write(stream, data);
+            }
+            Event::Phase(..) => {}
+        }
+    };
+    let report = run_step(&step, &host, input, &mut show_event)?;
+    let code = exit_code(&report.ended);
+    if let Some(path) = &arguments.reads {
+        write_reads(path, &report.reads)
+            .map_err(|source| ReadsError::Write { path: path.clone(), source })
+            .map_err(|error| Failure::new(&error, None, super::FAILED))?;
+    }
+    if arguments.json {
+        line(&ended_as_json(&report, &phases, code).to_string());
+    } else {
+        tell(&mut narrator, &report, &phases);
+        if let Some(text) = complaint(arguments, &report.ended) {
+            show::failure(&text, None);
+        }
+    }
+    Ok(code)
+}
+
+fn write_reads(path: &Path, reads: &ReadsReport) -> io::Result<()> {
+    let write = |file: &File| {
+        let mut file = BufWriter::new(file);
+        serde_json::to_writer_pretty(&mut file, reads)?;
+        file.write_all(b"\n")?;
+        file.flush()
+    };
+    // A terminal or a pipe is written to; a file, or a link that a step may have put there, is replaced.
+    if std::fs::metadata(path).is_ok_and(|meta| !meta.is_file()) {
+        return write(&File::options().write(true).open(path)?);
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+    let file = tempfile::Builder::new().permissions(mode).tempfile_in(folder)?;
+    write(file.as_file())?;
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
+}
+
+fn exit_code(ended: &Ended) -> u8 {
+    match ended {
+        Ended::Ran(Outcome::Exit(code), _) => *code,
+        Ended::Ran(Outcome::Signal(signal), _) => 128_u8.saturating_add(*signal),
+        Ended::Ran(Outcome::TimedOut, _) => 124,
+        Ended::NotStarted(error) if error.kind() == io::ErrorKind::NotFound => 127,
+        Ended::NotStarted(_) => 126,
+    }
+}
+
+/// What kiln has to say about how the command ended; nothing where its own status says all.
+fn complaint(arguments: &RunArguments, ended: &Ended) -> Option<String> {
+    let program = harmless(arguments.command.first().map(|word| word.as_encoded_bytes()).unwrap_or_default());
+    let oom = |usage: &kiln_wire::Usage| match usage.oom_kills {
+        0 => String::new(),
+        count => format!(
+            "; the machine ran out of memory and killed {count} process{} (--memory is {})",
+            if count == 1 { "" } else { "es" },
+            arguments.memory
+        ),
+    };
+    match ended {
+        Ended::Ran(Outcome::Exit(0), _) => None,
+        Ended::Ran(Outcome::Exit(code), usage) => {
+            Some(format!("`{program}` exited with status {code}{}", oom(usage)))
+        }
+        Ended::Ran(Outcome::Signal(signal), usage) => {
+            Some(format!("`{program}` was killed by signal {signal}{}", oom(usage)))
+        }
+        Ended::Ran(Outcome::TimedOut, _) => {
+            let limit = arguments.timeout.as_deref().unwrap_or_default();
+            Some(format!("`{program}` was stopped after --timeout {limit}"))
+        }
+        Ended::NotStarted(error) if error.kind() == io::ErrorKind::NotFound => {
+            Some(format!("`{program}` was not found in the root {}", arguments.root))
+        }
+        Ended::NotStarted(error) => {
+            Some(format!("`{program}` cannot be executed in the root {}: {error}", arguments.root))
+        }
+    }
+}
+
+fn tell(narrator: &mut Narrator, report: &Report, phases: &[(Phase, Duration)]) {
+    if let Some(collected) = &report.collected {
+        if collected.files.0 > 0 || !collected.changed.is_empty() {
+            narrator.say(&format!(
+                "{} output file{} ({}), {} changed in {}",
+                collected.files.0,
+                if collected.files.0 == 1 { "" } else { "s" },
+                show_bytes(collected.files.1),
+                collected.changed.len(),
+                report.work.display()
+            ));
+        }
+        if let Some(first) = collected.undeclared.first() {
+            let more = collected.undeclared.len() - 1;
+            let rest = if more == 0 { String::new() } else { format!(" and {more} more") };
+            narrator.say(&format!(
+                "written in WORK but not declared, dropped: {first}{rest} (--out declares outputs)"
+            ));
+        }
+    }
+    let (files, bytes) = report.reads.contents();
+    let asked: usize = report.reads.shares.iter().map(|share| share.entries.len()).sum();
+    let missed: usize = report.reads.shares.iter().map(|share| share.missed.len()).sum();
+    if asked > 0 {
+        narrator.say(&format!(
+            "read {files} file{} ({}), asked about {asked} paths, missed {missed}",
+            if files == 1 { "" } else { "s" },
+            show_bytes(bytes)
+        ));
+    }
+    if let Some(why) = report.reads.spoiled() {
+        narrator.warn(&format!("the record of reads is spoiled: {why}"));
+    }
+    let total: Duration = phases.iter().map(|(_, time)| *time).sum();
+    let parts: Vec<String> = phases
+        .iter()
+        .filter(|(_, time)| *time >= Duration::from_millis(10))
+        .map(|(phase, time)| format!("{} {}", phase.name(), show_duration(*time)))
+        .collect();
+    narrator.say(&format!("{} in all: {}", show_duration(total), parts.join(", ")));
+}
+
+fn as_json(event: &Event<'_>) -> Value {
+    match event {
+        Event::Progress(text) => json!({"event": "progress", "text": text}),
+        Event::Warning(text) => json!({"event": "warning", "text": text}),
+        Event::Machine(identity) => json!({
+            "event": "machine",
+            "version": 1,
+            "backend": identity.backend,
+            "accelerator": format!("{:?}", identity.accelerator).to_lowercase(),
+            "jail": identity.jail,
+        }),
+        Event::Output(stream, data) => {
+            let stream = match stream {
+                Stream::Stdout => "stdout",
+                Stream::Stderr => "stderr",
+            };
+            match std::str::from_utf8(data) {
+                Ok(text) => json!({"event": "output", "stream": stream, "text": text}),
+                Err(_) => {
+                    json!({"event": "output", "stream": stream, "escaped": data.escape_ascii().to_string()})
+                }
+            }
+        }
+        Event::Phase(phase, time) => {
+            json!({"event": "phase", "phase": phase.name(), "seconds": time.as_secs_f64()})
+        }
+    }
+}
+
+fn ended_as_json(report: &Report, phases: &[(Phase, Duration)], code: u8) -> Value {
+    let (how, usage) = match &report.ended {
+        Ended::Ran(Outcome::Exit(code), usage) => (json!({"exit": code}), Some(usage)),
+        Ended::Ran(Outcome::Signal(signal), usage) => (json!({"signal": signal}), Some(usage)),
+        Ended::Ran(Outcome::TimedOut, usage) => (json!("timed out"), Some(usage)),
+        Ended::NotStarted(error) => (json!({"not-started": error.to_string()}), None),
+    };
+    let (files, bytes) = report.reads.contents();
+    json!({
+        "event": "end",
+        "version": 1,
+        "code": code,
+        "ended": how,
+        "root": report.reads.root,
+        "bundle": report.bundle,
+        "usage": usage.map(|usage| json!({
+            "wall_us": usage.wall_us,
+            "user_us": usage.user_us,
+            "system_us": usage.system_us,
+            "max_rss_bytes": usage.max_rss_bytes,
+            "peak_memory_bytes": usage.peak_memory_bytes,
+            "oom_kills": usage.oom_kills,
+        })),
+        "outputs": report.collected.as_ref().map(|collected| json!({
+            "manifest": collected.manifest,
+            "files": collected.files.0,
+            "bytes": collected.files.1,
+            "changed": collected.changed.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            "undeclared": collected.undeclared.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        })),
+        "reads": {"files": files, "bytes": bytes, "spoiled": report.reads.spoiled()},
+        "seconds": phases.iter().map(|(_, time)| time.as_secs_f64()).sum::<f64>(),
+    })
+}
