@@ -1,0 +1,273 @@
+//! A host of a test's own: a folder with a home and a WORK, and kiln run in it. The store's contents are shared by all
+//! tests; its places for unfinished files are each test's own, so that what a run leaves behind is seen.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// A variable of the host's that no guest may see, unless a run names it.
+pub const TOKEN: (&str, &str) = ("KILN_TEST_TOKEN", "sesame");
+
+/// The folder. Paths in arguments are relative to it: kiln is called there.
+pub struct Host {
+    folder: TempDir,
+}
+
+/// How kiln ended and what it said.
+#[derive(Debug)]
+pub struct Told {
+    pub code: Option<i32>,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+#[expect(clippy::disallowed_methods, reason = "tests are told by the environment what to test")]
+fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+fn built(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("target").join(path)
+}
+
+fn binary() -> PathBuf {
+    let path = variable("KILN_TEST_BIN").unwrap_or_else(|| built("dist/bin/kiln"));
+    assert!(path.is_file(), "{} is missing: ci/build makes it", path.display());
+    path
+}
+
+/// The store that all tests share, with the kernel in it.
+fn shared_store() -> &'static Path {
+    static STORE: OnceLock<PathBuf> = OnceLock::new();
+    STORE.get_or_init(|| {
+        let store = variable("KILN_STORE").unwrap_or_else(|| built("test-store"));
+        fs::create_dir_all(&store).expect("a store");
+        let store = fs::canonicalize(store).expect("it was made");
+        let status = Command::new(binary())
+            .arg("kernel")
+            .env("KILN_STORE", &store)
+            .env("KILN_LOCK", store.join("kiln.lock"))
+            .stdout(Stdio::null())
+            .status()
+            .expect("kiln can be started");
+        assert!(status.success(), "there is no kernel to boot");
+        store
+    })
+}
+
+/// A root of busybox, its applets and nothing else. It stays in the build's folder, imported once.
+pub fn busybox() -> &'static Path {
+    static ROOT: OnceLock<PathBuf> = OnceLock::new();
+    ROOT.get_or_init(|| {
+        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("busybox-root");
+        let new = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("room");
+        let bin = new.path().join("bin");
+        fs::create_dir(&bin).expect("a folder");
+        fs::copy("/bin/busybox", bin.join("busybox"))
+            .expect("busybox-static is installed: see ci/setup test");
+        let list = Command::new("/bin/busybox").arg("--list").output().expect("busybox can be started");
+        for applet in String::from_utf8_lossy(&list.stdout).lines().filter(|name| *name != "busybox") {
+            symlink("busybox", bin.join(applet)).expect("a link");
+        }
+        let _ = fs::remove_dir_all(&root);
+        fs::rename(new.keep(), &root).expect("the name is free");
+        root
+    })
+}
+
+impl Host {
+    pub fn new() -> Self {
+        let store = shared_store();
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let host = Self { folder };
+        for name in ["home", "tmp"] {
+            fs::create_dir(host.path(name)).expect("a folder");
+        }
+        // On the shared store's file system: blobs are renamed into place.
+        let own = tempfile::tempdir_in(store).expect("a folder in the store").keep();
+        for name in ["blobs", "images", "records"] {
+            fs::create_dir_all(store.join(name)).expect("a folder in the store");
+            symlink(store.join(name), own.join(name)).expect("a link");
+        }
+        symlink(own, host.path("store")).expect("a link");
+        host
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Writes a file, and the folders above it.
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().expect("it is in the host's folder")).expect("a folder");
+        fs::write(&path, content).expect("room");
+        path
+    }
+
+    /// Makes a folder and those above it.
+    pub fn folder(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(&path).expect("a folder");
+        path
+    }
+
+    pub fn read(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    /// kiln in a process group of its own, by which all it started is found.
+    pub fn kiln(&self) -> Command {
+        let mut command = Command::new(binary());
+        for name in ["SRCDIR", "REPO", "TAG", "PROJECT", "SECRETS", "XDG_CACHE_HOME", "KILN_AGENT"] {
+            command.env_remove(name);
+        }
+        command
+            .env("HOME", self.path("home"))
+            .env("TMPDIR", self.path("tmp"))
+            .env("KILN_STORE", self.path("store"))
+            .env("KILN_LOCK", shared_store().join("kiln.lock"))
+            .env("WORK", self.path("work"))
+            .env(TOKEN.0, TOKEN.1)
+            .current_dir(self.folder.path())
+            .process_group(0)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// `kiln run` of a command in the busybox root.
+    pub fn command(&self, arguments: &[&str], command: &[&str]) -> Command {
+        let mut kiln = self.kiln();
+        let root = format!("dir:{}", busybox().display());
+        kiln.args(["run", "--root", &root]).args(arguments).arg("--").args(command);
+        kiln
+    }
+
+    pub fn run(&self, arguments: &[&str], command: &[&str]) -> Told {
+        self.end(self.command(arguments, command).stdout(Stdio::piped()).stderr(Stdio::piped()), &[])
+    }
+
+    /// A shell script.
+    pub fn script(&self, arguments: &[&str], script: &str) -> Told {
+        self.run(arguments, &["sh", "-c", script])
+    }
+
+    /// Runs `command` with `input` to its end, and asserts that nothing of it is left.
+    pub fn end(&self, command: &mut Command, input: &[u8]) -> Told {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let feeds = !input.is_empty();
+        if feeds {
+            command.stdin(Stdio::piped());
+        }
+        let mut child = command.spawn().expect("kiln can be started");
+        let group = child.id();
+        let stdin = child.stdin.take();
+        let output = std::thread::scope(|scope| {
+            scope.spawn(move || stdin.map(|mut stdin| stdin.write_all(input)));
+            child.wait_with_output().expect("kiln is ours")
+        });
+        let told = Told {
+            code: output.status.code(),
+            stdout: output.stdout,
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        };
+        assert!(!told.stderr.contains("panicked at "), "{}", told.stderr);
+        self.is_clean(group);
+        told
+    }
+
+    /// As `is_clean`, after the next kiln has swept what a killed one could not.
+    pub fn is_swept(&self, group: u32) {
+        self.end(self.kiln().arg("doctor"), &[]);
+        self.is_clean(group);
+    }
+
+    /// Asserts that no process of the group is alive, and that no file of a run is left, within two seconds.
+    pub fn is_clean(&self, group: u32) {
+        soon(2, "all processes of the run are gone", || members(group).is_empty());
+        for place in ["store/tmp", "tmp"] {
+            let left: Vec<_> = fs::read_dir(self.path(place)).into_iter().flatten().flatten().collect();
+            assert!(left.is_empty(), "left behind: {left:?}");
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        if let Ok(own) = fs::read_link(self.path("store")) {
+            let _ = fs::remove_dir_all(own);
+        }
+    }
+}
+
+/// The living processes of a process group.
+pub fn members(group: u32) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+        let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
+        // pid (comm) state ppid pgrp …
+        let Some((name, rest)) = stat.rsplit_once(") ") else { continue };
+        let fields: Vec<&str> = rest.split(' ').collect();
+        if fields[0] != "Z" && fields[2] == group.to_string() {
+            found.push(name.to_owned());
+        }
+    }
+    found
+}
+
+/// Asks again until `condition` holds, at most `seconds` long.
+pub fn soon(seconds: u64, what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(seconds);
+    while !condition() {
+        assert!(Instant::now() < deadline, "not within {seconds} s: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// Reads what `child` writes until `word` has come.
+pub fn read_until(child: &mut Child, word: &str) {
+    let mut stdout = child.stdout.take().expect("it is piped");
+    let mut seen = Vec::new();
+    let mut buffer = [0; 1024];
+    while !String::from_utf8_lossy(&seen).contains(word) {
+        let count = std::io::Read::read(&mut stdout, &mut buffer).expect("a pipe");
+        assert!(count > 0, "kiln ended before it said {word}");
+        seen.extend_from_slice(&buffer[..count]);
+    }
+    child.stdout = Some(stdout);
+}
+
+impl Told {
+    /// Asserts the exit code and that standard error has all of `words`.
+    pub fn ends(&self, code: i32, words: &[&str]) -> &Self {
+        assert_eq!(self.code, Some(code), "{self:?}");
+        for word in words {
+            assert!(self.stderr.contains(word), "no `{word}` in: {}", self.stderr);
+        }
+        self
+    }
+
+    pub fn text(&self) -> &str {
+        std::str::from_utf8(&self.stdout).expect("text")
+    }
+
+    /// The lines that the command wrote between `[name]` and the next such line.
+    pub fn section(&self, name: &str) -> Vec<&str> {
+        let start = format!("[{name}]");
+        assert!(self.text().lines().any(|line| line == start), "no {start} in: {self:?}");
+        let lines = self.text().lines().skip_while(|line| *line != start).skip(1);
+        lines.take_while(|line| !(line.starts_with('[') && line.ends_with(']'))).collect()
+    }
+
+    /// The events that `--json` wrote.
+    pub fn events(&self) -> Vec<serde_json::Value> {
+        self.text().lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
+    }
+}

@@ -1,0 +1,111 @@
+//! Nothing of a run outlives it: no process, no unfinished file, however kiln ends. Runs to a good end are held to the
+//! same by every other test here.
+
+use std::process::Stdio;
+
+use rustix::process::{Pid, Signal};
+
+use super::host::{Host, members, read_until, soon};
+
+#[test]
+fn nothing_outlives_a_kiln_that_is_killed_in_the_middle_of_a_run() {
+    for (signal, to_group) in
+        [(Signal::KILL, false), (Signal::INT, true), (Signal::TERM, false), (Signal::HUP, true)]
+    {
+        let host = Host::new();
+        host.file("work/old", "old");
+        let script = "echo new > $WORK/old; echo going; sleep 1000";
+        let mut child = host
+            .command(
+                &["--wire", "vsock", "--src", "home", "--project", "other", "--out", "old"],
+                &["sh", "-c", script],
+            )
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("kiln can be started");
+        read_until(&mut child, "going\n");
+        let group = child.id();
+        assert!(members(group).len() >= 3, "kiln, QEMU and the device process: {:?}", members(group));
+        let pid = Pid::from_child(&child);
+        // As a terminal does, or as `kill` does.
+        let sent = if to_group {
+            rustix::process::kill_process_group(pid, signal)
+        } else {
+            rustix::process::kill_process(pid, signal)
+        };
+        sent.expect("kiln runs");
+        let status = child.wait().expect("kiln is ours");
+        assert!(!status.success(), "{status}");
+        host.is_swept(group);
+        assert_eq!(host.read("work/old"), "old");
+    }
+}
+
+#[test]
+fn a_machine_that_is_killed_ends_its_run() {
+    let host = Host::new();
+    let mut child = host
+        .command(&["--out", "x"], &["sh", "-c", "echo going; sleep 1000"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("kiln can be started");
+    read_until(&mut child, "going\n");
+    let group = child.id();
+    let qemu = members(group).into_iter().find(|name| name.contains("qemu")).expect("QEMU");
+    let qemu: i32 = qemu.split(' ').next().and_then(|text| text.parse().ok()).expect("a number");
+    rustix::process::kill_process(Pid::from_raw(qemu).expect("not 0"), Signal::KILL).expect("QEMU runs");
+    let output = child.wait_with_output().expect("kiln is ours");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{said}");
+    assert!(said.contains("QEMU") && said.contains("killed by signal 9"), "{said}");
+    host.is_clean(group);
+}
+
+#[test]
+fn a_device_process_that_is_killed_ends_its_run() {
+    let host = Host::new();
+    host.file("src/a", "1");
+    let mut child = host
+        .command(&["--src", "src"], &["sh", "-c", "echo going; sleep 1; cat /ws/project/a; sleep 1000"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("kiln can be started");
+    read_until(&mut child, "going\n");
+    let group = child.id();
+    let devices = members(group)
+        .into_iter()
+        .find(|name| !name.contains("qemu") && !name.starts_with(&format!("{group} ")));
+    let devices: i32 = devices
+        .expect("the device process")
+        .split(' ')
+        .next()
+        .and_then(|text| text.parse().ok())
+        .expect("a number");
+    rustix::process::kill_process(Pid::from_raw(devices).expect("not 0"), Signal::KILL).expect("it runs");
+    soon(60, "kiln noticed", || child.try_wait().expect("kiln is ours").is_some());
+    let output = child.wait_with_output().expect("kiln is ours");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(125), "{said}");
+    assert!(said.contains("device process") && said.contains("signal 9"), "{said}");
+    host.is_clean(group);
+}
+
+#[test]
+fn a_reader_that_hangs_up_does_not_hang_the_run() {
+    let host = Host::new();
+    let mut child = host
+        .command(&["--quiet"], &["sh", "-c", "yes | head -c 3000000; echo done >&2"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("kiln can be started");
+    read_until(&mut child, "y\n");
+    drop(child.stdout.take());
+    let group = child.id();
+    let output = child.wait_with_output().expect("kiln is ours");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("done"), "{output:?}");
+    host.is_clean(group);
+}

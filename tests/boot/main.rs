@@ -1,0 +1,15 @@
+//! `kiln run` in real machines: what a user sees of the contract, and what is left when a run is over, however it ends.
+//!
+//! `ci/test boot` runs them with the kiln of `target/dist`. Most boot a root of nothing but busybox, because a machine
+//! under emulation takes seconds and there are many. All share one store, so that the kernel is fetched once.
+
+mod command;
+mod contract;
+mod debian;
+mod disks;
+mod failure;
+mod host;
+mod leftovers;
+mod outputs;
+mod reads;
+mod stress;

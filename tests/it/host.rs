@@ -1,0 +1,137 @@
+//! A host of a test's own: a folder with a home, a store and a WORK, and kiln run in it with no other environment.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tempfile::TempDir;
+
+/// A mirror that nobody serves: a test that would fetch something fails instead.
+pub const NOWHERE: &str = "http://127.0.0.1:1/debian";
+
+/// The folder. Paths in arguments are relative to it: kiln is called there.
+pub struct Host {
+    folder: TempDir,
+}
+
+/// How kiln ended and what it said.
+pub struct Told {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Host {
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        fs::create_dir(folder.path().join("home")).expect("a home");
+        Self { folder }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Writes a file, and the folders above it.
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(path.parent().expect("it is in the host's folder")).expect("a folder");
+        fs::write(&path, content).expect("room");
+        path
+    }
+
+    /// Makes a folder and those above it.
+    pub fn folder(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        fs::create_dir_all(&path).expect("a folder");
+        path
+    }
+
+    /// Writes a shell script that can be executed.
+    pub fn script(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.file(name, format!("#!/bin/sh\n{text}\n"));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a mode");
+        path
+    }
+
+    /// kiln, not started yet. KVM is not asked: what these tests see must not depend on the host's.
+    pub fn kiln(&self) -> Command {
+        self.program(Path::new(env!("CARGO_BIN_EXE_kiln")))
+    }
+
+    /// As [`Host::kiln`], from another place.
+    pub fn program(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command
+            .env_clear()
+            .env("PATH", "/usr/bin:/bin")
+            .env("HOME", self.path("home"))
+            .env("KILN_STORE", self.path("store"))
+            .env("KILN_BACKEND", "tcg")
+            .env("WORK", self.path("work"))
+            .env("KILN_DEBIAN_MIRROR", NOWHERE)
+            .env("KILN_DEBIAN_SECURITY_MIRROR", NOWHERE)
+            .current_dir(self.folder.path());
+        command
+    }
+
+    pub fn run(&self, arguments: &[&str]) -> Told {
+        Told::by(self.kiln().args(arguments))
+    }
+
+    /// Asserts that nothing unfinished is left in the store, and that WORK was not made. The next kiln sweeps what a
+    /// killed one could not.
+    pub fn is_swept(&self) {
+        self.run(&["doctor"]);
+        self.is_untouched();
+    }
+
+    /// Asserts that nothing unfinished is left in the store, and that WORK was not made.
+    pub fn is_untouched(&self) {
+        if let Ok(entries) = fs::read_dir(self.path("store/tmp")) {
+            let left: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+            assert!(left.is_empty(), "left in the store: {left:?}");
+        }
+        assert!(!self.path("work").is_dir(), "WORK was made");
+    }
+}
+
+impl Told {
+    pub fn by(command: &mut Command) -> Self {
+        let output = command.output().expect("kiln can be started");
+        Self {
+            code: output.status.code(),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+
+    /// Asserts the exit code, one error that has all of `words` in it or in its hint, and no panic.
+    pub fn fails(&self, code: i32, words: &[&str]) -> &Self {
+        assert_eq!(self.code, Some(code), "{}", self.stderr);
+        let errors = self.stderr.lines().filter(|line| line.starts_with("kiln: error: ")).count();
+        assert_eq!(errors, 1, "{}", self.stderr);
+        for word in words {
+            assert!(self.stderr.contains(word), "no `{word}` in: {}", self.stderr);
+        }
+        assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
+        self
+    }
+
+    /// Asserts that a hint follows the error, with all of `words`.
+    pub fn hints(&self, words: &[&str]) -> &Self {
+        let hint = self.stderr.lines().find(|line| line.starts_with("kiln: hint: "));
+        let hint = hint.unwrap_or_else(|| panic!("no hint: {}", self.stderr));
+        for word in words {
+            assert!(hint.contains(word), "no `{word}` in: {hint}");
+        }
+        self
+    }
+
+    /// Asserts success.
+    pub fn succeeds(&self) -> &Self {
+        assert_eq!(self.code, Some(0), "{}", self.stderr);
+        self
+    }
+}

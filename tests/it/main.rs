@@ -1,0 +1,14 @@
+//! What kiln says and does where no machine has to start: bad input, settings, a host that lacks something, and agents
+//! that lie. Each test has a store, a home and a WORK of its own, and nothing of it is on a network.
+
+#![allow(clippy::panic, reason = "a test fails by panicking")]
+
+mod boundary;
+mod debian;
+mod host;
+mod inputs;
+mod merge;
+mod qemu;
+mod settings;
+mod usage;
+mod wire;

@@ -1,0 +1,247 @@
+//! Outputs on their way into WORK, where a person or an earlier step has put something in the way. Nothing outside of
+//! WORK is touched, whatever a step's outputs are named and whatever links lie in WORK.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::PathBuf;
+
+use kiln::engine::merge::{Merge, MergeError, STAGING, recover};
+use kiln::store::Store;
+use kiln_artifact::tree::{Kind, Meta, Node, Tree, TreePath};
+use tempfile::TempDir;
+
+/// A WORK, a store and a folder outside of both.
+struct World {
+    folder: TempDir,
+    store: Store,
+}
+
+fn path(bytes: &[u8]) -> TreePath {
+    TreePath::new(bytes).expect("a good path")
+}
+
+fn node(kind: Kind, mode: u16) -> Node {
+    Node { kind, meta: Meta { mode, ..Meta::default() } }
+}
+
+impl World {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let store = Store::open(&folder.path().join("store")).expect("a store");
+        for name in ["work", "outside"] {
+            fs::create_dir(folder.path().join(name)).expect("a folder");
+        }
+        Self { folder, store }
+    }
+
+    fn work(&self, name: &str) -> PathBuf {
+        self.folder.path().join("work").join(name)
+    }
+
+    fn outside(&self) -> PathBuf {
+        self.folder.path().join("outside")
+    }
+
+    /// Outputs: files and links at paths, and the folders above them.
+    fn tree(&self, nodes: Vec<(&[u8], Node)>) -> Tree {
+        let mut tree = Tree::new();
+        for (name, node) in nodes {
+            let path = path(name);
+            let mut above = path.parent();
+            while let Some(folder) = above {
+                above = folder.parent();
+                if tree.get(&folder).is_none() {
+                    tree.insert(folder, self::node(Kind::Directory, 0o755));
+                }
+            }
+            tree.insert(path, node);
+        }
+        tree
+    }
+
+    fn file(&self, text: &str, mode: u16) -> Node {
+        let (digest, size) = self.store.blobs().put(text.as_bytes()).expect("room");
+        node(Kind::File { digest, size }, mode)
+    }
+
+    fn merge(&self, step: &str, nodes: Vec<(&[u8], Node)>) -> Result<Vec<TreePath>, MergeError> {
+        let work = self.work("");
+        let merge = Merge { store: &self.store, work: &work, step, overwrite: false };
+        merge.run(&self.tree(nodes))
+    }
+
+    /// Asserts that the folder outside is as it was made, and that no merge is under way.
+    fn is_sound(&self) {
+        let outside = fs::read_dir(self.outside()).expect("it is there").flatten().map(|entry| entry.path());
+        assert_eq!(outside.collect::<Vec<_>>(), Vec::<PathBuf>::new(), "written outside of WORK");
+        let mode = fs::metadata(self.outside()).expect("it is there").permissions().mode();
+        assert_eq!(mode & 0o777, 0o755, "the mode of a folder outside of WORK was changed");
+        assert!(!self.work(STAGING).exists(), "a staging folder is left");
+        recover(&self.store, &self.work("")).expect("nothing to recover");
+    }
+}
+
+#[test]
+fn an_output_does_not_follow_a_link_that_a_person_made() {
+    let world = World::new();
+    fs::set_permissions(world.outside(), fs::Permissions::from_mode(0o755)).expect("a mode");
+    symlink(world.outside(), world.work("lib")).expect("a link");
+    let refused =
+        world.merge("s", vec![(b"lib", node(Kind::Directory, 0o700)), (b"lib/a", world.file("1", 0o644))]);
+    assert!(matches!(refused, Err(MergeError::Changed { .. })), "{refused:?}");
+    world.is_sound();
+}
+
+#[test]
+fn an_output_does_not_follow_a_link_that_another_step_put_out() {
+    let world = World::new();
+    fs::set_permissions(world.outside(), fs::Permissions::from_mode(0o755)).expect("a mode");
+    let target = world.outside().into_os_string().into_encoded_bytes();
+    world
+        .merge("one", vec![(b"lib", node(Kind::Symlink(target.into()), 0o777))])
+        .expect("a link is an output");
+    let _ = world
+        .merge("other", vec![(b"lib", node(Kind::Directory, 0o700)), (b"lib/a", world.file("1", 0o644))]);
+    world.is_sound();
+}
+
+#[test]
+fn an_empty_folder_does_not_follow_a_link() {
+    let world = World::new();
+    fs::set_permissions(world.outside(), fs::Permissions::from_mode(0o755)).expect("a mode");
+    symlink(world.outside(), world.work("lib")).expect("a link");
+    let _ = world.merge("s", vec![(b"lib", node(Kind::Directory, 0o700))]);
+    world.is_sound();
+}
+
+#[test]
+fn what_a_step_put_out_before_is_not_removed_through_a_link() {
+    let world = World::new();
+    world.merge("s", vec![(b"d/a", world.file("1", 0o644))]).expect("a first merge");
+    fs::rename(world.work("d"), world.folder.path().join("moved")).expect("a person's change");
+    symlink(world.folder.path().join("moved"), world.work("d")).expect("a link");
+    let _ = world.merge("s", vec![(b"b", world.file("1", 0o644))]);
+    let kept = fs::read_to_string(world.folder.path().join("moved/a"));
+    assert_eq!(kept.expect("it was moved out of WORK"), "1");
+}
+
+#[test]
+fn a_file_where_a_folder_must_go_is_refused_and_nothing_is_merged() {
+    let world = World::new();
+    fs::write(world.work("bin"), "mine").expect("room");
+    let refused =
+        world.merge("s", vec![(b"a", world.file("1", 0o644)), (b"bin/lua", world.file("2", 0o755))]);
+    assert!(matches!(refused, Err(MergeError::Changed { .. })), "{refused:?}");
+    assert!(!world.work("a").exists(), "half of the outputs were merged");
+    assert_eq!(fs::read_to_string(world.work("bin")).expect("it is a person's"), "mine");
+    world.is_sound();
+}
+
+#[test]
+fn a_folder_where_a_file_must_go_is_refused_unless_kiln_made_it() {
+    let world = World::new();
+    fs::create_dir(world.work("a")).expect("a folder");
+    let refused = world.merge("s", vec![(b"a", world.file("1", 0o644))]);
+    assert!(matches!(refused, Err(MergeError::Changed { .. })), "{refused:?}");
+    world.is_sound();
+}
+
+#[test]
+fn a_step_may_turn_a_folder_of_its_own_into_a_file_and_back() {
+    let world = World::new();
+    world.merge("s", vec![(b"a/b", world.file("1", 0o644))]).expect("a folder");
+    world.merge("s", vec![(b"a", world.file("2", 0o644))]).expect("a file in its place");
+    assert_eq!(fs::read_to_string(world.work("a")).expect("a file"), "2");
+    world.merge("s", vec![(b"a/b", world.file("3", 0o644))]).expect("a folder again");
+    assert_eq!(fs::read_to_string(world.work("a/b")).expect("a file"), "3");
+    world.is_sound();
+}
+
+#[test]
+fn the_name_of_the_staging_folder_is_no_output() {
+    for name in [&b".kiln-staging/journal"[..], b".kiln-staging/0", b".kiln-staging"] {
+        let world = World::new();
+        fs::write(world.work("mine"), "mine").expect("room");
+        let refused = world.merge("s", vec![(name, world.file("{}", 0o644)), (b"a", world.file("1", 0o644))]);
+        assert!(refused.is_err(), "{} was taken", name.escape_ascii());
+        assert!(!world.work("a").exists(), "half of the outputs were merged");
+        world.is_sound();
+    }
+}
+
+#[test]
+fn a_mode_that_changed_alone_is_merged() {
+    let world = World::new();
+    world.merge("s", vec![(b"a", world.file("1", 0o644))]).expect("a first merge");
+    world.merge("s", vec![(b"a", world.file("1", 0o755))]).expect("a second merge");
+    let mode = fs::metadata(world.work("a")).expect("it is there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o755);
+}
+
+#[test]
+fn a_name_of_any_bytes_is_merged_and_removed_again() {
+    let world = World::new();
+    for name in [&b"new\nline"[..], b"\xff\xfe", b"back\\nslash", b"%41"] {
+        let on_host =
+            world.work("").join(std::ffi::OsStr::new(std::str::from_utf8(name).unwrap_or("\u{fffd}")));
+        let on_host = match std::str::from_utf8(name) {
+            Ok(_) => on_host,
+            Err(_) => {
+                world.work("").join(<std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(name))
+            }
+        };
+        world.merge("s", vec![(name, world.file("1", 0o644))]).expect("a first merge");
+        assert!(on_host.exists(), "{}", name.escape_ascii());
+        world.merge("s", vec![(b"other", world.file("1", 0o644))]).expect("a second merge");
+        assert!(!on_host.exists(), "{} is no output any more, and stays", name.escape_ascii());
+        world.merge("s", vec![]).expect("a third merge");
+    }
+    world.is_sound();
+}
+
+#[test]
+fn a_name_that_looks_like_another_when_it_is_shown_takes_nothing_along() {
+    let world = World::new();
+    world.merge("s", vec![(b"a\nb", world.file("1", 0o644))]).expect("a first merge");
+    // What a person has under the name by which messages show the output, with the same content.
+    fs::write(world.work("a\\nb"), "1").expect("room");
+    world.merge("s", vec![(b"other", world.file("1", 0o644))]).expect("a second merge");
+    assert!(world.work("a\\nb").exists(), "a person's file was removed");
+}
+
+#[test]
+fn a_file_that_a_person_changed_stops_its_removal_too() {
+    let world = World::new();
+    world.merge("s", vec![(b"a", world.file("1", 0o644))]).expect("a first merge");
+    fs::write(world.work("a"), "mine").expect("a person's change");
+    let refused = world.merge("s", vec![(b"b", world.file("1", 0o644))]);
+    assert!(matches!(refused, Err(MergeError::Changed { .. })), "{refused:?}");
+    assert!(!world.work("b").exists());
+    world.is_sound();
+}
+
+#[test]
+fn devices_fifos_and_sockets_are_refused_by_kind() {
+    for (kind, word) in [
+        (Kind::CharDevice { major: 1, minor: 3 }, "device"),
+        (Kind::BlockDevice { major: 8, minor: 0 }, "device"),
+        (Kind::Fifo, "FIFO"),
+        (Kind::Socket, "socket"),
+    ] {
+        let world = World::new();
+        let refused = world.merge("s", vec![(b"a", world.file("1", 0o644)), (b"odd", node(kind, 0o644))]);
+        let refused = refused.expect_err("WORK holds none");
+        assert!(refused.to_string().contains("`odd`") && refused.to_string().contains(word), "{refused}");
+        assert!(!world.work("a").exists());
+        world.is_sound();
+    }
+}
+
+#[test]
+fn set_user_bits_do_not_reach_work() {
+    let world = World::new();
+    world.merge("s", vec![(b"a", world.file("1", 0o6755)), (b"b", world.file("1", 0o000))]).expect("a merge");
+    let mode = |name| fs::metadata(world.work(name)).expect("it is there").permissions().mode() & 0o7777;
+    assert_eq!(mode("a"), 0o755);
+    assert_eq!(mode("b"), 0o600, "what is in WORK can be read and replaced by its owner");
+}
