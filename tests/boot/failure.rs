@@ -42,7 +42,7 @@ fn a_step_cannot_end_its_machine_in_silence() {
 #[test]
 fn a_kernel_that_qemu_refuses_is_told_in_qemus_words() {
     let host = Host::new();
-    let mut elf = vec![0; 64];
+    let mut elf = [0; 64];
     elf[..6].copy_from_slice(b"\x7fELF\x02\x01");
     elf[18] = 62;
     elf[54] = 56;

@@ -120,7 +120,7 @@ impl Host {
     }
 
     pub fn read(&self, name: &str) -> String {
-        fs::read_to_string(self.path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+        fs::read_to_string(self.path(name)).expect(name)
     }
 
     /// kiln in a process group of its own, by which all it started is found.
@@ -183,9 +183,17 @@ impl Host {
         told
     }
 
-    /// As `is_clean`, after the next kiln has swept what a killed one could not.
-    pub fn is_swept(&self, group: u32) {
-        self.end(self.kiln().arg("doctor"), &[]);
+    /// As [`Host::is_clean`] where kiln was killed: the folder of its unfinished files stays, with nothing in it but
+    /// its lock, and goes with the next kiln.
+    pub fn is_clean_after_the_next(&self, group: u32) {
+        soon(2, "all processes of the run are gone", || members(group).is_empty());
+        for folder in fs::read_dir(self.path("store/tmp")).into_iter().flatten().flatten() {
+            for file in fs::read_dir(folder.path()).into_iter().flatten().flatten() {
+                assert_eq!(file.file_name(), "lock", "left behind: {file:?}");
+            }
+        }
+        let status = self.kiln().arg("kernel").stdout(Stdio::null()).status().expect("kiln can be started");
+        assert!(status.success(), "{status}");
         self.is_clean(group);
     }
 
