@@ -2,7 +2,8 @@
 //! tests; its places for unfinished files are each test's own, so that what a run leaves behind is seen.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -166,18 +167,13 @@ impl Host {
         if feeds {
             command.stdin(Stdio::piped());
         }
-        let mut child = command.spawn().expect("kiln can be started");
-        let group = child.id();
-        let stdin = child.stdin.take();
-        let output = std::thread::scope(|scope| {
+        let mut running = Running::start(command);
+        let group = running.id();
+        let stdin = running.stdin.take();
+        let told = std::thread::scope(|scope| {
             scope.spawn(move || stdin.map(|mut stdin| stdin.write_all(input)));
-            child.wait_with_output().expect("kiln is ours")
+            running.end()
         });
-        let told = Told {
-            code: output.status.code(),
-            stdout: output.stdout,
-            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-        };
         assert!(!told.stderr.contains("panicked at "), "{}", told.stderr);
         self.is_clean(group);
         told
@@ -239,17 +235,64 @@ pub fn soon(seconds: u64, what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Reads what `child` writes until `word` has come.
-pub fn read_until(child: &mut Child, word: &str) {
-    let mut stdout = child.stdout.take().expect("it is piped");
-    let mut seen = Vec::new();
-    let mut buffer = [0; 1024];
-    while !String::from_utf8_lossy(&seen).contains(word) {
-        let count = std::io::Read::read(&mut stdout, &mut buffer).expect("a pipe");
-        assert!(count > 0, "kiln ended before it said {word}");
-        seen.extend_from_slice(&buffer[..count]);
+/// A kiln that runs; killed when a test fails before its end.
+pub struct Running(Child);
+
+impl Running {
+    pub fn start(command: &mut Command) -> Self {
+        Self(command.spawn().expect("kiln can be started"))
     }
-    child.stdout = Some(stdout);
+
+    /// Reads what it writes to standard output until `word` has come.
+    pub fn read_until(&mut self, word: &str) {
+        let stdout = self.0.stdout.as_mut().expect("it is piped");
+        let mut seen = Vec::new();
+        let mut buffer = [0; 1024];
+        while !String::from_utf8_lossy(&seen).contains(word) {
+            let count = stdout.read(&mut buffer).expect("a pipe");
+            assert!(count > 0, "kiln ended before it said {word}");
+            seen.extend_from_slice(&buffer[..count]);
+        }
+    }
+
+    /// Waits for its end. What was not read yet is told.
+    pub fn end(mut self) -> Told {
+        let (stdout, stderr) = (self.0.stdout.take(), self.0.stderr.take());
+        let (stdout, stderr) = std::thread::scope(|scope| {
+            let stderr = scope.spawn(|| rest(stderr));
+            (rest(stdout), stderr.join().expect("no panic"))
+        });
+        let code = self.0.wait().expect("kiln is ours").code();
+        Told { code, stdout, stderr: String::from_utf8_lossy(&stderr).into_owned() }
+    }
+}
+
+/// What comes from a pipe up to its end, where there is one.
+fn rest(pipe: Option<impl Read>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    pipe.map(|mut pipe| pipe.read_to_end(&mut bytes)).transpose().expect("a pipe");
+    bytes
+}
+
+impl Deref for Running {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl DerefMut for Running {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 impl Told {

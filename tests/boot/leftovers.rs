@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use rustix::process::{Pid, Signal};
 
-use super::host::{Host, members, read_until, soon};
+use super::host::{Host, Running, members, soon};
 
 #[test]
 fn nothing_outlives_a_kiln_that_is_killed_in_the_middle_of_a_run() {
@@ -15,16 +15,15 @@ fn nothing_outlives_a_kiln_that_is_killed_in_the_middle_of_a_run() {
         let host = Host::new();
         host.file("work/old", "old");
         let script = "echo new > $WORK/old; echo going; sleep 1000";
-        let mut child = host
-            .command(
+        let mut child = Running::start(
+            host.command(
                 &["--wire", "vsock", "--src", "home", "--project", "other", "--out", "old"],
                 &["sh", "-c", script],
             )
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("kiln can be started");
-        read_until(&mut child, "going\n");
+            .stderr(Stdio::null()),
+        );
+        child.read_until("going\n");
         let group = child.id();
         assert!(members(group).len() >= 3, "kiln, QEMU and the device process: {:?}", members(group));
         let pid = Pid::from_child(&child);
@@ -45,21 +44,18 @@ fn nothing_outlives_a_kiln_that_is_killed_in_the_middle_of_a_run() {
 #[test]
 fn a_machine_that_is_killed_ends_its_run() {
     let host = Host::new();
-    let mut child = host
-        .command(&["--out", "x"], &["sh", "-c", "echo going; sleep 1000"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("kiln can be started");
-    read_until(&mut child, "going\n");
+    let mut child = Running::start(
+        host.command(&["--out", "x"], &["sh", "-c", "echo going; sleep 1000"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped()),
+    );
+    child.read_until("going\n");
     let group = child.id();
     let qemu = members(group).into_iter().find(|name| name.contains("qemu")).expect("QEMU");
     let qemu: i32 = qemu.split(' ').next().and_then(|text| text.parse().ok()).expect("a number");
     rustix::process::kill_process(Pid::from_raw(qemu).expect("not 0"), Signal::KILL).expect("QEMU runs");
-    let output = child.wait_with_output().expect("kiln is ours");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(125), "{said}");
-    assert!(said.contains("QEMU") && said.contains("killed by signal 9"), "{said}");
+    let told = child.end();
+    told.ends(125, &["QEMU", "killed by signal 9"]);
     host.is_clean(group);
 }
 
@@ -67,13 +63,12 @@ fn a_machine_that_is_killed_ends_its_run() {
 fn a_device_process_that_is_killed_ends_its_run() {
     let host = Host::new();
     host.file("src/a", "1");
-    let mut child = host
-        .command(&["--src", "src"], &["sh", "-c", "echo going; sleep 1; cat /ws/project/a; sleep 1000"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("kiln can be started");
-    read_until(&mut child, "going\n");
+    let mut child = Running::start(
+        host.command(&["--src", "src"], &["sh", "-c", "echo going; sleep 1000"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped()),
+    );
+    child.read_until("going\n");
     let group = child.id();
     let devices = members(group)
         .into_iter()
@@ -86,26 +81,22 @@ fn a_device_process_that_is_killed_ends_its_run() {
         .expect("a number");
     rustix::process::kill_process(Pid::from_raw(devices).expect("not 0"), Signal::KILL).expect("it runs");
     soon(60, "kiln noticed", || child.try_wait().expect("kiln is ours").is_some());
-    let output = child.wait_with_output().expect("kiln is ours");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(125), "{said}");
-    assert!(said.contains("device process") && said.contains("signal 9"), "{said}");
+    let told = child.end();
+    told.ends(125, &["device process", "signal 9"]);
     host.is_clean(group);
 }
 
 #[test]
 fn a_reader_that_hangs_up_does_not_hang_the_run() {
     let host = Host::new();
-    let mut child = host
-        .command(&["--quiet"], &["sh", "-c", "yes | head -c 3000000; echo done >&2"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("kiln can be started");
-    read_until(&mut child, "y\n");
+    let mut child = Running::start(
+        host.command(&["--quiet"], &["sh", "-c", "yes | head -c 3000000; echo done >&2"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped()),
+    );
+    child.read_until("y\n");
     drop(child.stdout.take());
     let group = child.id();
-    let output = child.wait_with_output().expect("kiln is ours");
-    assert!(String::from_utf8_lossy(&output.stderr).contains("done"), "{output:?}");
+    assert!(child.end().stderr.contains("done"));
     host.is_clean(group);
 }

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::symlink;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use kiln_digest::Digest;
 use serde_json::Value;
 
-use super::host::Host;
+use super::host::{Host, Running};
 
 /// The report's entries of a share, by path.
 fn entries<'a>(report: &'a Value, share: &str) -> BTreeMap<&'a str, &'a Value> {
@@ -72,20 +73,13 @@ fn a_file_that_changes_while_it_is_read_spoils_the_report() {
         &["--src", "src", "--reads", "reads.json", "--stdin"],
         &["sh", "-c", "cat a; echo; read go; cat a"],
     );
-    let mut child = command
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .expect("kiln can be started");
-    super::host::read_until(&mut child, "1\n");
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = Running::start(&mut command);
+    child.read_until("1\n");
     host.file("src/a", "another");
-    std::io::Write::write_all(child.stdin.as_mut().expect("piped"), b"go\n").expect("a pipe");
+    child.stdin.as_mut().expect("it is piped").write_all(b"go\n").expect("a pipe");
     let group = child.id();
-    let output = child.wait_with_output().expect("kiln is ours");
-    assert_eq!(output.status.code(), Some(0));
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(said.contains("spoiled") && said.contains("/ws/project/a"), "{said}");
+    child.end().ends(0, &["spoiled", "/ws/project/a"]);
     let report: Value = serde_json::from_str(&host.read("reads.json")).expect("JSON");
     assert_eq!(report["complete"], false);
     assert_eq!(report["shares"][0]["changed"][0]["path"], "a");
