@@ -181,15 +181,14 @@ impl Host {
 
     /// As [`Host::is_clean`] where kiln was killed: the folder of its unfinished files stays, with nothing in it but
     /// its lock, and goes with the next kiln.
-    pub fn is_clean_after_the_next(&self, group: u32) {
+    pub fn is_swept(&self, group: u32) {
         soon(2, "all processes of the run are gone", || members(group).is_empty());
         for folder in fs::read_dir(self.path("store/tmp")).into_iter().flatten().flatten() {
             for file in fs::read_dir(folder.path()).into_iter().flatten().flatten() {
                 assert_eq!(file.file_name(), "lock", "left behind: {file:?}");
             }
         }
-        let status = self.kiln().arg("kernel").stdout(Stdio::null()).status().expect("kiln can be started");
-        assert!(status.success(), "{status}");
+        self.end(self.kiln().arg("doctor"), &[]);
         self.is_clean(group);
     }
 

@@ -36,7 +36,7 @@ fn nothing_outlives_a_kiln_that_is_killed_in_the_middle_of_a_run() {
         sent.expect("kiln runs");
         let status = child.wait().expect("kiln is ours");
         assert!(!status.success(), "{status}");
-        host.is_clean_after_the_next(group);
+        host.is_swept(group);
         assert_eq!(host.read("work/old"), "old");
     }
 }
