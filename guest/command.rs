@@ -202,10 +202,10 @@ impl Command {
     /// What was being done for the command, in words.
     fn attempt(&self, stage: Stage) -> String {
         match stage {
-            Stage::World => "make the command's namespaces".to_owned(),
-            Stage::Process => "prepare the command's process".to_owned(),
-            Stage::Folder => format!("enter the working directory `{}`", self.folder.escape_ascii()),
-            Stage::Program => "execute the program".to_owned(),
+            Stage::World => "making the command's namespaces".to_owned(),
+            Stage::Process => "preparing the command's process".to_owned(),
+            Stage::Folder => format!("entering the working directory `{}`", self.folder.escape_ascii()),
+            Stage::Program => "executing the program".to_owned(),
         }
     }
 

@@ -33,7 +33,7 @@ pub enum SessionError {
     #[error("the guest broke the protocol: {0}")]
     Violation(String),
     /// The agent could not do what it was asked.
-    #[error("the agent failed to {what}")]
+    #[error("the agent failed while {what}")]
     Failed {
         /// What, and with what object, in the agent's words.
         what: String,

@@ -389,9 +389,10 @@ fn tell(narrator: &mut Narrator, report: &Report, phases: &[(Phase, Duration)]) 
     let missed: usize = report.reads.shares.iter().map(|share| share.missed.len()).sum();
     if asked > 0 {
         narrator.say(&format!(
-            "read {files} file{} ({}), asked about {asked} paths, missed {missed}",
+            "read {files} file{} ({}), asked about {asked} path{}, missed {missed}",
             if files == 1 { "" } else { "s" },
-            show_bytes(bytes)
+            show_bytes(bytes),
+            if asked == 1 { "" } else { "s" }
         ));
     }
     if let Some(why) = report.reads.spoiled() {

@@ -89,9 +89,13 @@ impl RunError {
                 "outputs are paths below WORK, which is $WORK in the step; nothing was merged".to_owned(),
             ),
             Self::BareKernel { .. } => Some("name the folder of its modules with --modules DIR".to_owned()),
-            Self::Died { death: Death::Stopped(_) | Death::Panicked(_), .. } => {
-                Some("--memory gives the machine more memory; its last console lines are above".to_owned())
+            Self::Died { death: Death::Panicked(line), .. } if line.to_lowercase().contains("memory") => {
+                Some("--memory gives the machine more memory".to_owned())
             }
+            Self::Session(SessionError::Silent { .. }) => Some(
+                "the machine's last console lines are above; fewer --cpus boot faster under emulation"
+                    .to_owned(),
+            ),
             _ => None,
         }
     }

@@ -97,14 +97,12 @@ pub fn run(
     let (ended, collection) = match conversation {
         Err(RunError::Session(SessionError::Closed)) => {
             let death = machine.death(DEATH_PATIENCE);
-            let console = machine.console();
-            if !console.trim().is_empty() {
-                events(Event::Warning(&format!(
-                    "the machine's console ends with:\n{}",
-                    last_lines(&console, 15)
-                )));
-            }
+            quote_console(&machine.console(), events);
             return Err(RunError::Died { doing, death });
+        }
+        Err(error @ RunError::Session(SessionError::Silent { .. })) => {
+            quote_console(&machine.console(), events);
+            return Err(error);
         }
         other => other?,
     };
@@ -140,12 +138,27 @@ pub fn run(
     Ok(Report { ended, identity, bundle: prepared.bundle.digest(), collected, reads, work })
 }
 
+/// How much of a console is quoted.
+const CONSOLE_LINES: usize = 15;
+
 struct Stopwatch(Instant);
 
 impl Stopwatch {
     fn lap(&mut self) -> Duration {
         let now = Instant::now();
         now.duration_since(std::mem::replace(&mut self.0, now))
+    }
+}
+
+/// Shows the end of what a machine printed; of a panic, from the line that says so.
+fn quote_console(console: &str, events: &mut dyn FnMut(Event<'_>)) {
+    let from_panic = console.find("Kernel panic").map(|at| &console[at..]);
+    let quoted = match from_panic {
+        Some(text) => text.lines().take(CONSOLE_LINES).collect::<Vec<_>>().join("\n"),
+        None => last_lines(console, CONSOLE_LINES),
+    };
+    if !quoted.trim().is_empty() {
+        events(Event::Warning(&format!("the machine's console says:\n{quoted}")));
     }
 }
 

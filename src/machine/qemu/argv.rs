@@ -27,10 +27,11 @@ pub(super) struct Shape<'a> {
 ///
 /// `init_on_alloc` keeps pages that a device process filled from holding stale translated code under emulation;
 /// `panic=-1` turns a panic into a reset, which ends the machine at once. `cryptomgr.notests` leaves out tests of
-/// the kernel's ciphers, 0.4 s of an emulated boot.
+/// the kernel's ciphers, 0.4 s of an emulated boot. `no_timer_check`: on a busy host an emulated timer may starve
+/// while the kernel tests it, and the kernel panics.
 pub(super) fn kernel_command_line(shape: &Shape<'_>) -> String {
     let mut line = String::from(
-        "console=ttyS0 quiet loglevel=4 panic=-1 init_on_alloc=1 cryptomgr.notests i8042.noaux i8042.nokbd \
+        "console=ttyS0 quiet loglevel=4 panic=-1 init_on_alloc=1 cryptomgr.notests no_timer_check i8042.noaux i8042.nokbd \
          random.trust_cpu=off tsc=nowatchdog rcupdate.rcu_expedited=1",
     );
     if shape.carrier == Carrier::Vsock {

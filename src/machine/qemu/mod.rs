@@ -27,6 +27,8 @@ use qmp::{Qmp, Version};
 pub const OLDEST: &str = "8.2";
 const OLDEST_VERSION: Version = Version { major: 8, minor: 2, micro: 0 };
 
+/// How long a process that closed its streams may take to be gone.
+const REAP_PATIENCE: Duration = Duration::from_millis(500);
 /// How long an agent may take to connect over vsock.
 const WIRE_PATIENCE: Duration = Duration::from_secs(90);
 
@@ -277,7 +279,8 @@ impl Machine for QemuMachine {
 
     fn death(&mut self, patience: Duration) -> Death {
         if let Some(devices) = &mut self.devices
-            && let Some(status) = devices.process.wait(Duration::ZERO)
+            // Its streams close a moment before it can be reaped.
+            && let Some(status) = devices.process.wait(REAP_PATIENCE)
         {
             let status = in_words(status);
             return Death::Killed { program: "the device process", status, said: devices.process.said() };
