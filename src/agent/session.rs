@@ -41,6 +41,9 @@ pub enum SessionError {
         #[source]
         errno: io::Error,
     },
+    /// What the command wrote could not be passed on.
+    #[error("the command's output cannot be written")]
+    Output(#[source] io::Error),
     /// The host's end of the carrier failed.
     #[error("cannot speak to the agent")]
     Io(#[source] io::Error),
@@ -157,7 +160,7 @@ impl Session {
             match self.receive("running the command", left.or(limit))? {
                 FromAgent::Started { id: other } if other == id => {}
                 FromAgent::Output { id: other, stream, data } if other == id => {
-                    output(stream, &data).map_err(SessionError::Io)?;
+                    output(stream, &data).map_err(SessionError::Output)?;
                 }
                 FromAgent::Exited { id: other, outcome, usage } if other == id => {
                     return Ok(ExecEnd::Ran(outcome, usage));

@@ -10,6 +10,13 @@ use crate::machine::qemu::{OLDEST, Qemu};
 use crate::machine::{Accelerator, MachineError};
 use crate::root::bundle;
 
+/// Without a store there is nothing else to look at.
+pub(super) fn no_store(failure: &Failure) -> ExitCode {
+    line(&format!("MISSING  {:<10} {}", "store", failure.text));
+    line(&format!("         {:<10} fix: name a directory of yours with --store or KILN_STORE", ""));
+    ExitCode::from(super::CANNOT)
+}
+
 /// Prints a line for each thing a run needs, and the fix for each that is missing. 3 where no machine can run.
 pub(super) fn doctor(host: &Host) -> Result<ExitCode, Failure> {
     let mut missing = 0;
@@ -44,10 +51,12 @@ pub(super) fn doctor(host: &Host) -> Result<ExitCode, Failure> {
     );
     check(
         "debian",
-        host.debian_mirror().map_err(|error| {
-            let fix = error.hint().unwrap_or_default();
-            (error.to_string(), fix)
-        }),
+        host.debian_mirror().map(|mirror| format!("{mirror} (as configured; not contacted)")).map_err(
+            |error| {
+                let fix = error.hint().unwrap_or_default();
+                (error.to_string(), fix)
+            },
+        ),
     );
     match &verdict {
         Verdict::Usable { .. } => line(&format!("ok       kvm        {verdict}")),

@@ -28,7 +28,8 @@ use crate::settings::{Flags, Settings, SettingsError};
 Examples:
   kiln doctor                                     what this host can do, and what is missing
   kiln run -- uname -a                            a command in a fresh Debian machine
-  kiln run --root debian:bookworm+gcc,make --src . --src-writable --out lua \\
+  kiln run --root debian:bookworm+gcc,make,libc6-dev \\
+      --src . --src-writable --work out --out lua \\
       -- sh -c 'make && cp lua $WORK/'            build a source tree, take one file out
   kiln config                                     every setting and where it was set
 
@@ -175,7 +176,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Ok(run::run(&arguments, flags))
         }
         Verb::Kernel(arguments) => kernel::kernel(&arguments, &open(flags)?),
-        Verb::Doctor => doctor::doctor(&open(flags)?),
+        Verb::Doctor => match open(flags) {
+            Ok(host) => doctor::doctor(&host),
+            Err(failure) => Ok(doctor::no_store(&failure)),
+        },
         Verb::Config(arguments) => config::config(&arguments, Settings::read(flags)?),
     }
 }

@@ -13,7 +13,8 @@ use serde_json::{Value, json};
 use super::kernel::KernelFlags;
 use super::show::{self, GuestOutput, Narrator, line};
 use super::{CANNOT, Failure, USAGE};
-use crate::agent::Limits;
+use crate::agent::{Limits, SessionError};
+use crate::engine::RunError;
 use crate::engine::{
     Boundary, Clock, DiskArgument, Ended, Event, Host, MountArgument, Phase, ReadsError, ReadsReport, Report,
     Require, Step, run as run_step,
@@ -33,7 +34,8 @@ Only what --out declares leaves the machine, and only when the command succeeds.
 Examples:
   kiln run -- cat /etc/os-release
   kiln run --src . --reads reads.json -- grep -r TODO .
-  kiln run --root debian:bookworm+gcc,make,libc6-dev --src ./zlib --src-writable --work out --out 'lib*.a' \\
+  kiln run --root debian:bookworm+gcc,make,libc6-dev \\
+      --src ./zlib --src-writable --work out --out 'lib*.a' \\
       -- sh -c './configure && make && cp libz.a $WORK/'
   kiln run --root file:rootfs.tar.xz --clock fixed --timeout 10m -- /build.sh")]
 pub(super) struct RunArguments {
@@ -125,6 +127,8 @@ pub(super) struct RunArguments {
     command: Vec<std::ffi::OsString>,
 }
 
+/// 128 + SIGPIPE.
+const SIGPIPE_STATUS: u8 = 128 + 13;
 /// kiln failed where the command should have run.
 const KILN_FAILED: u8 = 125;
 
@@ -181,9 +185,14 @@ fn step(arguments: &RunArguments) -> Result<Step, Failure> {
         let text = format!("--scratch {} is too little: 1M is the least", arguments.scratch);
         return Err(Failure { text, hint: None, code: USAGE });
     }
+    let timeout = arguments.timeout.as_deref().map(|text| duration("--timeout", text)).transpose()?;
     let cpus = arguments.cpus.unwrap_or(0);
     if arguments.cpus == Some(0) || cpus > 64 {
         return Err(Failure { text: "--cpus takes 1 to 64".to_owned(), hint: None, code: USAGE });
+    }
+    if timeout.is_some_and(|timeout| timeout.is_zero()) {
+        let text = "--timeout 0 leaves the command no time: leave it out for no limit".to_owned();
+        return Err(Failure { text, hint: None, code: USAGE });
     }
     let requirements = [("kvm", Require::Kvm), ("jail", Require::Jail)];
     Ok(Step {
@@ -214,7 +223,7 @@ fn step(arguments: &RunArguments) -> Result<Step, Failure> {
         memory_bytes: memory_bytes.next_multiple_of(1 << 20),
         cpus,
         scratch_bytes: scratch_bytes.next_multiple_of(4096),
-        timeout: arguments.timeout.as_deref().map(|text| duration("--timeout", text)).transpose()?,
+        timeout,
         grace: duration("--grace", &arguments.grace)?,
         clock: one_of("clock", &arguments.clock, &[("host", Clock::Host), ("fixed", Clock::Fixed)])?,
         carrier: one_of("wire", &arguments.wire, &[("serial", Carrier::Serial), ("vsock", Carrier::Vsock)])?,
@@ -271,8 +280,7 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
             phases.push((phase, time));
         }
         if arguments.json {
-            line(&as_json(&event).to_string());
-            return;
+            return show::try_line(&as_json(&event).to_string());
         }
         match event {
             Event::Progress(text) => narrator.progress(text),
@@ -280,12 +288,19 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
             Event::Machine(identity) => narrator.say(&identity.to_string()),
             Event::Output(stream, data) => {
                 narrator.clear();
-                output.write(stream, data);
+                return output.write(stream, data);
             }
             Event::Phase(..) => {}
         }
+        Ok(())
     };
-    let report = run_step(&step, &host, input, &mut show_event)?;
+    let report = match run_step(&step, &host, input, &mut show_event) {
+        // As a command ends whose reader has gone: killed by SIGPIPE, without a word.
+        Err(RunError::Session(SessionError::Output(error))) if error.kind() == io::ErrorKind::BrokenPipe => {
+            return Ok(SIGPIPE_STATUS);
+        }
+        other => other?,
+    };
     let code = exit_code(&report.ended);
     if let Some(path) = &arguments.reads {
         write_reads(path, &report.reads)
@@ -373,7 +388,7 @@ fn tell(narrator: &mut Narrator, report: &Report, phases: &[(Phase, Duration)]) 
                 if collected.files.0 == 1 { "" } else { "s" },
                 show_bytes(collected.files.1),
                 collected.changed.len(),
-                report.work.display()
+                report.work.canonicalize().as_deref().unwrap_or(&report.work).display()
             ));
         }
         if let Some(first) = collected.undeclared.first() {

@@ -34,8 +34,12 @@ pub(super) fn failure(text: &str, hint: Option<&str>) {
 
 /// A line on standard output.
 pub(super) fn line(text: &str) {
-    let mut stdout = io::stdout().lock();
-    let _ = writeln!(stdout, "{text}");
+    let _ = try_line(text);
+}
+
+/// A line on standard output, which somebody may have stopped reading.
+pub(super) fn try_line(text: &str) -> io::Result<()> {
+    writeln!(io::stdout().lock(), "{text}")
 }
 
 /// Lines about a run, on standard error. On a terminal, progress is one line that is written over.
@@ -104,18 +108,20 @@ struct Sink {
     terminal: bool,
     /// The start of a character whose end has not come yet.
     pending: Vec<u8>,
-    failed: bool,
 }
 
 impl GuestOutput {
     /// For this process's standard streams.
     pub fn new() -> Self {
-        let sink = |terminal| Sink { terminal, pending: Vec::new(), failed: false };
+        let sink = |terminal| Sink { terminal, pending: Vec::new() };
         Self { stdout: sink(io::stdout().is_terminal()), stderr: sink(io::stderr().is_terminal()) }
     }
 
-    /// Writes one piece. A closed pipe swallows the rest: the step goes on.
-    pub fn write(&mut self, stream: Stream, data: &[u8]) {
+    /// Writes one piece.
+    ///
+    /// # Errors
+    /// What writing says; `BrokenPipe` where the reader is gone.
+    pub fn write(&mut self, stream: Stream, data: &[u8]) -> io::Result<()> {
         match stream {
             Stream::Stdout => self.stdout.write(&mut io::stdout().lock(), data),
             Stream::Stderr => self.stderr.write(&mut io::stderr().lock(), data),
@@ -124,20 +130,17 @@ impl GuestOutput {
 }
 
 impl Sink {
-    fn write(&mut self, target: &mut dyn Write, data: &[u8]) {
-        if self.failed {
-            return;
-        }
-        let written = if self.terminal {
+    fn write(&mut self, target: &mut dyn Write, data: &[u8]) -> io::Result<()> {
+        if self.terminal {
             self.pending.extend_from_slice(data);
             let whole = self.pending.len() - incomplete_tail(&self.pending);
             let rest = self.pending.split_off(whole);
             let bytes = std::mem::replace(&mut self.pending, rest);
-            target.write_all(harmless(&bytes).as_bytes())
+            target.write_all(harmless(&bytes).as_bytes())?;
         } else {
-            target.write_all(data)
-        };
-        self.failed = written.and_then(|()| target.flush()).is_err();
+            target.write_all(data)?;
+        }
+        target.flush()
     }
 }
 
@@ -162,10 +165,10 @@ mod tests {
 
     #[test]
     fn a_character_that_is_cut_in_two_is_shown_whole() {
-        let mut sink = Sink { terminal: true, pending: Vec::new(), failed: false };
+        let mut sink = Sink { terminal: true, pending: Vec::new() };
         let mut shown = Vec::new();
         for byte in "a\u{20ac}\x1bb".as_bytes() {
-            sink.write(&mut shown, &[*byte]);
+            sink.write(&mut shown, &[*byte]).expect("memory");
         }
         assert_eq!(String::from_utf8_lossy(&shown), "a\u{20ac}\u{241b}b");
     }

@@ -1,5 +1,6 @@
 //! What a run tells whoever shows it, as it happens.
 
+use std::io;
 use std::time::Duration;
 
 use kiln_wire::Stream;
@@ -54,3 +55,7 @@ pub enum Event<'a> {
     /// A part of the run is over.
     Phase(Phase, Duration),
 }
+
+/// Who is told. An error about an [`Event::Output`] ends the run: nobody takes what the command says any more.
+/// Errors about other events are the listener's own affair.
+pub type Listener<'a> = &'a mut dyn FnMut(Event<'_>) -> io::Result<()>;

@@ -1,5 +1,6 @@
 //! What a run needs of this host: a backend, a boot bundle and a root, found or made.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use kiln_digest::Digest;
@@ -43,6 +44,15 @@ pub enum HostError {
         /// What KILN_AGENT names.
         named: Option<PathBuf>,
     },
+    /// The lock cannot be written where it is.
+    #[error("the lock file `{path}` cannot be written")]
+    LockFolder {
+        /// The lock file.
+        path: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
     /// A boundary that was demanded is not there.
     #[error("{demand} was demanded, and this host does not give it: {why}")]
     Boundary {
@@ -70,6 +80,7 @@ impl HostError {
             }
             Self::Boundary { .. } => Some("`kiln doctor` says what is missing and how to get it".to_owned()),
             Self::Lock(error) => error.hint(),
+            Self::LockFolder { .. } => Some("name another place with --lock FILE or KILN_LOCK".to_owned()),
             Self::Debian(error) => error.hint(),
             Self::Root(error) => error.hint(),
             _ => None,
@@ -219,6 +230,14 @@ impl Host {
         Ok(Lock::load(&self.settings.lock.value)?)
     }
 
+    /// Whether the lock could be written, found out before anything is fetched for it.
+    fn check_lock(&self) -> Result<(), HostError> {
+        let path = self.lock_path();
+        let folder = path.parent().unwrap_or(Path::new("/"));
+        let access = rustix::fs::access(folder, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK);
+        access.map_err(|errno| HostError::LockFolder { path: path.to_owned(), source: errno.into() })
+    }
+
     /// Where the lock file lies.
     pub fn lock_path(&self) -> &Path {
         &self.settings.lock.value
@@ -245,6 +264,7 @@ impl Host {
         let locked = match lock.kernel(&format!("debian:{suite}")) {
             Some(locked) => locked.clone(),
             None => {
+                self.check_lock()?;
                 progress(&format!("looking up the kernel of Debian {suite}"));
                 let locked = self.archive.resolve_kernel(suite, None)?;
                 lock.set_kernel(locked.clone());
@@ -284,6 +304,7 @@ impl Host {
         let locked = match lock.root(&format!("{spec}")) {
             Some(locked) => locked.clone(),
             None => {
+                self.check_lock()?;
                 progress(&format!("resolving {spec}"));
                 let locked = self.archive.resolve(&spec, None)?;
                 lock.set_root(locked.clone());

@@ -14,7 +14,7 @@ mod step;
 mod work;
 
 pub use error::RunError;
-pub use event::{Event, Phase};
+pub use event::{Event, Listener, Phase};
 pub use host::{Boundary, Host, HostError, KernelChoice, Require};
 pub use inputs::{DiskArgument, InputError, MountArgument};
 pub use reads::{ReadsError, ReadsReport, ShareReads};

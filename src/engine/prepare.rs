@@ -9,7 +9,7 @@ use std::time::Duration;
 use kiln_wire::{Access, Exec, Mount, Setup, Source};
 
 use super::error::RunError;
-use super::event::Event;
+use super::event::{Event, Listener};
 use super::host::Host;
 use super::inputs::{InputError, check_work, open_disk, open_share, refuse_secrets, refuse_store};
 use super::merge;
@@ -47,7 +47,7 @@ pub(super) fn prepare(
     step: &Step,
     host: &Host,
     work: &Path,
-    events: &mut dyn FnMut(Event<'_>),
+    events: Listener<'_>,
 ) -> Result<Prepared, RunError> {
     let settings = &host.settings;
     let mut environment = Environment::fixed();
@@ -123,7 +123,9 @@ pub(super) fn prepare(
         0 => std::thread::available_parallelism().ok().and_then(|n| u16::try_from(n.get()).ok()).unwrap_or(1),
         cpus => cpus,
     };
-    let mut progress = |text: &str| events(Event::Progress(text));
+    let mut progress = |text: &str| {
+        let _ = events(Event::Progress(text));
+    };
     let bundle = host.bundle(&step.kernel, step.carrier, &mut progress)?;
     let root_bundle = match step.carrier {
         Carrier::Serial => bundle.clone(),

@@ -11,7 +11,7 @@ use kiln_wire::{Exec, Outcome, Setup, Usage};
 
 use super::collect::{Collection, collect};
 use super::error::RunError;
-use super::event::{Event, Phase};
+use super::event::{Event, Listener, Phase};
 use super::host::Host;
 use super::merge::{self, Merge};
 use super::prepare::{Prepared, describe, prepare};
@@ -79,17 +79,17 @@ pub fn run(
     step: &Step,
     host: &Host,
     input: Option<Box<dyn Read + Send>>,
-    events: &mut dyn FnMut(Event<'_>),
+    events: Listener<'_>,
 ) -> Result<Report, RunError> {
     let mut stopwatch = Stopwatch(Instant::now());
     let work = host.settings.work.value.clone();
     merge::recover(&host.store, &work)?;
     let prepared = prepare(step, host, &work, events)?;
     let (setup, exec, spec) = describe(step, host, &prepared)?;
-    events(Event::Phase(Phase::Prepare, stopwatch.lap()));
+    let _ = events(Event::Phase(Phase::Prepare, stopwatch.lap()));
 
     let mut machine = prepared.qemu.start(spec)?;
-    events(Event::Machine(machine.identity()));
+    let _ = events(Event::Machine(machine.identity()));
     let mut talk = Talk { step, host, prepared: &prepared, stopwatch: &mut stopwatch, doing: "booting" };
     let conversation =
         machine.wire().map_err(RunError::from).and_then(|wire| talk.hold(wire, setup, exec, input, events));
@@ -111,7 +111,7 @@ pub fn run(
     drop(machine);
     let root = prepared.root.digest();
     let reads = reads::report(&record, &prepared.observables, root, step.report_reads);
-    events(Event::Phase(Phase::Record, stopwatch.lap()));
+    let _ = events(Event::Phase(Phase::Record, stopwatch.lap()));
 
     let collected = match collection {
         None => None,
@@ -134,7 +134,7 @@ pub fn run(
             Some(Collected { manifest, files, changed, undeclared: collection.undeclared })
         }
     };
-    events(Event::Phase(Phase::Merge, stopwatch.lap()));
+    let _ = events(Event::Phase(Phase::Merge, stopwatch.lap()));
     Ok(Report { ended, identity, bundle: prepared.bundle.digest(), collected, reads, work })
 }
 
@@ -151,14 +151,14 @@ impl Stopwatch {
 }
 
 /// Shows the end of what a machine printed; of a panic, from the line that says so.
-fn quote_console(console: &str, events: &mut dyn FnMut(Event<'_>)) {
+fn quote_console(console: &str, events: Listener<'_>) {
     let from_panic = console.find("Kernel panic").map(|at| &console[at..]);
     let quoted = match from_panic {
         Some(text) => text.lines().take(CONSOLE_LINES).collect::<Vec<_>>().join("\n"),
         None => last_lines(console, CONSOLE_LINES),
     };
     if !quoted.trim().is_empty() {
-        events(Event::Warning(&format!("the machine's console says:\n{quoted}")));
+        let _ = events(Event::Warning(&format!("the machine's console says:\n{quoted}")));
     }
 }
 
@@ -186,10 +186,10 @@ impl Talk<'_> {
         setup: Setup,
         mut exec: Exec,
         input: Option<Box<dyn Read + Send>>,
-        events: &mut dyn FnMut(Event<'_>),
+        events: Listener<'_>,
     ) -> Result<Conversation, RunError> {
         let mut session = Session::open(wire, BOOT_PATIENCE).map_err(RunError::Session)?;
-        events(Event::Phase(Phase::Boot, self.stopwatch.lap()));
+        let _ = events(Event::Phase(Phase::Boot, self.stopwatch.lap()));
         self.doing = "preparing the step";
         session.setup(setup).map_err(|source| match source {
             SessionError::Failed { .. } if self.prepared.bundle.modules.is_none() => {
@@ -197,15 +197,12 @@ impl Talk<'_> {
             }
             source => RunError::Session(source),
         })?;
-        events(Event::Phase(Phase::Setup, self.stopwatch.lap()));
+        let _ = events(Event::Phase(Phase::Setup, self.stopwatch.lap()));
         self.doing = "running the command";
         exec.stdin = input.is_some();
-        let mut output = |stream, data: &[u8]| {
-            events(Event::Output(stream, data));
-            Ok(())
-        };
+        let mut output = |stream, data: &[u8]| events(Event::Output(stream, data));
         let end = session.exec(exec, input, &mut output).map_err(RunError::Session)?;
-        events(Event::Phase(Phase::Command, self.stopwatch.lap()));
+        let _ = events(Event::Phase(Phase::Command, self.stopwatch.lap()));
         let ended = match end {
             ExecEnd::Ran(outcome, usage) => Ended::Ran(outcome, usage),
             ExecEnd::NotStarted(error) => Ended::NotStarted(error),
@@ -221,7 +218,7 @@ impl Talk<'_> {
             self.doing = "powering off";
             session.power_off().map_err(RunError::Session)?;
         }
-        events(Event::Phase(Phase::Collect, self.stopwatch.lap()));
+        let _ = events(Event::Phase(Phase::Collect, self.stopwatch.lap()));
         Ok((ended, collection))
     }
 }

@@ -99,7 +99,7 @@ impl Workshop<'_> {
     ) -> Result<Tree, RootError> {
         let lower = image::make(self.store, unpacked)?;
         let lower_path = image::path(self.store, &lower);
-        progress(&format!("configuring {} packages in a machine", locked.packages.len()));
+        progress(&format!("configuring {} packages in a machine: 0 done", locked.packages.len()));
         let mut machine = self.backend.start(self.spec(&lower_path)?)?;
         let wire = machine.wire()?;
         let tree =
@@ -172,7 +172,10 @@ impl Workshop<'_> {
             if stream == Stream::Stdout {
                 done +=
                     data.split(|&byte| byte == b'\n').filter(|line| line.starts_with(b"Setting up ")).count();
-                progress(&format!("configured {done} of {} packages", locked.packages.len()));
+                progress(&format!(
+                    "configuring {} packages in a machine: {done} done",
+                    locked.packages.len()
+                ));
             }
             said.extend_from_slice(data);
             let excess = said.len().saturating_sub(SAID_BYTES);
