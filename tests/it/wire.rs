@@ -317,7 +317,7 @@ fn a_host_that_cannot_take_the_output_ends_the_command() {
         agent.hear();
     });
     let refused = session.exec(exec(), None, &mut |_, _| Err(io::ErrorKind::StorageFull.into()));
-    assert!(matches!(refused, Err(SessionError::Io(_))));
+    assert!(matches!(refused, Err(SessionError::Output(_))));
 }
 
 #[test]
