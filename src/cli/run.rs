@@ -33,7 +33,7 @@ Only what --out declares leaves the machine, and only when the command succeeds.
 
 Examples:
   kiln run -- cat /etc/os-release
-  kiln run --src . --reads reads.json -- grep -r TODO .
+  kiln run --src . --reads reads.json -- grep -rn main .
   kiln run --root debian:bookworm+gcc,make,libc6-dev \\
       --src ./zlib --src-writable --work out --out 'lib*.a' \\
       -- sh -c './configure && make && cp libz.a $WORK/'

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::Duration;
@@ -195,14 +196,14 @@ fn empty_directory(host: &Host) -> Result<OwnedFd, RunError> {
     Ok(File::open(folder).map_err(io)?.into())
 }
 
-/// What the agent is told, what it runs, and what the machine is made of.
+/// What the agent is told, what it runs, and what the machine is made of. Shares, disks and mounts go over to these.
 ///
 /// # Errors
 /// [`RunError::Io`] where a descriptor or a file cannot be had.
 pub(super) fn describe(
     step: &Step,
     host: &Host,
-    prepared: &Prepared,
+    prepared: &mut Prepared,
 ) -> Result<(Setup, Exec, Spec), RunError> {
     let io = |what| move |source| RunError::Io { what, source };
     let mut disks = Vec::new();
@@ -214,7 +215,7 @@ pub(super) fn describe(
         }
         Root::Live(_) => Source::Share("root".to_owned()),
     };
-    let mut mounts = prepared.mounts.clone();
+    let mut mounts = mem::take(&mut prepared.mounts);
     let with_modules = step.module_tree || !step.modules.is_empty();
     if let (true, Some(modules)) = (with_modules, &prepared.bundle.modules) {
         let file = File::open(image::path(&host.store, modules)).map_err(io("open the module image"))?;
@@ -225,10 +226,7 @@ pub(super) fn describe(
     let scratch = tempfile::tempfile_in(host.store.temporary()).map_err(io("make the scratch disk"))?;
     scratch.set_len(step.scratch_bytes).map_err(io("make the scratch disk"))?;
     disks.push(Disk { serial: "scratch".to_owned(), file: scratch.into(), read_only: false });
-    for disk in &prepared.disks {
-        let file = disk.file.try_clone().map_err(io("attach a disk"))?;
-        disks.push(Disk { serial: disk.serial.clone(), file, read_only: disk.read_only });
-    }
+    disks.append(&mut prepared.disks);
     let mut seed = [0; 64];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
         .map_err(|errno| io("draw a seed")(errno.into()))?;
@@ -260,17 +258,12 @@ pub(super) fn describe(
         grace_ms: milliseconds(step.grace),
         stdin: false,
     };
-    let hold = |share: &Share| -> Result<Share, RunError> {
-        let directory = share.directory.try_clone().map_err(io("hold a share"))?;
-        let (name, hidden) = (share.name.clone(), share.hidden.clone());
-        Ok(Share { name, directory, attributes: share.attributes, hidden })
-    };
     let spec = Spec {
         kernel: host.store.blobs().path(&prepared.bundle.kernel),
         initramfs: host.store.blobs().path(&prepared.bundle.initramfs),
         memory_bytes: step.memory_bytes,
         cpus: prepared.cpus,
-        shares: prepared.shares.iter().map(hold).collect::<Result<_, _>>()?,
+        shares: mem::take(&mut prepared.shares),
         disks,
         carrier: step.carrier,
         nested: step.nested,

@@ -84,8 +84,8 @@ pub fn run(
     let mut stopwatch = Stopwatch(Instant::now());
     let work = host.settings.work.value.clone();
     merge::recover(&host.store, &work)?;
-    let prepared = prepare(step, host, &work, events)?;
-    let (setup, exec, spec) = describe(step, host, &prepared)?;
+    let mut prepared = prepare(step, host, &work, events)?;
+    let (setup, exec, spec) = describe(step, host, &mut prepared)?;
     let _ = events(Event::Phase(Phase::Prepare, stopwatch.lap()));
 
     let mut machine = prepared.qemu.start(spec)?;
@@ -214,7 +214,7 @@ impl Talk<'_> {
         }
         // A disk that the step may write has to be left clean; without one there is nothing in the machine worth
         // waiting for.
-        if self.prepared.disks.iter().any(|disk| !disk.read_only) {
+        if self.step.disks.iter().any(|disk| !disk.read_only) {
             self.doing = "powering off";
             session.power_off().map_err(RunError::Session)?;
         }

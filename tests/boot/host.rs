@@ -11,14 +11,14 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
+use super::folder::Folder;
 
 /// A variable of the host's that no guest may see, unless a run names it.
 pub const TOKEN: (&str, &str) = ("KILN_TEST_TOKEN", "sesame");
 
 /// The folder. Paths in arguments are relative to it: kiln is called there.
 pub struct Host {
-    folder: TempDir,
+    folder: Folder,
 }
 
 /// How kiln ended and what it said.
@@ -86,7 +86,7 @@ pub fn busybox() -> &'static Path {
 impl Host {
     pub fn new() -> Self {
         let store = shared_store();
-        let folder = tempfile::tempdir().expect("a temporary folder");
+        let folder = Folder::new();
         let host = Self { folder };
         for name in ["home", "tmp"] {
             fs::create_dir(host.path(name)).expect("a folder");
@@ -99,25 +99,6 @@ impl Host {
         }
         symlink(own, host.path("store")).expect("a link");
         host
-    }
-
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// Writes a file, and the folders above it.
-    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.path(name);
-        fs::create_dir_all(path.parent().expect("it is in the host's folder")).expect("a folder");
-        fs::write(&path, content).expect("room");
-        path
-    }
-
-    /// Makes a folder and those above it.
-    pub fn folder(&self, name: &str) -> PathBuf {
-        let path = self.path(name);
-        fs::create_dir_all(&path).expect("a folder");
-        path
     }
 
     pub fn read(&self, name: &str) -> String {
@@ -137,7 +118,7 @@ impl Host {
             .env("KILN_LOCK", shared_store().join("kiln.lock"))
             .env("WORK", self.path("work"))
             .env(TOKEN.0, TOKEN.1)
-            .current_dir(self.folder.path())
+            .current_dir(self.folder.root())
             .process_group(0)
             .stdin(Stdio::null());
         command
@@ -199,6 +180,14 @@ impl Host {
             let left: Vec<_> = fs::read_dir(self.path(place)).into_iter().flatten().flatten().collect();
             assert!(left.is_empty(), "left behind: {left:?}");
         }
+    }
+}
+
+impl Deref for Host {
+    type Target = Folder;
+
+    fn deref(&self) -> &Folder {
+        &self.folder
     }
 }
 

@@ -7,7 +7,10 @@ mod command;
 mod contract;
 mod debian;
 mod disks;
+mod erofs;
 mod failure;
+#[path = "../folder/mod.rs"]
+mod folder;
 mod host;
 mod leftovers;
 mod outputs;

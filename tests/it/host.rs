@@ -1,18 +1,19 @@
 //! A host of a test's own: a folder with a home, a store and a WORK, and kiln run in it with no other environment.
 
 use std::fs;
+use std::ops::Deref;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use tempfile::TempDir;
+use super::folder::Folder;
 
 /// A mirror that nobody serves: a test that would fetch something fails instead.
 pub const NOWHERE: &str = "http://127.0.0.1:1/debian";
 
 /// The folder. Paths in arguments are relative to it: kiln is called there.
 pub struct Host {
-    folder: TempDir,
+    folder: Folder,
 }
 
 /// How kiln ended and what it said.
@@ -24,28 +25,9 @@ pub struct Told {
 
 impl Host {
     pub fn new() -> Self {
-        let folder = tempfile::tempdir().expect("a temporary folder");
-        fs::create_dir(folder.path().join("home")).expect("a home");
+        let folder = Folder::new();
+        fs::create_dir(folder.path("home")).expect("a home");
         Self { folder }
-    }
-
-    pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    /// Writes a file, and the folders above it.
-    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.path(name);
-        fs::create_dir_all(path.parent().expect("it is in the host's folder")).expect("a folder");
-        fs::write(&path, content).expect("room");
-        path
-    }
-
-    /// Makes a folder and those above it.
-    pub fn folder(&self, name: &str) -> PathBuf {
-        let path = self.path(name);
-        fs::create_dir_all(&path).expect("a folder");
-        path
     }
 
     /// Writes a shell script that can be executed.
@@ -72,7 +54,7 @@ impl Host {
             .env("WORK", self.path("work"))
             .env("KILN_DEBIAN_MIRROR", NOWHERE)
             .env("KILN_DEBIAN_SECURITY_MIRROR", NOWHERE)
-            .current_dir(self.folder.path());
+            .current_dir(self.folder.root());
         command
     }
 
@@ -94,6 +76,14 @@ impl Host {
             assert!(left.is_empty(), "left in the store: {left:?}");
         }
         assert!(!self.path("work").is_dir(), "WORK was made");
+    }
+}
+
+impl Deref for Host {
+    type Target = Folder;
+
+    fn deref(&self) -> &Folder {
+        &self.folder
     }
 }
 

@@ -5,6 +5,8 @@
 
 mod boundary;
 mod debian;
+#[path = "../folder/mod.rs"]
+mod folder;
 mod host;
 mod inputs;
 mod merge;

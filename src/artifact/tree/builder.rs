@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::mem;
 
-use super::{Kind, Node, Tree, TreeError, TreePath};
+use super::{Kind, Node, Tree, TreeError, TreePath, within};
 
 /// Builds a tree the way a file system does: names come, are replaced and linked in any order, and a hard link
 /// is a second name of what the first names at that moment. For unpackers and collectors.
@@ -100,8 +100,11 @@ impl Builder {
         if !matches!(self.get(path), Some(Node { kind: Kind::Directory, .. })) {
             return;
         }
-        let beneath = self.names.range(path..).skip(1).take_while(|(inner, _)| inner.is_within(path));
-        let doomed: Vec<TreePath> = beneath.map(|(inner, _)| inner.clone()).collect();
+        let doomed: Vec<TreePath> = within(&self.names, path)
+            .map(|(inner, _)| inner)
+            .filter(|inner| *inner != path)
+            .cloned()
+            .collect();
         for inner in doomed {
             self.names.remove(&inner);
         }

@@ -165,6 +165,14 @@ impl Tree {
 
     /// `path` and everything beneath it, in path order.
     pub fn subtree<'a>(&'a self, path: &'a TreePath) -> impl Iterator<Item = (&'a TreePath, &'a Node)> {
-        self.nodes.range(path..).take_while(move |(candidate, _)| candidate.is_within(path))
+        within(&self.nodes, path)
     }
+}
+
+/// The entry of `path` and all beneath it, in path order.
+fn within<'a, T>(
+    names: &'a BTreeMap<TreePath, T>,
+    path: &'a TreePath,
+) -> impl Iterator<Item = (&'a TreePath, &'a T)> {
+    names.range(path..).take_while(move |(candidate, _)| candidate.is_within(path))
 }

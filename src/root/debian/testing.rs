@@ -5,11 +5,12 @@ use std::fs;
 use std::path::PathBuf;
 
 use jiff::Timestamp;
+use kiln_artifact::tree::Tree;
 use kiln_digest::Digest;
 use kiln_openpgp::testing::{SignOptions, TestKey};
 use tempfile::TempDir;
 
-use super::{Archive, ArchiveSettings};
+use super::{Archive, ArchiveError, ArchiveSettings, DebianSpec};
 use crate::store::Store;
 
 /// An ar archive of `members`.
@@ -89,6 +90,11 @@ pub(super) struct TestArchive {
 
 /// The suite of every test archive.
 pub(super) const SUITE: &str = "testing";
+
+/// A root of the suite: `packages` as they follow its name.
+pub(super) fn spec(packages: &str) -> DebianSpec {
+    format!("debian:{SUITE}{packages}").parse().expect("a spec")
+}
 /// When tests take place: in seconds since the epoch.
 pub(super) fn now() -> i64 {
     Timestamp::now().as_second()
@@ -158,6 +164,14 @@ impl TestArchive {
     pub(super) fn publish(&self) {
         let signed = self.key.sign_cleartext(&self.release(), SignOptions::default());
         self.write(&format!("dists/{SUITE}/InRelease"), &signed);
+    }
+
+    /// What `packages` resolve to, fetched and unpacked.
+    pub(super) fn unpack(&self, packages: &str) -> Result<Tree, ArchiveError> {
+        let archive = self.open();
+        let locked = archive.resolve(&spec(packages), None).expect("resolved");
+        archive.fetch(&locked, &|_| {}).expect("fetched");
+        archive.unpack(&locked)
     }
 
     pub(super) fn store(&self) -> Store {

@@ -12,7 +12,7 @@ use kiln_artifact::tree::{Contents, Kind, Node, Tree, TreePath};
 use kiln_openpgp::VerifyError;
 use kiln_openpgp::testing::{SignOptions, TestKey};
 
-use super::testing::{File, SUITE, TestArchive, ar, deb, tar_of};
+use super::testing::{File, SUITE, TestArchive, ar, deb, spec, tar_of};
 use super::*;
 
 fn path(text: &str) -> TreePath {
@@ -76,10 +76,6 @@ fn archive() -> TestArchive {
         &[ROOT, ("./lib/libshell.so", File::Plain(0o644, b"so"))],
     );
     archive
-}
-
-fn spec(packages: &str) -> DebianSpec {
-    format!("debian:{SUITE}{packages}").parse().expect("a spec")
 }
 
 fn fails(archive: &TestArchive) -> ArchiveError {
@@ -307,12 +303,7 @@ fn two_packages_with_one_file_need_a_replaces() {
     test.add("tool-d", "", &[], &[ROOT, file(b"d")]);
     test.add("tool-e", "", &[], &[ROOT, ("./usr/bin/tool/x", File::Plain(0o755, b""))]);
     test.publish();
-    let archive = test.open();
-    let unpack = |packages: &str| {
-        let locked = archive.resolve(&spec(packages), None).expect("resolved");
-        archive.fetch(&locked, &|_| {}).expect("fetched");
-        archive.unpack(&locked)
-    };
+    let unpack = |packages: &str| test.unpack(packages);
     let error = message(&unpack("+tool-a,tool-b").expect_err("both"));
     assert_eq!(
         error,
@@ -337,12 +328,7 @@ fn hostile_members_stay_in_the_tree() {
     test.add("looper", "", &[], &[ROOT, ("./a", File::Symlink("b")), ("./b", File::Symlink("a"))]);
     test.add("zlost", "Depends: looper\n", &[], &[ROOT, ("./a/x", File::Plain(0o644, b""))]);
     test.publish();
-    let archive = test.open();
-    let unpack = |packages: &str| {
-        let locked = archive.resolve(&spec(packages), None).expect("resolved");
-        archive.fetch(&locked, &|_| {}).expect("fetched");
-        archive.unpack(&locked)
-    };
+    let unpack = |packages: &str| test.unpack(packages);
     let tree = unpack("+guest").expect("the tree's root has no parent");
     assert!(tree.get(&path("etc/evil")).is_some());
     let error = unpack("+zlost").expect_err("a loop leads to no folder");

@@ -1,13 +1,11 @@
 //! The tar reader, on what GNU tar writes.
 
-mod judge;
-
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
 
-use judge::{path, run};
+use super::judge::{path, run};
 use kiln_artifact::archive::tar::{self, Limits, TarError};
 use kiln_artifact::tree::{Kind, Timestamp, Tree};
 use kiln_digest::Digest;

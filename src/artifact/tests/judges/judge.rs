@@ -1,7 +1,5 @@
 //! Running the tools that judge our formats, and trees to give them.
 
-#![allow(dead_code, reason = "each test program uses its part")]
-
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io::Write as _;

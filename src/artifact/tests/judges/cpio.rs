@@ -1,11 +1,9 @@
 //! The cpio writer, judged by GNU cpio.
 
-mod judge;
-
 use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 
-use judge::{Made, path, run};
+use super::judge::{Made, path, run};
 use kiln_artifact::cpio::{self, CpioError, Options};
 use kiln_artifact::tree::Kind;
 

@@ -1,0 +1,6 @@
+//! Our formats, judged by programs that others wrote.
+
+mod cpio;
+mod erofs;
+mod judge;
+mod tar;
