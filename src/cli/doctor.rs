@@ -1,14 +1,27 @@
 //! `kiln doctor`: what this host can do, found out by doing it.
 
+use std::io;
 use std::process::ExitCode;
+
+use clap::Args;
 
 use super::Failure;
 use super::show::line;
-use crate::engine::{Boundary, Host};
+use crate::engine::{Boundary, Host, HostError, jail_of};
+use crate::machine::jail::attempt::{Attempt, Outcome, Targets};
+use crate::machine::jail::{Layer, Profile};
 use crate::machine::probe::Verdict;
 use crate::machine::qemu::{OLDEST, Qemu};
 use crate::machine::{Accelerator, MachineError};
 use crate::root::bundle;
+
+/// Arguments of `kiln doctor`.
+#[derive(Debug, Args)]
+pub(super) struct DoctorArguments {
+    /// Try everything that the jail must not let a machine's processes do: without it, in each layer, in all
+    #[arg(long)]
+    jail: bool,
+}
 
 /// Without a store there is nothing else to look at.
 pub(super) fn no_store(failure: &Failure) -> ExitCode {
@@ -18,7 +31,12 @@ pub(super) fn no_store(failure: &Failure) -> ExitCode {
 }
 
 /// Prints a line for each thing a run needs, and the fix for each that is missing. 3 where no machine can run.
-pub(super) fn doctor(host: &Host) -> Result<ExitCode, Failure> {
+pub(super) fn doctor(host: &Host, arguments: &DoctorArguments) -> Result<ExitCode, Failure> {
+    if arguments.jail {
+        let qemu = host.backend(&Boundary::default())?;
+        let failed = |source| MachineError::Io { what: "try the jail", source };
+        return Ok(try_jail(&qemu).map_err(failed).map_err(HostError::from)?);
+    }
     let mut missing = 0;
     let mut check = |name: &str, good: Result<String, (String, String)>| match good {
         Ok(text) => line(&format!("ok       {name:<10} {text}")),
@@ -73,7 +91,9 @@ pub(super) fn doctor(host: &Host) -> Result<ExitCode, Failure> {
             );
         }
     }
-    line("note     jail       none in this version: --require jail and --untrusted are refused");
+    if let Ok(qemu) = host.backend(&Boundary::default()) {
+        jail(&qemu);
+    }
     match host.backend(&Boundary::default()) {
         Ok(_) if verdict.is_usable() => {
             line("backend  qemu with KVM, because the probe ran guest code at a processor's speed")
@@ -84,4 +104,55 @@ pub(super) fn doctor(host: &Host) -> Result<ExitCode, Failure> {
         Err(_) => line("backend  none: see what is missing"),
     }
     Ok(if missing == 0 { ExitCode::SUCCESS } else { ExitCode::from(super::CANNOT) })
+}
+
+/// What of the jail holds, and for each layer that does not, what that means.
+fn jail(qemu: &Qemu) {
+    match jail_of(qemu) {
+        Ok(held) if held.is_whole() => {
+            let abi =
+                held.landlock_abi.map_or_else(String::new, |abi| format!(" (landlock's interface {abi})"));
+            line(&format!("ok       jail       {held}{abi}"));
+        }
+        Ok(held) => {
+            line(&format!("note     jail       {held}"));
+            for (layer, why) in &held.missing {
+                line(&format!("                    no {}: {why}", layer.name()));
+                line(&format!("                    so {}", layer.what_missing_means()));
+                line(&format!("                    fix: {}", layer.how_to_get()));
+            }
+            line("                    --require jail and --untrusted are refused");
+        }
+        Err(error) => line(&format!("MISSING  jail       no process can be locked in: {error}")),
+    }
+}
+
+/// Every attempt on the jails of a machine's processes, a line each: without the jail, in each layer alone, in all of
+/// it. Fails where the whole lets something through that it need not, or where nothing shows that it was the jail.
+fn try_jail(qemu: &Qemu) -> io::Result<ExitCode> {
+    let targets = Targets::new()?;
+    let mut good = true;
+    for (name, profile) in [("device process", Profile::Devices), ("QEMU", qemu.profile(Vec::new()))] {
+        let columns = Layer::ALL.map(|layer| format!("{:<13}", layer.name())).concat();
+        line(&format!("{name:<33}{:<10}{columns}whole", "no jail"));
+        for attempt in Attempt::ALL {
+            let free = targets.attempt(attempt, &profile, &Layer::ALL)?;
+            let mut text = format!("  {:<31}{:<10}", attempt.name(), free.to_string());
+            for only in Layer::ALL {
+                let others: Vec<Layer> = Layer::ALL.into_iter().filter(|layer| *layer != only).collect();
+                text.push_str(&format!("{:<13}", targets.attempt(attempt, &profile, &others)?.to_string()));
+            }
+            let whole = targets.attempt(attempt, &profile, &[])?;
+            let verdict = match (&free, &whole, attempt.is_needed_by(&profile)) {
+                (_, Outcome::Allowed, true) => " (it needs that)",
+                (Outcome::Allowed, Outcome::Refused(_) | Outcome::Killed, _) => "",
+                (_, Outcome::Allowed, false) => " NOT HELD",
+                // As where a host lets nobody make user namespaces.
+                _ => " (the host does that by itself)",
+            };
+            good &= verdict != " NOT HELD";
+            line(&format!("{text}{whole}{verdict}"));
+        }
+    }
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(super::CANNOT) })
 }

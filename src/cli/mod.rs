@@ -79,7 +79,7 @@ enum Verb {
     /// Fetch, verify and lock the kernel that machines boot
     Kernel(kernel::KernelArguments),
     /// Say what this host can do, by doing it, and how to get what is missing
-    Doctor,
+    Doctor(doctor::DoctorArguments),
     /// Print every setting and where it was set
     Config(config::ConfigArguments),
 }
@@ -176,8 +176,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Ok(run::run(&arguments, flags))
         }
         Verb::Kernel(arguments) => kernel::kernel(&arguments, &open(flags)?),
-        Verb::Doctor => match open(flags) {
-            Ok(host) => doctor::doctor(&host),
+        Verb::Doctor(arguments) => match open(flags) {
+            Ok(host) => doctor::doctor(&host, &arguments),
             Err(failure) => Ok(doctor::no_store(&failure)),
         },
         Verb::Config(arguments) => config::config(&arguments, Settings::read(flags)?),

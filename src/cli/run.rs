@@ -431,7 +431,8 @@ fn as_json(event: &Event<'_>) -> Value {
             "version": 1,
             "backend": identity.backend,
             "accelerator": format!("{:?}", identity.accelerator).to_lowercase(),
-            "jail": identity.jail,
+            "jail": identity.jail.layers,
+            "jail_missing": identity.jail.missing.iter().map(|(layer, _)| layer).collect::<Vec<_>>(),
         }),
         Event::Output(stream, data) => {
             let stream = match stream {

@@ -7,6 +7,8 @@ use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::fetch::lock::{Lock, LockError};
+use crate::machine::jail::attempt::Targets;
+use crate::machine::jail::{Held, Profile};
 use crate::machine::probe::{self, Verdict};
 use crate::machine::qemu::Qemu;
 use crate::machine::{Accelerator, Carrier, MachineError};
@@ -135,6 +137,15 @@ struct Remembered {
     verdict: Verdict,
 }
 
+/// What of the jail this host grants the processes of a machine of `qemu`, found out by locking some in.
+///
+/// # Errors
+/// None can be locked in.
+pub fn jail_of(qemu: &Qemu) -> io::Result<Held> {
+    let targets = Targets::new()?;
+    Ok(targets.held(&qemu.profile(Vec::new()))?.both(&targets.held(&Profile::Devices)?))
+}
+
 impl Host {
     /// Opens the store; nothing else is touched until it is needed.
     ///
@@ -183,10 +194,6 @@ impl Host {
         };
         let accelerator = if verdict.is_usable() { Accelerator::Kvm } else { Accelerator::Tcg };
         let no_kvm = |demand| HostError::Boundary { demand, why: verdict.to_string() };
-        let no_jail = |demand| HostError::Boundary {
-            demand,
-            why: "this version of kiln has no jail around QEMU and its device process".to_owned(),
-        };
         if accelerator == Accelerator::Tcg {
             if self.settings.backend.value == BackendChoice::Kvm {
                 return Err(no_kvm("the backend kvm"));
@@ -201,13 +208,20 @@ impl Host {
                 });
             }
         }
-        if boundary.require.contains(&Require::Jail) {
-            return Err(no_jail("--require jail"));
+        let qemu = Qemu::find(&self.settings.qemu.value, &self.settings.search_path, accelerator)?;
+        let demand = match boundary {
+            Boundary { untrusted: true, .. } => Some("--untrusted"),
+            Boundary { require, .. } => require.contains(&Require::Jail).then_some("--require jail"),
+        };
+        if let Some(demand) = demand {
+            let why = match jail_of(&qemu) {
+                Ok(held) if held.is_whole() => return Ok(qemu),
+                Ok(held) => held.what_is_missing(),
+                Err(error) => format!("no process can be locked in: {error}"),
+            };
+            return Err(HostError::Boundary { demand, why });
         }
-        if boundary.untrusted {
-            return Err(no_jail("--untrusted"));
-        }
-        Ok(Qemu::find(&self.settings.qemu.value, &self.settings.search_path, accelerator)?)
+        Ok(qemu)
     }
 
     /// Where Debian packages come from.

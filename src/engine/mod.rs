@@ -15,7 +15,7 @@ mod work;
 
 pub use error::RunError;
 pub use event::{Event, Listener, Phase};
-pub use host::{Boundary, Host, HostError, KernelChoice, Require};
+pub use host::{Boundary, Host, HostError, KernelChoice, Require, jail_of};
 pub use inputs::{DiskArgument, InputError, MountArgument};
 pub use reads::{ReadsError, ReadsReport, ShareReads};
 pub use run::{Collected, Ended, Report, run};

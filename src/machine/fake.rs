@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use kiln_virtio::fs::record::Record;
 
+use super::jail::Held;
 use super::{Accelerator, Backend, Death, Identity, Machine, MachineError, Spec};
 
 /// What plays the guest: it gets the agent's end of the wire and the machine's spec.
@@ -35,7 +36,7 @@ impl Backend for Fake {
         let (ours, theirs) = UnixStream::pair().map_err(MachineError::io("make a socket pair"))?;
         thread::spawn(move || guest(theirs, spec));
         let identity =
-            Identity { backend: "fake".to_owned(), accelerator: Accelerator::Tcg, jail: Vec::new() };
+            Identity { backend: "fake".to_owned(), accelerator: Accelerator::Tcg, jail: Held::default() };
         Ok(Box::new(FakeMachine { identity, wire: Some(ours) }))
     }
 }

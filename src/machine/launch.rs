@@ -2,22 +2,32 @@
 //!
 //! The parent sends one message over standard input: what to become, and the descriptors it may hold, by name. So
 //! no descriptor is ever inheritable in the parent, whose other threads may be starting processes too. Before
-//! anything else the child asks to die with its parent. This is the door that a jail closes behind itself.
+//! anything else the child asks to die with its parent, and what it becomes it becomes in a [`jail`], whose layers it
+//! tells its parent in one line over the same connection.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 
 use rustix::io::FdFlags;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
+
+use super::jail::attempt::Trial;
+use super::jail::{self, Held, Profile};
+
+/// What the names of shares among the descriptors begin with.
+pub(super) const SHARE: &str = "share";
+
+/// The name of the machine of the kiln `parent`, by which people find its processes.
+pub(super) fn machine_name(parent: i32) -> String {
+    format!("kiln-{parent}")
+}
 
 /// The first argument that makes `kiln` a child of itself.
 pub const SUBCOMMAND: &str = "__launch";
@@ -30,21 +40,25 @@ pub(super) const MAX_DESCRIPTORS: usize = 253;
 /// What the child is to become.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Become {
-    /// Another program, started with an empty environment. `{NAME}` in an argument stands for the number of the
-    /// descriptor of that name.
-    Program {
-        /// Its path.
-        path: PathBuf,
+    /// QEMU, started with an empty environment, in its jail. In an argument `{NAME}` stands for the number of the
+    /// descriptor or the path of the file of that name, and `{machine}` for the name by which people find the
+    /// machine's processes.
+    Qemu {
+        /// Its jail, which names the program.
+        profile: Profile,
         /// Its arguments, the program's name left out.
         arguments: Vec<String>,
     },
-    /// The device process of a machine: descriptors `fs`, `control` and, with a CID, `vsock`.
+    /// The device process of a machine, in its jail: descriptors `fs`, `control` and, with a CID, `vsock`. It may
+    /// read beneath the directories whose names begin with `share`.
     Devices {
         /// The guest's vsock address, where it has the device.
         vsock_cid: Option<u64>,
     },
     /// The code-running test of /dev/kvm, which prints its figure.
     KvmProbe,
+    /// Something that a jail must not let happen, tried in one.
+    Attempt(Trial),
 }
 
 /// What the parent sends.
@@ -72,27 +86,57 @@ pub fn main() -> ExitCode {
 
 fn launch() -> Result<(), Box<dyn std::error::Error>> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    jail::close_inherited()?;
     let (request, descriptors) = receive()?;
     if rustix::process::getppid().map(Pid::as_raw_pid) != Some(request.parent) {
         return Err("the process that asked for this one is gone".into());
     }
     match request.what {
-        Become::Program { path, arguments } => {
+        Become::Qemu { profile, arguments } => {
+            let Profile::Qemu { program, files, .. } = &profile else {
+                return Err("this is no jail for QEMU".into());
+            };
+            let held = jail::enter(&profile, &[], &[])?;
+            let mut words = vec![("machine".to_owned(), machine_name(request.parent))];
+            let number = |file: &OwnedFd| file.as_raw_fd().to_string();
+            words.extend(descriptors.iter().map(|(name, file)| (name.clone(), number(file))));
+            let paths =
+                files.iter().filter_map(|(name, _)| Some((name.clone(), profile.path_of(name, &held)?)));
+            words.extend(paths.map(|(name, path)| (name, path.display().to_string())));
+            let arguments: Vec<String> = arguments.iter().map(|text| substitute(text, &words)).collect();
+            reply(&held)?;
             for descriptor in descriptors.values() {
                 rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
             }
-            let arguments = arguments.iter().map(|text| substitute(text, &descriptors));
-            let error =
-                Command::new(path).args(arguments).env_clear().stdin(std::process::Stdio::null()).exec();
-            Err(error.into())
+            let mut command = Command::new(program);
+            Err(command.args(arguments).env_clear().stdin(Stdio::null()).exec().into())
         }
-        Become::Devices { vsock_cid } => serve_devices(descriptors, vsock_cid),
+        Become::Devices { vsock_cid } => {
+            let shares = descriptors.iter().filter(|(name, _)| name.starts_with(SHARE));
+            let shares: Vec<&OwnedFd> = shares.map(|(_, directory)| directory).collect();
+            let held = jail::enter(&Profile::Devices, &shares, &[])?;
+            reply(&held)?;
+            serve_devices(descriptors, vsock_cid)
+        }
         Become::KvmProbe => {
             let speed = super::probe::measure_here()?;
             io::Write::write_all(&mut io::stdout(), format!("{speed}\n").as_bytes())?;
             Ok(())
         }
+        Become::Attempt(trial) => {
+            let held = jail::enter(&trial.profile, &[], &trial.without)?;
+            reply(&held)?;
+            trial.carry_out()
+        }
     }
+}
+
+/// Tells the parent which layers of the jail hold.
+fn reply(held: &Held) -> io::Result<()> {
+    let mut line = serde_json::to_vec(held)?;
+    line.push(b'\n');
+    rustix::net::send(io::stdin(), &line, SendFlags::NOSIGNAL)?;
+    Ok(())
 }
 
 fn serve_devices(
@@ -108,17 +152,15 @@ fn serve_devices(
         fs: take("fs")?,
         vsock,
         control: UnixStream::from(take("control")?),
+        confine: jail::enter_thread,
     };
     process.run()?;
     Ok(())
 }
 
-fn substitute(argument: &str, descriptors: &BTreeMap<String, OwnedFd>) -> OsString {
-    let mut text = argument.to_owned();
-    for (name, descriptor) in descriptors {
-        text = text.replace(&format!("{{{name}}}"), &descriptor.as_raw_fd().to_string());
-    }
-    text.into()
+/// `argument` with every `{NAME}` replaced by what `words` say.
+fn substitute(argument: &str, words: &[(String, String)]) -> String {
+    words.iter().fold(argument.to_owned(), |text, (name, word)| text.replace(&format!("{{{name}}}"), word))
 }
 
 fn receive() -> Result<(Request, BTreeMap<String, OwnedFd>), Box<dyn std::error::Error>> {

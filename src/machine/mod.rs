@@ -12,6 +12,7 @@
 //! implementation of [`Machine`] behind the same [`Backend`].
 
 pub mod fake;
+pub mod jail;
 pub mod launch;
 pub mod probe;
 pub mod qemu;
@@ -23,6 +24,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jail::Held;
 use kiln_virtio::fs::record::Record;
 
 /// The tree of a host directory under a name, as the machine's fs device shows it.
@@ -99,8 +101,8 @@ pub struct Identity {
     pub backend: String,
     /// How guest code runs.
     pub accelerator: Accelerator,
-    /// The layers of the jail that hold, in words; none where there is no jail.
-    pub jail: Vec<&'static str>,
+    /// What of the jail holds around each of its processes.
+    pub jail: Held,
 }
 
 impl std::fmt::Display for Identity {
@@ -109,8 +111,7 @@ impl std::fmt::Display for Identity {
             Accelerator::Kvm => "KVM",
             Accelerator::Tcg => "emulation (no security boundary)",
         };
-        write!(f, "{}, {accelerator}; jail: ", self.backend)?;
-        if self.jail.is_empty() { f.write_str("none") } else { f.write_str(&self.jail.join(", ")) }
+        write!(f, "{}, {accelerator}; jail: {}", self.backend, self.jail)
     }
 }
 

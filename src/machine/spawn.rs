@@ -3,7 +3,7 @@
 //! The signal that a child gets when its parent dies follows the *thread* that started it. So one thread starts
 //! all children and lives as long as kiln does.
 
-use std::io::{self, IoSlice};
+use std::io::{self, BufRead, BufReader, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use super::launch::{Become, MAX_DESCRIPTORS, MAX_REQUEST_BYTES, Request, SUBCOMMAND};
+use super::jail::Held;
+use super::launch::{Become, MAX_DESCRIPTORS, MAX_REQUEST_BYTES, Request, SUBCOMMAND, machine_name};
 use super::tail::Tail;
 
 /// A child that is killed and reaped when dropped.
@@ -83,15 +84,56 @@ fn spawner() -> &'static Sender<Job> {
     })
 }
 
+/// How long a child may take to lock itself in. It takes milliseconds; a loaded host may need a network namespace
+/// more than it has time for.
+const JAIL_PATIENCE: Duration = Duration::from_secs(30);
+/// Most bytes of what it says about its jail.
+const MOST_REPLY_BYTES: u64 = 16 << 10;
+
+/// Starts a child that becomes `what` in its jail, holding `descriptors` by name, and says what of the jail holds.
+///
+/// # Errors
+/// What starting it or sending its request says; what the child says where it cannot be locked in.
+pub(super) fn spawn_jailed(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Result<(Process, Held)> {
+    let (mut process, stream) = start(what, descriptors)?;
+    stream.set_read_timeout(Some(JAIL_PATIENCE))?;
+    let mut line = String::new();
+    let read = BufReader::new(stream.take(MOST_REPLY_BYTES)).read_line(&mut line);
+    match (read, serde_json::from_str(&line)) {
+        (Ok(_), Ok(held)) => Ok((process, held)),
+        (result, _) => {
+            process.wait(Duration::from_secs(1));
+            let said = process.said();
+            let why =
+                result.err().map_or_else(|| "it ended without a word".to_owned(), |error| error.to_string());
+            Err(io::Error::other(if said.is_empty() { why } else { said }))
+        }
+    }
+}
+
 /// Starts a child that becomes `what`, holding `descriptors` by name.
 ///
 /// # Errors
 /// What starting it or sending its request says.
 pub(super) fn spawn(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Result<Process> {
+    start(what, descriptors).map(|(process, _)| process)
+}
+
+fn start(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Result<(Process, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
+    let parent = rustix::process::getpid().as_raw_pid();
     let mut command = Command::new("/proc/self/exe");
-    command.arg(SUBCOMMAND).env_clear().current_dir("/").stdin(OwnedFd::from(theirs)).stderr(Stdio::piped());
-    command.stdout(if matches!(what, Become::KvmProbe) { Stdio::piped() } else { Stdio::null() });
+    command
+        .args([SUBCOMMAND, &machine_name(parent)])
+        .env_clear()
+        .current_dir("/")
+        .stdin(OwnedFd::from(theirs))
+        .stderr(Stdio::piped());
+    command.stdout(if matches!(what, Become::KvmProbe | Become::Attempt(_)) {
+        Stdio::piped()
+    } else {
+        Stdio::null()
+    });
     let (sender, answer) = mpsc::channel();
     let gone = |_| io::Error::other("the thread that starts processes is gone");
     spawner().send((command, sender)).map_err(|_| gone(mpsc::RecvError))?;
@@ -99,11 +141,8 @@ pub(super) fn spawn(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Resu
     let stderr = child.stderr.take().map(Tail::follow).unwrap_or_default();
     let process = Process { child, stderr };
 
-    let request = Request {
-        parent: rustix::process::getpid().as_raw_pid(),
-        what,
-        descriptors: descriptors.iter().map(|(name, _)| name.clone()).collect(),
-    };
+    let request =
+        Request { parent, what, descriptors: descriptors.iter().map(|(name, _)| name.clone()).collect() };
     let bytes = serde_json::to_vec(&request)?;
     if bytes.len() > MAX_REQUEST_BYTES || descriptors.len() > MAX_DESCRIPTORS {
         return Err(io::Error::other("a machine has too many parts"));
@@ -119,5 +158,5 @@ pub(super) fn spawn(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Resu
     if sent != bytes.len() {
         return Err(io::Error::other("the request was cut short"));
     }
-    Ok(process)
+    Ok((process, ours))
 }

@@ -2,7 +2,8 @@
 //!
 //! The parent starts it with inherited descriptors and talks to it through [`crate::control`]. Each device has
 //! two threads (QEMU's messages, the queues), and the caller's thread serves the control connection. Whatever
-//! sandbox the process is to run in is put around it by the launcher.
+//! jail the process is to run in is put around it by the launcher; a thread enters its own part of it through
+//! [`Confine`].
 
 use std::collections::BTreeSet;
 use std::io;
@@ -19,6 +20,23 @@ use crate::vsock::{Backend, Connector, Vsock};
 /// Descriptors kept for shares, queues and sockets.
 const OTHER_DESCRIPTORS: usize = 128;
 
+/// A thread of a device process that is set up and is about to meet what others send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Thread {
+    /// Does what the parent asks.
+    Control,
+    /// Takes QEMU's messages, and starts the thread that does.
+    Messages,
+    /// Serves the fs device's queues.
+    FsQueues,
+    /// Serves the vsock device's queues.
+    VsockQueues,
+}
+
+/// Called on each thread once, before it takes anything from outside: what it confines the thread to is the
+/// launcher's business. An error ends the process.
+pub type Confine = fn(Thread) -> io::Result<()>;
+
 /// Most bytes of private memory a device process should need.
 pub const MEMORY_BYTES: u64 = 15 << 20;
 
@@ -34,6 +52,9 @@ pub enum ProcessError {
     /// The parent sent what is not a request.
     #[error("cannot receive from the parent")]
     Control(#[from] FrameError),
+    /// The thread that serves the parent could not be confined.
+    #[error("cannot confine a thread")]
+    Confine(#[source] io::Error),
     /// A device could not be served.
     #[error("device `{device}` failed")]
     Device {
@@ -58,6 +79,8 @@ pub struct DeviceProcess {
     pub vsock: Option<(OwnedFd, u64)>,
     /// The connection to the parent's [`crate::control::Client`].
     pub control: UnixStream,
+    /// Confines each thread.
+    pub confine: Confine,
 }
 
 impl DeviceProcess {
@@ -77,7 +100,9 @@ impl DeviceProcess {
         let open_files = settings.open_files.min(limit / 4);
         let most_connections = limit.saturating_sub(open_files + OTHER_DESCRIPTORS);
         let (fs, shares) = Fs::new(Settings { open_files, ..settings });
-        let mut devices = vec![start("fs", Carrier::new(fs), self.fs)?];
+        let confine = self.confine;
+        let fs = Carrier::new(fs, confine, Thread::FsQueues);
+        let mut devices = vec![start("fs", fs, self.fs)?];
         let sender = Sender { socket: Arc::new(self.control), sending: Arc::default() };
         let mut vsock = None;
         if let Some((listener, guest_cid)) = self.vsock {
@@ -86,9 +111,11 @@ impl DeviceProcess {
             let device =
                 Vsock::new(guest_cid, most_connections, Box::new(ports)).map_err(ProcessError::Vsock)?;
             let (device, connector) = device;
-            devices.push(start("vsock", Carrier::new(device), listener)?);
+            let carrier = Carrier::new(device, confine, Thread::VsockQueues);
+            devices.push(start("vsock", carrier, listener)?);
             vsock = Some((connector, listening));
         }
+        confine(Thread::Control).map_err(ProcessError::Confine)?;
         Control { sender, shares, vsock }.serve()?;
         for (device, thread) in devices {
             // A device whose QEMU still runs ends with the process.

@@ -4,6 +4,7 @@
 //! another waits for notifications and calls the device. This file locks the queues for the device, raises the
 //! interrupts it returns, and stops serving a device whose driver has broken a queue.
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -18,6 +19,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use crate::device::{Device, Outcome, Wake};
+use crate::process::{Confine, Thread};
 
 /// Why a device could not be served.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +30,9 @@ pub enum CarryError {
     /// The device's own descriptor cannot be waited for.
     #[error("cannot wait for the device's events")]
     Events(#[source] io::Error),
+    /// A thread could not be confined.
+    #[error("cannot confine a thread")]
+    Confine(#[source] io::Error),
     /// QEMU sent what the protocol does not allow.
     #[error("vhost-user connection failed: {0}")]
     Connection(String),
@@ -43,6 +48,8 @@ struct State<D> {
     device: Mutex<Served<D>>,
     queues: usize,
     features: u64,
+    confine: Confine,
+    thread: Thread,
 }
 
 struct Served<D> {
@@ -62,12 +69,15 @@ impl<D> Clone for Backend<D> {
 }
 
 impl<D: Device<()> + 'static> Carrier<D> {
-    /// A carrier of `device`.
-    pub fn new(device: D) -> Self {
+    /// A carrier of `device`, whose queues are served by a thread of the kind `thread`. `confine` is called on each
+    /// of its threads.
+    pub fn new(device: D, confine: Confine, thread: Thread) -> Self {
         let state = State {
             queues: device.queue_sizes().len(),
             features: device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(),
             device: Mutex::new(Served { device, memory: no_memory(), broken: false }),
+            confine,
+            thread,
         };
         Self { state: Arc::new(state) }
     }
@@ -92,6 +102,8 @@ impl<D: Device<()> + 'static> Carrier<D> {
                 handler.register_listener(events, EventSet::IN, data).map_err(CarryError::Events)?;
             }
         }
+        // The thread of the queues runs by now, and waits; the one for messages inherits this one's confinement.
+        (self.state.confine)(Thread::Messages).map_err(CarryError::Confine)?;
         let mut listener = Listener::from(UnixListener::from(listener));
         daemon.start(&mut listener).map_err(start)?;
         drop(listener);
@@ -179,6 +191,7 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
             _ => Wake::Events,
         };
         let _alive = AbortOnPanic;
+        self.confine_this_thread();
         while self.serve_once(wake, vrings)?.again {}
         Ok(())
     }
@@ -187,6 +200,15 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
 impl<D: Device<()> + 'static> Backend<D> {
     fn with<T>(&self, with: impl FnOnce(&mut Served<D>) -> T) -> T {
         with(&mut self.0.device.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Before a thread that serves queues looks at the first of them.
+    fn confine_this_thread(&self) {
+        thread_local! { static CONFINED: Cell<bool> = const { Cell::new(false) } }
+        if !CONFINED.replace(true) && (self.0.confine)(self.0.thread).is_err() {
+            // An error here would only be logged, and the queue served all the same.
+            std::process::abort();
+        }
     }
 
     fn serve_once(&self, wake: Wake, vrings: &[VringMutex]) -> io::Result<Outcome> {

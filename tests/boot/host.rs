@@ -199,15 +199,19 @@ impl Drop for Host {
     }
 }
 
-/// The living processes of a process group.
+/// The living processes of a process group, and those of the machine of its leader: they leave the group.
 pub fn members(group: u32) -> Vec<String> {
     let mut found = Vec::new();
+    let machine = format!("kiln-{group}");
     for entry in fs::read_dir("/proc").expect("/proc").flatten() {
         let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
+        let words = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let mut words = words.split(|byte| *byte == 0);
+        let of_machine = words.any(|word| word.strip_prefix(b"guest=").unwrap_or(word) == machine.as_bytes());
         // pid (comm) state ppid pgrp …
         let Some((name, rest)) = stat.rsplit_once(") ") else { continue };
         let fields: Vec<&str> = rest.split(' ').collect();
-        if fields[0] != "Z" && fields[2] == group.to_string() {
+        if fields[0] != "Z" && (of_machine || fields[2] == group.to_string()) {
             found.push(name.to_owned());
         }
     }

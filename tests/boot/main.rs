@@ -12,6 +12,7 @@ mod failure;
 #[path = "../folder/mod.rs"]
 mod folder;
 mod host;
+mod jail;
 mod leftovers;
 mod outputs;
 mod reads;

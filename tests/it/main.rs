@@ -9,6 +9,7 @@ mod debian;
 mod folder;
 mod host;
 mod inputs;
+mod jail;
 mod merge;
 mod qemu;
 mod settings;

@@ -53,6 +53,7 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
         (true, Accelerator::Kvm) => "host",
         (false, _) => CPU_MODEL,
     };
+    option("name", "guest={machine}");
     option(
         "machine",
         "q35,memory-backend=memory,sata=off,smbus=off,usb=off,vmport=off,graphics=off,hpet=off",
@@ -63,8 +64,8 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     option("m", &format!("{}B", shape.memory_bytes).replace('B', "b"));
     // Guest memory is shared with the device process, so it has to be a shared mapping.
     option("object", &format!("memory-backend-memfd,id=memory,share=on,size={}", shape.memory_bytes));
-    option("kernel", "/proc/self/fd/{kernel}");
-    option("initrd", "/proc/self/fd/{initramfs}");
+    option("kernel", "{kernel}");
+    option("initrd", "{initramfs}");
     option("append", &kernel_command_line(shape));
     option("chardev", "socket,id=qmp,fd={qmp}");
     option("mon", "chardev=qmp,mode=control");

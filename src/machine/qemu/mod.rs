@@ -4,7 +4,6 @@
 mod argv;
 mod qmp;
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
@@ -17,8 +16,9 @@ use std::time::Duration;
 use kiln_virtio::control;
 use kiln_virtio::fs::record::Record;
 
-use super::launch::Become;
-use super::spawn::{Process, spawn};
+use super::jail::{Held, Profile};
+use super::launch::{Become, SHARE};
+use super::spawn::{Process, spawn_jailed};
 use super::tail::Tail;
 use super::{Accelerator, Backend, Carrier, Death, Identity, Machine, MachineError, Share, Spec};
 use qmp::{Qmp, Version};
@@ -66,6 +66,12 @@ impl Qemu {
         }
     }
 
+    /// The jail of its process, which opens `files` by name.
+    pub fn profile(&self, files: Vec<(String, PathBuf)>) -> Profile {
+        let program = std::path::absolute(&self.program).unwrap_or_else(|_| self.program.clone());
+        Profile::Qemu { program, kvm: self.accelerator == Accelerator::Kvm, files }
+    }
+
     /// Where the program lies.
     pub fn program(&self) -> &Path {
         &self.program
@@ -93,6 +99,7 @@ fn listening_pair() -> Result<(OwnedFd, OwnedFd), MachineError> {
 /// The parent's and QEMU's side of the device process.
 struct Devices {
     process: Process,
+    held: Held,
     control: control::Client,
     /// vhost-user connections for QEMU: of fs, and of vsock where it carries the wire.
     for_qemu: Vec<(String, OwnedFd)>,
@@ -110,11 +117,15 @@ impl Devices {
             for_process.push(("vsock".to_owned(), device_vsock));
         }
         let vsock_cid = (carrier == Carrier::Vsock).then_some(GUEST_CID);
-        let process = spawn(Become::Devices { vsock_cid }, &for_process)
+        for (index, share) in shares.iter().enumerate() {
+            let directory = share.directory.try_clone().map_err(MachineError::io("hold a share"))?;
+            for_process.push((format!("{SHARE}{index}"), directory));
+        }
+        let (process, held) = spawn_jailed(Become::Devices { vsock_cid }, &for_process)
             .map_err(MachineError::io("start the device process"))?;
         let control =
             control::Client::new(control).map_err(MachineError::io("speak to the device process"))?;
-        let devices = Self { process, control, for_qemu };
+        let devices = Self { process, held, control, for_qemu };
         for share in shares {
             devices
                 .control
@@ -133,13 +144,11 @@ impl Devices {
 
 impl Backend for Qemu {
     fn start(&self, spec: Spec) -> Result<Box<dyn Machine>, MachineError> {
-        let open = |path: &Path| {
-            File::open(path).map(OwnedFd::from).map_err(MachineError::io("open the boot bundle"))
-        };
-        let mut descriptors = vec![
-            ("kernel".to_owned(), open(&spec.kernel)?),
-            ("initramfs".to_owned(), open(&spec.initramfs)?),
-        ];
+        let mut descriptors = Vec::new();
+        let profile = self.profile(vec![
+            ("kernel".to_owned(), spec.kernel.clone()),
+            ("initramfs".to_owned(), spec.initramfs.clone()),
+        ]);
         let needs_devices = !spec.shares.is_empty() || spec.carrier == Carrier::Vsock;
         let with_fs = needs_devices;
         let mut devices = if needs_devices { Some(Devices::start(spec.shares, spec.carrier)?) } else { None };
@@ -180,15 +189,15 @@ impl Backend for Qemu {
             disks: &disks,
             shares: with_fs,
         };
-        let program = Become::Program { path: self.program.clone(), arguments: argv::arguments(&shape) };
-        let process = spawn(program, &descriptors).map_err(MachineError::io("start QEMU"))?;
+        let qemu = Become::Qemu { profile, arguments: argv::arguments(&shape) };
+        let (process, held) = spawn_jailed(qemu, &descriptors).map_err(MachineError::io("start QEMU"))?;
         // QEMU and the device process hold the other ends now; with ours gone, their death closes the streams.
         drop(descriptors);
         let mut machine = QemuMachine {
             identity: Identity {
                 backend: "qemu".to_owned(),
                 accelerator: self.accelerator,
-                jail: Vec::new(),
+                jail: devices.iter().fold(held, |held, devices| held.both(&devices.held)),
             },
             wire,
             console: Tail::follow(console),

@@ -41,7 +41,7 @@ fn machine() -> Machine {
     // From here on nobody else can connect.
     drop(directory);
     let (ours, control) = UnixStream::pair().expect("pair");
-    let process = DeviceProcess { fs, vsock: Some((vsock, 77)), control };
+    let process = DeviceProcess { fs, vsock: Some((vsock, 77)), control, confine: |_| Ok(()) };
     let process = std::thread::spawn(|| process.run());
     let client = Client::new(ours).expect("client");
     let (fs, vsock) = (Driver::new(fs_stream, 1), Driver::new(vsock_stream, 1));
@@ -176,7 +176,7 @@ fn a_process_without_a_vsock_device_says_so() {
     let directory = tempfile::tempdir().expect("directory");
     let fs = UnixListener::bind(directory.path().join("fs")).expect("socket").into();
     let (ours, control) = UnixStream::pair().expect("pair");
-    std::thread::spawn(|| DeviceProcess { fs, vsock: None, control }.run());
+    std::thread::spawn(|| DeviceProcess { fs, vsock: None, control, confine: |_| Ok(()) }.run());
     let client = Client::new(ours).expect("client");
     assert!(matches!(client.listen(1), Err(ClientError::Refused(_))));
     assert!(matches!(client.connect(1, std::time::Duration::MAX), Err(ClientError::Refused(_))));
@@ -188,7 +188,7 @@ fn hv06_a_broken_queue_is_left_alone_until_the_driver_starts_anew() {
     let directory = File::open("/").expect("directory").into();
     let share = Share { directory, attributes: Attributes::Real };
     shares.with_tree(|tree| tree.add_share(b"s", share)).expect("share");
-    let backend = Backend(Carrier::new(device).state);
+    let backend = Backend(Carrier::new(device, |_| Ok(()), Thread::FsQueues).state);
     let guest = GuestMemoryAtomic::new(memory());
     backend.update_memory(guest.clone()).expect("memory");
     let vrings = [0, 1].map(|_| VringMutex::new(guest.clone(), 64).expect("queue"));

@@ -1,0 +1,350 @@
+//! Seccomp: which system calls are left, by process and by thread.
+//!
+//! Our own device process does what is listed and dies of anything else: a filter for the whole process, and a narrower
+//! one that each thread enters when it has been set up. QEMU is a program of many versions and C libraries, so what
+//! is not on its list fails with ENOSYS as on an older kernel, which libraries have answers to; its own `-sandbox`
+//! comes on top. Filters only ever add up.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use kiln_virtio::process::Thread;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
+};
+
+use super::Profile;
+
+/// A system call's number, and the arguments it is restricted to.
+type Allowed = (libc::c_long, Arguments);
+
+/// Which arguments are let through.
+#[derive(Debug, Clone, Copy)]
+enum Arguments {
+    Any,
+    /// The 32-bit argument of this index has one of these values.
+    OneOf(u8, &'static [u32]),
+    /// The 32-bit argument of this index has none of these bits.
+    Without(u8, u32),
+    /// The 32-bit argument of this index has all of these bits.
+    With(u8, u32),
+    /// The 32-bit argument of this index is this process's number.
+    OwnProcess(u8),
+}
+
+use Arguments::{Any, OneOf, OwnProcess, With, Without};
+
+const EXECUTABLE: u32 = libc::PROT_EXEC as u32;
+const A_THREAD: u32 = libc::CLONE_THREAD as u32;
+
+/// Whether a socket's calls wait (asm-generic/ioctls.h).
+const FIONBIO: u32 = 0x5421;
+
+/// prctl(2) as threads are named and filters installed. Not the signal at a parent's death, which must stay.
+const PRCTL: Arguments = OneOf(
+    0,
+    &[
+        libc::PR_SET_NAME as u32,
+        libc::PR_SET_NO_NEW_PRIVS as u32,
+        libc::PR_SET_SECCOMP as u32,
+        libc::PR_GET_NAME as u32,
+        libc::PR_SET_TIMERSLACK as u32,
+        libc::PR_CAPBSET_READ as u32,
+        libc::PR_SET_VMA as u32,
+    ],
+);
+
+/// What any Rust thread does: memory, locks, time, its end.
+const COMMON: &[Allowed] = &[
+    (libc::SYS_read, Any),
+    (libc::SYS_write, Any),
+    (libc::SYS_writev, Any),
+    (libc::SYS_close, Any),
+    (libc::SYS_fcntl, OneOf(1, &[libc::F_GETFD as u32])),
+    (libc::SYS_futex, Any),
+    (libc::SYS_mmap, Without(2, EXECUTABLE)),
+    (libc::SYS_mprotect, Without(2, EXECUTABLE)),
+    (libc::SYS_munmap, Any),
+    (libc::SYS_mremap, Any),
+    (libc::SYS_madvise, Any),
+    (libc::SYS_brk, Any),
+    (libc::SYS_clock_gettime, Any),
+    (libc::SYS_clock_nanosleep, Any),
+    (libc::SYS_restart_syscall, Any),
+    (libc::SYS_sched_yield, Any),
+    (libc::SYS_getrandom, Any),
+    (libc::SYS_getpid, Any),
+    (libc::SYS_gettid, Any),
+    (libc::SYS_tgkill, OwnProcess(0)),
+    (libc::SYS_rt_sigprocmask, Any),
+    (libc::SYS_rt_sigaction, Any),
+    (libc::SYS_rt_sigreturn, Any),
+    (libc::SYS_sigaltstack, Any),
+    (libc::SYS_epoll_wait, Any),
+    (libc::SYS_epoll_pwait, Any),
+    (libc::SYS_epoll_ctl, Any),
+    (libc::SYS_poll, Any),
+    (libc::SYS_ppoll, Any),
+    (libc::SYS_exit, Any),
+    (libc::SYS_exit_group, Any),
+];
+
+/// To start threads, and for them to enter their own filter.
+const THREADS: &[Allowed] = &[
+    (libc::SYS_clone, With(0, A_THREAD)),
+    (libc::SYS_clone3, Any),
+    (libc::SYS_set_robust_list, Any),
+    (libc::SYS_rseq, Any),
+    (libc::SYS_sched_getaffinity, Any),
+    (libc::SYS_prlimit64, Any),
+    (libc::SYS_prctl, PRCTL),
+    (libc::SYS_seccomp, Any),
+    (libc::SYS_epoll_create1, Any),
+    (libc::SYS_eventfd2, Any),
+];
+
+/// What is done to connected sockets.
+const STREAMS: &[Allowed] = &[
+    (libc::SYS_recvmsg, Any),
+    (libc::SYS_sendmsg, Any),
+    (libc::SYS_recvfrom, Any),
+    (libc::SYS_sendto, Any),
+    (libc::SYS_shutdown, Any),
+    (libc::SYS_getsockopt, Any),
+    (libc::SYS_setsockopt, Any),
+    (libc::SYS_fcntl, Any),
+    (libc::SYS_ioctl, OneOf(1, &[FIONBIO])),
+];
+
+/// Reading beneath a directory.
+const FILES: &[Allowed] = &[
+    (libc::SYS_openat2, Any),
+    (libc::SYS_getdents64, Any),
+    (libc::SYS_fstat, Any),
+    (libc::SYS_newfstatat, Any),
+    (libc::SYS_statx, Any),
+    (libc::SYS_lseek, Any),
+    (libc::SYS_readlinkat, Any),
+    (libc::SYS_pread64, Any),
+    (libc::SYS_preadv, Any),
+    (libc::SYS_preadv2, Any),
+    (libc::SYS_readv, Any),
+    (libc::SYS_flistxattr, Any),
+    (libc::SYS_fgetxattr, Any),
+];
+
+/// The door for QEMU: connections come with its messages, guest memory as descriptors.
+const DOOR: &[Allowed] = &[(libc::SYS_accept4, Any), (libc::SYS_fstat, Any), (libc::SYS_lseek, Any)];
+
+/// Streams for the guest's connections.
+const PAIRS: &[Allowed] = &[(libc::SYS_socketpair, Any), (libc::SYS_readv, Any)];
+
+/// QEMU: a loader, memory that is executed, files, timers, signals to itself; no processes, no sockets to others.
+const QEMU: &[Allowed] = &[
+    (libc::SYS_clone, With(0, A_THREAD)),
+    (libc::SYS_execve, Any),
+    (libc::SYS_mmap, Any),
+    (libc::SYS_mprotect, Any),
+    (libc::SYS_msync, Any),
+    (libc::SYS_mincore, Any),
+    (libc::SYS_membarrier, Any),
+    (libc::SYS_memfd_create, Any),
+    (libc::SYS_arch_prctl, Any),
+    (libc::SYS_set_tid_address, Any),
+    (libc::SYS_set_robust_list, Any),
+    (libc::SYS_rseq, Any),
+    (libc::SYS_prctl, PRCTL),
+    (libc::SYS_seccomp, Any),
+    (libc::SYS_prlimit64, Any),
+    (libc::SYS_getrlimit, Any),
+    (libc::SYS_getrusage, Any),
+    (libc::SYS_sched_getaffinity, Any),
+    (libc::SYS_sched_getparam, Any),
+    (libc::SYS_sched_getscheduler, Any),
+    (libc::SYS_sched_get_priority_max, Any),
+    (libc::SYS_sched_get_priority_min, Any),
+    (libc::SYS_getcpu, Any),
+    (libc::SYS_sysinfo, Any),
+    (libc::SYS_uname, Any),
+    (libc::SYS_times, Any),
+    (libc::SYS_time, Any),
+    (libc::SYS_gettimeofday, Any),
+    (libc::SYS_clock_getres, Any),
+    (libc::SYS_nanosleep, Any),
+    (libc::SYS_getuid, Any),
+    (libc::SYS_geteuid, Any),
+    (libc::SYS_getgid, Any),
+    (libc::SYS_getegid, Any),
+    (libc::SYS_getppid, Any),
+    (libc::SYS_kill, OwnProcess(0)),
+    (libc::SYS_getpgrp, Any),
+    (libc::SYS_getpgid, Any),
+    (libc::SYS_getsid, Any),
+    (libc::SYS_getgroups, Any),
+    (libc::SYS_capget, Any),
+    (libc::SYS_umask, Any),
+    (libc::SYS_getcwd, Any),
+    (libc::SYS_chdir, Any),
+    (libc::SYS_open, Any),
+    (libc::SYS_openat, Any),
+    (libc::SYS_openat2, Any),
+    (libc::SYS_close_range, Any),
+    (libc::SYS_access, Any),
+    (libc::SYS_faccessat, Any),
+    (libc::SYS_faccessat2, Any),
+    (libc::SYS_stat, Any),
+    (libc::SYS_lstat, Any),
+    (libc::SYS_fstat, Any),
+    (libc::SYS_newfstatat, Any),
+    (libc::SYS_statx, Any),
+    (libc::SYS_statfs, Any),
+    (libc::SYS_fstatfs, Any),
+    (libc::SYS_readlink, Any),
+    (libc::SYS_readlinkat, Any),
+    (libc::SYS_getdents64, Any),
+    (libc::SYS_lseek, Any),
+    (libc::SYS_readv, Any),
+    (libc::SYS_pread64, Any),
+    (libc::SYS_preadv, Any),
+    (libc::SYS_preadv2, Any),
+    (libc::SYS_pwrite64, Any),
+    (libc::SYS_pwritev, Any),
+    (libc::SYS_pwritev2, Any),
+    (libc::SYS_fallocate, Any),
+    (libc::SYS_ftruncate, Any),
+    (libc::SYS_fsync, Any),
+    (libc::SYS_fdatasync, Any),
+    (libc::SYS_sync_file_range, Any),
+    (libc::SYS_fadvise64, Any),
+    (libc::SYS_copy_file_range, Any),
+    (libc::SYS_dup, Any),
+    (libc::SYS_dup2, Any),
+    (libc::SYS_dup3, Any),
+    (libc::SYS_pipe, Any),
+    (libc::SYS_pipe2, Any),
+    (libc::SYS_fcntl, Any),
+    (libc::SYS_eventfd2, Any),
+    (libc::SYS_epoll_create1, Any),
+    (libc::SYS_epoll_pwait2, Any),
+    (libc::SYS_select, Any),
+    (libc::SYS_pselect6, Any),
+    (libc::SYS_signalfd4, Any),
+    (libc::SYS_timerfd_create, Any),
+    (libc::SYS_timerfd_settime, Any),
+    (libc::SYS_timerfd_gettime, Any),
+    (libc::SYS_timer_create, Any),
+    (libc::SYS_timer_settime, Any),
+    (libc::SYS_timer_gettime, Any),
+    (libc::SYS_timer_getoverrun, Any),
+    (libc::SYS_timer_delete, Any),
+    (libc::SYS_rt_sigpending, Any),
+    (libc::SYS_rt_sigtimedwait, Any),
+    (libc::SYS_rt_sigsuspend, Any),
+    (libc::SYS_recvmsg, Any),
+    (libc::SYS_sendmsg, Any),
+    (libc::SYS_recvfrom, Any),
+    (libc::SYS_sendto, Any),
+    (libc::SYS_shutdown, Any),
+    (libc::SYS_getsockopt, Any),
+    (libc::SYS_setsockopt, Any),
+    (libc::SYS_getsockname, Any),
+    (libc::SYS_getpeername, Any),
+    (libc::SYS_socketpair, Any),
+];
+
+/// ioctl(2) without KVM: what streams, terminals and disks are asked.
+const QEMU_IOCTL: Allowed = (
+    libc::SYS_ioctl,
+    OneOf(
+        1,
+        &[
+            // asm-generic/ioctls.h: TCGETS, FIONREAD, FIOCLEX.
+            0x5401,
+            0x541b,
+            0x5451,
+            FIONBIO,
+            // linux/fs.h: BLKROGET, BLKGETSIZE64, BLKSSZGET, BLKPBSZGET, BLKALIGNOFF, BLKDISCARD, BLKZEROOUT, BLKFLSBUF.
+            0x125e,
+            0x8008_1272,
+            0x1268,
+            0x127b,
+            0x127a,
+            0x1277,
+            0x127f,
+            0x1261,
+        ],
+    ),
+);
+
+/// Filters the calling process for `profile`, before it has a second thread or starts its program.
+///
+/// # Errors
+/// The kernel has no seccomp filters, or refuses: then nothing must run.
+pub(super) fn enter(profile: &Profile) -> io::Result<()> {
+    // The C library starts threads with clone where there is no clone3, whose arguments no filter can see.
+    install(&program(
+        &[(libc::SYS_clone3, Any)],
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        SeccompAction::Allow,
+    )?)?;
+    match profile {
+        Profile::Devices => {
+            let all = [COMMON, THREADS, STREAMS, FILES, DOOR, PAIRS].concat();
+            install(&program(&all, SeccompAction::Allow, SeccompAction::KillProcess)?)
+        }
+        Profile::Qemu { kvm, .. } => {
+            let ioctl = if *kvm { (libc::SYS_ioctl, Any) } else { QEMU_IOCTL };
+            let mut all = [COMMON, QEMU].concat();
+            all.push(ioctl);
+            install(&program(&all, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?)
+        }
+    }
+}
+
+/// Filters the calling thread of a device process, in addition to the process's filter.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_thread(thread: Thread) -> io::Result<()> {
+    let list = match thread {
+        Thread::Control => [COMMON, STREAMS, FILES].concat(),
+        Thread::Messages => [COMMON, THREADS, STREAMS, DOOR].concat(),
+        Thread::FsQueues => [COMMON, FILES].concat(),
+        Thread::VsockQueues => [COMMON, STREAMS, PAIRS].concat(),
+    };
+    install(&program(&list, SeccompAction::Allow, SeccompAction::KillProcess)?)
+}
+
+/// A filter that answers `listed` to the calls on `list`, and `other` to all else.
+fn program(list: &[Allowed], listed: SeccompAction, other: SeccompAction) -> io::Result<BpfProgram> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    // The last entry of a call counts: QEMU's mmap is wider than anybody's.
+    for (call, arguments) in list {
+        rules.insert(*call, conditions(*arguments)?);
+    }
+    let filter = SeccompFilter::new(rules, other, listed, TargetArch::x86_64).map_err(io::Error::other)?;
+    filter.try_into().map_err(io::Error::other)
+}
+
+/// One rule for each value that is let through; none where all are.
+fn conditions(arguments: Arguments) -> io::Result<Vec<SeccompRule>> {
+    let rule = |index, compare, value: u32| {
+        let condition = SeccompCondition::new(index, SeccompCmpArgLen::Dword, compare, value.into());
+        condition.and_then(|condition| SeccompRule::new(vec![condition])).map_err(io::Error::other)
+    };
+    match arguments {
+        Any => Ok(Vec::new()),
+        OneOf(index, values) => values.iter().map(|value| rule(index, SeccompCmpOp::Eq, *value)).collect(),
+        Without(index, bits) => Ok(vec![rule(index, SeccompCmpOp::MaskedEq(bits.into()), 0)?]),
+        With(index, bits) => Ok(vec![rule(index, SeccompCmpOp::MaskedEq(bits.into()), bits)?]),
+        OwnProcess(index) => {
+            let own = rustix::process::getpid().as_raw_pid().cast_unsigned();
+            Ok(vec![rule(index, SeccompCmpOp::Eq, own)?])
+        }
+    }
+}
+
+fn install(program: &BpfProgram) -> io::Result<()> {
+    seccompiler::apply_filter(program).map_err(io::Error::other)
+}

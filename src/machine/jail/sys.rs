@@ -1,0 +1,86 @@
+//! The system calls of the jail that no library here wraps safely.
+
+#![expect(
+    unsafe_code,
+    reason = "descriptors closed by number, unshare, mount_setattr and mmap have no safe wrapper"
+)]
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use rustix::mm::{MapFlags, ProtFlags};
+use rustix::thread::UnshareFlags;
+
+/// Closes all descriptors but standard input, output and error. What a careless parent of kiln's left open, kiln's
+/// own children would inherit otherwise.
+///
+/// # Errors
+/// What close_range(2) says.
+pub(super) fn close_inherited() -> io::Result<()> {
+    // SAFETY: called at the start of a child, before anything in it has opened a descriptor: none above 2 is owned
+    // by a value of this program.
+    let result = unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Leaves the namespaces of `flags`, which must not say FILES.
+///
+/// # Errors
+/// What unshare(2) says.
+pub(super) fn unshare(flags: UnshareFlags) -> io::Result<()> {
+    if flags.contains(UnshareFlags::FILES) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the descriptor table stays shared among threads, which is the one thing that must not change.
+    unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(io::Error::from)
+}
+
+/// mount_setattr(2), as Linux 5.12 has it.
+#[repr(C)]
+struct MountAttributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    user_namespace: u64,
+}
+
+/// Lets nothing be written, and no set-user-ID program or device node act, in the detached mount `tree` and all
+/// beneath it. `devices` lets device nodes act.
+///
+/// # Errors
+/// What mount_setattr(2) says.
+pub(super) fn seal_mount(tree: impl AsFd, devices: bool) -> io::Result<()> {
+    const EMPTY: &CStr = c"";
+    let mut set = libc::MOUNT_ATTR_NOSUID;
+    set |= if devices { 0 } else { libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV };
+    let attributes = MountAttributes { set, clear: 0, propagation: 0, user_namespace: 0 };
+    // SAFETY: the path is a constant that ends in a zero byte, and the structure is as long as is said; the kernel
+    // reads both and keeps neither.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_fd().as_raw_fd(),
+            EMPTY.as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attributes,
+            size_of::<MountAttributes>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Maps a page that may be executed, and unmaps it.
+///
+/// # Errors
+/// What mmap(2) says.
+pub(super) fn map_executable() -> io::Result<()> {
+    const PAGE_BYTES: usize = 4096;
+    let flags = ProtFlags::READ | ProtFlags::EXEC;
+    // SAFETY: the kernel chooses an address that nothing uses, and nothing is done with it but unmapping.
+    unsafe {
+        let page = rustix::mm::mmap_anonymous(std::ptr::null_mut(), PAGE_BYTES, flags, MapFlags::PRIVATE)?;
+        rustix::mm::munmap(page, PAGE_BYTES)?;
+    }
+    Ok(())
+}
