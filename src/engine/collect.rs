@@ -1,5 +1,6 @@
 //! From what a step wrote to what it declared: the layer of WORK, split into outputs and writes that nobody declared.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use kiln_artifact::tree::{Builder, Node, Timestamp, Tree, TreePath};
@@ -73,6 +74,7 @@ pub(super) fn collect(
         .map(|(path, entry)| (path, entry.ordinal))
         .collect();
     let mut tree = Builder::new();
+    let mut holders: BTreeMap<u32, TreePath> = BTreeMap::new();
     for &ordinal in &wanted {
         let (Some(path), Some(node)) = (listing.path(ordinal), output_node(&listing, ordinal, epoch)) else {
             continue;
@@ -86,7 +88,18 @@ pub(super) fn collect(
             }
             above = folder.parent().filter(|parent| !parent.is_root() && tree.get(parent).is_none());
         }
-        tree.put(path.clone(), node);
+        // A file's first name among the outputs holds it; what it was first called need not be an output.
+        let inode = listing.entry(ordinal).map_or(ordinal, |entry| match entry.kind {
+            EntryKind::HardLink { ordinal } => ordinal,
+            _ => ordinal,
+        });
+        match holders.entry(inode) {
+            Entry::Occupied(holder) if tree.link(path.clone(), holder.get()) => {}
+            holder => {
+                holder.insert_entry(path.clone());
+                tree.put(path.clone(), node);
+            }
+        }
     }
     let outputs = tree.finish().map_err(|error| {
         transfer(TransferError::Session(crate::agent::SessionError::Violation(error.to_string())))
@@ -101,7 +114,7 @@ fn transfer(error: TransferError) -> RunError {
     }
 }
 
-/// An output as its node. Hard links become files of their own: what they lead to need not be an output.
+/// An output as its node; of a further name of a file, that file's.
 fn output_node(listing: &Listing, ordinal: u32, epoch: i64) -> Option<Node> {
     let mut node = match listing.entry(ordinal)?.kind {
         EntryKind::HardLink { ordinal } => listing.node(ordinal)?,

@@ -128,6 +128,8 @@ pub fn run(
             let (manifest, _) = host.store.blobs().put(&manifest[..]).map_err(io)?;
             let files = collection.outputs.iter().filter_map(|(_, node)| match node.kind {
                 Kind::File { size, .. } => Some(size),
+                // Another name of one that was counted.
+                Kind::HardLink(_) => Some(0),
                 _ => None,
             });
             let files = files.fold((0, 0), |(count, bytes), size| (count + 1, bytes + size));

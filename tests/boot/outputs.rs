@@ -5,6 +5,8 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
+use kiln_artifact::tree::{Kind, Tree, TreePath};
+
 use super::host::Host;
 
 #[test]
@@ -135,4 +137,38 @@ fn two_runs_of_a_build_give_the_same_bytes_whatever_carries_the_wire() {
     }
     assert_eq!(manifests[0], manifests[1]);
     assert_eq!(fs::metadata(host.path("one/out/input")).expect("it is there").len(), 300_000);
+}
+
+#[test]
+fn the_manifest_keeps_what_work_cannot_hold() {
+    let host = Host::new();
+    let script = r#"
+        mkdir -p $WORK/out/sub; cd $WORK/out
+        echo owned > owned; chown 70000:5 owned; chmod 6711 owned
+        echo linked > sub/z; ln sub/z a; ln sub/z ../not-declared; ln -s ../../etc/passwd link
+        chmod 1777 sub; truncate -s 1T sparse; rm sparse; : > empty; chmod 0 empty
+        printf x > "$(printf 'new\nline \377')"
+    "#;
+    let told = host.script(&["--json", "--out", "out"], script);
+    assert_eq!(told.code, Some(0), "{told:?}");
+    let end = told.events().pop().expect("an end");
+    assert_eq!(end["outputs"]["files"], 5, "{end}");
+    let digest = end["outputs"]["manifest"].as_str().expect("a digest");
+    let blobs = fs::canonicalize(host.path("store/blobs")).expect("the store");
+    let manifest = fs::read(blobs.join(&digest[..2]).join(&digest[2..])).expect("a blob");
+    let tree = Tree::parse_manifest(&manifest).expect("a manifest");
+    let node =
+        |path: &[u8]| tree.get(&TreePath::new(path).expect("a path")).unwrap_or_else(|| panic!("{path:?}"));
+    let owned = &node(b"out/owned").meta;
+    assert_eq!((owned.uid, owned.gid, owned.mode), (70_000, 5, 0o6711));
+    assert_eq!(node(b"out/sub").meta.mode, 0o1777);
+    assert_eq!(node(b"out/empty").meta.mode, 0);
+    assert_eq!(node(b"out/link").kind, Kind::Symlink(b"../../etc/passwd"[..].into()));
+    assert!(matches!(node(b"out/a").kind, Kind::File { size: 7, .. }));
+    assert_eq!(node(b"out/sub/z").kind, Kind::HardLink(TreePath::new(b"out/a").expect("a path")));
+    assert_eq!(node(b"out/new\nline \xff").meta.mode, 0o644);
+    // WORK holds plain files of the user's own.
+    let in_work = fs::metadata(host.path("work/out/owned")).expect("it was merged");
+    assert_eq!((in_work.uid(), in_work.mode() & 0o7777), (rustix::process::geteuid().as_raw(), 0o711));
+    assert_eq!(host.read("work/out/sub/z"), "linked\n");
 }
