@@ -67,8 +67,9 @@ fn shared_store() -> &'static Path {
 pub fn busybox() -> &'static Path {
     static ROOT: OnceLock<PathBuf> = OnceLock::new();
     ROOT.get_or_init(|| {
-        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("busybox-root");
-        let new = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("room");
+        let place = variable("KILN_TEST_TMP").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into());
+        let root = place.join("busybox-root");
+        let new = tempfile::tempdir_in(&place).expect("room");
         let bin = new.path().join("bin");
         fs::create_dir(&bin).expect("a folder");
         fs::copy("/bin/busybox", bin.join("busybox"))
