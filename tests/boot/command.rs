@@ -89,3 +89,15 @@ fn arguments_are_taken_as_they_are() {
     let expected: Vec<u8> = arguments.iter().flat_map(|text| [text.as_bytes(), b"\0"].concat()).collect();
     assert_eq!(told.stdout.escape_ascii().to_string(), expected.escape_ascii().to_string());
 }
+
+#[test]
+fn much_output_comes_whole_over_either_wire() {
+    let host = Host::new();
+    for wire in ["serial", "vsock"] {
+        let told =
+            host.script(&["--quiet", "--wire", wire], "dd if=/dev/zero bs=1M count=96 2>/dev/null; echo end");
+        told.ends(0, &[]);
+        assert_eq!(told.stdout.len(), (96 << 20) + 4, "over {wire}");
+        assert!(told.stdout.ends_with(b"\0end\n"));
+    }
+}

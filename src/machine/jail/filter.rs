@@ -73,6 +73,9 @@ const COMMON: &[Allowed] = &[
     (libc::SYS_clock_nanosleep, Any),
     (libc::SYS_restart_syscall, Any),
     (libc::SYS_sched_yield, Any),
+    // The allocator asks how many processors there are, and for a file of the kernel's that it can do without.
+    (libc::SYS_sched_getaffinity, Any),
+    (libc::SYS_openat, Any),
     (libc::SYS_getrandom, Any),
     (libc::SYS_getpid, Any),
     (libc::SYS_gettid, Any),
@@ -96,7 +99,6 @@ const THREADS: &[Allowed] = &[
     (libc::SYS_clone3, Any),
     (libc::SYS_set_robust_list, Any),
     (libc::SYS_rseq, Any),
-    (libc::SYS_sched_getaffinity, Any),
     (libc::SYS_prlimit64, Any),
     (libc::SYS_prctl, PRCTL),
     (libc::SYS_seccomp, Any),
@@ -283,13 +285,11 @@ const QEMU_IOCTL: Allowed = (
 /// The kernel has no seccomp filters, or refuses: then nothing must run.
 pub(super) fn enter(profile: &Profile) -> io::Result<()> {
     // The C library starts threads with clone where there is no clone3, whose arguments no filter can see.
-    install(&program(
-        &[(libc::SYS_clone3, Any)],
-        SeccompAction::Errno(libc::ENOSYS as u32),
-        SeccompAction::Allow,
-    )?)?;
+    refuse(libc::SYS_clone3, libc::ENOSYS)?;
     match profile {
         Profile::Devices => {
+            // Files are opened beneath a share, with openat2, and nowhere else.
+            refuse(libc::SYS_openat, libc::ENOENT)?;
             let all = [COMMON, THREADS, STREAMS, FILES, DOOR, PAIRS].concat();
             install(&program(&all, SeccompAction::Allow, SeccompAction::KillProcess)?)
         }
@@ -300,6 +300,11 @@ pub(super) fn enter(profile: &Profile) -> io::Result<()> {
             install(&program(&all, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?)
         }
     }
+}
+
+/// Lets `call` fail with `errno`, whatever other filters say of it but death.
+fn refuse(call: libc::c_long, errno: libc::c_int) -> io::Result<()> {
+    install(&program(&[(call, Any)], SeccompAction::Errno(errno.cast_unsigned()), SeccompAction::Allow)?)
 }
 
 /// Filters the calling thread of a device process, in addition to the process's filter.
