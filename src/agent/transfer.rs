@@ -33,11 +33,13 @@ pub struct Limits {
     pub entries: u32,
     /// Bytes of all collected files together, holes included.
     pub total_bytes: u64,
+    /// Bytes that a command may print, on both streams together.
+    pub printed_bytes: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { entries: 4_000_000, total_bytes: 64 << 30 }
+        Self { entries: 4_000_000, total_bytes: 64 << 30, printed_bytes: 1 << 30 }
     }
 }
 

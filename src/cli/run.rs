@@ -11,7 +11,7 @@ use kiln_wire::{Outcome, Stream};
 use serde_json::{Value, json};
 
 use super::kernel::KernelFlags;
-use super::show::{self, GuestOutput, Narrator, line};
+use super::show::{self, Form, GuestOutput, Narrator, line};
 use super::{CANNOT, Failure, USAGE};
 use crate::agent::{Limits, SessionError};
 use crate::engine::RunError;
@@ -113,6 +113,13 @@ pub(super) struct RunArguments {
     /// The code is not trusted: demand hardware virtualisation and a whole jail
     #[arg(long)]
     untrusted: bool,
+    /// How the command's output is shown: raw, harmless (control characters and CI commands broken), or auto:
+    /// harmless on a terminal and where a CI system reads
+    #[arg(long, value_name = "FORM", default_value = "auto")]
+    output: String,
+    /// What may leave the machine at most: printed=SIZE (1G), outputs=SIZE (64G), files=COUNT (4000000)
+    #[arg(long, value_name = "NAME=VALUE")]
+    limit: Vec<String>,
     /// Write what the command read of its shares, as JSON with digests
     #[arg(long, value_name = "FILE")]
     reads: Option<PathBuf>,
@@ -240,8 +247,24 @@ fn step(arguments: &RunArguments) -> Result<Step, Failure> {
             untrusted: arguments.untrusted,
         },
         report_reads: arguments.reads.is_some(),
-        limits: Limits::default(),
+        limits: limits(&arguments.limit)?,
     })
+}
+
+/// What may leave the machine, with what `--limit` says of it.
+fn limits(named: &[String]) -> Result<Limits, Failure> {
+    let mut limits = Limits::default();
+    for text in named {
+        let wrong = |why: &str| Failure { text: format!("--limit {text}: {why}"), hint: None, code: USAGE };
+        let bytes = |value: &str| parse_bytes(value).map_err(|error| wrong(&error.to_string()));
+        match text.split_once('=') {
+            Some(("printed", value)) => limits.printed_bytes = bytes(value)?,
+            Some(("outputs", value)) => limits.total_bytes = bytes(value)?,
+            Some(("files", value)) => limits.entries = value.parse().map_err(|_| wrong("is no count"))?,
+            _ => return Err(wrong("the limits are printed=SIZE, outputs=SIZE and files=COUNT")),
+        }
+    }
+    Ok(limits)
 }
 
 /// The root by its name, which is checked whole before anything is fetched.
@@ -273,7 +296,13 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
     let input: Option<Box<dyn Read + Send>> =
         if arguments.stdin { Some(Box::new(io::stdin())) } else { None };
     let mut narrator = Narrator::new(arguments.quiet || arguments.json);
-    let mut output = GuestOutput::new();
+    let forms = [("auto", None), ("raw", Some(Form::Raw)), ("harmless", Some(Form::Log))];
+    let mut output = GuestOutput::new(one_of("output", &arguments.output, &forms)?);
+    if output.is_changed() && arguments.output == "auto" && !arguments.json {
+        narrator.say(
+            "a CI system reads this log: what the command writes is made harmless (--output raw: as it is)",
+        );
+    }
     let mut phases: Vec<(Phase, Duration)> = Vec::new();
     let mut show_event = |event: Event<'_>| {
         if let Event::Phase(phase, time) = event {
@@ -301,6 +330,11 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
         }
         other => other?,
     };
+    if let Err(error) = output.finish()
+        && error.kind() == io::ErrorKind::BrokenPipe
+    {
+        return Ok(SIGPIPE_STATUS);
+    }
     let code = exit_code(&report.ended);
     if let Some(path) = &arguments.reads {
         write_reads(path, &report.reads)

@@ -3,10 +3,11 @@
 #![expect(clippy::print_stderr, reason = "this is where kiln speaks")]
 
 use std::io::{self, IsTerminal, Write};
+use std::sync::OnceLock;
 
 use kiln_wire::Stream;
 
-use crate::plan::harmless;
+use crate::plan::{harmless, without_commands};
 
 /// An error and what it came from, each said once.
 pub(super) fn chain(error: &dyn std::error::Error) -> String {
@@ -25,7 +26,7 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 /// What failed and what to do.
 pub(super) fn failure(text: &str, hint: Option<&str>) {
     // A line that a guest had a word in must not look like two of kiln's.
-    let quoted = |text: &str| harmless(text.trim_end().as_bytes()).replace('\n', "\n    ");
+    let quoted = |text: &str| for_people(text.trim_end()).replace('\n', "\n    ");
     eprintln!("kiln: error: {}", quoted(text));
     if let Some(hint) = hint {
         eprintln!("kiln: hint: {}", quoted(hint));
@@ -61,7 +62,7 @@ impl Narrator {
         if self.quiet {
             return;
         }
-        let text = harmless(text.as_bytes());
+        let text = for_people(text);
         if self.terminal {
             eprint!("\r\x1b[2Kkiln: {text}");
             self.over = true;
@@ -75,14 +76,14 @@ impl Narrator {
     pub fn say(&mut self, text: &str) {
         if !self.quiet {
             self.clear();
-            eprintln!("kiln: {}", harmless(text.as_bytes()));
+            eprintln!("kiln: {}", for_people(text));
         }
     }
 
     /// A line that stays, also when all else is quiet.
     pub fn warn(&mut self, text: &str) {
         self.clear();
-        eprintln!("kiln: warning: {}", harmless(text.as_bytes()));
+        eprintln!("kiln: warning: {}", for_people(text));
     }
 
     /// Takes the progress line away.
@@ -98,23 +99,73 @@ fn skeleton(text: &str) -> String {
     text.chars().filter(|c| !c.is_ascii_digit() && *c != '.').collect()
 }
 
-/// Writes a guest's output to the stream it belongs to: as it is into a file or pipe, made harmless on a terminal.
+/// How a guest's output is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Byte for byte.
+    Raw,
+    /// With its control characters made harmless.
+    Harmless,
+    /// Line by line, with control characters and what CI systems obey made harmless.
+    Log,
+}
+
+impl Form {
+    /// What suits a stream: a terminal and the log of a CI system obey what they read, a file or pipe does not.
+    fn of(is_terminal: bool) -> Self {
+        match is_terminal {
+            true => Self::Harmless,
+            false if is_in_ci() => Self::Log,
+            false => Self::Raw,
+        }
+    }
+}
+
+/// Whether this process's output is a log that a CI system reads for commands.
+pub(super) fn is_in_ci() -> bool {
+    static IN_CI: OnceLock<bool> = OnceLock::new();
+    let is_set = |name: &&str| {
+        let value = crate::settings::host_variable(name);
+        value.is_some_and(|value| !value.is_empty() && value != b"false" && value != b"0")
+    };
+    *IN_CI.get_or_init(|| ["CI", "GITHUB_ACTIONS", "TF_BUILD", "TEAMCITY_VERSION"].iter().any(is_set))
+}
+
+/// Text for standard error, where a guest may have had a word in it.
+fn for_people(text: &str) -> String {
+    let text = harmless(text.as_bytes());
+    match is_in_ci() {
+        true => text.split('\n').map(without_commands).collect::<Vec<_>>().join("\n"),
+        false => text,
+    }
+}
+
+/// Writes a guest's output to the stream it belongs to, in the form that suits the stream.
 pub(super) struct GuestOutput {
     stdout: Sink,
     stderr: Sink,
 }
 
 struct Sink {
-    terminal: bool,
-    /// The start of a character whose end has not come yet.
+    form: Form,
+    /// The start of a character, or of a line, whose end has not come yet.
     pending: Vec<u8>,
 }
 
+/// A line of a log that is longer is broken.
+const LONGEST_LINE_BYTES: usize = 64 << 10;
+
 impl GuestOutput {
-    /// For this process's standard streams.
-    pub fn new() -> Self {
-        let sink = |terminal| Sink { terminal, pending: Vec::new() };
+    /// For this process's standard streams, in `form` or as suits each.
+    pub fn new(form: Option<Form>) -> Self {
+        let sink =
+            |is_terminal| Sink { form: form.unwrap_or_else(|| Form::of(is_terminal)), pending: Vec::new() };
         Self { stdout: sink(io::stdout().is_terminal()), stderr: sink(io::stderr().is_terminal()) }
+    }
+
+    /// Whether bytes of standard output do not come out as they are.
+    pub fn is_changed(&self) -> bool {
+        self.stdout.form == Form::Log
     }
 
     /// Writes one piece.
@@ -127,18 +178,49 @@ impl GuestOutput {
             Stream::Stderr => self.stderr.write(&mut io::stderr().lock(), data),
         }
     }
+
+    /// Writes what was held back until more of it came.
+    ///
+    /// # Errors
+    /// What writing says.
+    pub fn finish(&mut self) -> io::Result<()> {
+        self.stdout.finish(&mut io::stdout().lock())?;
+        self.stderr.finish(&mut io::stderr().lock())
+    }
 }
 
 impl Sink {
     fn write(&mut self, target: &mut dyn Write, data: &[u8]) -> io::Result<()> {
-        if self.terminal {
-            self.pending.extend_from_slice(data);
-            let whole = self.pending.len() - incomplete_tail(&self.pending);
-            let rest = self.pending.split_off(whole);
-            let bytes = std::mem::replace(&mut self.pending, rest);
-            target.write_all(harmless(&bytes).as_bytes())?;
-        } else {
-            target.write_all(data)?;
+        match self.form {
+            Form::Raw => target.write_all(data)?,
+            Form::Harmless => {
+                self.pending.extend_from_slice(data);
+                let whole = self.pending.len() - incomplete_tail(&self.pending);
+                let rest = self.pending.split_off(whole);
+                let bytes = std::mem::replace(&mut self.pending, rest);
+                target.write_all(harmless(&bytes).as_bytes())?;
+            }
+            Form::Log => {
+                for piece in data.split_inclusive(|byte| *byte == b'\n') {
+                    self.pending.extend_from_slice(piece);
+                    if piece.ends_with(b"\n") || self.pending.len() > LONGEST_LINE_BYTES {
+                        self.finish(target)?;
+                    }
+                }
+            }
+        }
+        target.flush()
+    }
+
+    fn finish(&mut self, target: &mut dyn Write) -> io::Result<()> {
+        let bytes = std::mem::take(&mut self.pending);
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        let text = harmless(&bytes);
+        match self.form {
+            Form::Log => writeln!(target, "{}", without_commands(text.trim_end_matches('\n')))?,
+            _ => target.write_all(text.as_bytes())?,
         }
         target.flush()
     }
@@ -165,11 +247,28 @@ mod tests {
 
     #[test]
     fn a_character_that_is_cut_in_two_is_shown_whole() {
-        let mut sink = Sink { terminal: true, pending: Vec::new() };
+        let mut sink = Sink { form: Form::Harmless, pending: Vec::new() };
         let mut shown = Vec::new();
         for byte in "a\u{20ac}\x1bb".as_bytes() {
             sink.write(&mut shown, &[*byte]).expect("memory");
         }
         assert_eq!(String::from_utf8_lossy(&shown), "a\u{20ac}\u{241b}b");
+    }
+
+    #[test]
+    fn a_line_of_a_log_is_seen_whole_before_it_is_written() {
+        let mut sink = Sink { form: Form::Log, pending: Vec::new() };
+        let mut shown = Vec::new();
+        for byte in b"a\n::warning::b\n#" {
+            sink.write(&mut shown, &[*byte]).expect("memory");
+        }
+        sink.write(&mut shown, b"#[group]\x1b[2J").expect("memory");
+        sink.finish(&mut shown).expect("memory");
+        assert_eq!(String::from_utf8_lossy(&shown), "a\n: :warning::b\n# #[group]\u{241b}[2J\n");
+        // What is broken off a line begins one.
+        shown.clear();
+        sink.write(&mut shown, &[&[b'x'; LONGEST_LINE_BYTES + 1][..]].concat()).expect("memory");
+        sink.write(&mut shown, b"::error::y\n").expect("memory");
+        assert!(shown.ends_with(b"x\n: :error::y\n"));
     }
 }

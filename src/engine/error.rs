@@ -7,7 +7,7 @@ use super::inputs::InputError;
 use super::merge::MergeError;
 use crate::agent::{SessionError, TransferError};
 use crate::machine::{Death, MachineError};
-use crate::plan::{EnvError, OutputError};
+use crate::plan::{EnvError, OutputError, show_bytes};
 
 /// A run that kiln could not carry through.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +50,12 @@ pub enum RunError {
     /// Outputs could not be carried out.
     #[error(transparent)]
     Transfer(TransferError),
+    /// The command wrote more to its output than it may.
+    #[error("the command printed more than {}, and was stopped", show_bytes(*.limit))]
+    Printed {
+        /// The limit, in bytes.
+        limit: u64,
+    },
     /// Declared outputs that the command did not make.
     #[error("the command succeeded but made no output that matches {}", quoted(.0))]
     MissingOutputs(Vec<String>),
@@ -88,6 +94,10 @@ impl RunError {
             Self::MissingOutputs(_) => Some(
                 "outputs are paths below WORK, which is $WORK in the step; nothing was merged".to_owned(),
             ),
+            Self::Printed { .. } => Some("--limit printed=SIZE allows more".to_owned()),
+            Self::Transfer(TransferError::TooMuch { .. }) => {
+                Some("--limit outputs=SIZE and --limit files=COUNT allow more".to_owned())
+            }
             Self::BareKernel { .. } => Some("name the folder of its modules with --modules DIR".to_owned()),
             Self::Died { death: Death::Panicked(line), .. } if line.to_lowercase().contains("memory") => {
                 Some("--memory gives the machine more memory".to_owned())

@@ -202,8 +202,19 @@ impl Talk<'_> {
         let _ = events(Event::Phase(Phase::Setup, self.stopwatch.lap()));
         self.doing = "running the command";
         exec.stdin = input.is_some();
-        let mut output = |stream, data: &[u8]| events(Event::Output(stream, data));
-        let end = session.exec(exec, input, &mut output).map_err(RunError::Session)?;
+        let limit = self.step.limits.printed_bytes;
+        let mut printed: u64 = 0;
+        let mut output = |stream, data: &[u8]| {
+            printed = printed.saturating_add(data.len() as u64);
+            if printed > limit {
+                return Err(io::ErrorKind::QuotaExceeded.into());
+            }
+            events(Event::Output(stream, data))
+        };
+        let end = session.exec(exec, input, &mut output).map_err(|error| match error {
+            SessionError::Output(_) if printed > limit => RunError::Printed { limit },
+            error => RunError::Session(error),
+        })?;
         let _ = events(Event::Phase(Phase::Command, self.stopwatch.lap()));
         let ended = match end {
             ExecEnd::Ran(outcome, usage) => Ended::Ran(outcome, usage),

@@ -10,4 +10,4 @@ pub use environment::{DEFAULT_SOURCE_DATE_EPOCH, EnvError, Environment, FIXED_PA
 pub use output::{OutputError, Outputs};
 pub use quantity::{ParseQuantityError, parse_bytes, parse_duration, show_bytes, show_duration};
 pub use root::{ParseRootError, RootSpec};
-pub use text::{harmless, harmless_bytes};
+pub use text::{harmless, harmless_bytes, without_commands};

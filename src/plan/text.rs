@@ -26,6 +26,26 @@ pub fn harmless(bytes: &[u8]) -> String {
     text
 }
 
+/// A line without what CI systems that read logs obey: `::command` at its start, and `##[`, `##vso[` and their like
+/// anywhere. They are kept readable, and broken by a space.
+pub fn without_commands(line: &str) -> String {
+    let body = line.trim_start();
+    let mut text = match body.strip_prefix("::") {
+        Some(rest) => format!("{}: :{rest}", &line[..line.len() - body.len()]),
+        None => line.to_owned(),
+    };
+    let mut from = 0;
+    while let Some(at) = text[from..].find("##") {
+        let start = from + at + 1;
+        let word = text[start + 1..].trim_start_matches(|c: char| c.is_ascii_alphanumeric());
+        if word.starts_with('[') {
+            text.insert(start, ' ');
+        }
+        from = start;
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -35,5 +55,19 @@ mod tests {
         assert_eq!(harmless(b"a\x1b[31mb\r\n\tc\x07"), "a\u{241b}[31mb\n\tc\u{2407}");
         assert_eq!(harmless(b"\x9b31m \xff \rx"), "\u{fffd}31m \u{fffd} \u{240d}x");
         assert_eq!(harmless("gr\u{fc}n \u{202e}".as_bytes()), "gr\u{fc}n \u{fffd}");
+    }
+
+    #[test]
+    fn a_ci_system_obeys_nothing_of_a_guest() {
+        for (line, shown) in [
+            ("::set-output name=a::b", ": :set-output name=a::b"),
+            ("  ::error::x", "  : :error::x"),
+            ("a ##vso[task.complete]", "a # #vso[task.complete]"),
+            ("###[group]", "## #[group]"),
+            ("##teamcity[x] ##[y]", "# #teamcity[x] # #[y]"),
+            ("std::vec ## of [1]", "std::vec ## of [1]"),
+        ] {
+            assert_eq!(without_commands(line), shown);
+        }
     }
 }
