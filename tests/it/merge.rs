@@ -3,7 +3,8 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use kiln::engine::merge::{Merge, MergeError, STAGING, recover};
 use kiln::store::Store;
@@ -12,7 +13,8 @@ use tempfile::TempDir;
 
 /// A WORK, a store and a folder outside of both.
 struct World {
-    folder: TempDir,
+    folder: PathBuf,
+    _temporary: Option<TempDir>,
     store: Store,
 }
 
@@ -31,15 +33,21 @@ impl World {
         for name in ["work", "outside"] {
             fs::create_dir(folder.path().join(name)).expect("a folder");
         }
-        Self { folder, store }
+        Self { folder: folder.path().to_owned(), _temporary: Some(folder), store }
+    }
+
+    /// A world that another process has made.
+    fn at(folder: &Path) -> Self {
+        let store = Store::open(&folder.join("store")).expect("a store");
+        Self { folder: folder.to_owned(), _temporary: None, store }
     }
 
     fn work(&self, name: &str) -> PathBuf {
-        self.folder.path().join("work").join(name)
+        self.folder.join("work").join(name)
     }
 
     fn outside(&self) -> PathBuf {
-        self.folder.path().join("outside")
+        self.folder.join("outside")
     }
 
     /// Outputs: files and links at paths, and the folders above them.
@@ -118,10 +126,10 @@ fn an_empty_folder_does_not_follow_a_link() {
 fn what_a_step_put_out_before_is_not_removed_through_a_link() {
     let world = World::new();
     world.merge("s", vec![(b"d/a", world.file("1", 0o644))]).expect("a first merge");
-    fs::rename(world.work("d"), world.folder.path().join("moved")).expect("a person's change");
-    symlink(world.folder.path().join("moved"), world.work("d")).expect("a link");
+    fs::rename(world.work("d"), world.folder.join("moved")).expect("a person's change");
+    symlink(world.folder.join("moved"), world.work("d")).expect("a link");
     let _ = world.merge("s", vec![(b"b", world.file("1", 0o644))]);
-    let kept = fs::read_to_string(world.folder.path().join("moved/a"));
+    let kept = fs::read_to_string(world.folder.join("moved/a"));
     assert_eq!(kept.expect("it was moved out of WORK"), "1");
 }
 
@@ -244,4 +252,109 @@ fn set_user_bits_do_not_reach_work() {
     let mode = |name| fs::metadata(world.work(name)).expect("it is there").permissions().mode() & 0o7777;
     assert_eq!(mode("a"), 0o755);
     assert_eq!(mode("b"), 0o600, "what is in WORK can be read and replaced by its owner");
+}
+
+/// Where the process of [`merges_and_ends`] merges.
+const PLACE: &str = "KILN_TEST_MERGE";
+/// What changes files, and what tells the disk to keep them.
+const CALLS: [&str; 17] = [
+    "rename",
+    "renameat",
+    "renameat2",
+    "unlink",
+    "unlinkat",
+    "rmdir",
+    "mkdir",
+    "mkdirat",
+    "symlink",
+    "symlinkat",
+    "fchmod",
+    "ftruncate",
+    "fsync",
+    "fdatasync",
+    "syncfs",
+    "flock",
+    "copy_file_range",
+];
+
+impl World {
+    fn merge_old(&self) {
+        let nodes: Vec<(&[u8], Node)> = vec![
+            (b"changed", self.file("old", 0o644)),
+            (b"folder/gone", self.file("old", 0o644)),
+            (b"turned", self.file("old", 0o644)),
+        ];
+        self.merge("step", nodes).expect("nothing is in the way");
+    }
+
+    fn merge_new(&self) -> Vec<TreePath> {
+        let nodes: Vec<(&[u8], Node)> = vec![
+            (b"changed", self.file("new", 0o755)),
+            (b"deep/er/added", self.file("new", 0o644)),
+            (b"link", node(Kind::Symlink(b"changed"[..].into()), 0o777)),
+            (b"turned/into", self.file("new", 0o644)),
+        ];
+        self.merge("step", nodes).expect("nothing is in the way")
+    }
+
+    /// Every file in WORK with what is in it.
+    fn files(&self) -> Vec<String> {
+        let list = Command::new("find")
+            .arg(self.work(""))
+            .args(["!", "-type", "d", "-printf", "%P %m ", "-exec", "cat", "{}", ";", "-printf", "\\n"])
+            .output()
+            .expect("find");
+        let mut lines: Vec<String> =
+            String::from_utf8_lossy(&list.stdout).lines().map(str::to_owned).collect();
+        lines.sort_unstable();
+        lines
+    }
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "the process that is killed is told so by the environment")]
+fn merges_and_ends() {
+    if let Some(folder) = std::env::var_os(PLACE) {
+        World::at(Path::new(&folder)).merge_new();
+    }
+}
+
+#[test]
+fn a_merge_that_is_killed_at_any_point_is_completed_or_undone() {
+    let (mut undone, mut completed) = (0, 0);
+    let old = ["changed 644 old", "folder/gone 644 old", "turned 644 old"];
+    let new = ["changed 755 new", "deep/er/added 644 new", "link 777 new", "turned/into 644 new"];
+    for call in CALLS {
+        for point in 1.. {
+            let world = World::new();
+            world.merge_old();
+            let status = Command::new("strace")
+                .args(["-f", "-qq", "-o", "/dev/null", "-e", &format!("trace={call}")])
+                .args(["-e", &format!("inject={call}:signal=KILL:when={point}")])
+                .arg(std::env::current_exe().expect("this program"))
+                .args(["--exact", "merge::merges_and_ends", "--test-threads=1"])
+                .env(PLACE, &world.folder)
+                .output()
+                .expect("strace is installed: see ci/setup test")
+                .status;
+            recover(&world.store, &world.work("")).expect("what a killed kiln left");
+            let files = world.files();
+            world.is_sound();
+            if status.success() {
+                // There is no further call of this kind.
+                assert_eq!(files, new, "after {} of {call}", point - 1);
+                break;
+            }
+            assert!(files == old || files == new, "killed at {call} {point}: {files:?}");
+            if files == new {
+                completed += 1
+            } else {
+                undone += 1
+            }
+            world.merge_new();
+            assert_eq!(world.files(), new, "after a kill at {call} {point}");
+            world.is_sound();
+        }
+    }
+    assert!(undone > 5 && completed > 5, "undone {undone} times, completed {completed} times");
 }
