@@ -122,6 +122,13 @@ pub enum Death {
     Panicked(String),
     /// The guest switched itself off or asked for a reset.
     Stopped(String),
+    /// The host could not read or write one of its disks, and so it was stopped.
+    Disk {
+        /// The disk's serial.
+        disk: String,
+        /// The system's word.
+        why: String,
+    },
     /// The program that runs the machine died; how, and what it said last.
     Killed {
         /// Which program.
@@ -138,6 +145,10 @@ impl std::fmt::Display for Death {
         match self {
             Self::Panicked(line) => write!(f, "the guest's kernel panicked: {line}"),
             Self::Stopped(reason) => write!(f, "the guest stopped its machine ({reason})"),
+            Self::Disk { disk, why } if disk == "scratch" => {
+                write!(f, "its scratch disk, a file in kiln's store, cannot be written: {why}")
+            }
+            Self::Disk { disk, why } => write!(f, "its disk `{disk}` cannot be read or written: {why}"),
             Self::Killed { program, status, said } if said.is_empty() => {
                 write!(f, "{program} ended ({status})")
             }

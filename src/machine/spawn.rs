@@ -103,7 +103,7 @@ pub(super) fn spawn_jailed(what: Become, descriptors: &[(String, OwnedFd)]) -> i
         (Ok(_), Ok(held)) => Ok((process, held)),
         (result, _) => {
             process.wait(Duration::from_secs(1));
-            let said = process.said();
+            let said = process.said().trim_start_matches("kiln: ").to_owned();
             let why =
                 result.err().map_or_else(|| "it ended without a word".to_owned(), |error| error.to_string());
             Err(io::Error::other(if said.is_empty() { why } else { said }))

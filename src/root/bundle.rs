@@ -134,7 +134,9 @@ impl Bundle {
 pub fn store_agent(store: &Store, path: &Path) -> Result<Digest, BundleError> {
     let read = |source| BundleError::Io { what: "read the agent", path: path.to_owned(), source };
     let file = File::open(path).map_err(read)?;
-    Ok(store.blobs().put(file).map_err(read)?.0)
+    let keep =
+        |source| BundleError::Io { what: "put into the store the agent", path: path.to_owned(), source };
+    Ok(store.blobs().put(file).map_err(keep)?.0)
 }
 
 /// Where the agent lies: named by the environment, beside this program, or in `../libexec/kiln`.

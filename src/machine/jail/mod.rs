@@ -260,7 +260,20 @@ pub(super) fn close_inherited() -> io::Result<()> {
     sys::close_inherited()
 }
 
+/// Descriptors that a process of a machine needs: its queues, sockets and disks, and some files.
+const FEWEST_DESCRIPTORS: u64 = 256;
+/// More than that would only take memory from the host.
+const MOST_DESCRIPTORS: u64 = 1 << 16;
+
 fn limit(profile: &Profile) -> io::Result<()> {
+    let files = rustix::process::getrlimit(Resource::Nofile);
+    let most = files.maximum.unwrap_or(MOST_DESCRIPTORS).min(MOST_DESCRIPTORS);
+    if most < FEWEST_DESCRIPTORS {
+        return Err(io::Error::other(format!(
+            "only {most} files may be open at once (ulimit -n), and a machine needs {FEWEST_DESCRIPTORS}"
+        )));
+    }
+    rustix::process::setrlimit(Resource::Nofile, Rlimit { current: Some(most), maximum: Some(most) })?;
     // Guest memory may hold secrets.
     rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     if *profile == Profile::Devices {

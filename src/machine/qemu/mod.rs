@@ -21,7 +21,7 @@ use super::launch::{Become, SHARE};
 use super::spawn::{Process, spawn_jailed};
 use super::tail::Tail;
 use super::{Accelerator, Backend, Carrier, Death, Identity, Machine, MachineError, Share, Spec};
-use qmp::{Qmp, Version};
+use qmp::{DiskTrouble, Qmp, Version, Watch};
 
 /// The oldest QEMU kiln is built for (8.2): the first whose vhost-user-fs can be part of a frozen machine.
 pub const OLDEST: &str = "8.2";
@@ -201,7 +201,8 @@ impl Backend for Qemu {
             },
             wire,
             console: Tail::follow(console),
-            qmp: None,
+            disks: disks.into_iter().map(|(serial, _)| serial).collect(),
+            watch: Watch::default(),
             process,
             devices,
         };
@@ -210,7 +211,7 @@ impl Backend for Qemu {
             return Err(MachineError::TooOld { found: opened.version.to_string() });
         }
         machine.identity.backend = format!("qemu {}", opened.version);
-        machine.qmp = Some(opened);
+        machine.watch = opened.watch();
         Ok(Box::new(machine))
     }
 }
@@ -256,7 +257,9 @@ struct QemuMachine {
     identity: Identity,
     wire: Wire,
     console: Tail,
-    qmp: Option<Qmp>,
+    watch: Watch,
+    /// Serials, in QEMU's order.
+    disks: Vec<String>,
     process: Process,
     devices: Option<Devices>,
 }
@@ -267,14 +270,16 @@ impl Machine for QemuMachine {
     }
 
     fn wire(&mut self) -> Result<UnixStream, MachineError> {
-        match std::mem::replace(&mut self.wire, Wire::Taken) {
+        let wire = match std::mem::replace(&mut self.wire, Wire::Taken) {
             Wire::Connected(wire) => Ok(wire),
             // The first connection is the agent's: nothing of a step runs before it. Later ones find nobody.
             Wire::Awaited(connections) => connections
                 .recv_timeout(WIRE_PATIENCE)
                 .map_err(|_| MachineError::DiedAtStart(self.death(Duration::ZERO))),
             Wire::Taken => Err(MachineError::Device("the wire was taken before".to_owned())),
-        }
+        }?;
+        self.watch.hang_up_at_trouble(wire.try_clone().map_err(MachineError::io("hold the wire"))?);
+        Ok(wire)
     }
 
     fn observed(&mut self) -> Result<Record, MachineError> {
@@ -294,11 +299,12 @@ impl Machine for QemuMachine {
             let status = in_words(status);
             return Death::Killed { program: "the device process", status, said: devices.process.said() };
         }
-        let reason = self.qmp.as_mut().and_then(|qmp| {
-            let events = qmp.last_events(patience);
-            let shutdown = events.iter().rfind(|event| event["event"] == "SHUTDOWN")?;
-            Some(shutdown["data"]["reason"].as_str().unwrap_or("no reason given").to_owned())
-        });
+        if let Some(DiskTrouble { node, why }) = self.watch.trouble() {
+            let index = node.strip_prefix("disk").and_then(|number| number.parse::<usize>().ok());
+            let disk = index.and_then(|index| self.disks.get(index)).cloned().unwrap_or(node);
+            return Death::Disk { disk, why };
+        }
+        let reason = self.watch.shutdown_reason(patience);
         let status = self.process.wait(patience);
         let console = self.console.text();
         if let Some(line) = console.lines().find(|line| line.contains("Kernel panic")) {

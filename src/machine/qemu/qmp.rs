@@ -1,8 +1,12 @@
-//! A small client of QEMU's machine protocol: greeting, commands one at a time, and the events in between.
+//! A small client of QEMU's machine protocol: greeting, commands one at a time, and then the events.
 
 use std::io::{self, BufRead, BufReader, Write};
+use std::net::Shutdown;
+use std::ops::Deref;
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -79,20 +83,23 @@ impl Qmp {
         }
     }
 
-    /// All events up to the moment QEMU closes the connection or `patience` is over.
-    pub fn last_events(&mut self, patience: Duration) -> &[Value] {
-        let deadline = Instant::now() + patience;
-        loop {
-            // A guest can make QEMU send events without end.
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.stream.get_ref().set_read_timeout(Some(left)).is_err() {
-                return &self.events;
-            }
-            match read_line(&mut self.stream) {
-                Ok(message) => self.keep(message),
-                Err(_) => return &self.events,
-            }
+    /// From now on only listens, in a thread that ends with the connection.
+    pub fn watch(mut self) -> Watch {
+        let watch = Watch::default();
+        for event in std::mem::take(&mut self.events) {
+            watch.take(event);
         }
+        let watching = watch.clone();
+        let _ = self.stream.get_ref().set_read_timeout(None);
+        thread::spawn(move || {
+            // A guest can make QEMU send events without end; a line that is none ends the connection.
+            while let Ok(event) = read_line(&mut self.stream) {
+                watching.take(event);
+            }
+            watching.lock().ended = true;
+            watching.changed.notify_all();
+        });
+        watch
     }
 
     fn keep(&mut self, event: Value) {
@@ -100,6 +107,86 @@ impl Qmp {
             self.events.remove(0);
         }
         self.events.push(event);
+    }
+}
+
+/// What QEMU has told since its machine was started.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Watch(Arc<Watched>);
+
+#[derive(Debug, Default)]
+pub(super) struct Watched {
+    // Written by the watching thread; read, and given the stream, by whoever holds the machine.
+    state: Mutex<State>,
+    // The connection has ended.
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    shutdown: Option<String>,
+    trouble: Option<DiskTrouble>,
+    hang_up: Option<UnixStream>,
+    ended: bool,
+}
+
+/// A disk that the host could not read or write. QEMU has stopped the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct DiskTrouble {
+    /// QEMU's name of the disk.
+    pub node: String,
+    /// The system's word.
+    pub why: String,
+}
+
+impl Deref for Watch {
+    type Target = Watched;
+
+    fn deref(&self) -> &Watched {
+        &self.0
+    }
+}
+
+impl Watched {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, event: Value) {
+        let mut state = self.lock();
+        let data = &event["data"];
+        let word = |name: &str| data[name].as_str().unwrap_or("no reason given").to_owned();
+        match event["event"].as_str() {
+            Some("SHUTDOWN") => state.shutdown = Some(word("reason")),
+            // Errors that the guest is told of are its own business.
+            Some("BLOCK_IO_ERROR") if data["action"] == "stop" => {
+                state.trouble = Some(DiskTrouble { node: word("node-name"), why: word("reason") });
+                if let Some(stream) = &state.hang_up {
+                    let _ = stream.shutdown(Shutdown::Both);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Hangs up on `stream` when the machine is stopped for a disk: it would never answer again.
+    pub fn hang_up_at_trouble(&self, stream: UnixStream) {
+        let mut state = self.lock();
+        if state.trouble.is_some() {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+        state.hang_up = Some(stream);
+    }
+
+    /// The disk that stopped the machine, if one did.
+    pub fn trouble(&self) -> Option<DiskTrouble> {
+        self.lock().trouble.clone()
+    }
+
+    /// Why the guest stopped its machine, if it did; QEMU is given `patience` to end.
+    pub fn shutdown_reason(&self, patience: Duration) -> Option<String> {
+        let waited = self.changed.wait_timeout_while(self.lock(), patience, |state| !state.ended);
+        waited.unwrap_or_else(PoisonError::into_inner).0.shutdown.clone()
     }
 }
 
@@ -146,5 +233,19 @@ mod tests {
     fn a_peer_that_speaks_nonsense_is_refused() {
         assert!(Qmp::open(peer(b"hello\n")).is_err());
         assert!(Qmp::open(peer(b"{\"QMP\":{}}\n")).is_err());
+    }
+
+    #[test]
+    fn a_disk_that_stops_the_machine_hangs_up_on_its_wire() {
+        let stream = peer(
+            b"{\"QMP\":{\"version\":{\"qemu\":{\"major\":10,\"minor\":0,\"micro\":2}},\"capabilities\":[]}}\n\
+              {\"return\":{}}\n{\"event\":\"BLOCK_IO_ERROR\",\"data\":{\"action\":\"stop\",\"node-name\":\"disk1\",\"reason\":\"full\"}}\n\
+              {\"event\":\"STOP\"}\n",
+        );
+        let watch = Qmp::open(stream).expect("a good greeting").watch();
+        let (mut ours, theirs) = UnixStream::pair().expect("a socket pair");
+        watch.hang_up_at_trouble(theirs);
+        assert_eq!(io::Read::read(&mut ours, &mut [0]).expect("hung up on"), 0);
+        assert_eq!(watch.trouble(), Some(DiskTrouble { node: "disk1".to_owned(), why: "full".to_owned() }));
     }
 }
