@@ -5,15 +5,15 @@ use std::thread::JoinHandle;
 
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::control::{Client, ClientError};
+use crate::fs::Attributes;
 use crate::fs::record::Observed;
-use crate::fs::{Attributes, Fs, Settings, Share};
 use crate::process::{DeviceProcess, ProcessError};
-use crate::testkit::{Ring, memory, shared_memory};
+use crate::testkit::{Ring, shared_memory};
 
 /// A device process in a thread, its parent, and a driver behind a vhost-user front end.
 struct Machine {
@@ -183,45 +183,15 @@ fn a_process_without_a_vsock_device_says_so() {
 }
 
 #[test]
-fn hv06_a_broken_queue_is_left_alone_until_the_driver_starts_anew() {
-    let (device, shares) = Fs::new(Settings::default());
-    let directory = File::open("/").expect("directory").into();
-    let share = Share { directory, attributes: Attributes::Real };
-    shares.with_tree(|tree| tree.add_share(b"s", share)).expect("share");
-    let backend = Backend(Carrier::new(device, |_| Ok(()), Thread::FsQueues).state);
-    let guest = GuestMemoryAtomic::new(memory());
-    backend.update_memory(guest.clone()).expect("memory");
-    let vrings = [0, 1].map(|_| VringMutex::new(guest.clone(), 64).expect("queue"));
-    let mut ring = Ring::new(1, 64);
-    let start = |ring: &Ring| {
-        let [table, available, used] = ring.addresses();
-        vrings[1].set_queue_info(table, available, used).expect("aligned");
-        vrings[1].set_queue_next_avail(0);
-        vrings[1].set_queue_next_used(0);
-        vrings[1].set_queue_ready(true);
-        vrings[1].set_enabled(true);
-    };
-    start(&ring);
-    let memory = guest.memory();
-    let kick = || backend.handle_event(1, EventSet::IN, &vrings, 0).expect("served");
-    ring.send(&memory, &[0; 40], 100);
-    kick();
-    assert!(ring.used(&memory).is_some());
-    ring.set_available(&memory, 3000);
-    kick();
-    // What would have been good is not looked at any more.
-    ring.set_available(&memory, 1);
-    ring.offer(&memory, 0);
-    kick();
-    assert!(ring.used(&memory).is_none());
-    backend.stop_vring(1).expect("stopped");
-    let zero = [0; 16];
-    for address in &ring.addresses()[1..] {
-        memory.write_slice(&zero, GuestAddress(*address)).expect("memory");
-    }
-    ring = Ring::new(1, 64);
-    start(&ring);
-    ring.send(&memory, &[0; 40], 100);
-    kick();
-    assert!(ring.used(&memory).is_some());
+fn hv06_a_guest_that_breaks_a_queue_ends_the_process_and_the_parent_hears_why() {
+    let mut machine = machine();
+    machine.fs.init();
+    machine.fs.ring.set_available(&machine.fs.memory, 3000);
+    machine.fs.kick.write(1).expect("event");
+    let ended = machine.process.join().expect("thread");
+    assert!(matches!(&ended, Err(ProcessError::Misbehaved(what)) if what.starts_with("fs: ")), "{ended:?}");
+    let refused = machine.client.finish().expect_err("it has ended");
+    assert!(matches!(&refused, ClientError::Misbehaved(what) if what.contains("queue 1")), "{refused:?}");
+    assert!(refused.to_string().starts_with("guest-misbehaved: fs: "), "{refused}");
+    assert!(machine.client.misbehaved().is_some());
 }
