@@ -225,8 +225,8 @@ impl Sender {
     }
 }
 
-/// Ports of the host that the guest may connect to. Shared by the thread that serves the parent, which adds
-/// to it, and the vsock device's.
+/// Ports of the host that the guest may connect to, each once: whoever comes second is not who was waited for.
+/// Shared by the thread that serves the parent, which adds to it, and the vsock device's, which takes from it.
 type Listening = Arc<Mutex<BTreeSet<u32>>>;
 
 /// What is behind the vsock device: the parent.
@@ -237,7 +237,7 @@ struct Ports {
 
 impl Backend for Ports {
     fn connect_from_guest(&mut self, port: u32) -> Option<UnixStream> {
-        if !self.listening.lock().unwrap_or_else(PoisonError::into_inner).contains(&port) {
+        if !self.listening.lock().unwrap_or_else(PoisonError::into_inner).remove(&port) {
             return None;
         }
         let (ours, theirs) = UnixStream::pair().ok()?;

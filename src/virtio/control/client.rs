@@ -41,8 +41,6 @@ pub enum ClientError {
     Setup(#[from] io::Error),
 }
 
-/// Streams that the guest opened and nobody has taken yet; beyond them, new ones are closed.
-const BACKLOG: usize = 64;
 /// Most characters that are kept of what a guest did.
 const MOST_WORDS: usize = 500;
 /// How long a request that needs nothing of the guest may take.
@@ -133,13 +131,13 @@ impl Client {
         self.ask(Ask::RemoveShare { name: PathBytes(name.to_vec()) }, None, PATIENCE).map(drop)
     }
 
-    /// Lets the guest connect to vsock port `port` of the host. Each connection comes out of the receiver, as
-    /// a blocking stream; when the receiver is dropped, connections are closed at once.
+    /// Lets the guest connect to vsock port `port` of the host, once: after that the port refuses. The connection
+    /// comes out of the receiver, as a blocking stream; when the receiver is dropped, it is closed at once.
     ///
     /// # Errors
     /// See [`ClientError`].
     pub fn listen(&self, port: u32) -> Result<Receiver<UnixStream>, ClientError> {
-        let (sender, receiver) = sync_channel(BACKLOG);
+        let (sender, receiver) = sync_channel(1);
         self.shared.state().listening.insert(port, sender);
         match self.ask(Ask::Listen { port }, None, PATIENCE) {
             Ok(_) => Ok(receiver),
@@ -282,8 +280,8 @@ impl Shared {
             Event::Accepted { port } => {
                 let stream = UnixStream::from(descriptor?);
                 stream.set_nonblocking(false).ok()?;
-                // Where nobody listens any more, or does not keep up, dropping the stream closes it.
-                if let Some(listening) = state.listening.get(&port) {
+                // Where nobody listens (any more), dropping the stream closes it.
+                if let Some(listening) = state.listening.remove(&port) {
                     let _ = listening.try_send(stream);
                 }
             }

@@ -11,7 +11,7 @@
 //! | `AddShare` | the directory | the guest can see it |
 //! | `Hide` | | the paths are not shown |
 //! | `RemoveShare` | | the guest can no longer read it |
-//! | `Listen` | | the guest may connect to the port |
+//! | `Listen` | | the guest may connect to the port, once |
 //! | `Connect` | one end of a stream | the guest has accepted or refused |
 //! | `Finish` | | the record has been sent, as `Event::Record` parts |
 
@@ -58,7 +58,7 @@ pub enum Ask {
         /// Its name.
         name: PathBytes,
     },
-    /// Let the guest connect to a vsock port of the host.
+    /// Let the guest connect to a vsock port of the host, once.
     Listen {
         /// The port.
         port: u32,

@@ -147,20 +147,25 @@ fn the_guests_context_id_is_in_the_configuration_space() {
     assert_eq!(config, 77_u64.to_le_bytes());
 }
 
+/// A vsock packet from the guest's `port` to port 5000 of the host.
+fn packet(port: u32, op: u16, data: &[u8]) -> Vec<u8> {
+    let mut packet = [77_u64, 2].map(u64::to_le_bytes).concat();
+    let length = u32::try_from(data.len()).expect("short");
+    packet.extend([port, 5000, length].map(u32::to_le_bytes).concat());
+    packet.extend([1, op].map(u16::to_le_bytes).concat());
+    packet.extend([0_u32, 65_536, 0].map(u32::to_le_bytes).concat());
+    packet.extend(data);
+    packet
+}
+
 #[test]
-fn a_guest_that_connects_reaches_whoever_listens_at_the_parent() {
+fn vs16_a_guest_that_connects_reaches_whoever_listens_at_the_parent_and_only_once() {
     use std::io::Read as _;
     let mut machine = machine();
     let incoming = machine.client.listen(5000).expect("port");
-    let driver = &mut machine.vsock;
-    // REQUEST, then RW with two bytes.
-    for (op, data) in [(1_u16, b"".as_slice()), (5, b"hi")] {
-        let mut packet = [77_u64, 2].map(u64::to_le_bytes).concat();
-        let length = u32::try_from(data.len()).expect("short");
-        packet.extend([1000, 5000, length].map(u32::to_le_bytes).concat());
-        packet.extend([1, op].map(u16::to_le_bytes).concat());
-        packet.extend([0_u32, 65_536, 0].map(u32::to_le_bytes).concat());
-        packet.extend(data);
+    // REQUEST and RW with two bytes, then another REQUEST.
+    for packet in [packet(1000, 1, b""), packet(1000, 5, b"hi"), packet(1001, 1, b"")] {
+        let driver = &mut machine.vsock;
         driver.ring.send(&driver.memory, &packet, 0);
         driver.kick.write(1).expect("event");
         driver.call.read().expect("event");
@@ -169,6 +174,9 @@ fn a_guest_that_connects_reaches_whoever_listens_at_the_parent() {
     let mut bytes = [0; 2];
     stream.read_exact(&mut bytes).expect("data");
     assert_eq!(&bytes, b"hi");
+    // The parent has taken all events before the answer to its next request.
+    machine.client.listen(6000).expect("port");
+    assert!(incoming.recv().is_err(), "a second connection");
 }
 
 #[test]
