@@ -46,13 +46,18 @@ pub fn collect(what: &Collect<'_>, session: &mut Session, blobs: &Blobs) -> Resu
     let mut undeclared = Vec::new();
     let mut wanted = BTreeSet::new();
     for (path, entry) in listing.entries().filter(|(path, _)| !path.is_root()) {
+        if entry.kind == EntryKind::Whiteout {
+            // What was removed is no output, whatever matches its name.
+            undeclared.push(path.clone());
+            continue;
+        }
         let above = path.parent().and_then(|parent| declared.get(&parent));
         let globs = match above {
             Some(globs) if !globs.is_empty() => globs.clone(),
             _ => outputs.matching(path).collect(),
         };
         let is_folder = matches!(entry.kind, EntryKind::Directory { .. });
-        if entry.kind == EntryKind::Whiteout || globs.is_empty() {
+        if globs.is_empty() {
             // A folder is undeclared only as the way to what is in it, which is named itself.
             if !is_folder {
                 undeclared.push(path.clone());
