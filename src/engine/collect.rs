@@ -7,46 +7,57 @@ use kiln_artifact::tree::{Builder, Node, Timestamp, Tree, TreePath};
 use kiln_wire::EntryKind;
 
 use super::error::RunError;
-use super::host::Host;
-use super::prepare::{Prepared, seconds};
-use super::step::Step;
-use crate::agent::{Listing, Session, TransferError};
+use crate::agent::{Limits, Listing, Session, TransferError};
+use crate::plan::Outputs;
+use crate::store::Blobs;
+
+/// What is to leave a machine, and how much of it may.
+#[derive(Debug)]
+pub struct Collect<'a> {
+    /// Where WORK is in the guest.
+    pub target: &'a [u8],
+    /// What the step declared.
+    pub outputs: &'a Outputs,
+    /// How much may leave.
+    pub limits: &'a Limits,
+    /// Modification time of everything, seconds since 1970.
+    pub epoch: i64,
+}
 
 /// What left the machine.
 #[derive(Debug)]
-pub(super) struct Collection {
+pub struct Collection {
     /// The declared outputs and the folders above them.
     pub outputs: Tree,
     /// Paths that were written, or removed, and that nobody declared.
     pub undeclared: Vec<TreePath>,
 }
 
-/// Carries the declared outputs of `step` out of the layer over WORK.
+/// Carries the declared outputs out of the layer over WORK, their contents into `blobs`.
 ///
 /// # Errors
 /// [`RunError::MissingOutputs`] names the globs that nothing matches, [`RunError::Transfer`] what went wrong.
-pub(super) fn collect(
-    step: &Step,
-    host: &Host,
-    prepared: &Prepared,
-    session: &mut Session,
-) -> Result<Collection, RunError> {
-    let (outputs, epoch) = (&step.outputs, seconds(prepared)?);
-    let target = prepared.work_target.as_bytes();
-    let mut listing = Listing::receive(session, target, &step.limits).map_err(transfer)?;
+pub fn collect(what: &Collect<'_>, session: &mut Session, blobs: &Blobs) -> Result<Collection, RunError> {
+    let Collect { target, outputs, limits, epoch } = *what;
+    let mut listing = Listing::receive(session, target, limits).map_err(transfer)?;
 
     // Which globs declare an entry: those of its folder, and those that match it itself. Folders come first.
     let mut declared: BTreeMap<&TreePath, Vec<usize>> = BTreeMap::new();
     let mut undeclared = Vec::new();
     let mut wanted = BTreeSet::new();
     for (path, entry) in listing.entries().filter(|(path, _)| !path.is_root()) {
+        if entry.kind == EntryKind::Whiteout {
+            // What was removed is no output, whatever matches its name.
+            undeclared.push(path.clone());
+            continue;
+        }
         let above = path.parent().and_then(|parent| declared.get(&parent));
         let globs = match above {
             Some(globs) if !globs.is_empty() => globs.clone(),
             _ => outputs.matching(path).collect(),
         };
         let is_folder = matches!(entry.kind, EntryKind::Directory { .. });
-        if entry.kind == EntryKind::Whiteout || globs.is_empty() {
+        if globs.is_empty() {
             // A folder is undeclared only as the way to what is in it, which is named itself.
             if !is_folder {
                 undeclared.push(path.clone());
@@ -66,7 +77,7 @@ pub(super) fn collect(
         return Err(RunError::MissingOutputs(missing));
     }
     drop(declared);
-    listing.fetch(session, host.store.blobs(), &step.limits, &wanted).map_err(transfer)?;
+    listing.fetch(session, blobs, limits, &wanted).map_err(transfer)?;
 
     let folders: BTreeMap<&TreePath, u32> = listing
         .entries()

@@ -1,7 +1,7 @@
 //! A step's life: its inputs opened and checked, its machine started, its command run, its outputs collected and
 //! merged, its reads recorded.
 
-mod collect;
+pub mod collect;
 mod error;
 mod event;
 mod host;

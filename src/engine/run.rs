@@ -9,12 +9,12 @@ use kiln_artifact::tree::{Kind, TreePath};
 use kiln_digest::Digest;
 use kiln_wire::{Exec, Outcome, Setup, Usage};
 
-use super::collect::{Collection, collect};
+use super::collect::{Collect, Collection, collect};
 use super::error::RunError;
 use super::event::{Event, Listener, Phase};
 use super::host::Host;
 use super::merge::{self, Merge};
-use super::prepare::{Prepared, describe, prepare};
+use super::prepare::{Prepared, describe, prepare, seconds};
 use super::reads::{self, ReadsReport};
 use super::step::Step;
 use crate::agent::{ExecEnd, Session, SessionError};
@@ -223,7 +223,13 @@ impl Talk<'_> {
         let mut collection = None;
         if ended.is_success() {
             self.doing = "collecting outputs";
-            collection = Some(collect(self.step, self.host, self.prepared, &mut session)?);
+            let what = Collect {
+                target: self.prepared.work_target.as_bytes(),
+                outputs: &self.step.outputs,
+                limits: &self.step.limits,
+                epoch: seconds(self.prepared)?,
+            };
+            collection = Some(collect(&what, &mut session, self.host.store.blobs())?);
         }
         // A disk that the step may write has to be left clean; without one there is nothing in the machine worth
         // waiting for.

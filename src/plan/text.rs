@@ -1,7 +1,8 @@
 //! Text from a guest, made harmless for a terminal.
 
-/// The bytes with everything that a terminal would obey replaced: C0 controls but newline and tab, DEL, C1
-/// controls (also as raw bytes), and what is not UTF-8. A carriage return before a newline is dropped.
+/// The bytes with everything replaced that a terminal would obey, or show as if it were something else or not at all:
+/// C0 controls but newline and tab, DEL, C1 controls (also as raw bytes), what is not UTF-8, and characters that turn
+/// text around or have no width. A carriage return before a newline is dropped.
 pub fn harmless_bytes(bytes: &[u8]) -> Vec<u8> {
     harmless(bytes).into_bytes()
 }
@@ -18,8 +19,8 @@ pub fn harmless(bytes: &[u8]) -> String {
             // The Unicode picture of a control character says which it was.
             '\0'..='\x1f' => text.push(char::from_u32(0x2400 + u32::from(c)).unwrap_or('\u{fffd}')),
             '\x7f' => text.push('\u{2421}'),
-            // C1 controls, and characters that turn the direction of text around.
-            '\u{80}'..='\u{9f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => text.push('\u{fffd}'),
+            '\u{80}'..='\u{9f}' => text.push('\u{fffd}'),
+            c if is_unseen(c) => text.push('\u{fffd}'),
             _ => text.push(c),
         }
     }
@@ -44,6 +45,15 @@ pub fn without_commands(line: &str) -> String {
         from = start;
     }
     text
+}
+
+/// Format characters (Unicode's category Cf, and the two separators) but the joiner that emoji are made with.
+fn is_unseen(c: char) -> bool {
+    matches!(
+        c,
+        '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}' | '\u{200c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}'
+    )
 }
 
 #[cfg(test)]

@@ -7,13 +7,16 @@
 
 use std::collections::BTreeSet;
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::control::{Ask, Event, FrameError, Request, receive, send};
 use crate::fs::{Fs, Settings, Share, Shares};
+use crate::ring::QueueError;
 use crate::vhost_user::{Carrier, CarryError};
 use crate::vsock::{Backend, Connector, Vsock};
 
@@ -64,6 +67,9 @@ pub enum ProcessError {
         #[source]
         source: CarryError,
     },
+    /// The guest, or a QEMU that it owns, did what no driver does.
+    #[error("guest-misbehaved: {0}")]
+    Misbehaved(String),
 }
 
 /// Serves the fs (and, where given, vsock) device of one machine.
@@ -84,8 +90,9 @@ pub struct DeviceProcess {
 }
 
 impl DeviceProcess {
-    /// Serves until the parent closes the control connection. That QEMU hangs up ends a device, but not the
-    /// process: the record is asked for afterwards.
+    /// Serves until the parent closes the control connection, or a device has failed; where the guest is to
+    /// blame for that, the parent is told. That QEMU hangs up ends a device, but not the process: the record is
+    /// asked for afterwards.
     ///
     /// The limit of open descriptors (RLIMIT_NOFILE) is left as it is and shared out: below about 1,700, there
     /// are fewer open files and streams than there could be.
@@ -101,9 +108,9 @@ impl DeviceProcess {
         let most_connections = limit.saturating_sub(open_files + OTHER_DESCRIPTORS);
         let (fs, shares) = Fs::new(Settings { open_files, ..settings });
         let confine = self.confine;
-        let fs = Carrier::new(fs, confine, Thread::FsQueues);
-        let mut devices = vec![start("fs", fs, self.fs)?];
         let sender = Sender { socket: Arc::new(self.control), sending: Arc::default() };
+        let ending = Ending::new()?;
+        start(fs, "fs", (confine, Thread::FsQueues), self.fs, &ending)?;
         let mut vsock = None;
         if let Some((listener, guest_cid)) = self.vsock {
             let listening = Arc::new(Mutex::default());
@@ -111,34 +118,96 @@ impl DeviceProcess {
             let device =
                 Vsock::new(guest_cid, most_connections, Box::new(ports)).map_err(ProcessError::Vsock)?;
             let (device, connector) = device;
-            let carrier = Carrier::new(device, confine, Thread::VsockQueues);
-            devices.push(start("vsock", carrier, listener)?);
+            start(device, "vsock", (confine, Thread::VsockQueues), listener, &ending)?;
             vsock = Some((connector, listening));
         }
         confine(Thread::Control).map_err(ProcessError::Confine)?;
-        Control { sender, shares, vsock }.serve()?;
-        for (device, thread) in devices {
-            // A device whose QEMU still runs ends with the process.
-            if thread.is_finished()
-                && let Ok(Err(source)) = thread.join()
-            {
-                return Err(ProcessError::Device { device, source });
-            }
+        let served = Control { sender: sender.clone(), shares, vsock }.serve(&ending);
+        let ended = ending.taken();
+        if let Some(ProcessError::Misbehaved(what)) = &ended {
+            // A parent that is gone need not know.
+            let _ = sender.send(&Event::Misbehaved { what: what.clone() }, None);
         }
-        Ok(())
+        // A device whose QEMU still runs holds the socket until the process is gone.
+        let _ = sender.socket.shutdown(Shutdown::Both);
+        match ended {
+            Some(error) => Err(error),
+            None => Ok(served?),
+        }
     }
 }
 
-type Running = (&'static str, JoinHandle<Result<(), CarryError>>);
-
+/// Serves a device in threads of its own.
 fn start<D: crate::device::Device<()> + 'static>(
+    device: D,
     name: &'static str,
-    carrier: Carrier<D>,
+    (confine, kind): (Confine, Thread),
     listener: OwnedFd,
-) -> Result<Running, ProcessError> {
-    let thread = std::thread::Builder::new().name(name.to_owned());
-    let thread = thread.stack_size(256 << 10).spawn(move || carrier.serve(listener));
-    Ok((name, thread.map_err(ProcessError::Thread)?))
+    ending: &Ending,
+) -> Result<(), ProcessError> {
+    let broken = ending.clone();
+    let on_broken = move |error: QueueError| broken.end(misbehaved(name, &error));
+    let carrier = Carrier::new(device, confine, kind, on_broken);
+    let ending = ending.clone();
+    let serve = move || {
+        if let Err(source) = carrier.serve(listener) {
+            ending.end(match source {
+                CarryError::Connection(_) => misbehaved(name, &source),
+                _ => ProcessError::Device { device: name, source },
+            });
+        }
+    };
+    let thread = std::thread::Builder::new().name(name.to_owned()).stack_size(256 << 10);
+    thread.spawn(serve).map(drop).map_err(ProcessError::Thread)
+}
+
+fn misbehaved(device: &str, error: &dyn std::error::Error) -> ProcessError {
+    ProcessError::Misbehaved(format!("{device}: {}", in_words(error)))
+}
+
+/// How a device that failed ends the process: its threads may do little (see [`Confine`]), so they leave word and
+/// ring, and the thread that serves the parent does the rest.
+#[derive(Clone)]
+struct Ending {
+    // What failed first. Set by a device's threads, taken by the one that serves the parent.
+    first: Arc<Mutex<Option<ProcessError>>>,
+    bell: Arc<OwnedFd>,
+}
+
+impl Ending {
+    fn new() -> Result<Self, ProcessError> {
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let bell = bell.map_err(|error| ProcessError::Thread(error.into()))?;
+        Ok(Self { first: Arc::default(), bell: Arc::new(bell) })
+    }
+
+    fn end(&self, error: ProcessError) {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        // Only a full counter fails, and then the bell rings anyway.
+        let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
+    }
+
+    fn taken(&self) -> Option<ProcessError> {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Waits until the parent has something to say; false where the process is to end instead.
+    fn waits_for(&self, parent: &UnixStream) -> bool {
+        let mut wait = [PollFd::new(parent, PollFlags::IN), PollFd::new(&self.bell, PollFlags::IN)];
+        while let Err(rustix::io::Errno::INTR) = poll(&mut wait, None) {}
+        !wait[1].revents().contains(PollFlags::IN)
+    }
+}
+
+/// An error and what it came from.
+fn in_words(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        text = format!("{text}: {inner}");
+        source = inner.source();
+    }
+    text
 }
 
 /// The sending half of the connection to the parent.
@@ -156,8 +225,8 @@ impl Sender {
     }
 }
 
-/// Ports of the host that the guest may connect to. Shared by the thread that serves the parent, which adds
-/// to it, and the vsock device's.
+/// Ports of the host that the guest may connect to, each once: whoever comes second is not who was waited for.
+/// Shared by the thread that serves the parent, which adds to it, and the vsock device's, which takes from it.
 type Listening = Arc<Mutex<BTreeSet<u32>>>;
 
 /// What is behind the vsock device: the parent.
@@ -168,7 +237,7 @@ struct Ports {
 
 impl Backend for Ports {
     fn connect_from_guest(&mut self, port: u32) -> Option<UnixStream> {
-        if !self.listening.lock().unwrap_or_else(PoisonError::into_inner).contains(&port) {
+        if !self.listening.lock().unwrap_or_else(PoisonError::into_inner).remove(&port) {
             return None;
         }
         let (ours, theirs) = UnixStream::pair().ok()?;
@@ -185,8 +254,9 @@ struct Control {
 }
 
 impl Control {
-    fn serve(&self) -> Result<(), FrameError> {
-        while let Some((request, descriptor)) = receive::<Request>(&self.sender.socket)? {
+    fn serve(&self, ending: &Ending) -> Result<(), FrameError> {
+        while ending.waits_for(&self.sender.socket) {
+            let Some((request, descriptor)) = receive::<Request>(&self.sender.socket)? else { break };
             let id = request.id;
             if let Some(result) = self.answer(request, descriptor)? {
                 self.sender.send(&Event::Reply { id, result }, None)?;

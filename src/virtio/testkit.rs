@@ -1,7 +1,9 @@
 //! A driver for tests: writes descriptors into a small guest memory, well or badly, and reads the used ring.
 
+use std::fs::File;
 use std::num::Wrapping;
 
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
@@ -39,11 +41,13 @@ pub fn memory() -> GuestMemoryMmap {
     GuestMemoryMmap::from_ranges(&regions).expect("memory")
 }
 
-/// Guest memory that another process could map.
+/// Guest memory that another process could map, and that cannot shrink.
 pub fn shared_memory() -> GuestMemoryMmap {
     let regions = REGIONS.map(|(start, length)| {
-        let file = tempfile::tempfile().expect("file");
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = File::from(memfd_create("guest", flags).expect("file"));
         file.set_len(length as u64).expect("length");
+        fcntl_add_seals(&file, SealFlags::SHRINK).expect("seal");
         (GuestAddress(start), length, Some(FileOffset::new(file, 0)))
     });
     GuestMemoryMmap::from_ranges_with_files(regions).expect("memory")

@@ -2,7 +2,7 @@
 //!
 //! One [`Carrier`] serves one device on one connection: a thread of the protocol crate's takes QEMU's messages,
 //! another waits for notifications and calls the device. This file locks the queues for the device, raises the
-//! interrupts it returns, and stops serving a device whose driver has broken a queue.
+//! interrupts it returns, tells of a driver that has broken a queue, and takes no memory that could be taken away.
 
 use std::cell::Cell;
 use std::io;
@@ -10,16 +10,21 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::fs::SealFlags;
 use vhost::vhost_user::Listener;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringMutex, VringT};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{
+    GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use crate::device::{Device, Outcome, Wake};
 use crate::process::{Confine, Thread};
+use crate::ring::QueueError;
 
 /// Why a device could not be served.
 #[derive(Debug, thiserror::Error)]
@@ -34,9 +39,12 @@ pub enum CarryError {
     #[error("cannot confine a thread")]
     Confine(#[source] io::Error),
     /// QEMU sent what the protocol does not allow.
-    #[error("vhost-user connection failed: {0}")]
+    #[error("the vhost-user protocol was broken: {0}")]
     Connection(String),
 }
+
+/// Hears of a queue that the driver broke, on the thread that serves queues.
+type OnBroken = Box<dyn Fn(QueueError) + Send + Sync>;
 
 /// Serves one device to one QEMU.
 pub struct Carrier<D: Device<()> + 'static> {
@@ -50,12 +58,14 @@ struct State<D> {
     features: u64,
     confine: Confine,
     thread: Thread,
+    on_broken: OnBroken,
 }
 
 struct Served<D> {
     device: D,
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
-    /// The driver broke a queue: nothing is served until it starts anew.
+    /// The memory that was checked last, whatever the protocol crate has by now.
+    memory: Arc<GuestMemoryMmap>,
+    /// The driver broke a queue: nothing is served any more.
     broken: bool,
 }
 
@@ -70,14 +80,20 @@ impl<D> Clone for Backend<D> {
 
 impl<D: Device<()> + 'static> Carrier<D> {
     /// A carrier of `device`, whose queues are served by a thread of the kind `thread`. `confine` is called on each
-    /// of its threads.
-    pub fn new(device: D, confine: Confine, thread: Thread) -> Self {
+    /// of its threads, `on_broken` on that one when the driver has broken a queue: nothing is served from then on.
+    pub fn new(
+        device: D,
+        confine: Confine,
+        thread: Thread,
+        on_broken: impl Fn(QueueError) + Send + Sync + 'static,
+    ) -> Self {
         let state = State {
             queues: device.queue_sizes().len(),
             features: device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(),
-            device: Mutex::new(Served { device, memory: no_memory(), broken: false }),
             confine,
             thread,
+            device: Mutex::new(Served { device, memory: Arc::default(), broken: false }),
+            on_broken: Box::new(on_broken),
         };
         Self { state: Arc::new(state) }
     }
@@ -89,7 +105,7 @@ impl<D: Device<()> + 'static> Carrier<D> {
     /// See [`CarryError`]. That QEMU hangs up is none.
     pub fn serve(self, listener: OwnedFd) -> Result<(), CarryError> {
         let start = |error: vhost_user_backend::Error| CarryError::Start(error.to_string());
-        let memory = no_memory();
+        let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
         let name = "vhost-user".to_owned();
         let mut daemon = VhostUserDaemon::new(name, Backend(self.state.clone()), memory).map_err(start)?;
         let events = {
@@ -144,10 +160,7 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
     }
 
     fn reset_device(&self) {
-        self.with(|served| {
-            served.device.reset();
-            served.broken = false;
-        });
+        self.with(|served| served.device.reset());
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -164,6 +177,8 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
     }
 
     fn update_memory(&self, memory: GuestMemoryAtomic<GuestMemoryMmap>) -> io::Result<()> {
+        let memory = memory.memory().clone().into_inner();
+        memory.iter().try_for_each(stays)?;
         self.with(|served| served.memory = memory);
         Ok(())
     }
@@ -173,10 +188,8 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
     }
 
     fn stop_vring(&self, _queue_index: u32) -> io::Result<()> {
-        // A request is answered before the device's lock is given back, so none is under way here. The driver
-        // that stops a queue is about to start anew.
-        self.with(|served| served.broken = false);
-        Ok(())
+        // A request is answered before the device's lock is given back, so once it can be had none is under way.
+        self.with(|_| Ok(()))
     }
 
     fn handle_event(
@@ -213,17 +226,19 @@ impl<D: Device<()> + 'static> Backend<D> {
 
     fn serve_once(&self, wake: Wake, vrings: &[VringMutex]) -> io::Result<Outcome> {
         self.with(|served| {
-            let memory = served.memory.memory();
+            let memory = Arc::clone(&served.memory);
             let mut states: Vec<_> = vrings.iter().map(VringT::get_mut).collect();
             let mut queues: Vec<Option<&mut Queue>> = Vec::with_capacity(states.len());
             for state in &mut states {
-                let runs = !served.broken && state.is_enabled() && state.get_queue().is_valid(&*memory);
+                // Whether a ring lies in memory shows when it is used.
+                let runs = !served.broken && state.is_enabled() && state.get_queue().ready();
                 queues.push(runs.then(|| state.get_queue_mut()));
             }
             let outcome = match served.device.process(wake, &mut queues, &memory) {
                 Ok(outcome) => outcome,
-                Err(_) => {
+                Err(error) => {
                     served.broken = true;
+                    (self.0.on_broken)(error);
                     Outcome::default()
                 }
             };
@@ -249,8 +264,21 @@ impl Drop for AbortOnPanic {
     }
 }
 
-fn no_memory() -> GuestMemoryAtomic<GuestMemoryMmap> {
-    GuestMemoryAtomic::new(GuestMemoryMmap::new())
+/// Refuses guest memory of which a part is missing or could be taken away while it is used: whoever touched that
+/// would die of SIGBUS. QEMU seals its memory (`memory-backend-memfd`, `seal=on`).
+fn stays(region: &GuestRegionMmap) -> io::Result<()> {
+    let refuse = |why| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    let Some(file) = region.file_offset() else { return refuse("guest memory without a file") };
+    // The seal first: after it the size can only grow.
+    match rustix::fs::fcntl_get_seals(file.file()) {
+        Ok(seals) if seals.contains(SealFlags::SHRINK) => {}
+        _ => return refuse("guest memory that may shrink"),
+    }
+    let length = rustix::fs::fstat(file.file())?.st_size;
+    match file.start().checked_add(region.len()).and_then(|end| i64::try_from(end).ok()) {
+        Some(end) if end <= length => Ok(()),
+        _ => refuse("guest memory beyond the end of its file"),
+    }
 }
 
 #[cfg(test)]

@@ -24,6 +24,9 @@ pub enum ClientError {
     /// The device process is gone, or broke the protocol.
     #[error("the device process has closed the control connection")]
     Closed,
+    /// The guest did what no driver does, and the device process ended.
+    #[error("guest-misbehaved: {0}")]
+    Misbehaved(String),
     /// The device process refused.
     #[error("the device process refused: {0}")]
     Refused(String),
@@ -38,8 +41,8 @@ pub enum ClientError {
     Setup(#[from] io::Error),
 }
 
-/// Streams that the guest opened and nobody has taken yet; beyond them, new ones are closed.
-const BACKLOG: usize = 64;
+/// Most characters that are kept of what a guest did.
+const MOST_WORDS: usize = 500;
 /// How long a request that needs nothing of the guest may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long the record may take: all that was listed is looked at again.
@@ -65,6 +68,7 @@ struct Shared {
 struct State {
     next_id: u64,
     closed: bool,
+    misbehaved: Option<String>,
     waiting: BTreeMap<u64, Waiting>,
     listening: BTreeMap<u32, SyncSender<UnixStream>>,
 }
@@ -127,13 +131,13 @@ impl Client {
         self.ask(Ask::RemoveShare { name: PathBytes(name.to_vec()) }, None, PATIENCE).map(drop)
     }
 
-    /// Lets the guest connect to vsock port `port` of the host. Each connection comes out of the receiver, as
-    /// a blocking stream; when the receiver is dropped, connections are closed at once.
+    /// Lets the guest connect to vsock port `port` of the host, once: after that the port refuses. The connection
+    /// comes out of the receiver, as a blocking stream; when the receiver is dropped, it is closed at once.
     ///
     /// # Errors
     /// See [`ClientError`].
     pub fn listen(&self, port: u32) -> Result<Receiver<UnixStream>, ClientError> {
-        let (sender, receiver) = sync_channel(BACKLOG);
+        let (sender, receiver) = sync_channel(1);
         self.shared.state().listening.insert(port, sender);
         match self.ask(Ask::Listen { port }, None, PATIENCE) {
             Ok(_) => Ok(receiver),
@@ -164,6 +168,11 @@ impl Client {
         self.ask(Ask::Finish, None, RECORD_PATIENCE)?.ok_or(ClientError::Closed)
     }
 
+    /// What the guest did that ended the device process, if that is how it ended.
+    pub fn misbehaved(&self) -> Option<String> {
+        self.shared.state().misbehaved.clone()
+    }
+
     fn ask(
         &self,
         what: Ask,
@@ -174,7 +183,7 @@ impl Client {
         let id = {
             let mut state = self.shared.state();
             if state.closed {
-                return Err(ClientError::Closed);
+                return Err(state.end());
             }
             state.next_id += 1;
             let id = state.next_id;
@@ -186,25 +195,31 @@ impl Client {
             let _sending = self.shared.sending.lock().unwrap_or_else(PoisonError::into_inner);
             send(&self.shared.socket, &Request { id, what }, descriptor)
         };
+        // A process that has hung up may have said why: its last words are waited for like an answer.
+        let hung_up = |error: &FrameError| matches!(error, FrameError::Socket(error) if error.kind() == io::ErrorKind::BrokenPipe);
         let result = match sent {
-            Ok(()) => match answered.recv_timeout(patience) {
-                Ok(Ok(record)) => Ok(record),
-                Ok(Err(why)) => Err(ClientError::Refused(why)),
-                Err(RecvTimeoutError::Timeout) => Err(ClientError::TimedOut),
-                Err(RecvTimeoutError::Disconnected) => Err(ClientError::Closed),
-            },
-            Err(FrameError::Socket(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
-                Err(ClientError::Closed)
-            }
-            Err(error) => {
+            Err(error) if !hung_up(&error) => {
                 // Half a frame may be under way: nothing can follow it.
                 self.shared.close();
                 Err(ClientError::Send(error))
             }
+            Ok(()) | Err(_) => match answered.recv_timeout(patience) {
+                Ok(Ok(record)) => Ok(record),
+                Ok(Err(why)) => Err(ClientError::Refused(why)),
+                Err(RecvTimeoutError::Timeout) => Err(ClientError::TimedOut),
+                Err(RecvTimeoutError::Disconnected) => Err(self.shared.state().end()),
+            },
         };
         // Whoever gave up is not waiting any more; a late answer is dropped.
         self.shared.state().waiting.remove(&id);
         result
+    }
+}
+
+impl State {
+    /// Why a closed connection is closed.
+    fn end(&self) -> ClientError {
+        self.misbehaved.clone().map_or(ClientError::Closed, ClientError::Misbehaved)
     }
 }
 
@@ -259,11 +274,14 @@ impl Shared {
                     *record = assembler.push(part).ok()?;
                 }
             }
+            Event::Misbehaved { what } => {
+                state.misbehaved.get_or_insert_with(|| what.chars().take(MOST_WORDS).collect());
+            }
             Event::Accepted { port } => {
                 let stream = UnixStream::from(descriptor?);
                 stream.set_nonblocking(false).ok()?;
-                // Where nobody listens any more, or does not keep up, dropping the stream closes it.
-                if let Some(listening) = state.listening.get(&port) {
+                // Where nobody listens (any more), dropping the stream closes it.
+                if let Some(listening) = state.listening.remove(&port) {
                     let _ = listening.try_send(stream);
                 }
             }

@@ -1,16 +1,17 @@
 //! What a device process and its parent say to each other, over one unix stream socket.
 //!
 //! The parent asks ([`Request`]) and is answered ([`Event::Reply`]) in whatever order answers are ready; the
-//! device process also tells of connections that the guest made ([`Event::Accepted`]). Directories and streams
-//! travel as descriptors with the message. The parent's half is [`Client`]; it does not trust the other side,
-//! which serves a hostile guest: every message is bounded, and one that does not belong ends the connection.
+//! device process also tells of connections that the guest made ([`Event::Accepted`]), and what the guest did
+//! that ended it ([`Event::Misbehaved`]). Directories and streams travel as descriptors with the message. The
+//! parent's half is [`Client`]; it does not trust the other side, which serves a hostile guest: every message is
+//! bounded, and one that does not belong ends the connection.
 //!
 //! | request | descriptor | answered when |
 //! | --- | --- | --- |
 //! | `AddShare` | the directory | the guest can see it |
 //! | `Hide` | | the paths are not shown |
 //! | `RemoveShare` | | the guest can no longer read it |
-//! | `Listen` | | the guest may connect to the port |
+//! | `Listen` | | the guest may connect to the port, once |
 //! | `Connect` | one end of a stream | the guest has accepted or refused |
 //! | `Finish` | | the record has been sent, as `Event::Record` parts |
 
@@ -57,7 +58,7 @@ pub enum Ask {
         /// Its name.
         name: PathBytes,
     },
-    /// Let the guest connect to a vsock port of the host.
+    /// Let the guest connect to a vsock port of the host, once.
     Listen {
         /// The port.
         port: u32,
@@ -86,6 +87,11 @@ pub enum Event {
     Accepted {
         /// The port.
         port: u32,
+    },
+    /// The guest did what no driver does, and the process ends.
+    Misbehaved {
+        /// What, in words.
+        what: String,
     },
     /// A piece of the record.
     Record {

@@ -5,15 +5,15 @@ use std::thread::JoinHandle;
 
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::control::{Client, ClientError};
+use crate::fs::Attributes;
 use crate::fs::record::Observed;
-use crate::fs::{Attributes, Fs, Settings, Share};
 use crate::process::{DeviceProcess, ProcessError};
-use crate::testkit::{Ring, memory, shared_memory};
+use crate::testkit::{Ring, shared_memory};
 
 /// A device process in a thread, its parent, and a driver behind a vhost-user front end.
 struct Machine {
@@ -147,20 +147,25 @@ fn the_guests_context_id_is_in_the_configuration_space() {
     assert_eq!(config, 77_u64.to_le_bytes());
 }
 
+/// A vsock packet from the guest's `port` to port 5000 of the host.
+fn packet(port: u32, op: u16, data: &[u8]) -> Vec<u8> {
+    let mut packet = [77_u64, 2].map(u64::to_le_bytes).concat();
+    let length = u32::try_from(data.len()).expect("short");
+    packet.extend([port, 5000, length].map(u32::to_le_bytes).concat());
+    packet.extend([1, op].map(u16::to_le_bytes).concat());
+    packet.extend([0_u32, 65_536, 0].map(u32::to_le_bytes).concat());
+    packet.extend(data);
+    packet
+}
+
 #[test]
-fn a_guest_that_connects_reaches_whoever_listens_at_the_parent() {
+fn vs16_a_guest_that_connects_reaches_whoever_listens_at_the_parent_and_only_once() {
     use std::io::Read as _;
     let mut machine = machine();
     let incoming = machine.client.listen(5000).expect("port");
-    let driver = &mut machine.vsock;
-    // REQUEST, then RW with two bytes.
-    for (op, data) in [(1_u16, b"".as_slice()), (5, b"hi")] {
-        let mut packet = [77_u64, 2].map(u64::to_le_bytes).concat();
-        let length = u32::try_from(data.len()).expect("short");
-        packet.extend([1000, 5000, length].map(u32::to_le_bytes).concat());
-        packet.extend([1, op].map(u16::to_le_bytes).concat());
-        packet.extend([0_u32, 65_536, 0].map(u32::to_le_bytes).concat());
-        packet.extend(data);
+    // REQUEST and RW with two bytes, then another REQUEST.
+    for packet in [packet(1000, 1, b""), packet(1000, 5, b"hi"), packet(1001, 1, b"")] {
+        let driver = &mut machine.vsock;
         driver.ring.send(&driver.memory, &packet, 0);
         driver.kick.write(1).expect("event");
         driver.call.read().expect("event");
@@ -169,6 +174,9 @@ fn a_guest_that_connects_reaches_whoever_listens_at_the_parent() {
     let mut bytes = [0; 2];
     stream.read_exact(&mut bytes).expect("data");
     assert_eq!(&bytes, b"hi");
+    // The parent has taken all events before the answer to its next request.
+    machine.client.listen(6000).expect("port");
+    assert!(incoming.recv().is_err(), "a second connection");
 }
 
 #[test]
@@ -183,45 +191,15 @@ fn a_process_without_a_vsock_device_says_so() {
 }
 
 #[test]
-fn hv06_a_broken_queue_is_left_alone_until_the_driver_starts_anew() {
-    let (device, shares) = Fs::new(Settings::default());
-    let directory = File::open("/").expect("directory").into();
-    let share = Share { directory, attributes: Attributes::Real };
-    shares.with_tree(|tree| tree.add_share(b"s", share)).expect("share");
-    let backend = Backend(Carrier::new(device, |_| Ok(()), Thread::FsQueues).state);
-    let guest = GuestMemoryAtomic::new(memory());
-    backend.update_memory(guest.clone()).expect("memory");
-    let vrings = [0, 1].map(|_| VringMutex::new(guest.clone(), 64).expect("queue"));
-    let mut ring = Ring::new(1, 64);
-    let start = |ring: &Ring| {
-        let [table, available, used] = ring.addresses();
-        vrings[1].set_queue_info(table, available, used).expect("aligned");
-        vrings[1].set_queue_next_avail(0);
-        vrings[1].set_queue_next_used(0);
-        vrings[1].set_queue_ready(true);
-        vrings[1].set_enabled(true);
-    };
-    start(&ring);
-    let memory = guest.memory();
-    let kick = || backend.handle_event(1, EventSet::IN, &vrings, 0).expect("served");
-    ring.send(&memory, &[0; 40], 100);
-    kick();
-    assert!(ring.used(&memory).is_some());
-    ring.set_available(&memory, 3000);
-    kick();
-    // What would have been good is not looked at any more.
-    ring.set_available(&memory, 1);
-    ring.offer(&memory, 0);
-    kick();
-    assert!(ring.used(&memory).is_none());
-    backend.stop_vring(1).expect("stopped");
-    let zero = [0; 16];
-    for address in &ring.addresses()[1..] {
-        memory.write_slice(&zero, GuestAddress(*address)).expect("memory");
-    }
-    ring = Ring::new(1, 64);
-    start(&ring);
-    ring.send(&memory, &[0; 40], 100);
-    kick();
-    assert!(ring.used(&memory).is_some());
+fn hv06_a_guest_that_breaks_a_queue_ends_the_process_and_the_parent_hears_why() {
+    let mut machine = machine();
+    machine.fs.init();
+    machine.fs.ring.set_available(&machine.fs.memory, 3000);
+    machine.fs.kick.write(1).expect("event");
+    let ended = machine.process.join().expect("thread");
+    assert!(matches!(&ended, Err(ProcessError::Misbehaved(what)) if what.starts_with("fs: ")), "{ended:?}");
+    let refused = machine.client.finish().expect_err("it has ended");
+    assert!(matches!(&refused, ClientError::Misbehaved(what) if what.contains("queue 1")), "{refused:?}");
+    assert!(refused.to_string().starts_with("guest-misbehaved: fs: "), "{refused}");
+    assert!(machine.client.misbehaved().is_some());
 }
