@@ -2,6 +2,8 @@
 
 use std::io;
 
+use kiln_virtio::fs::MISSED_BYTES;
+
 use super::host::HostError;
 use super::inputs::InputError;
 use super::merge::MergeError;
@@ -47,6 +49,9 @@ pub enum RunError {
         #[source]
         source: SessionError,
     },
+    /// The record has no room for what the step asked.
+    #[error("the step looked for more absent files than can be recorded ({} MiB of names)", MISSED_BYTES >> 20)]
+    RecordFull,
     /// Outputs could not be carried out.
     #[error(transparent)]
     Transfer(TransferError),
@@ -87,6 +92,11 @@ impl RunError {
             Self::Merge(error) => error.hint(),
             Self::MissingOutputs(_) => Some(
                 "outputs are paths below WORK, which is $WORK in the step; nothing was merged".to_owned(),
+            ),
+            Self::RecordFull => Some(
+                "past that it got errors instead of answers, so nothing was merged; a step that searches less, or \
+                 several steps, stay below"
+                    .to_owned(),
             ),
             Self::BareKernel { .. } => Some("name the folder of its modules with --modules DIR".to_owned()),
             Self::Died { death: Death::Panicked(line), .. } if line.to_lowercase().contains("memory") => {
