@@ -355,8 +355,7 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
 fn write_reads(path: &Path, reads: &ReadsReport) -> io::Result<()> {
     let write = |file: &File| {
         let mut file = BufWriter::new(file);
-        serde_json::to_writer_pretty(&mut file, reads)?;
-        file.write_all(b"\n")?;
+        reads.write(&mut file)?;
         file.flush()
     };
     // A terminal or a pipe is written to; a file, or a link that a step may have put there, is replaced.
@@ -434,8 +433,7 @@ fn tell(narrator: &mut Narrator, report: &Report, phases: &[(Phase, Duration)]) 
         }
     }
     let (files, bytes) = report.reads.contents();
-    let asked: usize = report.reads.shares.iter().map(|share| share.entries.len()).sum();
-    let missed: usize = report.reads.shares.iter().map(|share| share.missed.len()).sum();
+    let (asked, missed) = report.reads.paths();
     if asked > 0 {
         narrator.say(&format!(
             "read {files} file{} ({}), asked about {asked} path{}, missed {missed}",
@@ -499,7 +497,7 @@ fn ended_as_json(report: &Report, phases: &[(Phase, Duration)], code: u8) -> Val
         "version": 1,
         "code": code,
         "ended": how,
-        "root": report.reads.root,
+        "root": report.reads.beside.root,
         "bundle": report.bundle,
         "usage": usage.map(|usage| json!({
             "wall_us": usage.wall_us,

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use kiln_virtio::fs::MISSED_BYTES;
+
 use super::host::HostError;
 use super::inputs::InputError;
 use super::merge::MergeError;
@@ -47,6 +49,9 @@ pub enum RunError {
         #[source]
         source: SessionError,
     },
+    /// The record has no room for what the step asked.
+    #[error("the step looked for more absent files than can be recorded ({} MiB of names)", MISSED_BYTES >> 20)]
+    RecordFull,
     /// Outputs could not be carried out.
     #[error(transparent)]
     Transfer(TransferError),
@@ -98,6 +103,11 @@ impl RunError {
             Self::Transfer(TransferError::TooMuch { .. }) => {
                 Some("--limit outputs=SIZE and --limit files=COUNT allow more".to_owned())
             }
+            Self::RecordFull => Some(
+                "past that it got errors instead of answers, so nothing was merged; a step that searches less, or \
+                 several steps, stay below"
+                    .to_owned(),
+            ),
             Self::BareKernel { .. } => Some("name the folder of its modules with --modules DIR".to_owned()),
             Self::Died { death: Death::Panicked(line), .. } if line.to_lowercase().contains("memory") => {
                 Some("--memory gives the machine more memory".to_owned())

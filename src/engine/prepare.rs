@@ -182,7 +182,12 @@ impl Shares {
         access: Access,
     ) -> Result<Mount, RunError> {
         let held = directory.try_clone().map_err(|source| RunError::Io { what: "hold a share", source })?;
-        self.observables.push(Observable { name: name.to_owned(), guest: guest.to_owned(), directory: held });
+        self.observables.push(Observable {
+            name: name.to_owned(),
+            guest: guest.to_owned(),
+            attributes,
+            directory: held,
+        });
         self.list.push(Share { name: name.to_owned(), directory, attributes, hidden: Vec::new() });
         Ok(Mount { source: Source::Share(name.to_owned()), target: guest.as_bytes().to_vec(), access })
     }

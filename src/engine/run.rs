@@ -15,7 +15,7 @@ use super::event::{Event, Listener, Phase};
 use super::host::Host;
 use super::merge::{self, Merge};
 use super::prepare::{Prepared, describe, prepare, seconds};
-use super::reads::{self, ReadsReport};
+use super::reads::{self, Beside, ReadsReport};
 use super::step::Step;
 use crate::agent::{ExecEnd, Session, SessionError};
 use crate::machine::{Backend, Identity};
@@ -82,6 +82,7 @@ pub fn run(
     events: Listener<'_>,
 ) -> Result<Report, RunError> {
     let mut stopwatch = Stopwatch(Instant::now());
+    let has_input = input.is_some();
     let work = host.settings.work.value.clone();
     merge::recover(&host.store, &work)?;
     let mut prepared = prepare(step, host, &work, events)?;
@@ -107,10 +108,17 @@ pub fn run(
         other => other?,
     };
     let record = machine.observed()?;
+    if record.full {
+        return Err(RunError::RecordFull);
+    }
     let identity = machine.identity().clone();
     drop(machine);
-    let root = prepared.root.digest();
-    let reads = reads::report(&record, &prepared.observables, root, step.report_reads);
+    let beside = Beside {
+        root: prepared.root.digest(),
+        bundle: Some(prepared.bundle.digest()),
+        unrecorded: unrecorded(step, has_input),
+    };
+    let reads = reads::report(record, &prepared.observables, beside, step.report_reads);
     let _ = events(Event::Phase(Phase::Record, stopwatch.lap()));
 
     let collected = match collection {
@@ -138,6 +146,15 @@ pub fn run(
     };
     let _ = events(Event::Phase(Phase::Merge, stopwatch.lap()));
     Ok(Report { ended, identity, bundle: prepared.bundle.digest(), collected, reads, work })
+}
+
+/// What the step could read and no record says how much of it.
+fn unrecorded(step: &Step, has_input: bool) -> Vec<String> {
+    let mut unrecorded: Vec<String> = step.disks.iter().map(|disk| format!("disk {}", disk.guest)).collect();
+    if has_input {
+        unrecorded.push("standard input".to_owned());
+    }
+    unrecorded
 }
 
 /// How much of a console is quoted.

@@ -11,16 +11,22 @@ use serde_json::Value;
 
 use super::host::{Host, Running};
 
-/// The report's entries of a share, by path.
-fn entries<'a>(report: &'a Value, share: &str) -> BTreeMap<&'a str, &'a Value> {
-    let shares = report["shares"].as_array().expect("shares");
-    let share = shares.iter().find(|other| other["name"] == share).expect("the share");
-    let entries = share["entries"].as_array().expect("entries");
+/// The document's entries of a share, by path.
+pub fn entries<'a>(report: &'a Value, share: &str) -> BTreeMap<&'a str, &'a Value> {
+    let entries = of_share(report, share)["entries"].as_array().expect("entries");
     entries.iter().map(|entry| (entry["path"].as_str().expect("a path"), entry)).collect()
 }
 
-fn observed(entry: &Value) -> Vec<&str> {
-    entry["observed"].as_array().expect("a list").iter().map(|word| word.as_str().expect("a word")).collect()
+/// What the document says of a share.
+pub fn of_share<'a>(report: &'a Value, share: &str) -> &'a Value {
+    let shares = report["shares"].as_array().expect("shares");
+    shares.iter().find(|other| other["name"] == share).expect("the share")
+}
+
+/// What was asked about an entry, beyond its path and kind.
+fn asked(entry: &Value) -> Vec<&str> {
+    let members = entry.as_object().expect("an object").keys().map(String::as_str);
+    members.filter(|member| !matches!(*member, "path" | "kind")).collect()
 }
 
 #[test]
@@ -30,6 +36,7 @@ fn a_report_says_what_was_read_asked_about_listed_and_missed() {
     host.file("src/stat.txt", "only looked at");
     host.file("src/unread.txt", "not touched");
     host.file("src/listed/inside.txt", "its name is seen");
+    host.file("src/listed/z-", "and this one's");
     host.file("src/deep/er/file", "deep");
     host.file("src/odd %\u{fc}", "odd");
     symlink("read.txt", host.path("src/link")).expect("a link");
@@ -42,27 +49,65 @@ fn a_report_says_what_was_read_asked_about_listed_and_missed() {
     );
     told.ends(0, &["read 3 files"]);
     let report: Value = serde_json::from_str(&host.read("reads.json")).expect("JSON");
-    assert_eq!((&report["version"], &report["complete"]), (&1.into(), &true.into()));
+    assert_eq!((&report["format"], &report["version"]), (&"kiln-reads".into(), &1.into()));
+    assert_eq!((&report["complete"], &report["unrecorded"]), (&true.into(), &Value::Array(Vec::new())));
     let entries = entries(&report, "src");
     for (path, text) in [("read.txt", "content"), ("deep/er/file", "deep"), ("odd %25\u{fc}", "odd")] {
         let entry = entries[path];
-        assert!(observed(entry).contains(&"content"), "{entry}");
-        assert_eq!(entry["digest"], Digest::of(text.as_bytes()).to_string(), "{path}");
-        assert_eq!(entry["size"], text.len());
+        assert_eq!(entry["content"]["digest"], Digest::of(text.as_bytes()).to_string(), "{path}");
+        assert_eq!(entry["content"]["size"], text.len());
     }
-    let looked_at = entries["stat.txt"];
-    assert_eq!(observed(looked_at), ["metadata"], "{looked_at}");
-    assert!(looked_at["digest"].is_null(), "{looked_at}");
-    assert!(observed(entries["listed"]).contains(&"listing"));
-    assert!(!observed(entries["deep"]).contains(&"listing"));
-    assert_eq!(entries["link"]["digest"], Digest::of(b"read.txt").to_string());
+    assert_eq!(asked(entries["stat.txt"]), ["metadata"]);
+    assert_eq!(asked(entries["listed"]), ["listing", "metadata"]);
+    assert!(!asked(entries["deep"]).contains(&"listing"));
     assert!(!entries.contains_key("unread.txt"), "{entries:?}");
-    let missed = &report["shares"][0]["missed"];
-    let missed: Vec<&str> = missed.as_array().expect("a list").iter().filter_map(Value::as_str).collect();
+    let missed = of_share(&report, "src")["missed"].as_array().expect("a list");
+    let missed: Vec<&str> = missed.iter().filter_map(Value::as_str).collect();
     for path in ["missing.h", "deep/missing", "deep/er/no"] {
         assert!(missed.contains(&path), "{missed:?}");
     }
-    assert!(report["root"].as_str().expect("a digest").len() >= 64);
+    for digest in ["root", "bundle"] {
+        assert_eq!(report[digest].as_str().expect("a digest").len(), 64);
+    }
+    // As docs/reads.md has it.
+    for (path, member, command) in [
+        ("stat.txt", "metadata", r"find stat.txt -maxdepth 0 -printf '%y %m %s\n' | sha256sum"),
+        ("listed", "metadata", r"find listed -maxdepth 0 -printf '%y %m\n' | sha256sum"),
+        (
+            "listed",
+            "listing",
+            r"find listed -mindepth 1 -maxdepth 1 -printf '%y%f\0' | LC_ALL=C sort -z | sha256sum",
+        ),
+        ("link", "target", "find link -maxdepth 0 -printf '%l' | sha256sum"),
+        ("read.txt", "content", "sha256sum <read.txt"),
+    ] {
+        let printed = Command::new("sh").args(["-c", command]).current_dir(host.path("src")).output();
+        let printed = String::from_utf8(printed.expect("a shell").stdout).expect("text");
+        let digest = entries[path][member]["digest"].as_str().expect("a digest");
+        assert_eq!(printed.split(' ').next(), Some(digest), "{path} {member}");
+    }
+}
+
+#[test]
+fn what_no_share_carries_is_named_and_endless_missing_names_end_the_run() {
+    let host = Host::new();
+    host.file("src/f", "x");
+    // Names in an order of their own, none twice: each costs the record 64 + 250 + 16 bytes of 64 MiB.
+    let program = "BEGIN { for (i = 0; i < 210000; i++) { n = sprintf(\"%0250d\", i); getline < n } }";
+    let mut command = host.command(
+        &["--src", "src", "--stdin", "--reads", "reads.json", "--work", "work", "--out", "made"],
+        &["sh", "-c", "awk \"$1\"; : > $WORK/made", "sh", program],
+    );
+    let told = host.end(&mut command, b"input");
+    told.ends(
+        125,
+        &["looked for more absent files than can be recorded (64 MiB of names)", "nothing was merged"],
+    );
+    assert!(!host.path("work/made").exists() && !host.path("reads.json").exists());
+    let told = host.script(&["--src", "src", "--stdin", "--reads", "reads.json"], "cat f");
+    told.ends(0, &[]);
+    let report: Value = serde_json::from_str(&host.read("reads.json")).expect("JSON");
+    assert_eq!(report["unrecorded"], serde_json::json!(["standard input"]));
 }
 
 #[test]
@@ -82,7 +127,7 @@ fn a_file_that_changes_while_it_is_read_spoils_the_report() {
     child.end().ends(0, &["spoiled", "/ws/project/a"]);
     let report: Value = serde_json::from_str(&host.read("reads.json")).expect("JSON");
     assert_eq!(report["complete"], false);
-    assert_eq!(report["shares"][0]["changed"][0]["path"], "a");
+    assert_eq!(of_share(&report, "src")["changed"][0]["path"], "a");
     host.is_clean(group);
 }
 
@@ -130,10 +175,10 @@ fn a_large_tree_reads_as_it_does_on_the_host() {
     let entries = entries(&report, "src");
     for line in ours.lines().take(2000) {
         let (digest, path) = line.split_once("  ./").expect("a line of sha256sum");
-        assert_eq!(entries[path]["digest"], digest, "{path}");
+        assert_eq!(entries[path]["content"]["digest"], digest, "{path}");
     }
     let folders = entries.values().filter(|entry| entry["kind"] == "directory").count();
-    let listed = entries.values().filter(|entry| observed(entry).contains(&"listing")).count();
+    let listed = entries.values().filter(|entry| !entry["listing"].is_null()).count();
     assert_eq!(folders, listed, "every folder was listed");
     assert!(fs::metadata(host.path("reads.json")).expect("it is there").len() > 100_000);
 }

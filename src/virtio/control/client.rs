@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use super::{Ask, Event, FrameError, Request, receive, send};
 use crate::fs::Attributes;
-use crate::fs::record::{Assembler, PathBytes, Record};
+use crate::fs::record::{AssembleError, Assembler, PathBytes, Record};
 
 /// Why a device process did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +30,9 @@ pub enum ClientError {
     /// The device process refused.
     #[error("the device process refused: {0}")]
     Refused(String),
+    /// What it sent is no record, or too large a one.
+    #[error(transparent)]
+    Record(#[from] AssembleError),
     /// No answer in time.
     #[error("no answer from the device process")]
     TimedOut,
@@ -75,7 +78,7 @@ struct State {
 
 #[derive(Debug)]
 struct Waiting {
-    answer: Sender<Result<Option<Record>, String>>,
+    answer: Sender<Result<Option<Record>, ClientError>>,
     record: Option<(Assembler, Option<Record>)>,
 }
 
@@ -204,8 +207,7 @@ impl Client {
                 Err(ClientError::Send(error))
             }
             Ok(()) | Err(_) => match answered.recv_timeout(patience) {
-                Ok(Ok(record)) => Ok(record),
-                Ok(Err(why)) => Err(ClientError::Refused(why)),
+                Ok(result) => result,
                 Err(RecvTimeoutError::Timeout) => Err(ClientError::TimedOut),
                 Err(RecvTimeoutError::Disconnected) => Err(self.shared.state().end()),
             },
@@ -262,7 +264,7 @@ impl Shared {
             Event::Reply { id, result } => {
                 if let Some(waiting) = state.waiting.remove(&id) {
                     let record = waiting.record.and_then(|(_, record)| record);
-                    let _ = waiting.answer.send(result.map(|()| record));
+                    let _ = waiting.answer.send(result.map(|()| record).map_err(ClientError::Refused));
                 }
             }
             Event::Record { id, part } => {
@@ -271,7 +273,13 @@ impl Shared {
                     if record.is_some() {
                         return None;
                     }
-                    *record = assembler.push(part).ok()?;
+                    match assembler.push(part) {
+                        Ok(whole) => *record = whole,
+                        Err(error) => {
+                            let _ = waiting.answer.send(Err(error.into()));
+                            return None;
+                        }
+                    }
                 }
             }
             Event::Misbehaved { what } => {

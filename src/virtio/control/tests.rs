@@ -32,30 +32,29 @@ fn path(text: &str) -> PathBytes {
 }
 
 #[test]
-fn a_record_comes_in_parts_and_is_sorted() {
+fn a_record_comes_in_parts_in_the_order_of_a_walk() {
     let record = finish(|socket, id| {
         part(socket, id, RecordPart::Share(path("s")));
-        part(socket, id, RecordPart::Missed(vec![path("b"), path("a/b")]));
+        part(socket, id, RecordPart::Missed(vec![path("a"), path("a/b")]));
         part(socket, id, RecordPart::Missed(vec![path("a-b")]));
-        part(socket, id, RecordPart::End { complete: true });
+        part(socket, id, RecordPart::End { full: false });
         send(socket, &Event::Reply { id, result: Ok(()) }, None).expect("sent");
     });
-    let missed = vec![path("a-b"), path("a/b"), path("b")];
-    let share = ShareRecord { name: path("s"), missed, ..ShareRecord::default() };
-    assert_eq!(record.expect("record"), Record { complete: true, shares: vec![share] });
+    let mut share = ShareRecord { name: path("s"), ..ShareRecord::default() };
+    assert!(["a", "a/b", "a-b"].iter().all(|missed| share.missed.push(&path(missed))));
+    assert_eq!(record.expect("record"), Record { full: false, shares: vec![share] });
 }
 
 #[test]
 fn what_does_not_belong_ends_the_connection() {
     type Answer = fn(&UnixStream, u64);
-    let cases: [(&str, Answer); 8] = [
+    let cases: [(&str, Answer); 7] = [
         ("nothing", |socket, _| socket.shutdown(std::net::Shutdown::Both).expect("socket")),
         ("not JSON", |mut socket, _| socket.write_all(b"\x04\0\0\0oops").expect("sent")),
         ("unknown", |socket, _| send(socket, &"unknown", None).expect("sent")),
         ("too long", |mut socket, _| socket.write_all(&u32::MAX.to_le_bytes()).expect("sent")),
-        ("entries of no share", |socket, id| part(socket, id, RecordPart::Missed(vec![path("a")]))),
         ("parts after the end", |socket, id| {
-            part(socket, id, RecordPart::End { complete: true });
+            part(socket, id, RecordPart::End { full: false });
             part(socket, id, RecordPart::Share(path("s")));
         }),
         ("no stream with a connection", |socket, _| {
@@ -68,6 +67,31 @@ fn what_does_not_belong_ends_the_connection() {
     for (name, answer) in cases {
         assert!(matches!(finish(answer), Err(ClientError::Closed)), "{name}");
     }
+}
+
+#[test]
+fn parts_that_make_no_record_are_an_error_that_says_so() {
+    let named = |parts: Vec<RecordPart>| {
+        let result = finish(move |socket, id| {
+            for part in parts {
+                if send(socket, &Event::Record { id, part }, None).is_err() {
+                    break;
+                }
+            }
+        });
+        result.expect_err("no record").to_string()
+    };
+    let share = || RecordPart::Share(path("s"));
+    let out_of_order = "record parts out of order";
+    assert_eq!(named(vec![RecordPart::Missed(vec![path("a")])]), out_of_order);
+    assert_eq!(named(vec![share(), RecordPart::Missed(vec![path("b"), path("a/b")])]), out_of_order);
+    assert_eq!(named(vec![share(), RecordPart::Missed(vec![path("a"), path("a")])]), out_of_order);
+    let long = |number: u32| path(&format!("{number:06}{}", "x".repeat(1 << 20)));
+    let parts = (0..300).map(|number| RecordPart::Missed(vec![long(number)]));
+    assert_eq!(
+        named([share()].into_iter().chain(parts).collect()),
+        "the record has more than 4000000 paths or 256 MiB of them"
+    );
 }
 
 #[test]

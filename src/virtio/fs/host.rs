@@ -9,6 +9,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
+use kiln_digest::{Digest, Hasher};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, ResolveFlags, Stat};
 use rustix::io::{Errno, Result};
 
@@ -63,7 +64,37 @@ pub fn open_beneath(directory: impl AsFd, path: &[u8], how: Open) -> Result<Owne
 
 /// States `name` in `directory`, without following it.
 pub fn stat_at(directory: impl AsFd, name: &[u8]) -> Result<Stat> {
-    rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT)
+    settled(|| rustix::fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT))
+}
+
+/// States an open file or directory.
+pub fn stat_of(file: impl AsFd) -> Result<Stat> {
+    settled(|| rustix::fs::fstat(&file))
+}
+
+/// What `stat` says once a later change must show in the change time. Changes are stamped with a clock that ticks
+/// every 1 to 10 ms (kernels since 6.13 stamp finer where the file system can), so a file that changed in this
+/// very tick is stated again in the next.
+fn settled(stat: impl Fn() -> Result<Stat>) -> Result<Stat> {
+    const MOST_TICKS: usize = 5;
+    let now = || {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
+        (now.tv_sec, now.tv_nsec)
+    };
+    for _ in 0..MOST_TICKS {
+        let before = now();
+        let seen = stat()?;
+        let changed = (seen.st_ctime, i64::try_from(seen.st_ctime_nsec).unwrap_or(0));
+        // A change time in the future is one from before the clock was set back: no later change has it again.
+        if changed < before || changed.0 > before.0 + 1 {
+            return Ok(seen);
+        }
+        // Without a system call: this costs at most a tick, for a file that was written a moment ago.
+        while now() == before {
+            std::hint::spin_loop();
+        }
+    }
+    stat()
 }
 
 /// The kind that a mode says.
@@ -121,9 +152,28 @@ pub fn list(directory: impl AsFd + Copy, mut each: impl FnMut(&[u8], Kind, u64) 
     Ok(())
 }
 
-/// Names of the extended attributes of an open file, each ended by a zero byte, as the host gives them. Empty
-/// where the file system has none.
-pub fn list_xattrs(file: impl AsFd) -> Result<Vec<u8>> {
+/// The extended attributes of an open file: their names, sorted, each ended by a zero byte; the value of the one
+/// called `wanted`; and the digest of all: for each, name, zero byte, length of the value in decimal, zero byte,
+/// value. None where the file system has none.
+pub fn xattrs(file: impl AsFd, wanted: &[u8]) -> Result<(Vec<u8>, Option<Vec<u8>>, Digest)> {
+    let names = list_xattrs(&file)?;
+    let mut sorted: Vec<&[u8]> = names.split_inclusive(|byte| *byte == 0).collect();
+    sorted.sort_unstable();
+    let (mut hasher, mut value) = (Hasher::default(), None);
+    for name in &sorted {
+        let name = name.strip_suffix(&[0]).unwrap_or(name);
+        let one = xattr(&file, name)?;
+        for piece in [name, b"\0", one.len().to_string().as_bytes(), b"\0", &one] {
+            hasher.update(piece);
+        }
+        if name == wanted {
+            value = Some(one);
+        }
+    }
+    Ok((sorted.concat(), value, hasher.finish().0))
+}
+
+fn list_xattrs(file: impl AsFd) -> Result<Vec<u8>> {
     // XATTR_LIST_MAX.
     let mut names = vec![0; 64 << 10];
     match rustix::fs::flistxattr(file, &mut names[..]) {
@@ -136,8 +186,7 @@ pub fn list_xattrs(file: impl AsFd) -> Result<Vec<u8>> {
     }
 }
 
-/// The value of one extended attribute of an open file.
-pub fn xattr(file: impl AsFd, name: &[u8]) -> Result<Vec<u8>> {
+fn xattr(file: impl AsFd, name: &[u8]) -> Result<Vec<u8>> {
     // XATTR_SIZE_MAX.
     let mut value = vec![0; 64 << 10];
     let length = rustix::fs::fgetxattr(file, name, &mut value[..])?;

@@ -4,15 +4,19 @@
 //! The guest sees one file system whose root holds the shares by name; they may come and go while it runs. A
 //! name from the guest is compared with an index that the host's own listings filled (`index`) and never
 //! reaches the host's kernel; files are opened beneath the share's descriptor by paths from that index
-//! (`host`). `tree` joins the two and keeps the record (`record`), `server` speaks FUSE (`abi`), and this file
-//! is the device: queues in, answers out.
+//! (`host`). `tree` joins the two and keeps the record (`record`), without which nothing is answered (`recorded`);
+//! `server` speaks FUSE (`abi`), and this file is the device: queues in, answers out.
 //!
 //! The driver is expected to mount it read-only; whether it does or not, nothing can be written.
 
 mod abi;
+mod assemble;
 mod host;
 mod index;
+mod missed;
+mod packed;
 pub mod record;
+mod recorded;
 mod server;
 mod share;
 mod tree;
@@ -23,6 +27,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::Bitmap;
 
+pub use self::host::{Open, fingerprint_of, open_beneath};
+pub use self::missed::MISSED_BYTES;
 use self::server::{MOST_READ_BYTES, Server};
 pub use self::share::{Attributes, Share};
 pub use self::tree::{AddShareError, Tree};
@@ -47,11 +53,14 @@ pub struct Settings<'a> {
     pub tag: &'a str,
     /// Most descriptors of shared files to keep open.
     pub open_files: usize,
+    /// Most memory for names that the guest looks for and that are not there. With more of them it gets EIO, and
+    /// the record says so ([`record::Record::full`]).
+    pub missed_bytes: usize,
 }
 
 impl Default for Settings<'_> {
     fn default() -> Self {
-        Self { tag: "kiln", open_files: 512 }
+        Self { tag: "kiln", open_files: 512, missed_bytes: MISSED_BYTES }
     }
 }
 
@@ -72,7 +81,7 @@ pub struct Shares {
 impl Fs {
     /// A device without shares, and what adds them.
     pub fn new(settings: Settings<'_>) -> (Self, Shares) {
-        let server = Server::new(Tree::new(settings.open_files));
+        let server = Server::new(Tree::new(settings.open_files, settings.missed_bytes));
         let server = Arc::new(Mutex::new(server));
         // struct virtio_fs_config: the tag, padded with zeroes, and the number of request queues.
         let mut config = [0; 40];

@@ -11,14 +11,24 @@
 //! - [`Observed::LISTING`] is names and types of a directory's entries, [`Observed::XATTRS`] any question about
 //!   extended attributes.
 //!
+//! What was shown is in an [`Entry`] as it was shown, or as a digest of that; only contents are not, which
+//! whoever takes the record hashes, and shows by the [`Fingerprint`] that they are what was served.
+//!
 //! [`RecordPart`] is the record in pieces of bounded size, because a record of some hundred thousand names is
-//! larger than all other memory of the device process; [`Assembler`] puts them together again.
+//! larger than all other memory of the device process; `assemble` puts them together again, `packed` keeps them.
 
-use std::collections::BTreeMap;
+use std::cmp::Ordering;
 use std::fmt;
 
+use kiln_digest::Digest;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::share::Attributes;
+
+pub use super::assemble::{AssembleError, Assembler};
+pub use super::packed::{Entries, Paths};
+pub use super::share::Extra;
 
 /// Bytes of a path or name. In text, what is not valid UTF-8 is written as `%` and two hexadecimal digits per
 /// byte, and `%` itself as `%25`.
@@ -45,6 +55,15 @@ impl fmt::Debug for PathBytes {
 }
 
 impl PathBytes {
+    /// The order of a walk: a directory, then all that is in it, name by name.
+    pub fn cmp_as_walked(&self, other: &Self) -> Ordering {
+        // No name has a zero byte in it.
+        fn names(path: &PathBytes) -> impl Iterator<Item = u8> {
+            path.0.iter().map(|byte| if *byte == b'/' { 0 } else { *byte })
+        }
+        names(self).cmp(names(other))
+    }
+
     /// The bytes of which `text` is the escaped form, or `None` where an escape is malformed.
     pub fn from_escaped(text: &str) -> Option<Self> {
         let mut bytes = Vec::with_capacity(text.len());
@@ -93,6 +112,21 @@ pub enum Kind {
     Character,
     /// A block device.
     Block,
+}
+
+impl Kind {
+    /// The letter by which find(1) knows the type.
+    pub fn letter(self) -> char {
+        match self {
+            Self::Regular => 'f',
+            Self::Directory => 'd',
+            Self::Link => 'l',
+            Self::Fifo => 'p',
+            Self::Socket => 's',
+            Self::Character => 'c',
+            Self::Block => 'b',
+        }
+    }
 }
 
 bitflags::bitflags! {
@@ -148,8 +182,48 @@ pub struct Entry {
     pub kind: Kind,
     /// What was asked.
     pub observed: Observed,
-    /// What the file looked like. All zero where only its parent's listing named it.
+    /// What the file looked like.
     pub fingerprint: Fingerprint,
+    /// What stat(2) showed besides, of device nodes and in a share with [`Attributes::Real`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub extra: Option<Extra>,
+    /// Digest of what a listing shows, where there was one: for each entry in the order of kind and name, its
+    /// letter, name and a zero byte; in a share with [`Attributes::Real`] `/` and the inode number before that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listing: Option<Digest>,
+    /// Digest of the extended attributes, where they were asked about: for each in the order of names, the name,
+    /// a zero byte, the value's length in decimal, a zero byte, the value.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub xattrs: Option<Digest>,
+}
+
+impl Entry {
+    /// What stat(2) showed, as a line: letter, permissions in octal; the size of a file or link, or the number of
+    /// a device node; in a share with [`Attributes::Real`] also, for everything, size, owner, group, links, inode
+    /// number, blocks, and times of access, modification and change.
+    pub fn metadata_line(&self, attributes: Attributes) -> String {
+        let seen = &self.fingerprint;
+        let mut line = format!("{} {:o}", self.kind.letter(), seen.mode & 0o7777);
+        let is_real = attributes == Attributes::Real;
+        if is_real || matches!(self.kind, Kind::Regular | Kind::Link) {
+            line += &format!(" {}", seen.size_bytes);
+        }
+        let extra = self.extra.unwrap_or_default();
+        if matches!(self.kind, Kind::Character | Kind::Block) {
+            let (major, minor) = extra.device_number();
+            line += &format!(" {major}:{minor}");
+        }
+        if is_real {
+            let Extra { uid, gid, nlink, blocks, atime, .. } = extra;
+            line += &format!(" {uid} {gid} {nlink} {} {blocks}", seen.inode);
+            line += &format!(" {}.{:09}", atime.0.cast_signed(), atime.1);
+            for nanos in [seen.mtime_nanos, seen.ctime_nanos] {
+                let (seconds, nanos) = (nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000));
+                line += &format!(" {seconds}.{nanos:09}");
+            }
+        }
+        line + "\n"
+    }
 }
 
 /// How an entry was seen to differ from what the guest had been told.
@@ -175,15 +249,15 @@ pub struct Changed {
     pub what: Change,
 }
 
-/// What was asked of one share. All lists are sorted by path.
+/// What was asked of one share. All lists are in the order of a walk ([`PathBytes::cmp_as_walked`]).
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ShareRecord {
     /// The share's name.
     pub name: PathBytes,
     /// What was found.
-    pub entries: Vec<Entry>,
+    pub entries: Entries,
     /// Paths that were looked for and do not exist.
-    pub missed: Vec<PathBytes>,
+    pub missed: Paths,
     /// What changed under the guest's feet.
     pub changed: Vec<Changed>,
 }
@@ -191,8 +265,9 @@ pub struct ShareRecord {
 /// What a guest asked of its shares, in the order in which they were added.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Record {
-    /// False where the guest looked for more absent names than are kept; the record then proves nothing.
-    pub complete: bool,
+    /// True where the guest looked for more absent names than there is room for, and got errors instead of
+    /// answers: what it did next follows from that room, and not only from what it was shown.
+    pub full: bool,
     /// One for each share that was added, also where it was removed again.
     pub shares: Vec<ShareRecord>,
 }
@@ -211,8 +286,8 @@ pub enum RecordPart {
     Changed(Vec<Changed>),
     /// That was all.
     End {
-        /// [`Record::complete`].
-        complete: bool,
+        /// [`Record::full`].
+        full: bool,
     },
 }
 
@@ -220,109 +295,3 @@ pub enum RecordPart {
 pub const PART_PATHS: usize = 500;
 /// Bytes of paths after which a [`RecordPart`] ends.
 pub const PART_BYTES: usize = 256 << 10;
-
-/// Why the parts do not make up a record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum AssembleError {
-    /// A part before the first share, or after the end.
-    #[error("record parts out of order")]
-    Order,
-    /// More paths or bytes than the limit.
-    #[error("record is too large")]
-    TooLarge,
-}
-
-/// Puts a record together from its parts, which may come from a process that is not trusted.
-#[derive(Debug, Default)]
-pub struct Assembler {
-    record: Record,
-    paths: usize,
-    bytes: usize,
-}
-
-/// Most paths an [`Assembler`] takes.
-const MOST_PATHS: usize = 20_000_000;
-/// Most bytes of paths an [`Assembler`] takes.
-const MOST_BYTES: usize = 2 << 30;
-
-impl Assembler {
-    /// Takes the next part, and gives the record when that was the last.
-    ///
-    /// # Errors
-    /// See [`AssembleError`].
-    pub fn push(&mut self, part: RecordPart) -> Result<Option<Record>, AssembleError> {
-        let (paths, bytes) = match &part {
-            RecordPart::Share(name) => (1, name.0.len()),
-            RecordPart::Entries(list) => (list.len(), list.iter().map(|entry| entry.path.0.len()).sum()),
-            RecordPart::Missed(list) => (list.len(), list.iter().map(|path| path.0.len()).sum()),
-            RecordPart::Changed(list) => (list.len(), list.iter().map(|entry| entry.path.0.len()).sum()),
-            RecordPart::End { .. } => (0, 0),
-        };
-        self.paths = self.paths.saturating_add(paths);
-        self.bytes = self.bytes.saturating_add(bytes);
-        if self.paths > MOST_PATHS || self.bytes > MOST_BYTES {
-            return Err(AssembleError::TooLarge);
-        }
-        match part {
-            RecordPart::Share(name) => self.record.shares.push(ShareRecord { name, ..Default::default() }),
-            RecordPart::Entries(list) => self.share()?.entries.extend(list),
-            RecordPart::Missed(list) => self.share()?.missed.extend(list),
-            RecordPart::Changed(list) => self.share()?.changed.extend(list),
-            RecordPart::End { complete } => {
-                let mut record = std::mem::take(self).record;
-                record.complete = complete;
-                for share in &mut record.shares {
-                    share.entries.sort_unstable_by(|one, other| one.path.cmp(&other.path));
-                    share.missed.sort_unstable();
-                    share.changed.sort_unstable_by(|one, other| one.path.cmp(&other.path));
-                }
-                return Ok(Some(record));
-            }
-        }
-        Ok(None)
-    }
-
-    fn share(&mut self) -> Result<&mut ShareRecord, AssembleError> {
-        self.record.shares.last_mut().ok_or(AssembleError::Order)
-    }
-}
-
-/// Names that were looked for in vain, by the index of the directory.
-#[derive(Debug, Default)]
-pub(super) struct Missed {
-    names: BTreeMap<u32, std::collections::BTreeSet<Box<[u8]>>>,
-    bytes: usize,
-    overflowed: bool,
-}
-
-/// Most memory for missed names. A hostile guest can invent names without end; a compiler that looks through a
-/// hundred include directories for 10,000 headers stays below.
-const MISSED_BYTES: usize = 96 << 20;
-/// What a name costs besides its bytes.
-const MISSED_OVERHEAD: usize = 48;
-
-impl Missed {
-    /// Notes that `name` was looked for in `directory`.
-    pub fn insert(&mut self, directory: u32, name: &[u8]) {
-        let names = self.names.entry(directory).or_default();
-        if names.contains(name) {
-            return;
-        }
-        if self.bytes + name.len() + MISSED_OVERHEAD > MISSED_BYTES {
-            self.overflowed = true;
-            return;
-        }
-        self.bytes += name.len() + MISSED_OVERHEAD;
-        names.insert(name.into());
-    }
-
-    /// True where names were left out.
-    pub fn overflowed(&self) -> bool {
-        self.overflowed
-    }
-
-    /// All directories and what was missed in them.
-    pub fn iter(&self) -> impl Iterator<Item = (u32, &[u8])> {
-        self.names.iter().flat_map(|(directory, names)| names.iter().map(|name| (*directory, &**name)))
-    }
-}

@@ -1,4 +1,5 @@
-//! The FUSE server: takes one request off a descriptor chain, asks the tree, and writes the answer.
+//! The FUSE server: takes one request off a descriptor chain, asks the tree, and writes the answer. What it sends
+//! is [`Recorded`] or a [`Refusal`]; only the tree makes those that tell of a share.
 //!
 //! What it decides for all shares:
 //! - **No open round trips.** OPEN and OPENDIR answer ENOSYS, after which the kernel opens files by itself.
@@ -21,8 +22,9 @@ use zerocopy::{FromBytes, IntoBytes};
 use super::abi::{self, init, op};
 use super::index::NodeId;
 use super::record::Kind;
+use super::recorded::{Recorded, Refusal};
 use super::share::NAME_BYTES;
-use super::tree::Tree;
+use super::tree::{Found, Tree};
 use crate::ring::{Chain, Readable, Writable};
 
 /// Largest READ, and the reason for `max_pages`.
@@ -79,16 +81,16 @@ impl Server {
         let result = if header.length.get() as usize == length {
             self.dispatch(&header, &mut chain.readable, body.as_mut())
         } else {
-            Err(Errno::IO)
+            Err(Refusal::constant(Errno::IO))
         };
-        let (error, payload) = match result {
+        let (error, payload) = match result.map(Recorded::into_answer) {
             Ok(Reply::None) => return 0,
             Ok(Reply::Written(count)) => (0, count),
             Ok(Reply::Bytes) => match body.as_mut().is_some_and(|body| body.write(&self.answer)) {
                 true => (0, self.answer.len()),
                 false => (Errno::IO.raw_os_error(), 0),
             },
-            Err(error) => (error.raw_os_error(), 0),
+            Err(refusal) => (refusal.errno().raw_os_error(), 0),
         };
         let Ok(written) = u32::try_from(room + payload) else { return 0 };
         let out = abi::OutHeader { length: written.into(), error: (-error).into(), unique: header.unique };
@@ -100,7 +102,7 @@ impl Server {
         header: &abi::InHeader,
         request: &mut Readable<'_, B>,
         room: Option<&mut Writable<'_, B>>,
-    ) -> Result<Reply, Errno> {
+    ) -> Result<Recorded<Reply>, Refusal> {
         let opcode = header.opcode.get();
         match opcode {
             // These have no answer.
@@ -108,19 +110,22 @@ impl Server {
                 if let Some(count) = request.read_array::<8>() {
                     self.tree.forget(header.nodeid.get(), u64::from_le_bytes(count));
                 }
-                return Ok(Reply::None);
+                return Ok(Recorded::constant(Reply::None));
             }
-            op::BATCH_FORGET => return Ok(self.batch_forget(request)),
-            op::INTERRUPT | op::NOTIFY_REPLY => return Ok(Reply::None),
+            op::BATCH_FORGET => {
+                self.batch_forget(request);
+                return Ok(Recorded::constant(Reply::None));
+            }
+            op::INTERRUPT | op::NOTIFY_REPLY => return Ok(Recorded::constant(Reply::None)),
             _ => {}
         }
         // Without room for a header nothing can be answered, so nothing is done.
-        let Some(room) = room else { return Ok(Reply::None) };
+        let Some(room) = room else { return Ok(Recorded::constant(Reply::None)) };
         if opcode == op::INIT {
             return self.init(request);
         }
         if !self.started {
-            return Err(Errno::IO);
+            return Err(Refusal::constant(Errno::IO));
         }
         let node = || self.tree.held(header.nodeid.get());
         match opcode {
@@ -133,25 +138,24 @@ impl Server {
                 let attr = self.tree.attributes(node()?)?;
                 // The top changes when shares come and go.
                 let valid = if header.nodeid.get() == abi::ROOT_ID { 0 } else { FOR_EVER };
-                let out = abi::AttrOut { attr_valid: valid.into(), attr, ..Default::default() };
-                self.put(&out)
+                let out = |attr| abi::AttrOut { attr_valid: valid.into(), attr, ..Default::default() };
+                Ok(self.put(attr.map(out)))
             }
             op::READLINK => {
-                self.answer = self.tree.link_text(node()?)?;
-                Ok(Reply::Bytes)
+                let text = self.tree.link_text(node()?)?;
+                Ok(text.map(|text| self.put_bytes(text)))
             }
             op::READ => {
                 let node = node()?;
                 let ask: abi::ReadIn = read_struct(request)?;
-                let file = self.tree.content(node)?;
-                let wanted = (ask.size.get() as usize).min(MOST_READ_BYTES);
-                if i64::try_from(ask.offset.get()).is_err() {
-                    return Err(Errno::INVAL);
+                let offset = ask.offset.get();
+                if i64::try_from(offset).is_err() {
+                    return Err(Refusal::constant(Errno::INVAL));
                 }
-                let count = room
-                    .read_file_at(std::os::fd::AsFd::as_fd(&file), ask.offset.get(), wanted)
-                    .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))?;
-                Ok(Reply::Written(count))
+                let wanted = (ask.size.get() as usize).min(MOST_READ_BYTES).min(room.remaining_bytes());
+                let count =
+                    self.tree.read(node, offset, wanted, |file| room.read_file_at(file, offset, wanted));
+                Ok(count?.map(Reply::Written))
             }
             op::READDIR => {
                 let node = node()?;
@@ -162,25 +166,24 @@ impl Server {
                 let node = node()?;
                 let ask: abi::XattrSize = read_struct(request)?;
                 let name = read_body(request)?;
-                let name = one_name(&name)?;
-                let value = self.tree.xattr(node, name)?.ok_or(Errno::NODATA)?;
-                self.put_sized(value, ask.size.get())
+                let value = self.tree.xattr(node, one_name(&name)?)?;
+                value.and_then(|value| self.put_sized(value.ok_or(Errno::NODATA)?, ask.size.get()))
             }
             op::LISTXATTR => {
                 let node = node()?;
                 let ask: abi::XattrSize = read_struct(request)?;
                 let names = self.tree.xattrs(node)?;
-                self.put_sized(names, ask.size.get())
+                names.and_then(|names| self.put_sized(names, ask.size.get()))
             }
-            op::STATFS => self.put(&abi::Statfs {
+            op::STATFS => Ok(self.put(Recorded::constant(abi::Statfs {
                 block_size: 4096.into(),
                 fragment_size: 4096.into(),
                 name_length: 255.into(),
                 ..Default::default()
-            }),
+            }))),
             op::DESTROY => {
                 self.reset();
-                Ok(Reply::Bytes)
+                Ok(Recorded::constant(Reply::Bytes))
             }
             op::SETATTR
             | op::SYMLINK
@@ -197,19 +200,22 @@ impl Server {
             | op::CREATE
             | op::TMPFILE
             | op::FALLOCATE
-            | op::COPY_FILE_RANGE => Err(Errno::ROFS),
-            _ => Err(Errno::NOSYS),
+            | op::COPY_FILE_RANGE => Err(Refusal::constant(Errno::ROFS)),
+            _ => Err(Refusal::constant(Errno::NOSYS)),
         }
     }
 
-    fn init<B: Bitmap + 'static>(&mut self, request: &mut Readable<'_, B>) -> Result<Reply, Errno> {
+    fn init<B: Bitmap + 'static>(
+        &mut self,
+        request: &mut Readable<'_, B>,
+    ) -> Result<Recorded<Reply>, Refusal> {
         let ask: abi::InitIn = read_struct(request)?;
         let mut out = abi::InitOut { major: abi::VERSION.into(), ..Default::default() };
         match ask.major.get() {
             // A newer driver asks again with this version.
-            major if major > abi::VERSION => return self.put(&out),
+            major if major > abi::VERSION => return Ok(self.put(Recorded::constant(out))),
             abi::VERSION if ask.minor.get() >= abi::OLDEST_MINOR => {}
-            _ => return Err(Errno::PROTO),
+            _ => return Err(Refusal::constant(Errno::PROTO)),
         }
         self.reset();
         self.started = true;
@@ -229,70 +235,52 @@ impl Server {
         out.max_write = 4096.into();
         out.time_granularity = 1.into();
         out.max_pages = 256.into();
-        self.put(&out)
+        Ok(self.put(Recorded::constant(out)))
     }
 
-    fn lookup(&mut self, directory: NodeId, body: &[u8], room: usize) -> Result<Reply, Errno> {
+    fn lookup(&mut self, directory: NodeId, body: &[u8], room: usize) -> Result<Recorded<Reply>, Refusal> {
         let name = one_name(body)?;
         if name.len() > NAME_BYTES {
-            return Err(Errno::NAMETOOLONG);
+            return Err(Refusal::constant(Errno::NAMETOOLONG));
         }
         if matches!(name, b"" | b"." | b"..") || name.contains(&b'/') {
-            return Err(Errno::INVAL);
+            return Err(Refusal::constant(Errno::INVAL));
         }
         if room < size_of::<abi::EntryOut>() {
-            return Err(Errno::IO);
+            return Err(Refusal::constant(Errno::IO));
         }
-        let Some(node) = self.tree.lookup(directory, name)? else {
-            if directory == NodeId::TOP {
-                return Err(Errno::NOENT);
-            }
-            return self.put(&abi::EntryOut { entry_valid: FOR_EVER.into(), ..Default::default() });
-        };
-        let entry = self.entry(node)?;
-        self.put(&entry)
+        let entry = self.tree.lookup(directory, name)?.and_then(|found| match found {
+            Found::Node { nodeid, attr, is_share } => Ok(abi::EntryOut {
+                nodeid: nodeid.into(),
+                entry_valid: if is_share { 0 } else { FOR_EVER }.into(),
+                attr_valid: FOR_EVER.into(),
+                attr,
+                ..Default::default()
+            }),
+            Found::Absent => Ok(abi::EntryOut { entry_valid: FOR_EVER.into(), ..Default::default() }),
+            Found::NoShare => Err(Errno::NOENT),
+        });
+        Ok(self.put(entry?))
     }
 
-    /// What names a node, counted as a lookup.
-    fn entry(&mut self, node: NodeId) -> Result<abi::EntryOut, Errno> {
-        let attr = self.tree.attributes(node)?;
-        self.tree.hold(node);
-        let entry_valid = if self.tree.is_share(node) { 0 } else { FOR_EVER };
-        Ok(abi::EntryOut {
-            nodeid: node.to_fuse().into(),
-            entry_valid: entry_valid.into(),
-            attr_valid: FOR_EVER.into(),
-            attr,
-            ..Default::default()
-        })
-    }
-
-    /// Positions: 0 is before `.`, 1 after it, 2 after `..`, then the children in their order.
-    fn list(&mut self, directory: NodeId, ask: &abi::ReadIn, room: usize) -> Result<Reply, Errno> {
-        if self.tree.kind(directory) != Kind::Directory {
-            return Err(Errno::NOTDIR);
-        }
+    fn list(
+        &mut self,
+        directory: NodeId,
+        ask: &abi::ReadIn,
+        room: usize,
+    ) -> Result<Recorded<Reply>, Refusal> {
         let most = (ask.size.get() as usize).min(room).min(MOST_ANSWER_BYTES);
         let answer = &mut self.answer;
-        let mut offset = ask.offset.get();
-        let dots = [b".".as_slice(), b".."].into_iter().zip(self.tree.dot_inodes(directory));
         let mut fits = true;
-        for (dot, inode) in dots.skip(usize::try_from(offset).unwrap_or(2)) {
-            offset += 1;
-            fits = fits && push_entry(answer, most, dot, inode, Kind::Directory, offset);
-        }
-        if fits {
-            self.tree.list(directory, offset.saturating_sub(2), |name, inode, kind| {
-                offset = offset.saturating_add(1);
-                fits = push_entry(answer, most, name, inode, kind, offset);
-                fits
-            })?;
-        }
+        let listed = self.tree.list(directory, ask.offset.get(), |name, inode, kind, next| {
+            fits = push_entry(answer, most, name, inode, kind, next);
+            fits
+        })?;
         // An empty answer would say that there is nothing more.
-        if !fits && answer.is_empty() { Err(Errno::INVAL) } else { Ok(Reply::Bytes) }
+        listed.and_then(|()| if !fits && answer.is_empty() { Err(Errno::INVAL) } else { Ok(Reply::Bytes) })
     }
 
-    fn batch_forget<B: Bitmap + 'static>(&mut self, request: &mut Readable<'_, B>) -> Reply {
+    fn batch_forget<B: Bitmap + 'static>(&mut self, request: &mut Readable<'_, B>) {
         // The count that is claimed does not matter: what is there is taken.
         if let Some(_count) = request.read_array::<8>() {
             while let Some(bytes) = request.read_array::<16>() {
@@ -301,25 +289,28 @@ impl Server {
                 }
             }
         }
-        Reply::None
     }
 
-    fn put(&mut self, answer: &(impl IntoBytes + zerocopy::Immutable)) -> Result<Reply, Errno> {
-        self.answer.extend_from_slice(answer.as_bytes());
-        Ok(Reply::Bytes)
+    fn put(&mut self, answer: Recorded<impl IntoBytes + zerocopy::Immutable>) -> Recorded<Reply> {
+        answer.map(|answer| {
+            self.answer.extend_from_slice(answer.as_bytes());
+            Reply::Bytes
+        })
+    }
+
+    fn put_bytes(&mut self, answer: Vec<u8>) -> Reply {
+        self.answer = answer;
+        Reply::Bytes
     }
 
     /// Answers with `value`, or with its size where `room` is 0.
     fn put_sized(&mut self, value: Vec<u8>, room: u32) -> Result<Reply, Errno> {
         let size = u32::try_from(value.len()).map_err(|_| Errno::TOOBIG)?;
         if room == 0 {
-            return self.put(&abi::XattrSize { size: size.into(), padding: 0.into() });
+            let size = abi::XattrSize { size: size.into(), padding: 0.into() };
+            return Ok(self.put_bytes(size.as_bytes().to_vec()));
         }
-        if size > room {
-            return Err(Errno::RANGE);
-        }
-        self.answer = value;
-        Ok(Reply::Bytes)
+        if size > room { Err(Errno::RANGE) } else { Ok(self.put_bytes(value)) }
     }
 }
 
@@ -353,19 +344,19 @@ fn push_entry(answer: &mut Vec<u8>, most: usize, name: &[u8], inode: u64, kind: 
     fits
 }
 
-fn read_struct<T: FromBytes, B: Bitmap + 'static>(request: &mut Readable<'_, B>) -> Result<T, Errno> {
+fn read_struct<T: FromBytes, B: Bitmap + 'static>(request: &mut Readable<'_, B>) -> Result<T, Refusal> {
     let mut bytes = [0; 64];
-    let bytes = bytes.get_mut(..size_of::<T>()).ok_or(Errno::INVAL)?;
+    let bytes = bytes.get_mut(..size_of::<T>()).ok_or(Refusal::constant(Errno::INVAL))?;
     if request.read(bytes) < bytes.len() {
-        return Err(Errno::INVAL);
+        return Err(Refusal::constant(Errno::INVAL));
     }
-    T::read_from_bytes(bytes).map_err(|_| Errno::INVAL)
+    T::read_from_bytes(bytes).map_err(|_| Refusal::constant(Errno::INVAL))
 }
 
 /// All that is left of the request.
-fn read_body<B: Bitmap + 'static>(request: &mut Readable<'_, B>) -> Result<Vec<u8>, Errno> {
+fn read_body<B: Bitmap + 'static>(request: &mut Readable<'_, B>) -> Result<Vec<u8>, Refusal> {
     if request.remaining_bytes() > MOST_BODY_BYTES {
-        return Err(Errno::NAMETOOLONG);
+        return Err(Refusal::constant(Errno::NAMETOOLONG));
     }
     let mut body = vec![0; request.remaining_bytes()];
     let read = request.read(&mut body);
@@ -374,9 +365,9 @@ fn read_body<B: Bitmap + 'static>(request: &mut Readable<'_, B>) -> Result<Vec<u
 }
 
 /// The name in a body that is one name and its final zero byte.
-fn one_name(body: &[u8]) -> Result<&[u8], Errno> {
+fn one_name(body: &[u8]) -> Result<&[u8], Refusal> {
     match body.split_last() {
         Some((0, name)) if !name.contains(&0) => Ok(name),
-        _ => Err(Errno::INVAL),
+        _ => Err(Refusal::constant(Errno::INVAL)),
     }
 }

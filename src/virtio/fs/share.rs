@@ -41,7 +41,7 @@ pub fn is_name(name: &[u8]) -> bool {
 }
 
 /// What only a share with real attributes shows, and the number of a device node.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Extra {
     /// Owner.
     pub uid: u32,
@@ -70,6 +70,11 @@ impl Extra {
             blocks: u64::try_from(stat.st_blocks).unwrap_or(0),
             atime: (stat.st_atime.cast_unsigned(), u32::try_from(stat.st_atime_nsec).unwrap_or(0)),
         }
+    }
+
+    /// Major and minor number of a device node: new_decode_dev() of Linux.
+    pub fn device_number(&self) -> (u32, u32) {
+        (self.rdev >> 8 & 0xfff, self.rdev & 0xff | self.rdev >> 12 & 0xf_ff00)
     }
 }
 

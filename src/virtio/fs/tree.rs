@@ -1,24 +1,28 @@
 //! The tree a guest sees: shares by name in a synthetic directory, the index beneath them, the record.
 //!
 //! Works on nodes and names and knows no FUSE. A guest's name is compared with names in the index and goes
-//! nowhere else. Every function that gives something away notes it in the record first. Called by the server
-//! (for the guest) and by the control side (shares come and go, the record is taken).
+//! nowhere else. What a guest may be told leaves as [`Recorded`] or [`Refusal`] only, errors of the host
+//! included. Called by the server (for the guest) and by the control side (shares come and go, the record is
+//! taken).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use kiln_digest::Digest;
 use rustix::fs::Stat;
 use rustix::io::Errno;
 
 use super::abi;
 use super::host::{self, Handles, Open};
 use super::index::{Full, Index, NodeId};
-use super::record::{
-    Change, Changed, Entry, Fingerprint, Kind, Missed, Observed, PART_BYTES, PART_PATHS, PathBytes,
-    RecordPart,
-};
+use super::missed::Missed;
+use super::record::{Change, Fingerprint, Kind, Observed};
+use super::recorded::{Changes, Recorded, Refusal};
 use super::share::{Attributes, Extra, InodeNames, Share, is_name};
+
+mod export;
 
 /// Why a share cannot be added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -49,6 +53,23 @@ struct Mounted {
     root: NodeId,
 }
 
+/// What a name stands for.
+pub enum Found {
+    /// A node, counted as a lookup.
+    Node {
+        /// The number by which the driver knows it from now on.
+        nodeid: u64,
+        /// What stat(2) shows.
+        attr: abi::Attr,
+        /// True for the directory of a share, whose name may come and go.
+        is_share: bool,
+    },
+    /// Nothing, and there will be nothing.
+    Absent,
+    /// Nothing, but there may be a share of that name one day.
+    NoShare,
+}
+
 /// Everything behind one fs device.
 pub struct Tree {
     index: Index,
@@ -56,28 +77,29 @@ pub struct Tree {
     by_name: BTreeMap<Box<[u8]>, u16>,
     handles: Handles,
     extras: BTreeMap<u32, Extra>,
+    /// Inode numbers that a listing shows, where stat(2) shows another: mount points.
+    listed_inodes: BTreeMap<NodeId, u64>,
     missed: Missed,
-    changed: BTreeMap<NodeId, Change>,
+    changes: Changes,
+    /// What extended attributes were shown, of nodes that have any.
+    xattrs: BTreeMap<NodeId, Digest>,
     generation: u32,
 }
 
-impl From<Full> for Errno {
-    fn from(_: Full) -> Self {
-        Errno::NFILE
-    }
-}
-
 impl Tree {
-    /// A tree without shares, that keeps at most `open_files` descriptors of theirs open.
-    pub fn new(open_files: usize) -> Self {
+    /// A tree without shares, that keeps at most `open_files` descriptors of theirs open, and `missed_bytes` of
+    /// names that are not there.
+    pub fn new(open_files: usize, missed_bytes: usize) -> Self {
         Self {
             index: Index::new(),
             shares: Vec::new(),
             by_name: BTreeMap::new(),
             handles: Handles::new(open_files),
             extras: BTreeMap::new(),
-            missed: Missed::default(),
-            changed: BTreeMap::new(),
+            listed_inodes: BTreeMap::new(),
+            missed: Missed::new(missed_bytes),
+            changes: Changes::default(),
+            xattrs: BTreeMap::new(),
             generation: 0,
         }
     }
@@ -93,7 +115,7 @@ impl Tree {
         if self.by_name.contains_key(name) {
             return Err(AddShareError::Exists);
         }
-        let stat = rustix::fs::fstat(&share.directory).map_err(AddShareError::Stat)?;
+        let stat = host::stat_of(&share.directory).map_err(AddShareError::Stat)?;
         if host::kind_of(stat.st_mode) != Some(Kind::Directory) {
             return Err(AddShareError::NotDirectory);
         }
@@ -146,19 +168,15 @@ impl Tree {
         true
     }
 
-    /// The node the driver calls `nodeid`.
+    /// The node the driver calls `nodeid`. It was told what stat(2) shows of it and of all directories above.
     ///
     /// # Errors
     /// ESTALE where the driver does not hold it, or its share is gone.
-    pub fn held(&self, nodeid: u64) -> Result<NodeId, Errno> {
-        let node = self.index.held(nodeid).ok_or(Errno::STALE)?;
+    pub fn held(&self, nodeid: u64) -> Result<NodeId, Refusal> {
+        let stale = Refusal::constant(Errno::STALE);
+        let node = self.index.held(nodeid).ok_or(stale)?;
         let gone = node != NodeId::TOP && self.share(node).is_none_or(|share| share.directory.is_none());
-        if gone { Err(Errno::STALE) } else { Ok(node) }
-    }
-
-    /// Counts one lookup, for an answer that names the node.
-    pub fn hold(&mut self, node: NodeId) {
-        self.index.hold(node);
+        if gone { Err(stale) } else { Ok(node) }
     }
 
     /// Gives lookups back. A number that names nothing is ignored, as FORGET has no answer.
@@ -173,30 +191,37 @@ impl Tree {
         self.index.forget_all();
     }
 
-    /// The node called `name` in `directory`; `None` where there is none, which is noted too.
+    /// What is called `name` in `directory`.
     ///
     /// # Errors
-    /// What the host said where it would not answer; this is noted as well.
-    pub fn lookup(&mut self, directory: NodeId, name: &[u8]) -> Result<Option<NodeId>, Errno> {
+    /// ENOTDIR where it is no directory, EIO where an absence cannot be noted, or what the host said where it
+    /// would not answer.
+    pub fn lookup(&mut self, directory: NodeId, name: &[u8]) -> Result<Recorded<Found>, Refusal> {
         if directory == NodeId::TOP {
-            return Ok(self.by_name.get(name).map(|place| self.shares[usize::from(*place)].root));
+            let root = self.by_name.get(name).map(|place| self.shares[usize::from(*place)].root);
+            return root.map_or(Ok(Recorded::constant(Found::NoShare)), |root| self.found(root));
         }
         self.fill(directory)?;
-        let Some(node) = self.index.child(directory, name) else {
-            self.missed.insert(directory.place(), name);
-            return Ok(None);
-        };
-        self.state(node)?;
-        Ok(Some(node))
+        match self.index.child(directory, name) {
+            Some(node) => self.found(node),
+            None => Recorded::absence(&mut self.missed, directory, name, Found::Absent),
+        }
+    }
+
+    fn found(&mut self, node: NodeId) -> Result<Recorded<Found>, Refusal> {
+        let attr = self.attributes(node)?;
+        self.index.hold(node);
+        let is_share = self.index.parent(node) == NodeId::TOP;
+        Ok(attr.map(|attr| Found::Node { nodeid: node.to_fuse(), attr, is_share }))
     }
 
     /// The attributes of a node.
     ///
     /// # Errors
-    /// As [`Tree::lookup`].
-    pub fn attributes(&mut self, node: NodeId) -> Result<abi::Attr, Errno> {
+    /// What the host said where it would not answer.
+    pub fn attributes(&mut self, node: NodeId) -> Result<Recorded<abi::Attr>, Refusal> {
         if node == NodeId::TOP {
-            return Ok(abi::Attr {
+            return Ok(Recorded::constant(abi::Attr {
                 ino: 1.into(),
                 mode: 0o40555.into(),
                 nlink: 1.into(),
@@ -204,42 +229,62 @@ impl Tree {
                 mtime_nanos: (self.generation % 1_000_000_000).into(),
                 block_size: 4096.into(),
                 ..Default::default()
-            });
+            }));
         }
         let seen = self.state(node)?;
         let kind = self.index.kind(node);
         let mut observed = Observed::METADATA;
         observed.set(Observed::CONTENT, kind == Kind::Regular && seen.size_bytes == 0);
-        self.index.observe(node, observed);
         let extra = self.extras.get(&node.place()).copied().unwrap_or_default();
         let inode = self.inode(node);
-        let share = self.share(node).ok_or(Errno::STALE)?;
-        Ok(share.attributes.show(inode, &seen, kind, extra))
+        let share = self.share(node).ok_or(Refusal::constant(Errno::STALE))?;
+        let attr = share.attributes.show(inode, &seen, kind, extra);
+        Ok(Recorded::observation(&mut self.index, node, observed, attr))
     }
 
-    /// Entries of a directory from position `from` on: `each` gets name, inode number and kind, and returns
-    /// false when it wants no more.
+    /// Entries of a directory from position `from` on: `each` gets name, inode number, kind and the position
+    /// behind the entry, and returns false when it wants no more. Position 0 is before `.`, 1 after it, 2 after
+    /// `..`, then come the children in their order.
     ///
     /// # Errors
-    /// As [`Tree::lookup`]; ENOTDIR where it is not a directory.
+    /// As [`Tree::lookup`].
     pub fn list(
         &mut self,
         directory: NodeId,
         from: u64,
-        mut each: impl FnMut(&[u8], u64, Kind) -> bool,
-    ) -> Result<(), Errno> {
+        mut each: impl FnMut(&[u8], u64, Kind, u64) -> bool,
+    ) -> Result<Recorded<()>, Refusal> {
+        self.fill(directory)?;
+        let recorded = if directory == NodeId::TOP {
+            // The numbers of directories are told here.
+            self.by_name.values().for_each(|place| {
+                self.index.observe(self.shares[usize::from(*place)].root, Observed::METADATA);
+            });
+            Recorded::constant(())
+        } else {
+            Recorded::observation(&mut self.index, directory, Observed::LISTING, ())
+        };
+        let mut next = from;
+        let mut wanted = true;
+        let mut give = |name: &[u8], inode, kind| {
+            next = next.saturating_add(1);
+            wanted = wanted && each(name, inode, kind, next);
+            wanted
+        };
+        let dots = [b".".as_slice(), b".."].into_iter().zip(self.dot_inodes(directory));
+        for (dot, inode) in dots.skip(usize::try_from(from).unwrap_or(2)) {
+            give(dot, inode, Kind::Directory);
+        }
+        let from = from.saturating_sub(2);
         if directory == NodeId::TOP {
-            let from = usize::try_from(from).unwrap_or(usize::MAX);
-            for (name, place) in self.by_name.iter().skip(from) {
+            for (name, place) in self.by_name.iter().skip(usize::try_from(from).unwrap_or(usize::MAX)) {
                 let inode = self.inode(self.shares[usize::from(*place)].root);
-                if !each(name, inode, Kind::Directory) {
+                if !give(name, inode, Kind::Directory) {
                     break;
                 }
             }
-            return Ok(());
+            return Ok(recorded);
         }
-        self.fill(directory)?;
-        self.index.observe(directory, Observed::LISTING);
         let numbers = match self.share(directory) {
             Some(share) if share.attributes != Attributes::Real => {
                 Some(InodeNames::within(&share.name, &self.index.path(directory)))
@@ -248,155 +293,101 @@ impl Tree {
         };
         for child in self.index.children(directory, from) {
             let name = self.index.name(child);
-            let inode = match &numbers {
-                Some(numbers) => numbers.number(name),
-                None => self.index.inode(child),
-            };
-            if !each(name, inode, self.index.kind(child)) {
+            let inode = numbers.as_ref().map_or_else(|| self.listed_inode(child), |names| names.number(name));
+            if !give(name, inode, self.index.kind(child)) {
                 break;
             }
         }
-        Ok(())
+        Ok(recorded)
     }
 
     /// The inode number that stat(2) shows for a directory, and for its parent.
-    pub fn dot_inodes(&self, directory: NodeId) -> [u64; 2] {
-        if directory == NodeId::TOP {
-            return [1, 1];
-        }
-        let parent = self.index.parent(directory);
-        [self.inode(directory), if parent == NodeId::TOP { 1 } else { self.inode(parent) }]
+    fn dot_inodes(&self, directory: NodeId) -> [u64; 2] {
+        let number = |node| if node == NodeId::TOP { 1 } else { self.inode(node) };
+        [number(directory), number(self.index.parent(directory))]
     }
 
-    /// A regular file, opened for reading.
+    /// Lets `read` read at most `wanted` bytes at `offset` of a regular file, and gives how many it says came.
     ///
     /// # Errors
-    /// EISDIR and EINVAL where it is none, otherwise as [`Tree::lookup`].
-    pub fn content(&mut self, node: NodeId) -> Result<Arc<OwnedFd>, Errno> {
-        match self.kind(node) {
+    /// EISDIR and EINVAL where it is none, otherwise as [`Tree::attributes`].
+    pub fn read(
+        &mut self,
+        node: NodeId,
+        offset: u64,
+        wanted: usize,
+        read: impl FnOnce(BorrowedFd<'_>) -> io::Result<usize>,
+    ) -> Result<Recorded<usize>, Refusal> {
+        match self.index.kind(node) {
             Kind::Regular => {}
-            Kind::Directory => return Err(Errno::ISDIR),
-            _ => return Err(Errno::INVAL),
+            Kind::Directory => return Err(Refusal::constant(Errno::ISDIR)),
+            _ => return Err(Refusal::constant(Errno::INVAL)),
         }
-        self.index.observe(node, Observed::CONTENT);
-        self.open(node)
+        let recorded = Recorded::observation(&mut self.index, node, Observed::CONTENT, ());
+        let file = self.open(node)?;
+        let count = read(file.as_fd()).map_err(|error| {
+            let error = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+            Refusal::change(&mut self.changes, node, Change::Unreadable, error)
+        })?;
+        let size_bytes = self.index.fingerprint(node).map_or(0, |seen| seen.size_bytes);
+        if (count as u64) < (wanted as u64).min(size_bytes.saturating_sub(offset)) {
+            // The driver fills up with zeroes what a file lacks.
+            self.changes.note(node, Change::Modified);
+        }
+        Ok(recorded.map(|()| count))
     }
 
     /// The text of a link.
     ///
     /// # Errors
-    /// EINVAL where it is none, otherwise as [`Tree::lookup`].
-    pub fn link_text(&mut self, node: NodeId) -> Result<Vec<u8>, Errno> {
-        if self.kind(node) != Kind::Link {
-            return Err(Errno::INVAL);
+    /// EINVAL where it is none, otherwise as [`Tree::attributes`].
+    pub fn link_text(&mut self, node: NodeId) -> Result<Recorded<Vec<u8>>, Refusal> {
+        if self.index.kind(node) != Kind::Link {
+            return Err(Refusal::constant(Errno::INVAL));
         }
-        self.index.observe(node, Observed::CONTENT);
+        let recorded = Recorded::observation(&mut self.index, node, Observed::CONTENT, ());
         let link = self.open_uncached(node, Open::Name)?;
-        let text = rustix::fs::readlinkat(&link, "", Vec::new())?;
-        Ok(text.into_bytes())
+        let text = rustix::fs::readlinkat(&link, "", Vec::new()).map_err(|error| self.failed(node, error))?;
+        Ok(recorded.map(|()| text.into_bytes()))
     }
 
     /// The names of a node's extended attributes, sorted, each ended by a zero byte.
     ///
     /// # Errors
-    /// As [`Tree::lookup`].
-    pub fn xattrs(&mut self, node: NodeId) -> Result<Vec<u8>, Errno> {
-        let Some(file) = self.xattr_file(node)? else { return Ok(Vec::new()) };
-        let names = host::list_xattrs(&file)?;
-        let mut sorted: Vec<&[u8]> = names.split_inclusive(|byte| *byte == 0).collect();
-        sorted.sort_unstable();
-        Ok(sorted.concat())
+    /// As [`Tree::attributes`].
+    pub fn xattrs(&mut self, node: NodeId) -> Result<Recorded<Vec<u8>>, Refusal> {
+        Ok(self.all_xattrs(node, b"")?.map(|(names, _)| names))
     }
 
     /// The value of the extended attribute `name` of a node, `None` where it has none of that name. The name
-    /// is compared with the host's list; only a name from there is asked for.
+    /// is compared with the host's list; only names from there are asked for.
     ///
     /// # Errors
-    /// As [`Tree::lookup`].
-    pub fn xattr(&mut self, node: NodeId, name: &[u8]) -> Result<Option<Vec<u8>>, Errno> {
-        let Some(file) = self.xattr_file(node)? else { return Ok(None) };
-        let names = host::list_xattrs(&file)?;
-        match names.split(|byte| *byte == 0).find(|listed| !name.is_empty() && *listed == name) {
-            Some(listed) => host::xattr(&file, listed).map(Some),
-            None => Ok(None),
-        }
+    /// As [`Tree::attributes`].
+    pub fn xattr(&mut self, node: NodeId, name: &[u8]) -> Result<Recorded<Option<Vec<u8>>>, Refusal> {
+        Ok(self.all_xattrs(node, name)?.map(|(_, value)| value))
     }
 
-    fn xattr_file(&mut self, node: NodeId) -> Result<Option<Arc<OwnedFd>>, Errno> {
+    /// The names of a node's extended attributes, and the value of the one called `name`. All are read and
+    /// hashed each time, so that the record has what was shown.
+    fn all_xattrs(&mut self, node: NodeId, name: &[u8]) -> Result<Recorded<Xattrs>, Refusal> {
         if node == NodeId::TOP {
-            return Ok(None);
+            return Ok(Recorded::constant((Vec::new(), None)));
         }
-        self.index.observe(node, Observed::XATTRS);
-        let can_have = matches!(self.kind(node), Kind::Regular | Kind::Directory);
+        let recorded = Recorded::observation(&mut self.index, node, Observed::XATTRS, ());
+        let can_have = matches!(self.index.kind(node), Kind::Regular | Kind::Directory);
         if !can_have || self.index.no_xattrs(node) {
-            return Ok(None);
+            return Ok(recorded.map(|()| (Vec::new(), None)));
         }
         let file = self.open(node)?;
-        if host::list_xattrs(&file)?.is_empty() {
+        let (names, value, digest) = host::xattrs(&file, name).map_err(|error| self.failed(node, error))?;
+        let shown = self.xattrs.get(&node).copied();
+        if names.is_empty() && shown.is_none() {
             self.index.set_no_xattrs(node);
-            return Ok(None);
+        } else if *self.xattrs.entry(node).or_insert(digest) != digest {
+            self.changes.note(node, Change::Modified);
         }
-        Ok(Some(file))
-    }
-
-    /// What a node is.
-    pub fn kind(&self, node: NodeId) -> Kind {
-        self.index.kind(node)
-    }
-
-    /// True for the directory of a share, whose name may come and go.
-    pub fn is_share(&self, node: NodeId) -> bool {
-        node != NodeId::TOP && self.index.parent(node) == NodeId::TOP
-    }
-
-    /// Looks again at everything that is open or was listed, and notes what has changed since the guest was
-    /// told. To be called when the guest's run is over, before [`Tree::export`].
-    pub fn settle(&mut self) {
-        let listed: Vec<NodeId> =
-            self.index.all().filter(|node| self.index.observed(*node).contains(Observed::LISTING)).collect();
-        for node in listed {
-            if self.share(node).is_some_and(|share| share.directory.is_some())
-                && let Ok(directory) = self.open(node)
-                && let Ok(stat) = rustix::fs::fstat(&directory)
-            {
-                self.compare(node, &stat);
-            }
-        }
-        while let Some((place, file)) = self.handles.oldest() {
-            self.look_again(place, &file);
-        }
-    }
-
-    /// Gives the record to `give`, in parts, and stops at its first error.
-    ///
-    /// # Errors
-    /// What `give` fails with.
-    pub fn export<E>(&self, mut give: impl FnMut(RecordPart) -> Result<(), E>) -> Result<(), E> {
-        let in_share = |place: usize, node: NodeId| usize::from(self.index.share(node)) == place;
-        for (place, share) in self.shares.iter().enumerate() {
-            give(RecordPart::Share(PathBytes(share.name.to_vec())))?;
-            let entries = self.index.all().filter(|node| in_share(place, *node));
-            let entries = entries.filter(|node| !self.index.observed(*node).is_empty());
-            let entries = entries.map(|node| Entry {
-                path: PathBytes(self.index.path(node)),
-                kind: self.index.kind(node),
-                observed: self.index.observed(node),
-                fingerprint: self.index.fingerprint(node).unwrap_or_default(),
-            });
-            in_parts(entries, |entry| entry.path.0.len(), |part| give(RecordPart::Entries(part)))?;
-            let missed = self.missed.iter().filter_map(|(directory, name)| {
-                let directory = self.index.at(directory).filter(|node| in_share(place, *node))?;
-                let path = self.index.path(directory);
-                let separator: &[u8] = if path.is_empty() { b"" } else { b"/" };
-                Some(PathBytes([&path, separator, name].concat()))
-            });
-            in_parts(missed, |path| path.0.len(), |part| give(RecordPart::Missed(part)))?;
-            let changed = self.changed.iter().filter(|(node, _)| in_share(place, **node));
-            let changed =
-                changed.map(|(node, what)| Changed { path: PathBytes(self.index.path(*node)), what: *what });
-            in_parts(changed, |entry| entry.path.0.len(), |part| give(RecordPart::Changed(part)))?;
-        }
-        give(RecordPart::End { complete: !self.missed.overflowed() })
+        Ok(recorded.map(|()| (names, value)))
     }
 
     fn share(&self, node: NodeId) -> Option<&Mounted> {
@@ -413,83 +404,92 @@ impl Tree {
         }
     }
 
+    /// The inode number that a listing of a share with real attributes shows.
+    fn listed_inode(&self, node: NodeId) -> u64 {
+        self.listed_inodes.get(&node).copied().unwrap_or_else(|| self.index.inode(node))
+    }
+
     /// Makes sure the children of a directory are known.
-    fn fill(&mut self, directory: NodeId) -> Result<(), Errno> {
-        if self.kind(directory) != Kind::Directory {
-            return Err(Errno::NOTDIR);
+    fn fill(&mut self, directory: NodeId) -> Result<(), Refusal> {
+        if self.index.kind(directory) != Kind::Directory {
+            return Err(Refusal::constant(Errno::NOTDIR));
         }
-        if self.index.filled(directory) {
+        if directory == NodeId::TOP || self.index.filled(directory) {
             return Ok(());
         }
         let handle = self.open(directory)?;
         let names = self.index.name_bytes();
-        let result = (|| {
-            // What is compared at the end is what stood there when the listing began.
-            let stat = rustix::fs::fstat(&handle)?;
-            let before = self.index.fingerprint(directory);
-            let shows_times = self.share(directory).is_some_and(|share| share.attributes == Attributes::Real);
-            if shows_times || before.is_some_and(|before| before.mode != stat.st_mode) {
-                self.compare(directory, &stat);
-            } else {
-                self.index.set_fingerprint(directory, &host::fingerprint_of(&stat))?;
-            }
-            let mut children = Vec::new();
-            let above = self.hides_in(directory);
-            host::list(handle.as_fd(), |name, kind, inode| {
-                let path = above.as_ref().map(|above| [above, name].concat());
-                let hidden = |path: &Vec<u8>| {
-                    self.share(directory).is_some_and(|share| share.hidden.contains(path.as_slice()))
-                };
-                if path.as_ref().is_some_and(hidden) {
-                    return Ok(());
-                }
-                children.push(self.index.listed(name, kind, inode)?);
-                Ok(())
-            })?;
-            Ok(self.index.fill(directory, children)?)
-        })();
-        result.inspect_err(|_| {
+        self.fill_from(directory, &handle).map_err(|error| {
             self.index.drop_names(names);
-            self.note_change(directory, Change::Unreadable);
+            Refusal::change(&mut self.changes, directory, Change::Unreadable, error)
         })
     }
 
+    fn fill_from(&mut self, directory: NodeId, handle: &OwnedFd) -> Result<(), Errno> {
+        // What is compared at the end is what stood there when the listing began.
+        let stat = host::stat_of(handle)?;
+        let before = self.index.fingerprint(directory);
+        if self.is_real(directory) || before.is_some_and(|before| before.mode != stat.st_mode) {
+            self.compare(directory, &stat);
+        } else {
+            self.index.set_fingerprint(directory, &host::fingerprint_of(&stat))?;
+        }
+        let mut children = Vec::new();
+        let above = self.hides_in(directory);
+        host::list(handle.as_fd(), |name, kind, inode| {
+            let path = above.as_ref().map(|above| [above, name].concat());
+            let hidden = |path: &Vec<u8>| {
+                self.share(directory).is_some_and(|share| share.hidden.contains(path.as_slice()))
+            };
+            if path.as_ref().is_some_and(hidden) {
+                return Ok(());
+            }
+            children.push(self.index.listed(name, kind, inode)?);
+            Ok(())
+        })?;
+        Ok(self.index.fill(directory, children)?)
+    }
+
     /// Makes sure it is known what a file looks like.
-    fn state(&mut self, node: NodeId) -> Result<Fingerprint, Errno> {
+    fn state(&mut self, node: NodeId) -> Result<Fingerprint, Refusal> {
         if let Some(seen) = self.index.fingerprint(node) {
             return Ok(seen);
         }
         let directory = self.open(self.index.parent(node))?;
-        let stat = match host::stat_at(&directory, self.index.name(node)) {
-            Ok(stat) => stat,
-            Err(error) => return Err(self.failed(node, error)),
-        };
-        if host::kind_of(stat.st_mode) != Some(self.kind(node)) {
-            self.note_change(node, Change::Replaced);
-            return Err(Errno::STALE);
+        let stat = host::stat_at(&directory, self.index.name(node));
+        let stat = stat.map_err(|error| self.failed(node, error))?;
+        if host::kind_of(stat.st_mode) != Some(self.index.kind(node)) {
+            return Err(Refusal::change(&mut self.changes, node, Change::Replaced, Errno::STALE));
         }
-        self.keep_stat(node, &stat)?;
+        self.keep_stat(node, &stat).map_err(|full| self.failed(node, full.into()))?;
         Ok(host::fingerprint_of(&stat))
     }
 
     fn keep_stat(&mut self, node: NodeId, stat: &Stat) -> Result<(), Full> {
+        let listed = self.index.inode(node);
         self.index.set_fingerprint(node, &host::fingerprint_of(stat))?;
-        let real = self.share(node).is_some_and(|share| share.attributes == Attributes::Real);
-        if real {
+        if self.is_real(node) {
             self.extras.insert(node.place(), Extra::of(stat));
-        } else if matches!(self.kind(node), Kind::Character | Kind::Block) {
+            if listed != stat.st_ino && self.index.parent(node) != NodeId::TOP {
+                self.listed_inodes.insert(node, listed);
+            }
+        } else if matches!(self.index.kind(node), Kind::Character | Kind::Block) {
             let rdev = Extra::of(stat).rdev;
             self.extras.insert(node.place(), Extra { rdev, ..Default::default() });
         }
         Ok(())
     }
 
+    fn is_real(&self, node: NodeId) -> bool {
+        self.share(node).is_some_and(|share| share.attributes == Attributes::Real)
+    }
+
     /// A regular file or directory, open, from the cache or opened now.
-    fn open(&mut self, node: NodeId) -> Result<Arc<OwnedFd>, Errno> {
+    fn open(&mut self, node: NodeId) -> Result<Arc<OwnedFd>, Refusal> {
         if let Some(handle) = self.handles.get(node.place()) {
             return Ok(handle);
         }
-        let how = if self.kind(node) == Kind::Directory { Open::Directory } else { Open::Regular };
+        let how = if self.index.kind(node) == Kind::Directory { Open::Directory } else { Open::Regular };
         let handle = Arc::new(self.open_uncached(node, how)?);
         while self.handles.full() {
             self.close_oldest();
@@ -498,37 +498,35 @@ impl Tree {
         Ok(handle)
     }
 
-    fn open_uncached(&mut self, node: NodeId, how: Open) -> Result<OwnedFd, Errno> {
+    fn open_uncached(&mut self, node: NodeId, how: Open) -> Result<OwnedFd, Refusal> {
+        let parent = self.index.parent(node);
+        let beside = how != Open::Directory && parent != NodeId::TOP;
+        let directory = if beside { Some(self.open(parent)?) } else { None };
         let opened = loop {
-            match self.open_once(node, how) {
+            let share = self.share(node).and_then(|share| share.directory.as_ref());
+            let opened = match (&directory, share) {
+                (Some(directory), _) => host::open_beneath(directory, self.index.name(node), how),
+                (None, Some(share)) => host::open_beneath(share, &self.index.path(node), how),
+                (None, None) => return Err(Refusal::constant(Errno::STALE)),
+            };
+            match opened {
                 // The process has no descriptor left: give up one of ours, and fail only when there is none.
                 Err(Errno::MFILE | Errno::NFILE) if self.close_oldest() => {}
                 Err(error) => return Err(self.failed(node, error)),
                 Ok(opened) => break opened,
             }
         };
-        let stat = rustix::fs::fstat(&opened)?;
+        let stat = rustix::fs::fstat(&opened).map_err(|error| self.failed(node, error))?;
         let seen = self.index.fingerprint(node);
         let same = seen.is_none_or(|seen| (seen.device, seen.inode) == (stat.st_dev, stat.st_ino));
-        if !same || host::kind_of(stat.st_mode) != Some(self.kind(node)) {
-            self.note_change(node, Change::Replaced);
-            return Err(Errno::STALE);
+        if !same || host::kind_of(stat.st_mode) != Some(self.index.kind(node)) {
+            return Err(Refusal::change(&mut self.changes, node, Change::Replaced, Errno::STALE));
         }
         // A directory's times say that entries came or went, which matters only where it was listed.
         if how != Open::Directory {
             self.compare(node, &stat);
         }
         Ok(opened)
-    }
-
-    fn open_once(&mut self, node: NodeId, how: Open) -> Result<OwnedFd, Errno> {
-        let parent = self.index.parent(node);
-        if how != Open::Directory && parent != NodeId::TOP {
-            let directory = self.open(parent)?;
-            return host::open_beneath(&directory, self.index.name(node), how);
-        }
-        let share = self.share(node).and_then(|share| share.directory.as_ref()).ok_or(Errno::STALE)?;
-        host::open_beneath(share, &self.index.path(node), how)
     }
 
     fn close_oldest(&mut self) -> bool {
@@ -540,7 +538,7 @@ impl Tree {
     /// Notes whether an open file has changed, before it is closed.
     fn look_again(&mut self, place: u32, file: &OwnedFd) {
         let Some(node) = self.index.at(place) else { return };
-        if self.kind(node) == Kind::Regular
+        if self.index.kind(node) == Kind::Regular
             && let Ok(stat) = rustix::fs::fstat(file)
         {
             self.compare(node, &stat);
@@ -550,44 +548,27 @@ impl Tree {
     fn compare(&mut self, node: NodeId, stat: &Stat) {
         let now = host::fingerprint_of(stat);
         if self.index.fingerprint(node).is_some_and(|seen| seen != now) {
-            self.note_change(node, Change::Modified);
+            self.changes.note(node, Change::Modified);
         }
-    }
-
-    fn note_change(&mut self, node: NodeId, what: Change) {
-        self.changed.entry(node).or_insert(what);
     }
 
     /// Notes that the host refused, and says what the guest is told.
-    fn failed(&mut self, node: NodeId, error: Errno) -> Errno {
-        match error {
-            Errno::NOENT => self.note_change(node, Change::Vanished),
+    fn failed(&mut self, node: NodeId, error: Errno) -> Refusal {
+        let (what, error) = match error {
+            Errno::NOENT => (Change::Vanished, error),
             // A link or something else stands where a file or directory was listed.
-            Errno::LOOP | Errno::NOTDIR | Errno::XDEV => {
-                self.note_change(node, Change::Replaced);
-                return Errno::STALE;
-            }
-            Errno::STALE => {}
-            _ => self.note_change(node, Change::Unreadable),
-        }
-        error
+            Errno::LOOP | Errno::NOTDIR | Errno::XDEV | Errno::STALE => (Change::Replaced, Errno::STALE),
+            _ => (Change::Unreadable, error),
+        };
+        Refusal::change(&mut self.changes, node, what, error)
     }
 }
 
-/// Gives `items` in parts of at most [`PART_PATHS`] and about [`PART_BYTES`].
-fn in_parts<T, E>(
-    items: impl Iterator<Item = T>,
-    length_of: impl Fn(&T) -> usize,
-    mut give: impl FnMut(Vec<T>) -> Result<(), E>,
-) -> Result<(), E> {
-    let (mut part, mut bytes) = (Vec::new(), 0);
-    for item in items {
-        bytes += length_of(&item);
-        part.push(item);
-        if part.len() == PART_PATHS || bytes >= PART_BYTES {
-            give(std::mem::take(&mut part))?;
-            bytes = 0;
-        }
+/// Names of extended attributes, each ended by a zero byte, and the value that was asked for.
+type Xattrs = (Vec<u8>, Option<Vec<u8>>);
+
+impl From<Full> for Errno {
+    fn from(_: Full) -> Self {
+        Errno::NFILE
     }
-    if part.is_empty() { Ok(()) } else { give(part) }
 }

@@ -131,9 +131,9 @@ fn a_device_process_serves_its_guest_and_hands_the_record_to_its_parent() {
     drop(machine.vsock);
     let record = machine.client.finish().expect("record");
     let share = &record.shares[0];
-    assert!(record.complete && share.changed.is_empty());
+    assert!(!record.full && share.changed.is_empty());
     assert_eq!(share.missed.iter().map(|path| path.to_string()).collect::<Vec<_>>(), ["missing"]);
-    assert_eq!(share.entries.last().map(|entry| entry.observed), Some(Observed::METADATA));
+    assert_eq!(share.entries.iter().last().map(|entry| entry.observed), Some(Observed::METADATA));
     assert_eq!(machine.client.finish().expect("record"), record);
     drop(machine.client);
     machine.process.join().expect("thread").expect("a parent that hangs up ends the process");

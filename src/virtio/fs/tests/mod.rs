@@ -1,6 +1,7 @@
 //! A guest that speaks FUSE, for the tests of the fs device.
 
 mod hostile;
+mod interference;
 mod record;
 mod shown;
 
@@ -32,7 +33,11 @@ pub struct Guest {
 impl Guest {
     /// A guest whose driver has not said INIT yet.
     pub fn silent(open_files: usize) -> Self {
-        let (device, shares) = Fs::new(Settings { open_files, ..Settings::default() });
+        Self::with(Settings { open_files, ..Settings::default() })
+    }
+
+    pub fn with(settings: Settings<'_>) -> Self {
+        let (device, shares) = Fs::new(settings);
         Self { memory: memory(), ring: Ring::new(1, 256), device, shares, unique: 0 }
     }
 
