@@ -29,6 +29,13 @@ pub enum Stream {
     Stderr,
 }
 
+/// The beginning of a `Failed` text that is about the root itself, not about what is made around it.
+pub const ABOUT_ROOT: &str = "mounting the root";
+
+/// The folder of the initramfs with the modules of file systems that are loaded when one is to be mounted: in each
+/// folder of it, named as the file system is, in the order of their names.
+pub const FILESYSTEMS_FOLDER: &str = "filesystems";
+
 /// Where a mounted tree comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {

@@ -3,6 +3,7 @@
 mod config;
 mod doctor;
 mod kernel;
+mod root;
 mod run;
 mod show;
 
@@ -78,6 +79,8 @@ enum Verb {
     Run(Box<run::RunArguments>),
     /// Fetch, verify and lock the kernel that machines boot
     Kernel(kernel::KernelArguments),
+    /// List, show, compare and remove the roots in the store
+    Root(root::RootArguments),
     /// Say what this host can do, by doing it, and how to get what is missing
     Doctor(doctor::DoctorArguments),
     /// Print every setting and where it was set
@@ -176,6 +179,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Ok(run::run(&arguments, flags))
         }
         Verb::Kernel(arguments) => kernel::kernel(&arguments, &open(flags)?),
+        Verb::Root(arguments) => root::root(&arguments, open(flags)),
         Verb::Doctor(arguments) => match open(flags) {
             Ok(host) => doctor::doctor(&host, &arguments),
             Err(failure) => Ok(doctor::no_store(&failure)),

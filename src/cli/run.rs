@@ -39,7 +39,8 @@ Examples:
       -- sh -c './configure && make && cp libz.a $WORK/'
   kiln run --root file:rootfs.tar.xz --clock fixed --timeout 10m -- /build.sh")]
 pub(super) struct RunArguments {
-    /// Where / comes from: debian:SUITE+PKG,PKG… or dir:PATH or file:ARCHIVE.tar[.gz|.xz|.zst] or live:PATH
+    /// Where / comes from: debian:SUITE+PKG,PKG…, dir:PATH, file:ARCHIVE.tar[.gz|.xz|.zst], file:IMAGE (squashfs
+    /// or erofs) or live:PATH
     #[arg(long, value_name = "ROOT", default_value = "debian:bookworm")]
     root: String,
     /// Source tree, read-only at /ws/PROJECT [env: SRCDIR] [default: /ws/PROJECT, else the recipe's folder]

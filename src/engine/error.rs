@@ -8,6 +8,10 @@ use super::merge::MergeError;
 use crate::agent::{SessionError, TransferError};
 use crate::machine::{Death, MachineError};
 use crate::plan::{EnvError, OutputError, show_bytes};
+use crate::root::Filesystem;
+
+/// Linux's number for a file system that the kernel does not have.
+const ENODEV: i32 = 19;
 
 /// A run that kiln could not carry through.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +48,17 @@ pub enum RunError {
         /// What a machine needs.
         needed: String,
         /// What failed for want of it, as it seems.
+        #[source]
+        source: SessionError,
+    },
+    /// The guest's kernel does not mount the root.
+    #[error("the root `{root}` cannot be mounted")]
+    Root {
+        /// The root, as the step names it.
+        root: String,
+        /// What is on its image.
+        filesystem: Filesystem,
+        /// What the guest's kernel says.
         #[source]
         source: SessionError,
     },
@@ -99,6 +114,14 @@ impl RunError {
                 Some("--limit outputs=SIZE and --limit files=COUNT allow more".to_owned())
             }
             Self::BareKernel { .. } => Some("name the folder of its modules with --modules DIR".to_owned()),
+            Self::Root { filesystem, source: SessionError::Failed { errno, .. }, .. } => {
+                Some(match errno.raw_os_error() {
+                    Some(ENODEV) => format!("this kernel has no {filesystem}: see --kernel and --modules"),
+                    _ => {
+                        format!("the image is damaged, or uses what this kernel's {filesystem} does not know")
+                    }
+                })
+            }
             Self::Died { death: Death::Panicked(line), .. } if line.to_lowercase().contains("memory") => {
                 Some("--memory gives the machine more memory".to_owned())
             }

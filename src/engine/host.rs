@@ -85,7 +85,8 @@ impl HostError {
             Self::LockFolder { .. } => Some("name another place with --lock FILE or KILN_LOCK".to_owned()),
             Self::Debian(error) => error.hint(),
             Self::Root(error) => error.hint(),
-            _ => None,
+            Self::Store(error) => error.hint(),
+            Self::Bundle(_) => None,
         }
     }
 }

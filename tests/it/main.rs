@@ -12,6 +12,7 @@ mod inputs;
 mod jail;
 mod merge;
 mod qemu;
+mod roots;
 mod settings;
 mod usage;
 mod wire;

@@ -217,33 +217,54 @@ fn soon(seconds: u64, what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// A run whose QEMU says nothing and does not end, once it has started; with all processes beneath kiln.
-fn hanging(host: &Host) -> (Child, Vec<u32>) {
-    // In its jail it can only show that it has come so far by what it becomes.
-    let program = host.script("qemu", &format!("{VERSION_10}\nexec sleep 1000"));
-    let child = command(host, &program)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("kiln can be started");
-    soon(60, "QEMU is started", || qemu_of(child.id()).is_some());
-    let processes = descendants(child.id());
-    assert!(processes.len() >= 2, "QEMU and the device process: {processes:?}");
-    (child, processes)
+/// A run whose QEMU says nothing and does not end, once it has started.
+pub struct Hanging {
+    /// kiln.
+    pub child: Child,
+    /// All processes beneath kiln.
+    processes: Vec<u32>,
+}
+
+impl Hanging {
+    /// Starts it on a host that has a kernel, an agent, a root and a source tree.
+    pub fn start(host: &Host) -> Self {
+        // In its jail it can only show that it has come so far by what it becomes.
+        let program = host.script("qemu", &format!("{VERSION_10}\nexec sleep 1000"));
+        let child = command(host, &program)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("kiln can be started");
+        soon(60, "QEMU is started", || qemu_of(child.id()).is_some());
+        let processes = descendants(child.id());
+        assert!(processes.len() >= 2, "QEMU and the device process: {processes:?}");
+        Self { child, processes }
+    }
+
+    /// Kills kiln, and nothing beneath it.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("kiln runs");
+        self.child.wait().expect("kiln is ours");
+    }
+
+    /// Asserts that all that was started ends within two seconds.
+    pub fn is_gone(&self) {
+        for process in &self.processes {
+            soon(2, &format!("process {process} is gone"), || !is_alive(*process));
+        }
+    }
 }
 
 #[test]
 fn nothing_outlives_kiln_whatever_ends_it() {
     for signal in [Signal::KILL, Signal::INT, Signal::TERM, Signal::HUP] {
         let host = host();
-        let (mut child, processes) = hanging(&host);
-        let pid = Pid::from_child(&child);
+        let mut running = Hanging::start(&host);
+        let pid = Pid::from_child(&running.child);
         rustix::process::kill_process(pid, signal).expect("kiln runs");
-        let status = child.wait().expect("kiln is ours");
+        let status = running.child.wait().expect("kiln is ours");
         assert!(!status.success(), "{status}");
-        for process in processes {
-            soon(2, &format!("process {process} is gone after {signal:?}"), || !is_alive(process));
-        }
+        running.is_gone();
         host.is_swept();
     }
 }
@@ -251,12 +272,10 @@ fn nothing_outlives_kiln_whatever_ends_it() {
 #[test]
 fn a_machine_that_is_gone_takes_its_device_process_along() {
     let host = host();
-    let (mut child, processes) = hanging(&host);
-    let qemu = qemu_of(child.id()).expect("it was started").cast_signed();
+    let mut running = Hanging::start(&host);
+    let qemu = qemu_of(running.child.id()).expect("it was started").cast_signed();
     rustix::process::kill_process(Pid::from_raw(qemu).expect("not 0"), Signal::KILL).expect("QEMU runs");
-    assert_eq!(child.wait().expect("kiln is ours").code(), Some(125));
-    for process in processes {
-        soon(2, &format!("process {process} is gone"), || !is_alive(process));
-    }
+    assert_eq!(running.child.wait().expect("kiln is ours").code(), Some(125));
+    running.is_gone();
     host.is_untouched();
 }
