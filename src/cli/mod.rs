@@ -1,8 +1,10 @@
 //! The command line: clap types, one file a verb family, and output rendering. No logic.
 
+mod choice;
 mod config;
 mod doctor;
 mod kernel;
+mod manual;
 mod root;
 mod run;
 mod show;
@@ -11,6 +13,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+
+use choice::Choice;
 
 use crate::engine::{Host, HostError, RunError};
 use crate::machine::MachineError;
@@ -56,8 +60,8 @@ struct Global {
     /// Lock file [env: KILN_LOCK] [default: kiln.lock beside kiln.toml, else here]
     #[arg(long, global = true, value_name = "FILE")]
     lock: Option<PathBuf>,
-    /// auto, kvm, qemu or tcg [env: KILN_BACKEND] [default: auto]
-    #[arg(long, global = true, value_name = "BACKEND")]
+    /// What runs machines [env: KILN_BACKEND] [default: auto]
+    #[arg(long, global = true, value_name = "BACKEND", value_parser = Choice(&["auto", "kvm", "qemu", "tcg"]))]
     backend: Option<String>,
     /// Debian mirror [env: KILN_DEBIAN_MIRROR] [default: the host's APT sources]
     #[arg(long, global = true, value_name = "URL")]
@@ -85,6 +89,10 @@ enum Verb {
     Doctor(doctor::DoctorArguments),
     /// Print every setting and where it was set
     Config(config::ConfigArguments),
+    /// Print what completes kiln's arguments in a shell
+    Completion(manual::CompletionArguments),
+    /// Print the manual page, or write those of all verbs
+    Man(manual::ManArguments),
 }
 
 /// kiln itself failed.
@@ -185,6 +193,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Err(failure) => Ok(doctor::no_store(&failure)),
         },
         Verb::Config(arguments) => config::config(&arguments, Settings::read(flags)?),
+        Verb::Completion(arguments) => manual::completion(&arguments),
+        Verb::Man(arguments) => manual::man(&arguments),
     }
 }
 

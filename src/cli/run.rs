@@ -10,6 +10,7 @@ use clap::Args;
 use kiln_wire::{Outcome, Stream};
 use serde_json::{Value, json};
 
+use super::choice::Choice;
 use super::kernel::KernelFlags;
 use super::show::{self, Form, GuestOutput, Narrator, line};
 use super::{CANNOT, Failure, USAGE};
@@ -88,11 +89,11 @@ pub(super) struct RunArguments {
     /// How long it has between SIGTERM and SIGKILL
     #[arg(long, value_name = "TIME", default_value = "10s")]
     grace: String,
-    /// host, or fixed: the clock starts at SOURCE_DATE_EPOCH
-    #[arg(long, value_name = "CLOCK", default_value = "host")]
+    /// The host's, or one that starts at SOURCE_DATE_EPOCH
+    #[arg(long, value_name = "CLOCK", default_value = "host", value_parser = Choice(&["host", "fixed"]))]
     clock: String,
-    /// fixed, or real: what files of shares show as owner and time
-    #[arg(long, value_name = "WHAT", default_value = "fixed")]
+    /// What files of shares show as owner and time
+    #[arg(long, value_name = "WHAT", default_value = "fixed", value_parser = Choice(&["fixed", "real"]))]
     attributes: String,
     #[command(flatten)]
     kernel: KernelFlags,
@@ -105,11 +106,11 @@ pub(super) struct RunArguments {
     /// Offer virtualisation to the guest
     #[arg(long)]
     nested: bool,
-    /// What carries messages between host and guest: serial or vsock
-    #[arg(long, value_name = "CARRIER", default_value = "serial")]
+    /// What carries messages between host and guest
+    #[arg(long, value_name = "CARRIER", default_value = "serial", value_parser = Choice(&["serial", "vsock"]))]
     wire: String,
-    /// Fail unless this holds: kvm or jail
-    #[arg(long, value_name = "WHAT")]
+    /// Fail unless this holds
+    #[arg(long, value_name = "WHAT", value_parser = Choice(&["kvm", "jail"]))]
     require: Vec<String>,
     /// The code is not trusted: demand hardware virtualisation and a whole jail
     #[arg(long)]

@@ -10,6 +10,7 @@ mod folder;
 mod host;
 mod inputs;
 mod jail;
+mod manual;
 mod merge;
 mod qemu;
 mod roots;

@@ -10,6 +10,7 @@ use clap::{Args, Subcommand};
 use kiln_digest::Digest;
 use serde_json::{Value, json};
 
+use super::choice::Choice;
 use super::show::line;
 use super::{FAILED, Failure, USAGE};
 use crate::engine::Host;
@@ -62,8 +63,9 @@ enum RootVerb {
         /// Another
         #[arg(value_name = "B")]
         new: String,
-        /// Leave out what differs in nothing else: kind, content, mode, owner, time, xattrs or links
-        #[arg(long, value_name = "ASPECT")]
+        /// Leave out what differs in nothing else
+        #[arg(long, value_name = "ASPECT",
+            value_parser = Choice(&["kind", "content", "mode", "owner", "time", "xattrs", "links"]))]
         ignore: Vec<String>,
         /// As JSON
         #[arg(long)]
