@@ -3,6 +3,7 @@
 mod choice;
 mod config;
 mod doctor;
+mod interrupt;
 mod kernel;
 mod manual;
 mod root;
@@ -39,7 +40,8 @@ Examples:
   kiln config                                     every setting and where it was set
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 this host cannot do it. `kiln run` gives the command's own
-status; 124 timed out, 125 kiln failed, 126 not executable, 127 not found, 128+N killed by signal N.")]
+status; 124 timed out, 125 kiln failed, 126 not executable, 127 not found, 128+N killed by signal N,
+or interrupted by it.")]
 struct Cli {
     #[command(flatten)]
     global: Global,

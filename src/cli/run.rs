@@ -11,6 +11,7 @@ use kiln_wire::{Outcome, Stream};
 use serde_json::{Value, json};
 
 use super::choice::Choice;
+use super::interrupt::Interrupts;
 use super::kernel::KernelFlags;
 use super::show::{self, Form, GuestOutput, Narrator, line};
 use super::{CANNOT, Failure, USAGE};
@@ -295,6 +296,8 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
         check_reads(path)?;
     }
     let host = Host::open(Settings::read(flags)?)?;
+    let interrupts = Interrupts::watch(&host.settings.work.value, host.store.temporary(), arguments.json);
+    let interrupts = interrupts.map_err(|error| Failure::new(&error, None, super::FAILED))?;
     let input: Option<Box<dyn Read + Send>> =
         if arguments.stdin { Some(Box::new(io::stdin())) } else { None };
     let mut narrator = Narrator::new(arguments.quiet || arguments.json);
@@ -307,6 +310,7 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
     }
     let mut phases: Vec<(Phase, Duration)> = Vec::new();
     let mut show_event = |event: Event<'_>| {
+        interrupts.note(&event);
         if let Event::Phase(phase, time) = event {
             phases.push((phase, time));
         }
@@ -330,7 +334,11 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
         Err(RunError::Session(SessionError::Output(error))) if error.kind() == io::ErrorKind::BrokenPipe => {
             return Ok(SIGPIPE_STATUS);
         }
-        other => other?,
+        Err(error) => {
+            interrupts.settle();
+            return Err(error.into());
+        }
+        Ok(report) => report,
     };
     if let Err(error) = output.finish()
         && error.kind() == io::ErrorKind::BrokenPipe

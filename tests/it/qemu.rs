@@ -270,6 +270,44 @@ fn nothing_outlives_kiln_whatever_ends_it() {
 }
 
 #[test]
+fn an_interrupted_run_says_what_it_was_doing_and_that_work_is_unchanged() {
+    for (signal, name, code) in
+        [(Signal::INT, "SIGINT", 130), (Signal::TERM, "SIGTERM", 143), (Signal::HUP, "SIGHUP", 129)]
+    {
+        let host = host();
+        let mut running = Hanging::start(&host);
+        rustix::process::kill_process(Pid::from_child(&running.child), signal).expect("kiln runs");
+        let mut said = String::new();
+        let stderr = running.child.stderr.take().expect("it is piped");
+        std::io::Read::read_to_string(&mut std::io::BufReader::new(stderr), &mut said).expect("text");
+        assert_eq!(running.child.wait().expect("kiln is ours").code(), Some(code), "{said}");
+        running.is_gone();
+        let work = host.path("work").display().to_string();
+        assert_eq!(
+            said,
+            format!(
+                "kiln: error: interrupted by {name} while booting the machine; WORK `{work}` is unchanged\n"
+            )
+        );
+        // Not even for the next kiln to sweep.
+        host.is_untouched();
+    }
+}
+
+#[test]
+fn a_signal_that_was_ignored_when_kiln_was_started_is_ignored() {
+    let host = host();
+    let program = host.script("qemu", &format!("{VERSION_10}\nkill -HUP $PPID; exit 1"));
+    let command = command(&host, &program);
+    let mut nohup = Command::new("nohup");
+    nohup.arg(command.get_program()).args(command.get_args()).current_dir(host.root()).env_clear();
+    for (name, value) in command.get_envs() {
+        value.map(|value| nohup.env(name, value));
+    }
+    Told::by(&mut nohup).fails(125, &["died at start"]);
+}
+
+#[test]
 fn a_machine_that_is_gone_takes_its_device_process_along() {
     let host = host();
     let mut running = Hanging::start(&host);
