@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
@@ -231,6 +232,14 @@ impl Host {
     /// [`ArchiveError`] where neither a setting nor the host says.
     pub fn debian_mirror(&self) -> Result<String, ArchiveError> {
         self.archive.mirror(crate::root::debian::DEFAULT_KERNEL_SUITE)
+    }
+
+    /// The mirror of Debian packages, if it answers within `patience`.
+    ///
+    /// # Errors
+    /// [`ArchiveError`] where there is none, or none that answers.
+    pub fn probe_debian_mirror(&self, patience: Duration) -> Result<String, ArchiveError> {
+        self.archive.probe(crate::root::debian::DEFAULT_KERNEL_SUITE, patience)
     }
 
     /// The agent's digest, after putting it into the store.

@@ -40,7 +40,10 @@ fn nothing_outlives_a_kiln_that_is_killed_in_the_middle_of_a_run() {
             host.is_swept(group);
         } else {
             // The machine's death, where it got the signal too, is not what is told.
-            told.ends(128 + signal.as_raw(), &["interrupted by SIG", "while running the command", "unchanged"]);
+            told.ends(
+                128 + signal.as_raw(),
+                &["interrupted by SIG", "while running the command", "unchanged"],
+            );
             assert_eq!(told.stderr.matches("kiln: error: ").count(), 1, "{told:?}");
             host.is_clean(group);
         }

@@ -5,6 +5,7 @@
 
 mod boundary;
 mod debian;
+mod doctor;
 #[path = "../folder/mod.rs"]
 mod folder;
 mod host;

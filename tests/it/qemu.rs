@@ -195,21 +195,21 @@ fn descendants(pid: u32) -> Vec<u32> {
     found.split_off(1)
 }
 
-/// The process beneath `kiln` that [`hanging`]'s QEMU has become.
+/// The process beneath `kiln` that [`Hanging`]'s QEMU has become.
 fn qemu_of(kiln: u32) -> Option<u32> {
     let is_sleep =
         |pid: &u32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|words| words == b"sleep\x001000\0");
     descendants(kiln).into_iter().find(is_sleep)
 }
 
-fn is_alive(pid: u32) -> bool {
+pub fn is_alive(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // A zombie is dead; whoever inherited it takes its time.
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }
 
 /// Asks again until `condition` holds, at most `seconds` long.
-fn soon(seconds: u64, what: &str, mut condition: impl FnMut() -> bool) {
+pub fn soon(seconds: u64, what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(seconds);
     while !condition() {
         assert!(Instant::now() < deadline, "not within {seconds} s: {what}");
