@@ -9,6 +9,7 @@ mod manual;
 mod root;
 mod run;
 mod show;
+mod verdict;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -32,7 +32,12 @@ pub enum Ended {
     /// It ran to an end.
     Ran(Outcome, Usage),
     /// It could not be started.
-    NotStarted(io::Error),
+    NotStarted {
+        /// The guest kernel's word.
+        error: io::Error,
+        /// What stands in the way of a program that is there, in the agent's words; empty where nothing is known.
+        why: String,
+    },
 }
 
 impl Ended {
@@ -242,7 +247,7 @@ impl Talk<'_> {
         let _ = events(Event::Phase(Phase::Command, self.stopwatch.lap()));
         let ended = match end {
             ExecEnd::Ran(outcome, usage) => Ended::Ran(outcome, usage),
-            ExecEnd::NotStarted(error) => Ended::NotStarted(error),
+            ExecEnd::NotStarted { error, why } => Ended::NotStarted { error, why },
         };
         let mut collection = None;
         if ended.is_success() {

@@ -190,7 +190,8 @@ impl Workshop<'_> {
             ExecEnd::Ran(Outcome::Exit(code), _) => Some(format!("exit status {code}")),
             ExecEnd::Ran(Outcome::Signal(signal), _) => Some(format!("killed by signal {signal}")),
             ExecEnd::Ran(Outcome::TimedOut, _) => Some(format!("not done after {} s", TIMEOUT.as_secs())),
-            ExecEnd::NotStarted(error) => Some(error.to_string()),
+            ExecEnd::NotStarted { error, why } if why.is_empty() => Some(error.to_string()),
+            ExecEnd::NotStarted { why, .. } => Some(why),
         };
         if let Some(how) = how {
             let said = crate::plan::harmless(&said);
