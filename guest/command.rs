@@ -18,7 +18,7 @@ use crate::failure::cut;
 use crate::link::Link;
 use crate::meter::Meter;
 use crate::program::Program;
-use crate::reap::{self, Ends, Kill, Refusal, Stage, Verdict};
+use crate::reap::{self, Ends, Kill, MAX_REFUSAL_BYTES, Refusal, Stage, Verdict};
 use crate::sys::{self, Fork};
 
 /// Room in the pipes of standard output and error: fewer, larger reads. More would only let the command run further
@@ -180,10 +180,14 @@ impl Command {
         if self.outputs.iter().any(|(_, fd)| fd.is_some()) {
             return false;
         }
-        link.queue(&match self.refusal {
-            Some(Refusal { stage: Stage::Program, errno }) => FromAgent::ExecFailed { id: self.id, errno },
+        link.queue(&match &self.refusal {
+            Some(Refusal { stage: Stage::Program, errno, why }) => {
+                FromAgent::ExecFailed { id: self.id, errno: *errno, why: cut(why.clone()) }
+            }
             // Not the program's fault: what it was to run in could not be made.
-            Some(Refusal { stage, errno }) => FromAgent::Failed { what: cut(self.attempt(stage)), errno },
+            Some(Refusal { stage, errno, .. }) => {
+                FromAgent::Failed { what: cut(self.attempt(*stage)), errno: *errno }
+            }
             None => FromAgent::Exited { id: self.id, outcome: self.outcome(verdict), usage: self.usage },
         });
         true
@@ -212,13 +216,14 @@ impl Command {
     /// The report pipe ends when the program is executed; before that it tells why it was not.
     fn read_report(&mut self, link: &mut Link) {
         let Some(report) = &self.report else { return };
-        let mut bytes = [0; 3];
-        match read(report, &mut bytes) {
+        let mut bytes = [0; MAX_REFUSAL_BYTES];
+        let length = match read(report, &mut bytes) {
             Err(Errno::AGAIN | Errno::INTR) => return,
-            Ok(3) => {
-                self.refusal = Some(Refusal::decode(bytes));
-            }
-            _ => link.queue(&FromAgent::Started { id: self.id }),
+            result => result.unwrap_or_default(),
+        };
+        self.refusal = Refusal::decode(bytes.get(..length).unwrap_or_default());
+        if self.refusal.is_none() {
+            link.queue(&FromAgent::Started { id: self.id });
         }
         self.report = None;
     }

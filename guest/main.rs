@@ -14,6 +14,7 @@ mod link;
 mod meter;
 mod modules;
 mod mounts;
+mod obstacle;
 mod place;
 mod program;
 mod reap;

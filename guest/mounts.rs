@@ -2,7 +2,9 @@
 //! attached (fsopen(2), open_tree(2), move_mount(2)). Targets are descriptors, so nothing is resolved twice.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 
+use kiln_wire::FILESYSTEMS_FOLDER;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -11,7 +13,7 @@ use rustix::mount::{
 };
 
 use crate::failure::{Doing, Failure};
-use crate::sys;
+use crate::{modules, sys};
 
 /// Mounts are read-only, and devices on them are dead, for whatever comes from outside the machine.
 pub const READ_ONLY_SHARE: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV;
@@ -62,15 +64,21 @@ fn kernel_words(context: &OwnedFd) -> String {
     words
 }
 
-/// The file system on a block device.
+/// The file system on a block device. Its modules are loaded first, where the initramfs has some.
 ///
 /// # Errors
 /// Those of [`filesystem`].
 pub fn disk(device: &str, kind: &str, read_only: bool) -> Result<OwnedFd, Failure> {
-    if read_only {
+    let complaints = modules::load_folder(&Path::new("/").join(FILESYSTEMS_FOLDER).join(kind));
+    let mounted = if read_only {
         filesystem(kind, &[("source", device), ("ro", "")], MountAttrFlags::MOUNT_ATTR_RDONLY)
     } else {
         filesystem(kind, &[("source", device)], MountAttrFlags::empty())
+    };
+    // What could not be loaded explains why the kernel does not know the file system, and nothing else.
+    match (mounted, complaints.into_iter().next()) {
+        (Err(Failure { errno: Errno::NODEV, .. }), Some(complaint)) => Err(complaint),
+        (mounted, _) => mounted,
     }
 }
 

@@ -1,10 +1,13 @@
 //! What a command's process executes: arguments and environment as execve(2) takes them, and the paths to try.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, OsStr};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use kiln_wire::Exec;
 use rustix::io::Errno;
 
+use crate::obstacle;
 use crate::sys::{self, StringArray};
 
 /// Where a program is looked for when the environment has no PATH (confstr(3), `_CS_PATH`).
@@ -55,6 +58,15 @@ impl Program {
             }
         }
         reason
+    }
+}
+
+impl Program {
+    /// Why the first candidate that is there cannot be executed, beyond what `errno` says; empty where nothing is known.
+    pub fn obstacle(&self, errno: Errno) -> String {
+        let paths = self.candidates.iter().map(|path| Path::new(OsStr::from_bytes(path.to_bytes())));
+        let mut there = paths.filter(|path| path.symlink_metadata().is_ok());
+        there.find_map(|path| obstacle::of(path, errno)).unwrap_or_default()
     }
 }
 

@@ -32,13 +32,18 @@ pub struct Ends {
 }
 
 /// Why a command could not be started.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     /// What was being done.
     pub stage: Stage,
     /// Linux errno.
     pub errno: u16,
+    /// What stands in the way, in words, where more than the errno is known.
+    pub why: String,
 }
+
+/// Most bytes of a [`Refusal`]: what a pipe takes at once (PIPE_BUF).
+pub const MAX_REFUSAL_BYTES: usize = 4096;
 
 /// The steps on the way to a command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,20 +61,25 @@ pub enum Stage {
 
 impl Refusal {
     /// As bytes on the report pipe.
-    fn encode(self) -> [u8; 3] {
+    fn encode(&self) -> Vec<u8> {
         let [low, high] = self.errno.to_le_bytes();
-        [self.stage as u8, low, high]
+        let mut bytes = vec![self.stage as u8, low, high];
+        bytes.extend_from_slice(self.why.as_bytes());
+        bytes.truncate(MAX_REFUSAL_BYTES);
+        bytes
     }
 
-    /// From bytes off the report pipe.
-    pub fn decode([stage, low, high]: [u8; 3]) -> Self {
+    /// From bytes off the report pipe; none where there are too few.
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let [stage, low, high, why @ ..] = bytes else { return None };
         let stage = match stage {
             0 => Stage::World,
             1 => Stage::Process,
             2 => Stage::Folder,
             _ => Stage::Program,
         };
-        Self { stage, errno: u16::from_le_bytes([low, high]) }
+        let why = String::from_utf8_lossy(why).into_owned();
+        Some(Self { stage, errno: u16::from_le_bytes([*low, *high]), why })
     }
 }
 
@@ -131,9 +141,10 @@ impl Verdict {
 /// Runs as init of new pid, mount and ipc namespaces: the life of a command, start to end.
 pub fn run(program: &Program, ends: &Ends) -> ! {
     let refuse = |stage, errno: Errno| -> ! {
+        let why = if stage == Stage::Program { program.obstacle(errno) } else { String::new() };
         let errno = crate::failure::errno_number(errno);
         // If even this cannot be written, the agent sees a command that ended without a verdict.
-        let _ = write(&ends.report, &Refusal { stage, errno }.encode());
+        let _ = write(&ends.report, &Refusal { stage, errno, why }.encode());
         sys::exit(127)
     };
     // Priority is not inherited. If it cannot be had, time-outs are late under load, no more.
@@ -245,9 +256,10 @@ mod tests {
         for verdict in [Verdict::Exit(3), Verdict::Signal(9)] {
             assert_eq!(Verdict::decode(verdict.encode()), verdict);
         }
+        assert_eq!(Refusal::decode(&[1, 2]), None);
         for stage in [Stage::World, Stage::Process, Stage::Folder, Stage::Program] {
-            let refusal = Refusal { stage, errno: 400 };
-            assert_eq!(Refusal::decode(refusal.encode()), refusal);
+            let refusal = Refusal { stage, errno: 400, why: "no loader".to_owned() };
+            assert_eq!(Refusal::decode(&refusal.encode()), Some(refusal));
         }
     }
 

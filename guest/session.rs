@@ -166,7 +166,8 @@ impl Session {
             }
             Err(error) => {
                 self.link.queue(&FromAgent::Log(cut(format!("command {}: {error}", exec.id))));
-                self.link.queue(&FromAgent::ExecFailed { id: exec.id, errno: errno_number(error.0) });
+                let errno = errno_number(error.0);
+                self.link.queue(&FromAgent::ExecFailed { id: exec.id, errno, why: String::new() });
             }
         }
         Ok(())

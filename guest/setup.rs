@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::Path;
 
-use kiln_wire::{Access, Clock, Mount, SHARES_TAG, Setup, Source};
+use kiln_wire::{ABOUT_ROOT, Access, Clock, Mount, SHARES_TAG, Setup, Source};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, XattrFlags, openat, utimensat};
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
@@ -50,8 +50,10 @@ pub fn make(setup: &Setup) -> Result<World, Failure> {
     mount_layers(setup.layer_bytes)?;
 
     let mut maker = Maker { shares: None, lowers: 0, layers: Vec::new(), direct: Vec::new() };
-    let lower = maker.lower(&setup.root)?;
-    let root = maker.layered(lower, b"/")?;
+    let about_root =
+        |failure: Failure| Failure::new(format!("{ABOUT_ROOT}: {}", failure.what), failure.errno);
+    let lower = maker.lower(&setup.root).map_err(about_root)?;
+    let root = maker.layered(lower, b"/").map_err(about_root)?;
     mounts::attach_at(&root, ROOT_PATH)?;
     let root = StepRoot::open(ROOT_PATH)?;
     mount_system(&root)?;

@@ -46,10 +46,11 @@ impl FromAgent {
                 w = Writer::new(STARTED);
                 w.u32(*id);
             }
-            Self::ExecFailed { id, errno } => {
+            Self::ExecFailed { id, errno, why } => {
                 w = Writer::new(EXEC_FAILED);
                 w.u32(*id);
                 w.u16(*errno);
+                w.text(why);
             }
             Self::Output { id, stream, data } => {
                 w = Writer::with_room(OUTPUT, data.len());
@@ -114,7 +115,11 @@ impl FromAgent {
             SETUP_DONE => Self::SetupDone,
             FAILED => Self::Failed { what: r.text("failure")?, errno: r.u16("errno")? },
             STARTED => Self::Started { id: r.u32("command id")? },
-            EXEC_FAILED => Self::ExecFailed { id: r.u32("command id")?, errno: r.u16("errno")? },
+            EXEC_FAILED => Self::ExecFailed {
+                id: r.u32("command id")?,
+                errno: r.u16("errno")?,
+                why: r.text("obstacle")?,
+            },
             OUTPUT => Self::Output {
                 id: r.u32("command id")?,
                 stream: match r.u8("stream")? {

@@ -9,7 +9,7 @@
 //! 5. host → `PowerOff`; agent syncs, answers `Bye` and powers off.
 
 /// The version of this protocol. Host and agent are installed together, so there is no negotiation.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// The vsock port on the host (CID 2) that an agent connects to when its carrier is vsock.
 pub const AGENT_VSOCK_PORT: u32 = 1024;
@@ -28,6 +28,13 @@ pub enum Stream {
     /// File descriptor 2.
     Stderr,
 }
+
+/// The beginning of a `Failed` text that is about the root itself, not about what is made around it.
+pub const ABOUT_ROOT: &str = "mounting the root";
+
+/// The folder of the initramfs with the modules of file systems that are loaded when one is to be mounted: in each
+/// folder of it, named as the file system is, in the order of their names.
+pub const FILESYSTEMS_FOLDER: &str = "filesystems";
 
 /// Where a mounted tree comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -289,6 +296,8 @@ pub enum FromAgent {
         id: u32,
         /// Linux errno of execve: ENOENT not found, EACCES not executable, ENOEXEC not a program, …
         errno: u16,
+        /// What stands in the way of a program that is there, in words; empty where nothing is known.
+        why: String,
     },
     /// Bytes a command wrote.
     Output {

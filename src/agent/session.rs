@@ -61,7 +61,12 @@ pub enum ExecEnd {
     /// It ran.
     Ran(Outcome, Usage),
     /// It could not be started.
-    NotStarted(io::Error),
+    NotStarted {
+        /// The guest kernel's word.
+        error: io::Error,
+        /// What stands in the way of a program that is there, in the agent's words; empty where nothing is known.
+        why: String,
+    },
 }
 
 /// When a whole exchange of many messages has to be over.
@@ -165,8 +170,9 @@ impl Session {
                 FromAgent::Exited { id: other, outcome, usage } if other == id => {
                     return Ok(ExecEnd::Ran(outcome, usage));
                 }
-                FromAgent::ExecFailed { id: other, errno } if other == id => {
-                    return Ok(ExecEnd::NotStarted(io::Error::from_raw_os_error(errno.into())));
+                FromAgent::ExecFailed { id: other, errno, why } if other == id => {
+                    let error = io::Error::from_raw_os_error(errno.into());
+                    return Ok(ExecEnd::NotStarted { error, why });
                 }
                 other => return Err(unexpected(&other, "while a command ran")),
             }

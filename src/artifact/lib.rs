@@ -7,7 +7,9 @@ pub mod archive;
 mod content;
 pub mod cpio;
 pub mod erofs;
+pub mod image;
 pub mod kernel;
+pub mod squashfs;
 pub mod tree;
 
 pub use content::ContentError;

@@ -2,11 +2,12 @@
 
 use std::io;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Args;
 
 use super::Failure;
-use super::show::line;
+use super::show::{chain, line};
 use crate::engine::{Boundary, Host, HostError, jail_of};
 use crate::machine::jail::attempt::{Attempt, Outcome, Targets};
 use crate::machine::jail::{Layer, Profile};
@@ -14,6 +15,10 @@ use crate::machine::probe::Verdict;
 use crate::machine::qemu::{OLDEST, Qemu};
 use crate::machine::{Accelerator, MachineError};
 use crate::root::bundle;
+use crate::root::debian::ArchiveError;
+
+/// How long the mirror may take to answer.
+const MIRROR_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Arguments of `kiln doctor`.
 #[derive(Debug, Args)]
@@ -50,13 +55,16 @@ pub(super) fn doctor(host: &Host, arguments: &DoctorArguments) -> Result<ExitCod
     check("store", Ok(format!("{} can be written", settings.store.value.display())));
     let verdict = host.kvm(true);
     let qemu = Qemu::find(&settings.qemu.value, &settings.search_path, Accelerator::Tcg);
-    let too_old = |found: String| MachineError::TooOld { found };
-    let qemu = qemu.and_then(|qemu| match qemu.version_text() {
+    let bad = |error: MachineError| (error.to_string(), error.hint().unwrap_or_default());
+    let qemu = qemu.map_err(bad).and_then(|qemu| match qemu.version_text() {
         Some(version) if qemu.is_new_enough() => Ok(format!("{version} at {}", qemu.program().display())),
-        Some(version) => Err(too_old(version)),
-        None => Err(too_old("of unknown version".to_owned())),
+        Some(found) => Err(bad(MachineError::TooOld { found })),
+        None => {
+            let text = format!("{} does not say its version when asked", qemu.program().display());
+            Err((text, bad(MachineError::TooOld { found: String::new() }).1))
+        }
     });
-    check("qemu", qemu.map_err(|error| (error.to_string(), error.hint().unwrap_or_default())));
+    check("qemu", qemu);
     let agent = bundle::find_agent(settings.agent.value.as_deref());
     check(
         "agent",
@@ -67,15 +75,15 @@ pub(super) fn doctor(host: &Host, arguments: &DoctorArguments) -> Result<ExitCod
             }
         },
     );
-    check(
-        "debian",
-        host.debian_mirror().map(|mirror| format!("{mirror} (as configured; not contacted)")).map_err(
-            |error| {
-                let fix = error.hint().unwrap_or_default();
-                (error.to_string(), fix)
-            },
-        ),
-    );
+    match host.probe_debian_mirror(MIRROR_PATIENCE) {
+        Ok(mirror) => check("debian", Ok(format!("{mirror} answers"))),
+        // What is in the store needs no mirror.
+        Err(error @ ArchiveError::Fetch(_)) => {
+            line(&format!("note     debian     {}: only what is in the store can be used", chain(&error)));
+            line(&format!("                    fix: {}", error.hint().unwrap_or_default()));
+        }
+        Err(error) => check("debian", Err((error.to_string(), error.hint().unwrap_or_default()))),
+    }
     match &verdict {
         Verdict::Usable { .. } => line(&format!("ok       kvm        {verdict}")),
         Verdict::Slow { .. } => {

@@ -1,15 +1,22 @@
 //! The command line: clap types, one file a verb family, and output rendering. No logic.
 
+mod choice;
 mod config;
 mod doctor;
+mod interrupt;
 mod kernel;
+mod manual;
+mod root;
 mod run;
 mod show;
+mod verdict;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+
+use choice::Choice;
 
 use crate::engine::{Host, HostError, RunError};
 use crate::machine::MachineError;
@@ -34,7 +41,8 @@ Examples:
   kiln config                                     every setting and where it was set
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 this host cannot do it. `kiln run` gives the command's own
-status; 124 timed out, 125 kiln failed, 126 not executable, 127 not found, 128+N killed by signal N.")]
+status; 124 timed out, 125 kiln failed, 126 not executable, 127 not found, 128+N killed by signal N,
+or interrupted by it.")]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -55,8 +63,8 @@ struct Global {
     /// Lock file [env: KILN_LOCK] [default: kiln.lock beside kiln.toml, else here]
     #[arg(long, global = true, value_name = "FILE")]
     lock: Option<PathBuf>,
-    /// auto, kvm, qemu or tcg [env: KILN_BACKEND] [default: auto]
-    #[arg(long, global = true, value_name = "BACKEND")]
+    /// What runs machines [env: KILN_BACKEND] [default: auto]
+    #[arg(long, global = true, value_name = "BACKEND", value_parser = Choice(&["auto", "kvm", "qemu", "tcg"]))]
     backend: Option<String>,
     /// Debian mirror [env: KILN_DEBIAN_MIRROR] [default: the host's APT sources]
     #[arg(long, global = true, value_name = "URL")]
@@ -78,10 +86,16 @@ enum Verb {
     Run(Box<run::RunArguments>),
     /// Fetch, verify and lock the kernel that machines boot
     Kernel(kernel::KernelArguments),
+    /// List, show, compare and remove the roots in the store
+    Root(root::RootArguments),
     /// Say what this host can do, by doing it, and how to get what is missing
     Doctor(doctor::DoctorArguments),
     /// Print every setting and where it was set
     Config(config::ConfigArguments),
+    /// Print what completes kiln's arguments in a shell
+    Completion(manual::CompletionArguments),
+    /// Print the manual page, or write those of all verbs
+    Man(manual::ManArguments),
 }
 
 /// kiln itself failed.
@@ -176,11 +190,14 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             Ok(run::run(&arguments, flags))
         }
         Verb::Kernel(arguments) => kernel::kernel(&arguments, &open(flags)?),
+        Verb::Root(arguments) => root::root(&arguments, open(flags)),
         Verb::Doctor(arguments) => match open(flags) {
             Ok(host) => doctor::doctor(&host, &arguments),
             Err(failure) => Ok(doctor::no_store(&failure)),
         },
         Verb::Config(arguments) => config::config(&arguments, Settings::read(flags)?),
+        Verb::Completion(arguments) => manual::completion(&arguments),
+        Verb::Man(arguments) => manual::man(&arguments),
     }
 }
 

@@ -10,9 +10,11 @@ use clap::Args;
 use kiln_wire::{Outcome, Stream};
 use serde_json::{Value, json};
 
+use super::choice::Choice;
+use super::interrupt::Interrupts;
 use super::kernel::KernelFlags;
 use super::show::{self, Form, GuestOutput, Narrator, line};
-use super::{CANNOT, Failure, USAGE};
+use super::{CANNOT, Failure, USAGE, verdict};
 use crate::agent::{Limits, SessionError};
 use crate::engine::RunError;
 use crate::engine::{
@@ -20,7 +22,7 @@ use crate::engine::{
     Require, Step, run as run_step,
 };
 use crate::machine::Carrier;
-use crate::plan::{Outputs, RootSpec, harmless, parse_bytes, parse_duration, show_bytes, show_duration};
+use crate::plan::{Outputs, RootSpec, parse_bytes, parse_duration, show_bytes, show_duration};
 use crate::root::debian::DebianSpec;
 use crate::settings::{Flags, Settings};
 
@@ -39,9 +41,10 @@ Examples:
       -- sh -c './configure && make && cp libz.a $WORK/'
   kiln run --root file:rootfs.tar.xz --clock fixed --timeout 10m -- /build.sh")]
 pub(super) struct RunArguments {
-    /// Where / comes from: debian:SUITE+PKG,PKG… or dir:PATH or file:ARCHIVE.tar[.gz|.xz|.zst] or live:PATH
+    /// Where / comes from: debian:SUITE+PKG,PKG…, dir:PATH, file:ARCHIVE.tar[.gz|.xz|.zst], file:IMAGE (squashfs
+    /// or erofs) or live:PATH
     #[arg(long, value_name = "ROOT", default_value = "debian:bookworm")]
-    root: String,
+    pub root: String,
     /// Source tree, read-only at /ws/PROJECT [env: SRCDIR] [default: /ws/PROJECT, else the recipe's folder]
     #[arg(long, value_name = "DIR")]
     pub src: Option<PathBuf>,
@@ -74,7 +77,7 @@ pub(super) struct RunArguments {
     stdin: bool,
     /// Memory of the machine
     #[arg(long, value_name = "SIZE", default_value = "2G")]
-    memory: String,
+    pub memory: String,
     /// Processors of the machine [default: the host's]
     #[arg(long, value_name = "N")]
     cpus: Option<u16>,
@@ -83,15 +86,15 @@ pub(super) struct RunArguments {
     scratch: String,
     /// Stop the command after this long
     #[arg(long, value_name = "TIME")]
-    timeout: Option<String>,
+    pub timeout: Option<String>,
     /// How long it has between SIGTERM and SIGKILL
     #[arg(long, value_name = "TIME", default_value = "10s")]
     grace: String,
-    /// host, or fixed: the clock starts at SOURCE_DATE_EPOCH
-    #[arg(long, value_name = "CLOCK", default_value = "host")]
+    /// The host's, or one that starts at SOURCE_DATE_EPOCH
+    #[arg(long, value_name = "CLOCK", default_value = "host", value_parser = Choice(&["host", "fixed"]))]
     clock: String,
-    /// fixed, or real: what files of shares show as owner and time
-    #[arg(long, value_name = "WHAT", default_value = "fixed")]
+    /// What files of shares show as owner and time
+    #[arg(long, value_name = "WHAT", default_value = "fixed", value_parser = Choice(&["fixed", "real"]))]
     attributes: String,
     #[command(flatten)]
     kernel: KernelFlags,
@@ -104,11 +107,11 @@ pub(super) struct RunArguments {
     /// Offer virtualisation to the guest
     #[arg(long)]
     nested: bool,
-    /// What carries messages between host and guest: serial or vsock
-    #[arg(long, value_name = "CARRIER", default_value = "serial")]
+    /// What carries messages between host and guest
+    #[arg(long, value_name = "CARRIER", default_value = "serial", value_parser = Choice(&["serial", "vsock"]))]
     wire: String,
-    /// Fail unless this holds: kvm or jail
-    #[arg(long, value_name = "WHAT")]
+    /// Fail unless this holds
+    #[arg(long, value_name = "WHAT", value_parser = Choice(&["kvm", "jail"]))]
     require: Vec<String>,
     /// The code is not trusted: demand hardware virtualisation and a whole jail
     #[arg(long)]
@@ -131,7 +134,7 @@ pub(super) struct RunArguments {
     quiet: bool,
     /// The command and its arguments
     #[arg(required = true, last = true, value_name = "CMD")]
-    command: Vec<std::ffi::OsString>,
+    pub command: Vec<std::ffi::OsString>,
 }
 
 /// 128 + SIGPIPE.
@@ -293,6 +296,8 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
         check_reads(path)?;
     }
     let host = Host::open(Settings::read(flags)?)?;
+    let interrupts = Interrupts::watch(&host.settings.work.value, host.store.temporary(), arguments.json);
+    let interrupts = interrupts.map_err(|error| Failure::new(&error, None, super::FAILED))?;
     let input: Option<Box<dyn Read + Send>> =
         if arguments.stdin { Some(Box::new(io::stdin())) } else { None };
     let mut narrator = Narrator::new(arguments.quiet || arguments.json);
@@ -305,6 +310,7 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
     }
     let mut phases: Vec<(Phase, Duration)> = Vec::new();
     let mut show_event = |event: Event<'_>| {
+        interrupts.note(&event);
         if let Event::Phase(phase, time) = event {
             phases.push((phase, time));
         }
@@ -328,14 +334,18 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
         Err(RunError::Session(SessionError::Output(error))) if error.kind() == io::ErrorKind::BrokenPipe => {
             return Ok(SIGPIPE_STATUS);
         }
-        other => other?,
+        Err(error) => {
+            interrupts.settle();
+            return Err(error.into());
+        }
+        Ok(report) => report,
     };
     if let Err(error) = output.finish()
         && error.kind() == io::ErrorKind::BrokenPipe
     {
         return Ok(SIGPIPE_STATUS);
     }
-    let code = exit_code(&report.ended);
+    let code = verdict::exit_code(&report.ended);
     if let Some(path) = &arguments.reads {
         write_reads(path, &report.reads)
             .map_err(|source| ReadsError::Write { path: path.clone(), source })
@@ -345,8 +355,8 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
         line(&ended_as_json(&report, &phases, code).to_string());
     } else {
         tell(&mut narrator, &report, &phases);
-        if let Some(text) = complaint(arguments, &report.ended) {
-            show::failure(&text, None);
+        if let Some((text, hint)) = verdict::complaint(&step, arguments, &report.ended) {
+            show::failure(&text, hint.as_deref());
         }
     }
     Ok(code)
@@ -368,48 +378,6 @@ fn write_reads(path: &Path, reads: &ReadsReport) -> io::Result<()> {
     write(file.as_file())?;
     file.persist(path).map_err(|error| error.error)?;
     Ok(())
-}
-
-fn exit_code(ended: &Ended) -> u8 {
-    match ended {
-        Ended::Ran(Outcome::Exit(code), _) => *code,
-        Ended::Ran(Outcome::Signal(signal), _) => 128_u8.saturating_add(*signal),
-        Ended::Ran(Outcome::TimedOut, _) => 124,
-        Ended::NotStarted(error) if error.kind() == io::ErrorKind::NotFound => 127,
-        Ended::NotStarted(_) => 126,
-    }
-}
-
-/// What kiln has to say about how the command ended; nothing where its own status says all.
-fn complaint(arguments: &RunArguments, ended: &Ended) -> Option<String> {
-    let program = harmless(arguments.command.first().map(|word| word.as_encoded_bytes()).unwrap_or_default());
-    let oom = |usage: &kiln_wire::Usage| match usage.oom_kills {
-        0 => String::new(),
-        count => format!(
-            "; the machine ran out of memory and killed {count} process{} (--memory is {})",
-            if count == 1 { "" } else { "es" },
-            arguments.memory
-        ),
-    };
-    match ended {
-        Ended::Ran(Outcome::Exit(0), _) => None,
-        Ended::Ran(Outcome::Exit(code), usage) => {
-            Some(format!("`{program}` exited with status {code}{}", oom(usage)))
-        }
-        Ended::Ran(Outcome::Signal(signal), usage) => {
-            Some(format!("`{program}` was killed by signal {signal}{}", oom(usage)))
-        }
-        Ended::Ran(Outcome::TimedOut, _) => {
-            let limit = arguments.timeout.as_deref().unwrap_or_default();
-            Some(format!("`{program}` was stopped after --timeout {limit}"))
-        }
-        Ended::NotStarted(error) if error.kind() == io::ErrorKind::NotFound => {
-            Some(format!("`{program}` was not found in the root {}", arguments.root))
-        }
-        Ended::NotStarted(error) => {
-            Some(format!("`{program}` cannot be executed in the root {}: {error}", arguments.root))
-        }
-    }
 }
 
 fn tell(narrator: &mut Narrator, report: &Report, phases: &[(Phase, Duration)]) {
@@ -489,7 +457,10 @@ fn ended_as_json(report: &Report, phases: &[(Phase, Duration)], code: u8) -> Val
         Ended::Ran(Outcome::Exit(code), usage) => (json!({"exit": code}), Some(usage)),
         Ended::Ran(Outcome::Signal(signal), usage) => (json!({"signal": signal}), Some(usage)),
         Ended::Ran(Outcome::TimedOut, usage) => (json!("timed out"), Some(usage)),
-        Ended::NotStarted(error) => (json!({"not-started": error.to_string()}), None),
+        Ended::NotStarted { error, why } if why.is_empty() => {
+            (json!({"not-started": error.to_string()}), None)
+        }
+        Ended::NotStarted { error, why } => (json!({"not-started": format!("{error}: {why}")}), None),
     };
     let (files, bytes) = report.reads.contents();
     json!({

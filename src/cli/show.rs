@@ -25,12 +25,20 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 
 /// What failed and what to do.
 pub(super) fn failure(text: &str, hint: Option<&str>) {
-    // A line that a guest had a word in must not look like two of kiln's.
-    let quoted = |text: &str| for_people(text.trim_end()).replace('\n', "\n    ");
-    eprintln!("kiln: error: {}", quoted(text));
+    eprint!("{}", error_line(text));
     if let Some(hint) = hint {
         eprintln!("kiln: hint: {}", quoted(hint));
     }
+}
+
+/// The line that says what failed.
+pub(super) fn error_line(text: &str) -> String {
+    format!("kiln: error: {}\n", quoted(text))
+}
+
+/// A text that a guest may have had a word in must not look like two lines of kiln's.
+fn quoted(text: &str) -> String {
+    for_people(text.trim_end()).replace('\n', "\n    ")
 }
 
 /// A line on standard output.

@@ -10,6 +10,10 @@ use super::merge::MergeError;
 use crate::agent::{SessionError, TransferError};
 use crate::machine::{Death, MachineError};
 use crate::plan::{EnvError, OutputError, show_bytes};
+use crate::root::Filesystem;
+
+/// Linux's number for a file system that the kernel does not have.
+const ENODEV: i32 = 19;
 
 /// A run that kiln could not carry through.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +56,17 @@ pub enum RunError {
     /// The record has no room for what the step asked.
     #[error("the step looked for more absent files than can be recorded ({} MiB of names)", MISSED_BYTES >> 20)]
     RecordFull,
+    /// The guest's kernel does not mount the root.
+    #[error("the root `{root}` cannot be mounted")]
+    Root {
+        /// The root, as the step names it.
+        root: String,
+        /// What is on its image.
+        filesystem: Filesystem,
+        /// What the guest's kernel says.
+        #[source]
+        source: SessionError,
+    },
     /// Outputs could not be carried out.
     #[error(transparent)]
     Transfer(TransferError),
@@ -109,6 +124,14 @@ impl RunError {
                     .to_owned(),
             ),
             Self::BareKernel { .. } => Some("name the folder of its modules with --modules DIR".to_owned()),
+            Self::Root { filesystem, source: SessionError::Failed { errno, .. }, .. } => {
+                Some(match errno.raw_os_error() {
+                    Some(ENODEV) => format!("this kernel has no {filesystem}: see --kernel and --modules"),
+                    _ => {
+                        format!("the image is damaged, or uses what this kernel's {filesystem} does not know")
+                    }
+                })
+            }
             Self::Died { death: Death::Panicked(line), .. } if line.to_lowercase().contains("memory") => {
                 Some("--memory gives the machine more memory".to_owned())
             }

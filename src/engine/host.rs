@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
@@ -85,7 +86,8 @@ impl HostError {
             Self::LockFolder { .. } => Some("name another place with --lock FILE or KILN_LOCK".to_owned()),
             Self::Debian(error) => error.hint(),
             Self::Root(error) => error.hint(),
-            _ => None,
+            Self::Store(error) => error.hint(),
+            Self::Bundle(_) => None,
         }
     }
 }
@@ -230,6 +232,14 @@ impl Host {
     /// [`ArchiveError`] where neither a setting nor the host says.
     pub fn debian_mirror(&self) -> Result<String, ArchiveError> {
         self.archive.mirror(crate::root::debian::DEFAULT_KERNEL_SUITE)
+    }
+
+    /// The mirror of Debian packages, if it answers within `patience`.
+    ///
+    /// # Errors
+    /// [`ArchiveError`] where there is none, or none that answers.
+    pub fn probe_debian_mirror(&self, patience: Duration) -> Result<String, ArchiveError> {
+        self.archive.probe(crate::root::debian::DEFAULT_KERNEL_SUITE, patience)
     }
 
     /// The agent's digest, after putting it into the store.

@@ -115,7 +115,7 @@ pub(super) fn prepare(
     if let Some(mount) = mounts.iter().find(|mount| !places.insert(mount.target.as_slice())) {
         return Err(InputError::SamePlace(String::from_utf8_lossy(&mount.target).into_owned()).into());
     }
-    if let RootSpec::Directory(path) | RootSpec::Archive(path) | RootSpec::Live(path) = &step.root {
+    if let RootSpec::Directory(path) | RootSpec::File(path) | RootSpec::Live(path) = &step.root {
         refuse_secrets("root", &settings.directory.join(path), secrets)?;
     }
 
@@ -213,10 +213,11 @@ pub(super) fn describe(
     let io = |what| move |source| RunError::Io { what, source };
     let mut disks = Vec::new();
     let root = match &prepared.root {
-        Root::Image { path, .. } => {
-            let file = File::open(path).map_err(io("open the root's image"))?;
-            disks.push(Disk { serial: "root".to_owned(), file: file.into(), read_only: true });
-            Source::Disk { serial: "root".to_owned(), filesystem: "erofs".to_owned(), read_only: true }
+        Root::Image(image) => {
+            let file = image.descriptor().map_err(io("open the root's image"))?;
+            disks.push(Disk { serial: "root".to_owned(), file, read_only: true });
+            let filesystem = image.filesystem.name().to_owned();
+            Source::Disk { serial: "root".to_owned(), filesystem, read_only: true }
         }
         Root::Live(_) => Source::Share("root".to_owned()),
     };

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use kiln_artifact::tree::{Kind, TreePath};
 use kiln_digest::Digest;
-use kiln_wire::{Exec, Outcome, Setup, Usage};
+use kiln_wire::{ABOUT_ROOT, Exec, Outcome, Setup, Usage};
 
 use super::collect::{Collect, Collection, collect};
 use super::error::RunError;
@@ -20,6 +20,7 @@ use super::step::Step;
 use crate::agent::{ExecEnd, Session, SessionError};
 use crate::machine::{Backend, Identity};
 use crate::root::bundle::NEEDED;
+use crate::root::{Filesystem, Image, Root};
 
 /// How long a machine may take from its start to its agent's first word. An emulated one needs two seconds.
 const BOOT_PATIENCE: Duration = Duration::from_secs(90);
@@ -31,7 +32,12 @@ pub enum Ended {
     /// It ran to an end.
     Ran(Outcome, Usage),
     /// It could not be started.
-    NotStarted(io::Error),
+    NotStarted {
+        /// The guest kernel's word.
+        error: io::Error,
+        /// What stands in the way of a program that is there, in the agent's words; empty where nothing is known.
+        why: String,
+    },
 }
 
 impl Ended {
@@ -103,6 +109,13 @@ pub fn run(
         }
         Err(error @ RunError::Session(SessionError::Silent { .. })) => {
             quote_console(&machine.console(), events);
+            return Err(error);
+        }
+        Err(error @ RunError::Root { filesystem, .. }) => {
+            // What errno leaves out, some file systems say on the console only.
+            let console = machine.console();
+            let about = |line: &&str| line.to_ascii_lowercase().contains(filesystem.name());
+            quote_console(&console.lines().filter(about).collect::<Vec<_>>().join("\n"), events);
             return Err(error);
         }
         other => other?,
@@ -199,6 +212,27 @@ struct Talk<'a> {
 }
 
 impl Talk<'_> {
+    /// Why the step's world could not be made, with what of it the user named.
+    fn setup_failed(&self, source: SessionError) -> RunError {
+        match (source, &self.prepared.root) {
+            (source @ SessionError::Failed { .. }, root) if self.prepared.bundle.modules.is_none() => {
+                let mut needed = NEEDED.to_vec();
+                if let Root::Image(Image { filesystem: Filesystem::Squashfs, .. }) = root {
+                    needed.push(Filesystem::Squashfs.name());
+                }
+                RunError::BareKernel { needed: needed.join(", "), source }
+            }
+            (SessionError::Failed { what, errno }, Root::Image(image)) if what.starts_with(ABOUT_ROOT) => {
+                RunError::Root {
+                    root: self.step.root.to_string(),
+                    filesystem: image.filesystem,
+                    source: SessionError::Failed { what, errno },
+                }
+            }
+            (source, _) => RunError::Session(source),
+        }
+    }
+
     fn hold(
         &mut self,
         wire: UnixStream,
@@ -210,12 +244,7 @@ impl Talk<'_> {
         let mut session = Session::open(wire, BOOT_PATIENCE).map_err(RunError::Session)?;
         let _ = events(Event::Phase(Phase::Boot, self.stopwatch.lap()));
         self.doing = "preparing the step";
-        session.setup(setup).map_err(|source| match source {
-            SessionError::Failed { .. } if self.prepared.bundle.modules.is_none() => {
-                RunError::BareKernel { needed: NEEDED.join(", "), source }
-            }
-            source => RunError::Session(source),
-        })?;
+        session.setup(setup).map_err(|source| self.setup_failed(source))?;
         let _ = events(Event::Phase(Phase::Setup, self.stopwatch.lap()));
         self.doing = "running the command";
         exec.stdin = input.is_some();
@@ -235,7 +264,7 @@ impl Talk<'_> {
         let _ = events(Event::Phase(Phase::Command, self.stopwatch.lap()));
         let ended = match end {
             ExecEnd::Ran(outcome, usage) => Ended::Ran(outcome, usage),
-            ExecEnd::NotStarted(error) => Ended::NotStarted(error),
+            ExecEnd::NotStarted { error, why } => Ended::NotStarted { error, why },
         };
         let mut collection = None;
         if ended.is_success() {

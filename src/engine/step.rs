@@ -6,7 +6,7 @@ use super::host::{Boundary, KernelChoice};
 use super::inputs::{DiskArgument, MountArgument};
 use crate::agent::Limits;
 use crate::machine::Carrier;
-use crate::plan::{Outputs, RootSpec};
+use crate::plan::{FIXED_PATH, Outputs, RootSpec};
 
 /// The clock a step sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -71,4 +71,24 @@ pub struct Step {
     pub report_reads: bool,
     /// What may leave the machine.
     pub limits: Limits,
+}
+
+impl Step {
+    /// The first place of a mount or a disk that hides folders of the root in which the command's program is looked
+    /// for.
+    pub fn covers_programs(&self) -> Option<&str> {
+        let program = self.argv.first().map(Vec::as_slice).unwrap_or_default();
+        let path = self.env.iter().rev().find_map(|variable| variable.strip_prefix("PATH="));
+        let folders: Vec<&[u8]> = match program.iter().rposition(|&byte| byte == b'/') {
+            Some(slash) => vec![&program[..slash]],
+            None => path.unwrap_or(FIXED_PATH).split(':').map(str::as_bytes).collect(),
+        };
+        let places = self.mounts.iter().map(|mount| mount.guest.as_str());
+        let mut places = places.chain(self.disks.iter().map(|disk| disk.guest.as_str()));
+        places.find(|place| {
+            let place = place.trim_end_matches('/').as_bytes();
+            let is_below = |folder: &&[u8]| matches!(folder.strip_prefix(place), Some([] | [b'/', ..]));
+            folders.iter().any(is_below)
+        })
+    }
 }

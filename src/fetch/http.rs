@@ -199,6 +199,14 @@ impl Client {
         })
     }
 
+    /// Whether `url` answers within `patience`: asked once, and what it answers is not read.
+    ///
+    /// # Errors
+    /// [`FetchError`].
+    pub fn probe(&self, what: &str, url: &str, patience: Duration) -> Result<(), FetchError> {
+        self.open_within(what, url, patience).map(drop)
+    }
+
     /// Puts the blob that `expected` describes into `blobs` from the first of `urls` that gives it, unless it is
     /// there already.
     ///
@@ -250,6 +258,11 @@ impl Client {
     }
 
     fn open(&self, what: &str, url: &str, size: u64) -> Result<Body, FetchError> {
+        let patience = CONNECT_TIMEOUT * 3 + Duration::from_secs(size / SLOWEST_BYTES_PER_SECOND);
+        self.open_within(what, url, patience)
+    }
+
+    fn open_within(&self, what: &str, url: &str, patience: Duration) -> Result<Body, FetchError> {
         if let Some(path) = url.strip_prefix("file://") {
             let path = PathBuf::from(unescaped(path));
             return match File::open(&path) {
@@ -264,8 +277,7 @@ impl Client {
         if !https && !url.starts_with("http://") {
             return Err(FetchError::Url { url: url.into() });
         }
-        let deadline = CONNECT_TIMEOUT * 3 + Duration::from_secs(size / SLOWEST_BYTES_PER_SECOND);
-        let request = self.agent.get(url).config().https_only(https).timeout_global(Some(deadline)).build();
+        let request = self.agent.get(url).config().https_only(https).timeout_global(Some(patience)).build();
         match request.call() {
             Ok(response) => Ok(Body { reader: Box::new(response.into_body().into_reader()) }),
             Err(ureq::Error::StatusCode(404 | 410)) => {

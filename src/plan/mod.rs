@@ -8,6 +8,6 @@ mod text;
 
 pub use environment::{DEFAULT_SOURCE_DATE_EPOCH, EnvError, Environment, FIXED_PATH};
 pub use output::{OutputError, Outputs};
-pub use quantity::{ParseQuantityError, parse_bytes, parse_duration, show_bytes, show_duration};
+pub use quantity::{ParseQuantityError, parse_bytes, parse_duration, show_age, show_bytes, show_duration};
 pub use root::{ParseRootError, RootSpec};
 pub use text::{harmless, harmless_bytes, without_commands};

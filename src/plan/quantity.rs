@@ -84,6 +84,17 @@ pub fn show_duration(duration: Duration) -> String {
     }
 }
 
+/// How long ago something was, for people: a number and its largest unit.
+pub fn show_age(age: Duration) -> String {
+    let seconds = age.as_secs();
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3_600 => format!("{} min", seconds / 60),
+        3_600..172_800 => format!("{} h", seconds / 3_600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,6 +118,13 @@ mod tests {
         for bad in ["", "s", "1d", "-5"] {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn ages_are_shown_by_their_largest_unit() {
+        let shown = |seconds| show_age(Duration::from_secs(seconds));
+        assert_eq!([0, 59, 60, 3599].map(shown), ["0 s", "59 s", "1 min", "59 min"]);
+        assert_eq!([3600, 47 * 3600, 48 * 3600, 100 * 86_400].map(shown), ["1 h", "47 h", "2 d", "100 d"]);
     }
 
     #[test]

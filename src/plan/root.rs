@@ -10,15 +10,18 @@ pub enum RootSpec {
     Debian(String),
     /// `dir:PATH`: a directory, imported: the step gets an image of it as it is now, named by its digest.
     Directory(PathBuf),
-    /// `file:PATH`: a tar archive, plain or compressed with gzip, xz or zstd.
-    Archive(PathBuf),
+    /// `file:PATH`: a tar archive, plain or compressed with gzip, xz or zstd, which is imported; or a squashfs or erofs
+    /// image, which is attached as it is. Its first bytes say which, not its name.
+    File(PathBuf),
     /// `live:PATH`: a directory as it stands, not imported: observed like a share, not named by a digest.
     Live(PathBuf),
 }
 
 /// Text that names no root.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` names no root: write debian:SUITE+PKG,PKG… or dir:PATH or file:ARCHIVE.tar or live:PATH")]
+#[error(
+    "`{0}` names no root: write debian:SUITE+PKG,PKG… or dir:PATH or file:ARCHIVE or file:IMAGE or live:PATH"
+)]
 pub struct ParseRootError(String);
 
 impl FromStr for RootSpec {
@@ -32,7 +35,7 @@ impl FromStr for RootSpec {
         match kind {
             "debian" => Ok(Self::Debian(rest.to_owned())),
             "dir" => Ok(Self::Directory(rest.into())),
-            "file" => Ok(Self::Archive(rest.into())),
+            "file" => Ok(Self::File(rest.into())),
             "live" => Ok(Self::Live(rest.into())),
             _ => Err(ParseRootError(text.to_owned())),
         }
@@ -44,7 +47,7 @@ impl std::fmt::Display for RootSpec {
         match self {
             Self::Debian(spec) => write!(f, "debian:{spec}"),
             Self::Directory(path) => write!(f, "dir:{}", path.display()),
-            Self::Archive(path) => write!(f, "file:{}", path.display()),
+            Self::File(path) => write!(f, "file:{}", path.display()),
             Self::Live(path) => write!(f, "live:{}", path.display()),
         }
     }

@@ -13,6 +13,7 @@ use kiln_artifact::cpio::{self, CpioError};
 use kiln_artifact::kernel::{self, KernelError};
 use kiln_artifact::tree::{Kind, Meta, Node, PathError, Tree, TreePath};
 use kiln_digest::{Digest, Hasher};
+use kiln_wire::FILESYSTEMS_FOLDER;
 use serde::{Deserialize, Serialize};
 
 use crate::machine::Carrier;
@@ -23,12 +24,18 @@ use crate::root::modules::{Modules, ModulesError};
 use crate::store::{Store, StoreError};
 
 /// Changes with what `initramfs` makes of the same inputs.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The modules without which no machine comes up: the root's disk, its file system, and the layer above it.
 pub const NEEDED: [&str; 3] = ["virtio_blk", "erofs", "overlay"];
 /// The module that carries the wire over vsock.
 const NEEDED_FOR_VSOCK: &str = "vmw_vsock_virtio_transport";
+
+/// File systems that a disk or a root may bring, by the name that `mount` has for each, and their modules. They are in
+/// the initramfs where the kernel has them, 96 KiB in all, and loaded by the machine that mounts one. FAT is no use without the
+/// tables of characters that it asks for by itself.
+const ON_DEMAND: [(&str, &[&str]); 2] =
+    [("squashfs", &["squashfs"]), ("vfat", &["vfat", "nls_cp437", "nls_ascii"])];
 
 /// Why there is no bundle.
 #[derive(Debug, thiserror::Error)]
@@ -277,8 +284,12 @@ fn make(
     let io = |source| BundleError::Io { what: "keep", path: store.temporary(), source };
     let (kernel_digest, _) = store.blobs().put(&kernel.elf[..]).map_err(io)?;
     let mut tree = Tree::new();
-    for folder in ["dev", "modules", "proc", "run", "sys"] {
+    for folder in ["dev", FILESYSTEMS_FOLDER, "modules", "proc", "run", "sys"] {
         tree.insert(TreePath::new(folder.as_bytes())?, node(Kind::Directory));
+    }
+    for (filesystem, _) in ON_DEMAND {
+        let path = TreePath::new(FILESYSTEMS_FOLDER.as_bytes())?.join(filesystem.as_bytes())?;
+        tree.insert(path, node(Kind::Directory));
     }
     let agent_size = fs::metadata(store.blobs().path(agent)).map_err(io)?.len();
     tree.insert(TreePath::new(b"init")?, node(Kind::File { digest: *agent, size: agent_size }));
@@ -288,13 +299,23 @@ fn make(
     }
     let mut modules_image = None;
     if let Some(ModuleFolder { modules, tree: source, folder }) = modules {
-        for (index, below) in modules.load_order(&wanted)?.into_iter().enumerate() {
-            let path = TreePath::new(&[folder.as_bytes(), b"/", below.as_bytes()].concat())
-                .or_else(|_| TreePath::new(below.as_bytes()))?;
-            let path = if folder.is_root() { TreePath::new(below.as_bytes())? } else { path };
-            if let Some(Node { kind: kind @ Kind::File { .. }, .. }) = source.get(&path) {
-                let name = format!("modules/{index:03}-{}", String::from_utf8_lossy(path.name()));
-                tree.insert(TreePath::new(name.as_bytes())?, node(kind.clone()));
+        let mut add = |place: &str, files: Vec<&str>| -> Result<(), BundleError> {
+            for (index, below) in files.into_iter().enumerate() {
+                let path = TreePath::new(&[folder.as_bytes(), b"/", below.as_bytes()].concat())
+                    .or_else(|_| TreePath::new(below.as_bytes()))?;
+                let path = if folder.is_root() { TreePath::new(below.as_bytes())? } else { path };
+                if let Some(Node { kind: kind @ Kind::File { .. }, .. }) = source.get(&path) {
+                    let name = format!("{place}/{index:03}-{}", String::from_utf8_lossy(path.name()));
+                    tree.insert(TreePath::new(name.as_bytes())?, node(kind.clone()));
+                }
+            }
+            Ok(())
+        };
+        add("modules", modules.load_order(&wanted)?)?;
+        for (filesystem, wanted) in ON_DEMAND {
+            // A kernel without one of them is good for all that does not need it.
+            if let Ok(files) = modules.load_order(wanted) {
+                add(&format!("{FILESYSTEMS_FOLDER}/{filesystem}"), files)?;
             }
         }
         modules_image = Some(image::make(store, &subtree(source, folder)?)?);

@@ -13,12 +13,14 @@ use kiln_artifact::tree::{Layer, Timestamp, Tree, TreePath};
 use kiln_digest::Digest;
 use kiln_wire::{Clock, EntryKind, Exec, Outcome, Setup, Source, Stream};
 
+use super::catalog::{self, Provenance};
 use super::debian::{Archive, CONFIGURE_SCRIPT, total_bytes};
-use super::{Root, RootError, image};
+use super::image::{self, Filesystem, Image};
+use super::{Root, RootError};
 use crate::agent::{ExecEnd, Limits, Listing, Session, SessionError};
 use crate::fetch::lock::LockedRoot;
 use crate::machine::{Backend, Carrier, Disk, Machine, Spec};
-use crate::plan::{Environment, show_bytes};
+use crate::plan::{Environment, RootSpec, show_bytes};
 use crate::root::bundle::Bundle;
 use crate::store::Store;
 
@@ -54,15 +56,19 @@ impl Workshop<'_> {
     /// [`RootError`].
     pub fn debian(&self, locked: &LockedRoot, progress: &mut dyn FnMut(&str)) -> Result<Root, RootError> {
         let key = key(locked);
-        let find = || {
-            let tree: Digest = self.store.records("root").get(&key)?;
-            let path = image::path(self.store, &tree);
-            path.is_file().then_some(Root::Image { tree, path })
+        let io = |what| move |source| RootError::Io { what, source };
+        let spec: RootSpec = locked.spec.parse().unwrap_or_else(|_| RootSpec::Debian(locked.spec.clone()));
+        let find = || -> Result<Option<Root>, RootError> {
+            let Some(tree) = self.store.records("root").get::<Digest>(&key) else { return Ok(None) };
+            let image =
+                Image::open(self.store, &tree, Filesystem::Erofs).map_err(io("open a root's image"))?;
+            let Some(image) = image else { return Ok(None) };
+            catalog::note(self.store, &image, &spec, || Provenance::of_debian(locked, None))?;
+            Ok(Some(Root::Image(image)))
         };
-        if let Some(root) = find() {
+        if let Some(root) = find()? {
             return Ok(root);
         }
-        let io = |what| move |source| RootError::Io { what, source };
         // One kiln makes a root; others that need it wait and find it.
         let lock_path = self.store.run().join(format!("root-{key}.lock"));
         let lock = std::fs::File::create(&lock_path).map_err(io("lock a root"))?;
@@ -70,7 +76,7 @@ impl Workshop<'_> {
             progress("waiting for another kiln that makes this root");
             lock.lock().map_err(io("lock a root"))?;
         }
-        if let Some(root) = find() {
+        if let Some(root) = find()? {
             return Ok(root);
         }
         let total = total_bytes(&locked.packages);
@@ -80,15 +86,12 @@ impl Workshop<'_> {
         let unpacked = self.archive.unpack(locked)?;
         let tree = self.configure(&unpacked, locked, progress)?;
         progress("writing the root's image");
-        let root = Root::image(self.store, &tree)?;
-        let (manifest, _) =
-            self.store.blobs().put(&tree.manifest()[..]).map_err(io("keep a root's manifest"))?;
-        self.store.sync()?;
-        if let Some(digest) = root.digest() {
-            self.store.records("manifest").put(&digest, &manifest).map_err(io("remember a root"))?;
-            self.store.records("root").put(&key, &digest).map_err(io("remember a root"))?;
-        }
-        Ok(root)
+        let image = Image::of_tree(self.store, &tree)?;
+        catalog::keep_manifest(self.store, &tree)?;
+        self.store.records("root").put(&key, &image.digest).map_err(io("remember a root"))?;
+        let provenance = || Provenance::of_debian(locked, Some(self.bundle));
+        catalog::note(self.store, &image, &spec, provenance)?;
+        Ok(Root::Image(image))
     }
 
     fn configure(
@@ -187,7 +190,8 @@ impl Workshop<'_> {
             ExecEnd::Ran(Outcome::Exit(code), _) => Some(format!("exit status {code}")),
             ExecEnd::Ran(Outcome::Signal(signal), _) => Some(format!("killed by signal {signal}")),
             ExecEnd::Ran(Outcome::TimedOut, _) => Some(format!("not done after {} s", TIMEOUT.as_secs())),
-            ExecEnd::NotStarted(error) => Some(error.to_string()),
+            ExecEnd::NotStarted { error, why } if why.is_empty() => Some(error.to_string()),
+            ExecEnd::NotStarted { why, .. } => Some(why),
         };
         if let Some(how) = how {
             let said = crate::plan::harmless(&said);

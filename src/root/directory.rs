@@ -6,17 +6,14 @@ use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use kiln_artifact::tree::{Builder, Kind, Meta, Node, PathError, Timestamp, Tree, TreeError, TreePath};
 use kiln_digest::Digest;
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 
+use super::stat::Stat;
 use crate::store::Store;
-
-/// A file changed less than this before it was hashed may change again without its times showing it.
-const RACY: Duration = Duration::from_secs(2);
 
 /// Why a directory cannot be imported.
 #[derive(Debug, thiserror::Error)]
@@ -51,22 +48,6 @@ pub enum DirectoryError {
     /// What was hashed cannot be remembered.
     #[error("the store cannot remember a directory")]
     Store(#[source] io::Error),
-}
-
-/// What identified a file's content when it was hashed.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Stat(u64, u64, u64, i64, i64, i64, i64);
-
-impl Stat {
-    fn of(meta: &Metadata) -> Self {
-        let (m, c) = ((meta.mtime(), meta.mtime_nsec()), (meta.ctime(), meta.ctime_nsec()));
-        Self(meta.dev(), meta.ino(), meta.size(), m.0, m.1, c.0, c.1)
-    }
-
-    fn is_old(&self, now: SystemTime) -> bool {
-        let since = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        u64::try_from(self.5).is_ok_and(|changed| changed + RACY.as_secs() < since.as_secs())
-    }
 }
 
 type Known = HashMap<String, (Stat, Digest)>;

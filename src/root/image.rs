@@ -1,13 +1,18 @@
-//! Root images: a tree written once as an uncompressed erofs file, kept under the digest of its manifest.
+//! Root images: files that a machine's kernel mounts. A tree is written once as an uncompressed erofs file, kept under
+//! the digest of its manifest; an image that was given as one is kept under the digest of its bytes (`super::file`).
 
-use std::fs;
+use std::fmt;
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use kiln_artifact::erofs::{self, ErofsError};
 use kiln_artifact::tree::Tree;
 use kiln_digest::Digest;
+use serde::{Deserialize, Serialize};
 use tempfile::NamedTempFile;
 
 use crate::store::Store;
@@ -27,11 +32,148 @@ pub enum ImageError {
         #[source]
         source: io::Error,
     },
+    /// Somebody takes images away as fast as they are made.
+    #[error("the image `{0}` was removed again and again")]
+    Removed(PathBuf),
 }
 
-/// Where the image of the tree `digest` lies if it was made.
+/// What is on an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Filesystem {
+    /// erofs: kiln's own, or another tool's.
+    Erofs,
+    /// squashfs 4.0.
+    Squashfs,
+}
+
+impl Filesystem {
+    /// Its name, as `mount` and the kernel's modules have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Erofs => "erofs",
+            Self::Squashfs => "squashfs",
+        }
+    }
+}
+
+impl fmt::Display for Filesystem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// An image in the store, open. While any process holds one, `kiln root rm` leaves the image alone.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// Digest of the tree's manifest; of the file's bytes where it was given as an image.
+    pub digest: Digest,
+    /// What is on it.
+    pub filesystem: Filesystem,
+    // A shared lock belongs to it, and to every descriptor made of it: a QEMU that outlives us holds it too.
+    file: Arc<File>,
+}
+
+/// What became of an attempt to have an image for oneself.
+#[derive(Debug)]
+pub(super) enum Removal {
+    /// It was taken away.
+    Done,
+    /// There is none.
+    Missing,
+    /// A process holds it.
+    InUse,
+}
+
+impl Image {
+    /// Opens the image and holds it; none where the store has none.
+    ///
+    /// # Errors
+    /// What opening and locking say.
+    pub fn open(store: &Store, digest: &Digest, filesystem: Filesystem) -> io::Result<Option<Self>> {
+        let file = match File::open(image_path(store, digest, filesystem)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            file => file?,
+        };
+        // Whoever removes it holds the lock for a moment.
+        file.lock_shared()?;
+        // It may have been removed between the two.
+        let is_there = file.metadata()?.nlink() > 0;
+        Ok(is_there.then(|| Self { digest: *digest, filesystem, file: Arc::new(file) }))
+    }
+
+    /// Writes the image of `tree` unless it is there, and holds it.
+    ///
+    /// # Errors
+    /// [`ImageError`].
+    pub fn of_tree(store: &Store, tree: &Tree) -> Result<Self, ImageError> {
+        let digest = make(store, tree)?;
+        Self::made(store, &digest, Filesystem::Erofs, || make(store, tree).map(drop))
+    }
+
+    /// Opens an image that was just made, and makes it again where another process removed it meanwhile.
+    pub(super) fn made<E: From<ImageError>>(
+        store: &Store,
+        digest: &Digest,
+        filesystem: Filesystem,
+        mut again: impl FnMut() -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let path = image_path(store, digest, filesystem);
+        for _ in 0..3 {
+            let opened = Self::open(store, digest, filesystem);
+            match opened.map_err(|source| ImageError::Io { path: path.clone(), source })? {
+                Some(image) => return Ok(image),
+                None => again()?,
+            }
+        }
+        Err(ImageError::Removed(path).into())
+    }
+
+    /// Takes an image out of the store unless somebody holds it. What else names it goes first, by `forget`.
+    pub(super) fn remove(
+        store: &Store,
+        digest: &Digest,
+        filesystem: Filesystem,
+        forget: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<Removal> {
+        let path = image_path(store, digest, filesystem);
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return forget().map(|()| Removal::Missing);
+            }
+            file => file?,
+        };
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => return Ok(Removal::InUse),
+            Err(fs::TryLockError::Error(error)) => return Err(error),
+        }
+        forget()?;
+        fs::remove_file(&path)?;
+        Ok(Removal::Done)
+    }
+
+    /// A descriptor of it for a machine.
+    ///
+    /// # Errors
+    /// What dup(2) says.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
+    }
+
+    /// The open file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+/// Where the erofs image of the tree `digest` lies if it was made.
 pub fn path(store: &Store, digest: &Digest) -> PathBuf {
-    store.images().join(format!("{digest}.erofs"))
+    image_path(store, digest, Filesystem::Erofs)
+}
+
+pub(super) fn image_path(store: &Store, digest: &Digest, filesystem: Filesystem) -> PathBuf {
+    store.images().join(format!("{digest}.{filesystem}"))
 }
 
 /// Makes the image of `tree` unless it is there, and gives the tree's digest.
@@ -50,7 +192,45 @@ pub fn make(store: &Store, tree: &Tree) -> Result<Digest, ImageError> {
     };
     let mut file = NamedTempFile::new_in(store.temporary()).map_err(at(&path))?;
     erofs::write(tree, store.blobs(), file.as_file_mut())?;
-    file.as_file().set_permissions(fs::Permissions::from_mode(0o444)).map_err(at(&path))?;
-    file.persist(&path).map_err(|error| at(&path)(error.error))?;
+    keep(file, &path).map_err(at(&path))?;
     Ok(digest)
+}
+
+/// Gives a finished image its name.
+pub(super) fn keep(file: NamedTempFile, path: &Path) -> io::Result<()> {
+    file.as_file().set_permissions(fs::Permissions::from_mode(0o444))?;
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_that_is_held_is_not_removed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path()).expect("a store");
+        let image = Image::of_tree(&store, &Tree::new()).expect("room");
+        let remove = || {
+            let forgotten = std::cell::Cell::new(false);
+            let forget = || {
+                forgotten.set(true);
+                Ok(())
+            };
+            let removal = Image::remove(&store, &image.digest, image.filesystem, forget).expect("a store");
+            (removal, forgotten.get())
+        };
+        assert!(matches!(remove(), (Removal::InUse, false)));
+        // Not the value but the descriptor holds it: a machine's copy does so alone.
+        let descriptor = image.descriptor().expect("a descriptor");
+        let (digest, filesystem) = (image.digest, image.filesystem);
+        drop(image);
+        let remove = |digest: &Digest| Image::remove(&store, digest, filesystem, || Ok(())).expect("a store");
+        assert!(matches!(remove(&digest), Removal::InUse));
+        drop(descriptor);
+        assert!(matches!(remove(&digest), Removal::Done));
+        assert!(matches!(remove(&digest), Removal::Missing));
+        assert!(Image::open(&store, &digest, filesystem).expect("a store").is_none());
+    }
 }

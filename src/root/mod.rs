@@ -1,33 +1,38 @@
 //! Roots: from a named source to a read-only image whose identity is its tree's digest.
 //!
-//! A directory or an archive becomes a tree at once. Debian packages are verified and unpacked here, and configured by
-//! their own scripts in a machine, never on the host. [`image`] writes trees as erofs.
+//! A directory or an archive becomes a tree at once; a squashfs or erofs image is one already. Debian packages are
+//! verified and unpacked here, and configured by their own scripts in a machine, never on the host. [`image`] writes
+//! trees as erofs, [`catalog`] keeps what is known of each root that the store has.
 
 pub mod bundle;
+pub mod catalog;
 mod configure;
 pub mod debian;
 mod decompress;
 pub mod directory;
+mod file;
 pub mod image;
 pub mod modules;
+mod stat;
 
-use std::fs::File;
-use std::io::{self, BufReader, Read};
+use std::io;
 use std::path::PathBuf;
 
-use kiln_artifact::archive::{self, tar::TarError};
+use kiln_artifact::archive::tar::TarError;
+use kiln_artifact::image::ImageError as ReadImageError;
+use kiln_artifact::squashfs;
 use kiln_artifact::tree::{Tree, TreeError};
 use kiln_digest::Digest;
 
 pub use configure::Workshop;
-pub use image::ImageError;
+pub use image::{Filesystem, Image, ImageError};
 
 use crate::agent::{SessionError, TransferError};
 use crate::machine::{Death, MachineError};
 use crate::plan::RootSpec;
 use crate::store::{Store, StoreError};
+use catalog::{CatalogError, Provenance};
 use debian::{ArchiveError as DebianError, SpecError};
-use decompress::Compression;
 use directory::DirectoryError;
 
 /// Why there is no root.
@@ -45,6 +50,31 @@ pub enum RootError {
         #[source]
         source: TarError,
     },
+    /// An image cannot be a root.
+    #[error("`{path}` looks like {filesystem} and cannot be a root")]
+    Image {
+        /// The image.
+        path: PathBuf,
+        /// What it looks like.
+        filesystem: Filesystem,
+        /// What is wrong with it.
+        #[source]
+        source: ReadImageError,
+    },
+    /// An image with a compression that no kernel undoes.
+    #[error("`{path}` is compressed with {compression}, which Linux does not read in squashfs images")]
+    Compression {
+        /// The image.
+        path: PathBuf,
+        /// How it is compressed.
+        compression: squashfs::Compression,
+    },
+    /// Neither a regular file nor a folder.
+    #[error("`{0}` is not a regular file")]
+    NotAFile(PathBuf),
+    /// A file changed while it was read.
+    #[error("`{0}` changed while it was read")]
+    Changed(PathBuf),
     /// A file cannot be opened.
     #[error("cannot read `{path}`")]
     Read {
@@ -62,7 +92,10 @@ pub enum RootError {
     Debian(#[from] DebianError),
     /// The image cannot be made.
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Made(#[from] ImageError),
+    /// What is known of the root cannot be kept.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
     /// The store fails.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -106,7 +139,17 @@ pub enum RootError {
 impl RootError {
     /// Whether the root that was named cannot be one, rather than something failing on the way to it.
     pub fn is_the_users(&self) -> bool {
-        matches!(self, Self::Directory(_) | Self::Archive { .. } | Self::Read { .. } | Self::Spec(_))
+        matches!(
+            self,
+            Self::Directory(_)
+                | Self::Archive { .. }
+                | Self::Image { .. }
+                | Self::Compression { .. }
+                | Self::NotAFile(_)
+                | Self::Changed(_)
+                | Self::Read { .. }
+                | Self::Spec(_)
+        )
     }
 
     /// What the user can do about it.
@@ -114,9 +157,13 @@ impl RootError {
         match self {
             Self::Spec(error) => error.hint(),
             Self::Debian(error) => error.hint(),
-            Self::Archive { .. } => {
-                Some("file: takes a tar archive, plain or with gzip, xz or zstd".to_owned())
-            }
+            Self::Archive { .. } | Self::NotAFile(_) => Some(
+                "file: takes a tar archive, plain or with gzip, xz or zstd, or a squashfs or erofs image"
+                    .to_owned(),
+            ),
+            Self::Compression { .. } => Some("make it anew with zstd, xz, lz4 or gzip".to_owned()),
+            Self::Changed(_) => Some("try again when nothing writes to it".to_owned()),
+            Self::Store(error) => error.hint(),
             _ => None,
         }
     }
@@ -125,13 +172,8 @@ impl RootError {
 /// A root, ready to be attached.
 #[derive(Debug, Clone)]
 pub enum Root {
-    /// An erofs image.
-    Image {
-        /// Digest of the tree's manifest.
-        tree: Digest,
-        /// The image.
-        path: PathBuf,
-    },
+    /// An image in the store.
+    Image(Image),
     /// A directory as it stands, to be shared.
     Live(PathBuf),
 }
@@ -140,14 +182,15 @@ impl Root {
     /// The digest that names the root; none for a live one.
     pub fn digest(&self) -> Option<Digest> {
         match self {
-            Self::Image { tree, .. } => Some(*tree),
+            Self::Image(image) => Some(image.digest),
             Self::Live(_) => None,
         }
     }
 
     fn image(store: &Store, tree: &Tree) -> Result<Self, RootError> {
-        let digest = image::make(store, tree)?;
-        Ok(Self::Image { tree: digest, path: image::path(store, &digest) })
+        let image = Image::of_tree(store, tree)?;
+        catalog::keep_manifest(store, tree)?;
+        Ok(Self::Image(image))
     }
 }
 
@@ -156,61 +199,15 @@ impl Root {
 /// # Errors
 /// [`RootError`].
 pub fn import(store: &Store, spec: &RootSpec) -> Result<Root, RootError> {
-    match spec {
-        RootSpec::Directory(path) => Root::image(store, &directory::import(store, path)?),
-        RootSpec::Archive(path) => {
-            let tree = read_archive(store, path)?;
-            Root::image(store, &tree)
-        }
-        RootSpec::Live(path) if path.is_dir() => Ok(Root::Live(path.clone())),
-        RootSpec::Live(path) => Err(DirectoryError::NotADirectory(path.clone()).into()),
-        RootSpec::Debian(_) => Err(RootError::NeedsMachine),
-    }
-}
-
-/// What a root archive may hold.
-const ARCHIVE_LIMITS: archive::tar::Limits =
-    archive::tar::Limits { members: 10_000_000, content_bytes: 1 << 40 };
-
-fn read_archive(store: &Store, path: &PathBuf) -> Result<Tree, RootError> {
-    let fail = |source| RootError::Read { path: path.clone(), source };
-    let file = File::open(path).map_err(fail)?;
-    let (digest, _) = Digest::of_reader(&file).map_err(fail)?;
-    let key = Digest::of(format!("archive 1 {digest}").as_bytes());
-    // The tree of an archive that was read before is remembered by its manifest.
-    if let Some(manifest) = store.records("archive").get::<Digest>(&key)
-        && let Ok(bytes) = std::fs::read(store.blobs().path(&manifest))
-        && let Ok(tree) = Tree::parse_manifest(&bytes)
-    {
-        return Ok(tree);
-    }
-    let file = BufReader::new(File::open(path).map_err(fail)?);
-    let reader = decompressed(file).map_err(fail)?;
-    let tree = archive::tar::read(reader, &mut Sink(store), &ARCHIVE_LIMITS)
-        .map_err(|source| RootError::Archive { path: path.clone(), source })?;
-    let io = |source| RootError::Io { what: "remember an archive", source };
-    let (manifest, _) = store.blobs().put(&tree.manifest()[..]).map_err(io)?;
-    store.sync()?;
-    store.records("archive").put(&key, &manifest).map_err(io)?;
-    Ok(tree)
-}
-
-/// A sink for archives that puts contents into the store.
-struct Sink<'a>(&'a Store);
-
-impl archive::ContentSink for Sink<'_> {
-    fn store(&mut self, reader: &mut dyn Read) -> io::Result<(Digest, u64)> {
-        self.0.blobs().put(reader)
-    }
-}
-
-/// Takes off the compression that the first bytes show.
-fn decompressed(mut file: BufReader<File>) -> io::Result<Box<dyn Read>> {
-    let compression = match io::BufRead::fill_buf(&mut file)? {
-        [0x1f, 0x8b, ..] => Compression::Gzip,
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Compression::Xz,
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => Compression::Zstd,
-        _ => Compression::None,
+    let root = match spec {
+        RootSpec::Directory(path) => Root::image(store, &directory::import(store, path)?)?,
+        RootSpec::File(path) => file::import(store, path)?,
+        RootSpec::Live(path) if path.is_dir() => Root::Live(path.clone()),
+        RootSpec::Live(path) => return Err(DirectoryError::NotADirectory(path.clone()).into()),
+        RootSpec::Debian(_) => return Err(RootError::NeedsMachine),
     };
-    compression.reader(file)
+    if let Root::Image(image) = &root {
+        catalog::note(store, image, spec, Provenance::default)?;
+    }
+    Ok(root)
 }

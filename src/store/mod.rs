@@ -30,6 +30,9 @@ pub enum StoreError {
         #[source]
         source: io::Error,
     },
+    /// Something else lies where the store is to be.
+    #[error("store `{0}` is not a directory")]
+    NotADirectory(PathBuf),
     /// The store belongs to somebody else.
     #[error("store `{path}` belongs to user {owner}, not to the user who runs kiln ({user})")]
     Owner {
@@ -43,6 +46,11 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        Some("name a directory of yours with --store or KILN_STORE".to_owned())
+    }
+
     fn at(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { path, source }
@@ -61,8 +69,12 @@ impl Store {
     /// Opens the store at `path`, making it (mode 0700) where it is missing.
     ///
     /// # Errors
-    /// [`StoreError::Io`] when it cannot be made or written, [`StoreError::Owner`] when it is another user's.
+    /// [`StoreError::Io`] when it cannot be made or written, [`StoreError::NotADirectory`] when something else lies
+    /// there, [`StoreError::Owner`] when it is another user's.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
+        if fs::metadata(path).is_ok_and(|meta| !meta.is_dir()) {
+            return Err(StoreError::NotADirectory(path.to_owned()));
+        }
         for folder in ["", "blobs", "images", "records", "run", "tmp"] {
             let folder = path.join(folder);
             fs::DirBuilder::new()

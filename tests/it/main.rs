@@ -5,13 +5,16 @@
 
 mod boundary;
 mod debian;
+mod doctor;
 #[path = "../folder/mod.rs"]
 mod folder;
 mod host;
 mod inputs;
 mod jail;
+mod manual;
 mod merge;
 mod qemu;
+mod roots;
 mod settings;
 mod usage;
 mod wire;

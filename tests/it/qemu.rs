@@ -195,21 +195,21 @@ fn descendants(pid: u32) -> Vec<u32> {
     found.split_off(1)
 }
 
-/// The process beneath `kiln` that [`hanging`]'s QEMU has become.
+/// The process beneath `kiln` that [`Hanging`]'s QEMU has become.
 fn qemu_of(kiln: u32) -> Option<u32> {
     let is_sleep =
         |pid: &u32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|words| words == b"sleep\x001000\0");
     descendants(kiln).into_iter().find(is_sleep)
 }
 
-fn is_alive(pid: u32) -> bool {
+pub fn is_alive(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     // A zombie is dead; whoever inherited it takes its time.
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }
 
 /// Asks again until `condition` holds, at most `seconds` long.
-fn soon(seconds: u64, what: &str, mut condition: impl FnMut() -> bool) {
+pub fn soon(seconds: u64, what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(seconds);
     while !condition() {
         assert!(Instant::now() < deadline, "not within {seconds} s: {what}");
@@ -217,46 +217,103 @@ fn soon(seconds: u64, what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// A run whose QEMU says nothing and does not end, once it has started; with all processes beneath kiln.
-fn hanging(host: &Host) -> (Child, Vec<u32>) {
-    // In its jail it can only show that it has come so far by what it becomes.
-    let program = host.script("qemu", &format!("{VERSION_10}\nexec sleep 1000"));
-    let child = command(host, &program)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("kiln can be started");
-    soon(60, "QEMU is started", || qemu_of(child.id()).is_some());
-    let processes = descendants(child.id());
-    assert!(processes.len() >= 2, "QEMU and the device process: {processes:?}");
-    (child, processes)
+/// A run whose QEMU says nothing and does not end, once it has started.
+pub struct Hanging {
+    /// kiln.
+    pub child: Child,
+    /// All processes beneath kiln.
+    processes: Vec<u32>,
+}
+
+impl Hanging {
+    /// Starts it on a host that has a kernel, an agent, a root and a source tree.
+    pub fn start(host: &Host) -> Self {
+        // In its jail it can only show that it has come so far by what it becomes.
+        let program = host.script("qemu", &format!("{VERSION_10}\nexec sleep 1000"));
+        let child = command(host, &program)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("kiln can be started");
+        soon(60, "QEMU is started", || qemu_of(child.id()).is_some());
+        let processes = descendants(child.id());
+        assert!(processes.len() >= 2, "QEMU and the device process: {processes:?}");
+        Self { child, processes }
+    }
+
+    /// Kills kiln, and nothing beneath it.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("kiln runs");
+        self.child.wait().expect("kiln is ours");
+    }
+
+    /// Asserts that all that was started ends within two seconds.
+    pub fn is_gone(&self) {
+        for process in &self.processes {
+            soon(2, &format!("process {process} is gone"), || !is_alive(*process));
+        }
+    }
 }
 
 #[test]
 fn nothing_outlives_kiln_whatever_ends_it() {
     for signal in [Signal::KILL, Signal::INT, Signal::TERM, Signal::HUP] {
         let host = host();
-        let (mut child, processes) = hanging(&host);
-        let pid = Pid::from_child(&child);
+        let mut running = Hanging::start(&host);
+        let pid = Pid::from_child(&running.child);
         rustix::process::kill_process(pid, signal).expect("kiln runs");
-        let status = child.wait().expect("kiln is ours");
+        let status = running.child.wait().expect("kiln is ours");
         assert!(!status.success(), "{status}");
-        for process in processes {
-            soon(2, &format!("process {process} is gone after {signal:?}"), || !is_alive(process));
-        }
+        running.is_gone();
         host.is_swept();
     }
 }
 
 #[test]
+fn an_interrupted_run_says_what_it_was_doing_and_that_work_is_unchanged() {
+    for (signal, name, code) in
+        [(Signal::INT, "SIGINT", 130), (Signal::TERM, "SIGTERM", 143), (Signal::HUP, "SIGHUP", 129)]
+    {
+        let host = host();
+        let mut running = Hanging::start(&host);
+        rustix::process::kill_process(Pid::from_child(&running.child), signal).expect("kiln runs");
+        let mut said = String::new();
+        let stderr = running.child.stderr.take().expect("it is piped");
+        std::io::Read::read_to_string(&mut std::io::BufReader::new(stderr), &mut said).expect("text");
+        assert_eq!(running.child.wait().expect("kiln is ours").code(), Some(code), "{said}");
+        running.is_gone();
+        let work = host.path("work").display().to_string();
+        assert_eq!(
+            said,
+            format!(
+                "kiln: error: interrupted by {name} while booting the machine; WORK `{work}` is unchanged\n"
+            )
+        );
+        // Not even for the next kiln to sweep.
+        host.is_untouched();
+    }
+}
+
+#[test]
+fn a_signal_that_was_ignored_when_kiln_was_started_is_ignored() {
+    let host = host();
+    let program = host.script("qemu", &format!("{VERSION_10}\nkill -HUP $PPID; exit 1"));
+    let command = command(&host, &program);
+    let mut nohup = Command::new("nohup");
+    nohup.arg(command.get_program()).args(command.get_args()).current_dir(host.root()).env_clear();
+    for (name, value) in command.get_envs() {
+        value.map(|value| nohup.env(name, value));
+    }
+    Told::by(&mut nohup).fails(125, &["died at start"]);
+}
+
+#[test]
 fn a_machine_that_is_gone_takes_its_device_process_along() {
     let host = host();
-    let (mut child, processes) = hanging(&host);
-    let qemu = qemu_of(child.id()).expect("it was started").cast_signed();
+    let mut running = Hanging::start(&host);
+    let qemu = qemu_of(running.child.id()).expect("it was started").cast_signed();
     rustix::process::kill_process(Pid::from_raw(qemu).expect("not 0"), Signal::KILL).expect("QEMU runs");
-    assert_eq!(child.wait().expect("kiln is ours").code(), Some(125));
-    for process in processes {
-        soon(2, &format!("process {process} is gone"), || !is_alive(process));
-    }
+    assert_eq!(running.child.wait().expect("kiln is ours").code(), Some(125));
+    running.is_gone();
     host.is_untouched();
 }

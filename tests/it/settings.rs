@@ -113,6 +113,8 @@ fn a_store_that_cannot_be_made_is_named() {
     let host = Host::new();
     host.file("store", "a file");
     let told = host.run(&["run", "--", "true"]);
-    told.fails(125, &[&host.path("store").display().to_string(), "cannot be used"]);
-    host.run(&["kernel"]).fails(1, &["cannot be used"]);
+    told.fails(125, &[&host.path("store").display().to_string(), "is not a directory"]).hints(&["--store"]);
+    host.run(&["kernel"]).fails(1, &["is not a directory"]);
+    let told = host.run(&["run", "--store", "store/below", "--", "true"]);
+    told.fails(125, &["store/below", "cannot be used", "Not a directory"]).hints(&["--store"]);
 }

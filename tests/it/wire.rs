@@ -130,7 +130,7 @@ fn every_message() -> Vec<FromAgent> {
         ready(VERSION),
         FromAgent::SetupDone,
         FromAgent::Started { id: 1 },
-        FromAgent::ExecFailed { id: 1, errno: 2 },
+        FromAgent::ExecFailed { id: 1, errno: 2, why: String::new() },
         FromAgent::Output { id: 1, stream: Stream::Stdout, data: data.clone() },
         FromAgent::Exited { id: 1, outcome: Outcome::Exit(0), usage: Usage::default() },
         FromAgent::Entry(entry(0, b"", EntryKind::Directory { opaque: false })),
@@ -260,7 +260,7 @@ fn what_comes_of_another_command_is_an_error() {
         FromAgent::Started { id: 2 },
         FromAgent::Output { id: 2, stream: Stream::Stderr, data: b"x".to_vec() },
         FromAgent::Exited { id: 2, outcome: Outcome::Exit(0), usage: Usage::default() },
-        FromAgent::ExecFailed { id: 2, errno: 2 },
+        FromAgent::ExecFailed { id: 2, errno: 2, why: String::new() },
     ] {
         let mut session = session(move |agent| {
             agent.hear();
@@ -275,9 +275,9 @@ fn an_errno_that_is_none_is_an_error_like_others() {
     for errno in [0, 2, 133, 4095, u16::MAX] {
         let mut session = session(move |agent| {
             agent.hear();
-            agent.say(&FromAgent::ExecFailed { id: 1, errno });
+            agent.say(&FromAgent::ExecFailed { id: 1, errno, why: String::new() });
         });
-        let Ok(ExecEnd::NotStarted(error)) = run(&mut session) else { panic!("errno {errno}") };
+        let Ok(ExecEnd::NotStarted { error, .. }) = run(&mut session) else { panic!("errno {errno}") };
         assert!(!error.to_string().is_empty());
     }
 }

@@ -161,7 +161,11 @@ fn from_agent() -> impl Strategy<Value = FromAgent> {
         Just(FromAgent::SetupDone),
         (".{0,40}", any::<u16>()).prop_map(|(what, errno)| FromAgent::Failed { what, errno }),
         any::<u32>().prop_map(|id| FromAgent::Started { id }),
-        any::<(u32, u16)>().prop_map(|(id, errno)| FromAgent::ExecFailed { id, errno }),
+        (any::<(u32, u16)>(), ".{0,40}").prop_map(|((id, errno), why)| FromAgent::ExecFailed {
+            id,
+            errno,
+            why
+        }),
         (any::<u32>(), stream, vec(any::<u8>(), 0..200)).prop_map(|(id, stream, data)| FromAgent::Output {
             id,
             stream,

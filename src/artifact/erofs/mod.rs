@@ -10,11 +10,14 @@ mod directory;
 mod format;
 mod image;
 mod layout;
+mod read;
 #[cfg(test)]
 mod reader;
 
 use std::collections::BTreeMap;
 use std::io::{self, Seek, Write};
+
+pub use self::read::{Superblock as ReadSuperblock, read};
 
 use self::format::{BLOCK, BLOCK_BYTES, Inode, Superblock};
 use self::image::Image;

@@ -6,6 +6,7 @@
 
 mod builder;
 mod check;
+mod difference;
 mod layer;
 mod links;
 mod manifest;
@@ -20,6 +21,7 @@ use kiln_digest::Digest;
 
 pub use builder::Builder;
 pub use check::TreeError;
+pub use difference::{Aspect, Difference};
 pub use layer::Layer;
 pub use manifest::ManifestError;
 pub use path::{MAX_NAME_BYTES, MAX_PATH_BYTES, PathError, TreePath};

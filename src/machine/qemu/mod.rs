@@ -4,17 +4,20 @@
 mod argv;
 mod qmp;
 
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
-use std::sync::mpsc::Receiver;
+use std::process::{ExitStatus, Stdio};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
 use std::time::Duration;
 
 use kiln_virtio::control;
 use kiln_virtio::fs::record::Record;
+use rustix::process::{Pid, Signal};
 
 use super::jail::{Held, Profile};
 use super::launch::{Become, SHARE};
@@ -29,6 +32,9 @@ const OLDEST_VERSION: Version = Version { major: 8, minor: 2, micro: 0 };
 
 /// How long a process that closed its streams may take to be gone.
 const REAP_PATIENCE: Duration = Duration::from_millis(500);
+/// How long QEMU may take to say its version, and what it says at most.
+const VERSION_PATIENCE: Duration = Duration::from_secs(5);
+const MOST_VERSION_BYTES: u64 = 4096;
 /// How long an agent may take to connect over vsock.
 const WIRE_PATIENCE: Duration = Duration::from_secs(90);
 
@@ -226,15 +232,32 @@ impl Qemu {
         }
     }
 
-    /// What `--version` says.
+    /// What `--version` says, if it says it in time.
     fn version(&self) -> Option<Version> {
-        let output = std::process::Command::new(&self.program).arg("--version").output().ok()?;
-        let text = String::from_utf8(output.stdout).ok()?;
+        let mut command = std::process::Command::new(&self.program);
+        // A group of its own, so that what it may start itself ends with it.
+        command
+            .arg("--version")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .process_group(0);
+        let mut child = command.spawn().ok()?;
+        let (sender, said) = mpsc::channel();
+        let stdout = child.stdout.take()?.take(MOST_VERSION_BYTES);
+        // Ends with the group's last process, of which none is left below.
+        thread::spawn(move || sender.send(io::read_to_string(stdout)));
+        let said = said.recv_timeout(VERSION_PATIENCE);
+        if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
+            let _ = rustix::process::kill_process_group(group, Signal::KILL);
+        }
+        let _ = child.wait();
+        let text = said.ok()?.ok()?;
         let mut numbers = text.split_whitespace().nth(3)?.split('.').map_while(|part| part.parse().ok());
         Some(Version { major: numbers.next()?, minor: numbers.next()?, micro: numbers.next().unwrap_or(0) })
     }
 
-    /// QEMU's version as its program prints it; none where it does not run.
+    /// QEMU's version as its program prints it; none where it does not within some seconds.
     pub fn version_text(&self) -> Option<String> {
         self.version().map(|version| version.to_string())
     }

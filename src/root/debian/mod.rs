@@ -32,6 +32,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use kiln_artifact::tree::Tree;
@@ -192,6 +193,17 @@ impl Archive {
     pub fn mirror(&self, suite: &str) -> Result<String, ArchiveError> {
         let pockets = self.pockets(suite)?;
         Ok(pockets.into_iter().flat_map(|pocket| pocket.uris).next().unwrap_or_default())
+    }
+
+    /// Asks the mirror of `suite` for its index, and gives the mirror's base URL if it answers within `patience`.
+    ///
+    /// # Errors
+    /// [`ArchiveError::Sources`] as [`Archive::mirror`], [`ArchiveError::Fetch`] where it does not answer.
+    pub fn probe(&self, suite: &str, patience: Duration) -> Result<String, ArchiveError> {
+        let mirror = self.mirror(suite)?;
+        let url = format!("{mirror}/dists/{suite}/InRelease");
+        self.client.probe(&format!("the index of {suite}"), &url, patience)?;
+        Ok(mirror)
     }
 
     fn pockets(&self, suite: &str) -> Result<Vec<Pocket>, SourcesError> {

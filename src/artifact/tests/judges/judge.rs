@@ -27,7 +27,7 @@ pub fn run(
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|error| {
-            unreachable!("this test needs `{tool}` to judge by: {error} (Debian: cpio, tar, erofs-utils)")
+            unreachable!("this test needs `{tool}` to judge by: {error} (Debian: cpio, tar, attr, erofs-utils, squashfs-tools)")
         });
     let mut stdin = child.stdin.take().expect("piped");
     let output = std::thread::scope(|scope| {

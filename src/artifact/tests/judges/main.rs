@@ -2,5 +2,6 @@
 
 mod cpio;
 mod erofs;
+mod images;
 mod judge;
 mod tar;

@@ -1,0 +1,133 @@
+//! `kiln root diff`: what differs between two roots, with the exit status of diff(1).
+
+use std::collections::BTreeSet;
+use std::process::ExitCode;
+
+use kiln_artifact::tree::{Aspect, Difference, Kind, Node, Tree, TreePath};
+use serde_json::{Value, json};
+
+use super::super::show::{self, try_line};
+use super::super::{Failure, USAGE};
+use super::show::{kind_name, path_as_json};
+use crate::engine::Host;
+use crate::plan::harmless;
+use crate::root::catalog;
+
+/// What is given where roots could not be compared.
+pub(super) const TROUBLE: u8 = 2;
+
+/// Prints what is another in `new` than in `old`, what differs in ignored aspects only left out.
+pub(super) fn diff(
+    host: &Host,
+    old: &str,
+    new: &str,
+    ignore: &[String],
+    json: bool,
+) -> Result<ExitCode, Failure> {
+    let ignored = ignore.iter().map(|word| aspect(word)).collect::<Result<BTreeSet<Aspect>, _>>()?;
+    let (old, new) = (catalog::find(&host.store, old)?, catalog::find(&host.store, new)?);
+    if old.digest == new.digest {
+        return Ok(ExitCode::SUCCESS);
+    }
+    let old = catalog::listing(&host.store, &old)?;
+    let new = catalog::listing(&host.store, &new)?;
+    let mut uncompared = 0_u64;
+    let mut differ = false;
+    for (path, difference) in old.tree.differences(&new.tree) {
+        let difference = match difference {
+            Difference::Changed(mut aspects) => {
+                let unread = old.unread.contains(path) || new.unread.contains(path);
+                if unread && !sizes_differ(&old.tree, &new.tree, path) {
+                    uncompared += u64::from(!ignored.contains(&Aspect::Content));
+                    aspects.retain(|aspect| *aspect != Aspect::Content);
+                }
+                aspects.retain(|aspect| !ignored.contains(aspect));
+                if aspects.is_empty() {
+                    continue;
+                }
+                Difference::Changed(aspects)
+            }
+            other => other,
+        };
+        differ = true;
+        let text = match json {
+            true => difference_as_json(path, &difference).to_string(),
+            false => harmless(difference_row(path, &difference, &old.tree, &new.tree).as_bytes()),
+        };
+        if try_line(&text).is_err() {
+            break;
+        }
+    }
+    match (uncompared, differ) {
+        (0, false) => Ok(ExitCode::SUCCESS),
+        (0, true) => Ok(ExitCode::from(1)),
+        (count, differ) => {
+            let text = format!(
+                "contents not compared, because kiln does not read how they are compressed: {count} files"
+            );
+            show::failure(&text, None);
+            Ok(ExitCode::from(if differ { 1 } else { TROUBLE }))
+        }
+    }
+}
+
+fn aspect(word: &str) -> Result<Aspect, Failure> {
+    let known = Aspect::ALL.into_iter().find(|aspect| aspect.name() == word);
+    known.ok_or_else(|| {
+        let names: Vec<&str> = Aspect::ALL.into_iter().map(Aspect::name).collect();
+        Failure {
+            text: format!("--ignore takes {}, not `{word}`", names.join(" or ")),
+            hint: None,
+            code: USAGE,
+        }
+    })
+}
+
+fn sizes_differ(old: &Tree, new: &Tree, path: &TreePath) -> bool {
+    let size = |tree: &Tree| match tree.shown(path).map(|node| &node.kind) {
+        Some(Kind::File { size, .. }) => Some(*size),
+        _ => None,
+    };
+    size(old) != size(new)
+}
+
+fn difference_row(path: &TreePath, difference: &Difference, old: &Tree, new: &Tree) -> String {
+    let aspects = match difference {
+        Difference::Added => return format!("+ /{path}"),
+        Difference::Removed => return format!("- /{path}"),
+        Difference::Changed(aspects) => aspects,
+    };
+    let (Some(old), Some(new)) = (old.shown(path), new.shown(path)) else { return format!("~ /{path}") };
+    let told: Vec<String> = aspects.iter().map(|aspect| told(*aspect, old, new)).collect();
+    format!("~ /{path}: {}", told.join(", "))
+}
+
+/// An aspect, and its two values where they are short.
+fn told(aspect: Aspect, old: &Node, new: &Node) -> String {
+    let (a, b) = (&old.meta, &new.meta);
+    let values = match aspect {
+        Aspect::Kind => format!(" ({} -> {})", kind_name(&old.kind), kind_name(&new.kind)),
+        Aspect::Mode => format!(" ({:04o} -> {:04o})", a.mode, b.mode),
+        Aspect::Owner => format!(" ({}:{} -> {}:{})", a.uid, a.gid, b.uid, b.gid),
+        Aspect::Xattrs => {
+            let names: BTreeSet<_> = a.xattrs.keys().chain(b.xattrs.keys()).collect();
+            let names = names.into_iter().filter(|name| a.xattrs.get(*name) != b.xattrs.get(*name));
+            let names: Vec<String> = names.map(|name| name.escape_ascii().to_string()).collect();
+            format!(" ({})", names.join(", "))
+        }
+        Aspect::Content | Aspect::Time | Aspect::Links => String::new(),
+    };
+    format!("{}{values}", aspect.name())
+}
+
+fn difference_as_json(path: &TreePath, difference: &Difference) -> Value {
+    let path = path_as_json(path);
+    match difference {
+        Difference::Added => json!({"path": path, "change": "added"}),
+        Difference::Removed => json!({"path": path, "change": "removed"}),
+        Difference::Changed(aspects) => {
+            let aspects: Vec<&str> = aspects.iter().map(|aspect| aspect.name()).collect();
+            json!({"path": path, "change": "changed", "aspects": aspects})
+        }
+    }
+}

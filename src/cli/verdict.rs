@@ -1,0 +1,72 @@
+//! How a command ended, as `kiln run` passes it on: its exit status, and what kiln has to say about it.
+
+use std::io;
+
+use kiln_wire::{Outcome, Usage};
+
+use super::run::RunArguments;
+use crate::engine::{Ended, Step};
+use crate::plan::harmless;
+
+/// The status by which kiln ends: as `timeout`, `env` and container tools do.
+pub(super) fn exit_code(ended: &Ended) -> u8 {
+    match ended {
+        Ended::Ran(Outcome::Exit(code), _) => *code,
+        Ended::Ran(Outcome::Signal(signal), _) => 128_u8.saturating_add(*signal),
+        Ended::Ran(Outcome::TimedOut, _) => 124,
+        Ended::NotStarted { error, .. } if error.kind() == io::ErrorKind::NotFound => 127,
+        Ended::NotStarted { .. } => 126,
+    }
+}
+
+/// What there is to say, and what the user can do about it; nothing where the command's own status says all.
+pub(super) fn complaint(
+    step: &Step,
+    arguments: &RunArguments,
+    ended: &Ended,
+) -> Option<(String, Option<String>)> {
+    let program = harmless(arguments.command.first().map(|word| word.as_encoded_bytes()).unwrap_or_default());
+    let root = &arguments.root;
+    let text = match ended {
+        Ended::Ran(Outcome::Exit(0), _) => return None,
+        Ended::Ran(Outcome::Exit(code), usage) => {
+            format!("`{program}` exited with status {code}{}", out_of_memory(arguments, usage))
+        }
+        Ended::Ran(Outcome::Signal(signal), usage) => {
+            format!("`{program}` was killed by signal {signal}{}", out_of_memory(arguments, usage))
+        }
+        Ended::Ran(Outcome::TimedOut, _) => {
+            let limit = arguments.timeout.as_deref().unwrap_or_default();
+            format!("`{program}` was stopped after --timeout {limit}")
+        }
+        Ended::NotStarted { why, .. } if !why.is_empty() => {
+            let text = format!("`{program}` cannot be executed in the root {root}: {why}");
+            let hint = why.contains("loader").then(|| {
+                "a program that is linked dynamically needs its libraries in the root: add them, or link it statically"
+                    .to_owned()
+            });
+            return Some((text, hint));
+        }
+        Ended::NotStarted { error, .. } if error.kind() == io::ErrorKind::NotFound => {
+            let hint = step.covers_programs().map(|place| {
+                format!("what is mounted at `{place}` covers the root's own: mount it elsewhere, or set PATH")
+            });
+            return Some((format!("`{program}` was not found in the root {root}"), hint));
+        }
+        Ended::NotStarted { error, .. } => {
+            format!("`{program}` cannot be executed in the root {root}: {error}")
+        }
+    };
+    Some((text, None))
+}
+
+fn out_of_memory(arguments: &RunArguments, usage: &Usage) -> String {
+    match usage.oom_kills {
+        0 => String::new(),
+        count => format!(
+            "; the machine ran out of memory and killed {count} process{} (--memory is {})",
+            if count == 1 { "" } else { "es" },
+            arguments.memory
+        ),
+    }
+}
