@@ -41,6 +41,9 @@ const A_THREAD: u32 = libc::CLONE_THREAD as u32;
 /// Whether a socket's calls wait (asm-generic/ioctls.h).
 const FIONBIO: u32 = 0x5421;
 
+/// What the kernel told the program at its start (linux/prctl.h); libraries ask late.
+const PR_GET_AUXV: u32 = 0x4155_5856;
+
 /// prctl(2) as threads are named and filters installed. Not the signal at a parent's death, which must stay.
 const PRCTL: Arguments = OneOf(
     0,
@@ -52,6 +55,7 @@ const PRCTL: Arguments = OneOf(
         libc::PR_SET_TIMERSLACK as u32,
         libc::PR_CAPBSET_READ as u32,
         libc::PR_SET_VMA as u32,
+        PR_GET_AUXV,
     ],
 );
 
@@ -77,6 +81,7 @@ const COMMON: &[Allowed] = &[
     (libc::SYS_sched_getaffinity, Any),
     (libc::SYS_openat, Any),
     (libc::SYS_getrandom, Any),
+    (libc::SYS_prctl, PRCTL),
     (libc::SYS_getpid, Any),
     (libc::SYS_gettid, Any),
     (libc::SYS_tgkill, OwnProcess(0)),
@@ -100,7 +105,6 @@ const THREADS: &[Allowed] = &[
     (libc::SYS_set_robust_list, Any),
     (libc::SYS_rseq, Any),
     (libc::SYS_prlimit64, Any),
-    (libc::SYS_prctl, PRCTL),
     (libc::SYS_seccomp, Any),
     (libc::SYS_epoll_create1, Any),
     (libc::SYS_eventfd2, Any),

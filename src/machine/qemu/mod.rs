@@ -129,6 +129,8 @@ impl Devices {
         }
         let (process, held) = spawn_jailed(Become::Devices { vsock_cid }, &for_process)
             .map_err(MachineError::io("start the device process"))?;
+        // With ours gone, its end closes the connection, and nobody waits for its answer.
+        drop(for_process);
         let control =
             control::Client::new(control).map_err(MachineError::io("speak to the device process"))?;
         let devices = Self { process, held, control, for_qemu };
