@@ -16,8 +16,6 @@ pub const INDIRECT: u16 = 4;
 
 /// Two regions that touch, so that a buffer can lie across them.
 pub const REGIONS: [(u64, usize); 2] = [(0, 8 << 20), (8 << 20, 1 << 20)];
-/// One past the last byte of memory.
-pub const END: u64 = 9 << 20;
 /// Where the two regions touch.
 pub const SEAM: u64 = 8 << 20;
 

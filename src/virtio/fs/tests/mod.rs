@@ -2,6 +2,7 @@
 
 mod hostile;
 mod interference;
+mod model;
 mod record;
 mod shown;
 
