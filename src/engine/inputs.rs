@@ -3,9 +3,13 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+use kiln_virtio::fs::kernel_filesystem;
+
+use super::mounts::Mounts;
 
 /// Why an input cannot be given to a step.
 #[derive(Debug, thiserror::Error)]
@@ -60,6 +64,16 @@ pub enum InputError {
         /// Where the store is.
         store: PathBuf,
     },
+    /// It shows the kernel itself, and holds no files.
+    #[error("{what} `{path}` is on {filesystem}, a file system of the kernel's own, and cannot be shared")]
+    Kernel {
+        /// SRCDIR, a mount.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// The file system.
+        filesystem: &'static str,
+    },
     /// Two things for one place in the guest.
     #[error("two trees or disks are to be at `{0}`")]
     SamePlace(String),
@@ -86,6 +100,12 @@ impl InputError {
             }
             Self::Store { .. } => {
                 Some("choose another directory, or another store with --store or KILN_STORE")
+            }
+            Self::Kernel { .. } => Some(
+                "copy what the step needs of it into a folder, and share that; a machine has its own as well",
+            ),
+            Self::Open { source, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                Some("kiln opens it as the user who runs it")
             }
             Self::UnknownFilesystem(_) => {
                 Some("attach it as a block device: give it a place below /dev, as in FILE:/dev/NAME")
@@ -168,7 +188,15 @@ pub(super) fn open_share(what: &'static str, path: &Path, secrets: &Path) -> Res
     }
     refuse_secrets(what, &real, secrets)?;
     let file = File::open(&real).map_err(open)?;
-    Ok(file.into())
+    match kernel_filesystem(&file).map_err(|errno| open(errno.into()))? {
+        Some(filesystem) => Err(InputError::Kernel { what, path: path.to_owned(), filesystem }),
+        None => Ok(file.into()),
+    }
+}
+
+/// Whether one of two directories is in the other, by their canonical paths or by way of a mount.
+fn shows(real: &Path, other: &Path) -> bool {
+    other.starts_with(real) || real.starts_with(other) || Mounts::read().shows(real, other)
 }
 
 /// Refuses what contains the keys or lies among them. Keys that are not there cannot be shown.
@@ -177,7 +205,7 @@ pub(super) fn open_share(what: &'static str, path: &Path, secrets: &Path) -> Res
 /// [`InputError::Secrets`].
 pub(super) fn refuse_secrets(what: &'static str, path: &Path, secrets: &Path) -> Result<(), InputError> {
     match (fs::canonicalize(path), fs::canonicalize(secrets)) {
-        (Ok(real), Ok(secrets)) if secrets.starts_with(&real) || real.starts_with(&secrets) => {
+        (Ok(real), Ok(secrets)) if shows(&real, &secrets) => {
             Err(InputError::Secrets { what, path: path.to_owned(), secrets })
         }
         _ => Ok(()),
@@ -190,7 +218,7 @@ pub(super) fn refuse_secrets(what: &'static str, path: &Path, secrets: &Path) ->
 /// [`InputError::Store`].
 pub(super) fn refuse_store(what: &'static str, path: &Path, store: &Path) -> Result<(), InputError> {
     match (fs::canonicalize(path), fs::canonicalize(store)) {
-        (Ok(real), Ok(store)) if store.starts_with(&real) || real.starts_with(&store) => {
+        (Ok(real), Ok(store)) if shows(&real, &store) => {
             Err(InputError::Store { what, path: path.to_owned(), store })
         }
         _ => Ok(()),
@@ -204,7 +232,10 @@ pub(super) fn refuse_store(what: &'static str, path: &Path, store: &Path) -> Res
 pub(super) fn open_disk(disk: &DiskArgument, secrets: &Path) -> Result<(OwnedFd, String), InputError> {
     refuse_secrets("disk", &disk.file, secrets)?;
     let open = |source| InputError::Open { what: "disk", path: disk.file.clone(), source };
-    let mut file = File::options().read(true).write(!disk.read_only).open(&disk.file).map_err(open)?;
+    // A FIFO in its place is not waited for.
+    let mut options = File::options();
+    options.read(true).write(!disk.read_only).custom_flags(libc::O_NONBLOCK);
+    let mut file = options.open(&disk.file).map_err(open)?;
     let kind = file.metadata().map_err(open)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
         return Err(InputError::NotADisk(disk.file.clone()));

@@ -7,6 +7,7 @@ mod event;
 mod host;
 mod inputs;
 pub mod merge;
+mod mounts;
 mod prepare;
 mod reads;
 mod run;

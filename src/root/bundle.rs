@@ -211,6 +211,10 @@ pub fn from_files(
     carrier: Carrier,
 ) -> Result<Bundle, BundleError> {
     let read = |source| BundleError::Io { what: READ_KERNEL, path: kernel.to_owned(), source };
+    // A FIFO in its place is not waited for.
+    if fs::metadata(kernel).is_ok_and(|meta| !meta.is_file()) {
+        return Err(read(io::Error::other("not a regular file")));
+    }
     let (digest, _) = Digest::of_reader(File::open(kernel).map_err(read)?).map_err(read)?;
     let tree = match modules {
         Some(folder) => Some((folder, directory::import(store, folder)?)),

@@ -155,6 +155,7 @@ impl RootError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
+            Self::Directory(error) => error.hint(),
             Self::Spec(error) => error.hint(),
             Self::Debian(error) => error.hint(),
             Self::Archive { .. } | Self::NotAFile(_) => Some(

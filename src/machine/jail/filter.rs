@@ -130,6 +130,7 @@ const FILES: &[Allowed] = &[
     (libc::SYS_fstat, Any),
     (libc::SYS_newfstatat, Any),
     (libc::SYS_statx, Any),
+    (libc::SYS_fstatfs, Any),
     (libc::SYS_lseek, Any),
     (libc::SYS_readlinkat, Any),
     (libc::SYS_pread64, Any),

@@ -7,12 +7,16 @@
 //! (`host`). `tree` joins the two and keeps the record (`record`), without which nothing is answered (`recorded`);
 //! `server` speaks FUSE (`abi`), and this file is the device: queues in, answers out.
 //!
+//! What is mounted below a shared directory is shown as the host shows it, but for file systems of the kernel's own
+//! (`kernel`), which are shown as empty folders.
+//!
 //! The driver is expected to mount it read-only; whether it does or not, nothing can be written.
 
 mod abi;
 mod assemble;
 mod host;
 mod index;
+mod kernel;
 mod missed;
 mod packed;
 pub mod record;
@@ -28,6 +32,7 @@ use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::Bitmap;
 
 pub use self::host::{Open, fingerprint_of, open_beneath};
+pub use self::kernel::kernel_filesystem;
 pub use self::missed::MISSED_BYTES;
 use self::server::{MOST_READ_BYTES, Server};
 pub use self::share::{Attributes, Share};

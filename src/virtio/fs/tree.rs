@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use super::abi;
 use super::host::{self, Handles, Open};
 use super::index::{Full, Index, NodeId};
+use super::kernel::Kernels;
 use super::missed::Missed;
 use super::record::{Change, Fingerprint, Kind, Observed};
 use super::recorded::{Changes, Recorded, Refusal};
@@ -83,6 +84,7 @@ pub struct Tree {
     changes: Changes,
     /// What extended attributes were shown, of nodes that have any.
     xattrs: BTreeMap<NodeId, Digest>,
+    kernels: Kernels,
     generation: u32,
 }
 
@@ -100,6 +102,7 @@ impl Tree {
             missed: Missed::new(missed_bytes),
             changes: Changes::default(),
             xattrs: BTreeMap::new(),
+            kernels: Kernels::default(),
             generation: 0,
         }
     }
@@ -428,6 +431,10 @@ impl Tree {
     fn fill_from(&mut self, directory: NodeId, handle: &OwnedFd) -> Result<(), Errno> {
         // What is compared at the end is what stood there when the listing began.
         let stat = host::stat_of(handle)?;
+        if self.kernels.has(stat.st_dev, || Ok(handle))? {
+            self.index.set_fingerprint(directory, &host::fingerprint_of(&stat))?;
+            return Ok(self.index.fill(directory, Vec::new())?);
+        }
         let before = self.index.fingerprint(directory);
         if self.is_real(directory) || before.is_some_and(|before| before.mode != stat.st_mode) {
             self.compare(directory, &stat);
@@ -460,6 +467,14 @@ impl Tree {
         let stat = stat.map_err(|error| self.failed(node, error))?;
         if host::kind_of(stat.st_mode) != Some(self.index.kind(node)) {
             return Err(Refusal::change(&mut self.changes, node, Change::Replaced, Errno::STALE));
+        }
+        if self.index.kind(node) == Kind::Regular {
+            // A single file of the kernel's may be mounted over another.
+            let file = || host::open_beneath(&directory, self.index.name(node), Open::Name);
+            let is_the_kernels = self.kernels.has(stat.st_dev, file);
+            if is_the_kernels.map_err(|error| self.failed(node, error))? {
+                return Err(self.failed(node, Errno::OPNOTSUPP));
+            }
         }
         self.keep_stat(node, &stat).map_err(|full| self.failed(node, full.into()))?;
         Ok(host::fingerprint_of(&stat))

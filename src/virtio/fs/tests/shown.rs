@@ -216,3 +216,18 @@ fn a_path_longer_than_the_kernel_takes_is_reached() {
     let node = guest.walk(&format!("s/{}f", format!("{name}/").repeat(30)));
     assert_eq!(guest.read(node, 0, 10), Ok(b"deep".to_vec()));
 }
+
+#[test]
+fn a_file_system_of_the_kernels_is_an_empty_folder() {
+    let mut guest = Guest::of(Path::new("/"), Attributes::Real);
+    for name in ["proc", "sys"] {
+        let folder = guest.walk(&format!("s/{name}"));
+        assert_eq!(guest.attr(folder).expect("attributes").mode.get() & 0o170_000, 0o040_000);
+        assert_eq!(guest.names(folder), [".", ".."], "{name}");
+        let absent = guest.lookup(folder, b"version").expect("an answer");
+        assert_eq!(absent.nodeid.get(), 0, "{name}");
+    }
+    // A process list that changes spoils nothing.
+    guest.shares.with_tree(|tree| tree.settle());
+    assert_eq!(guest.share_record().changed, []);
+}
