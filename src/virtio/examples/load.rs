@@ -1,0 +1,187 @@
+//! The guest's side of `ci/bench fs`: does the same work on several mounts by turns, and prints what it took.
+//!
+//! ```text
+//! load ROUNDS NAME=DIRECTORY...
+//! ```
+//! A directory holds what `ci/bench` lays out: `many` (directories of files), `big`, `git`, `lua`. Each line
+//! printed is a row, a mount's name and nanoseconds of the monotonic clock. Before each row but the warm one
+//! the guest's caches are dropped, and programs that the row runs are read from their disk again. Which mount is
+//! first changes with every round.
+#![expect(unsafe_code, reason = "maps a file")]
+#![allow(clippy::print_stdout, reason = "a program for people")]
+
+use std::error::Error;
+use std::fs::File;
+use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use rustix::mm::{MapFlags, ProtFlags};
+
+type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
+
+/// A row: its name, whether caches are dropped before it, the program it runs, what it does.
+type Row = (&'static str, bool, &'static [&'static str], fn(&Path) -> Result);
+
+const ROWS: [Row; 9] = [
+    ("stat-cold", true, &[], stat_walk),
+    ("stat-warm", false, &[], stat_walk),
+    ("find-missed", true, &[], find_missed),
+    ("small-reads", true, &[], small_reads),
+    ("sequential", true, &[], sequential),
+    ("random-4k", true, &[], random),
+    ("mmap", true, &[], mapped),
+    ("git-status", true, &["git", "--version"], git_status),
+    ("compile", true, &["gcc", "-O0", "-c", "-o", "/tmp/warm.o", "/tmp/warm.c"], compile),
+];
+
+const PAGE: usize = 4096;
+
+fn main() -> Result {
+    let mut arguments = std::env::args().skip(1);
+    let rounds: usize = arguments.next().ok_or("rounds")?.parse()?;
+    let mounts: Vec<String> = arguments.collect();
+    std::fs::write("/tmp/warm.c", "#include <stdio.h>\nint main(void) { return puts(\"\"); }\n")?;
+    for round in 0..rounds {
+        for (row, cold, program, work) in ROWS {
+            for at in 0..mounts.len() {
+                let mount = mounts.get((at + round) % mounts.len()).ok_or("mount")?;
+                let (name, directory) = mount.split_once('=').ok_or("NAME=DIRECTORY")?;
+                if cold {
+                    drop_caches()?;
+                    if let Some((program, rest)) = program.split_first() {
+                        run(Command::new(program).args(rest))?;
+                    }
+                } else {
+                    work(Path::new(directory))?;
+                }
+                let began = Instant::now();
+                work(Path::new(directory)).map_err(|error| format!("{row} on {name}: {error}"))?;
+                println!("row {row} {name} {}", began.elapsed().as_nanos());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn drop_caches() -> Result {
+    // Entries are freed a generation at a time, and forgetting them is work for the devices that is not a row's.
+    for _ in 0..3 {
+        std::fs::write("/proc/sys/vm/drop_caches", "3")?;
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+fn run(command: &mut Command) -> Result {
+    let status = command.stdout(Stdio::null()).status()?;
+    if status.success() { Ok(()) } else { Err(format!("{command:?}: {status}").into()) }
+}
+
+/// Files below `directory`, by listings alone.
+fn files(directory: &Path) -> Result<Vec<PathBuf>> {
+    let (mut found, mut waiting) = (Vec::new(), vec![directory.to_owned()]);
+    while let Some(directory) = waiting.pop() {
+        for entry in std::fs::read_dir(directory)? {
+            let entry = entry?;
+            let into = if entry.file_type()?.is_dir() { &mut waiting } else { &mut found };
+            into.push(entry.path());
+        }
+    }
+    Ok(found)
+}
+
+fn expect(found: usize, wanted: usize) -> Result {
+    if found == wanted { Ok(()) } else { Err(format!("{found} where {wanted} should be").into()) }
+}
+
+fn stat_walk(share: &Path) -> Result {
+    let files = files(&share.join("many"))?;
+    for file in &files {
+        std::fs::symlink_metadata(file)?;
+    }
+    expect(files.len(), 20_000)
+}
+
+/// What `find -name` and a compiler's search do: lists everything, and asks beside each file for one that is not there.
+fn find_missed(share: &Path) -> Result {
+    let mut missed = 0;
+    for mut file in files(&share.join("many"))? {
+        file.as_mut_os_string().push(".missing");
+        missed += usize::from(std::fs::symlink_metadata(file).is_err());
+    }
+    expect(missed, 20_000)
+}
+
+fn small_reads(share: &Path) -> Result {
+    let mut bytes = Vec::new();
+    for at in 0..4000 {
+        let file = share.join(format!("many/d{}/f{}", at % 200, at / 200));
+        bytes.clear();
+        File::open(file)?.read_to_end(&mut bytes)?;
+        expect(bytes.len(), 2048)?;
+    }
+    Ok(())
+}
+
+fn sequential(share: &Path) -> Result {
+    let mut big = File::open(share.join("big"))?;
+    let (mut buffer, mut total) = (vec![0; 1 << 20], 0);
+    loop {
+        match big.read(&mut buffer)? {
+            0 => return expect(total, 512 << 20),
+            count => total += count,
+        }
+    }
+}
+
+fn random(share: &Path) -> Result {
+    let big = File::open(share.join("big"))?;
+    let mut buffer = [0; PAGE];
+    let pages = big.metadata()?.len() / 4096;
+    let mut state = 88_172_645_463_325_252_u64;
+    for _ in 0..4000 {
+        // xorshift64
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        big.read_exact_at(&mut buffer, state % pages * 4096)?;
+    }
+    Ok(())
+}
+
+fn mapped(share: &Path) -> Result {
+    let big = File::open(share.join("big"))?;
+    let length = usize::try_from(big.metadata()?.len())?;
+    // SAFETY: a new mapping at a place the kernel chooses aliases nothing of this process.
+    let at = unsafe {
+        rustix::mm::mmap(std::ptr::null_mut(), length, ProtFlags::READ, MapFlags::PRIVATE, &big, 0)?
+    };
+    let mut sum = 0_u64;
+    for offset in (0..length).step_by(PAGE) {
+        // SAFETY: `offset` lies in the mapping just made, and nobody changes the file.
+        sum += u64::from(unsafe { at.cast::<u8>().add(offset).read_volatile() });
+    }
+    // SAFETY: the mapping made above, of which no reference is left.
+    unsafe { rustix::mm::munmap(at, length)? };
+    if sum == 0 { Err("the file is all zeroes".into()) } else { Ok(()) }
+}
+
+fn git_status(share: &Path) -> Result {
+    let git = ["--no-optional-locks", "-c", "safe.directory=*", "status", "--porcelain"];
+    run(Command::new("git").arg("-C").arg(share.join("git")).args(git))
+}
+
+/// lua's own Makefile builds beside its sources; this compiles the same files elsewhere, two at a time.
+fn compile(share: &Path) -> Result {
+    let build = Path::new("/tmp/build");
+    std::fs::create_dir(build)?;
+    let script =
+        "printf '%s\\n' \"$1\"/l*.c | xargs -P 2 -n 1 gcc -O0 -c -DLUA_COMPAT_5_3 && ar rc liblua.a l*.o";
+    let mut shell = Command::new("sh");
+    run(shell.current_dir(build).args(["-euc", script, "sh"]).arg(share.join("lua/src")))?;
+    expect(usize::from(build.join("liblua.a").exists()), 1)?;
+    Ok(std::fs::remove_dir_all(build)?)
+}
