@@ -16,4 +16,5 @@ mod jail;
 mod leftovers;
 mod outputs;
 mod reads;
+mod strace;
 mod stress;
