@@ -17,4 +17,5 @@ mod leftovers;
 mod outputs;
 mod reads;
 mod roots;
+mod strace;
 mod stress;

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use kiln_digest::{Digest, Hasher};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir, ResolveFlags, Stat};
@@ -72,26 +73,28 @@ pub fn stat_of(file: impl AsFd) -> Result<Stat> {
     settled(|| rustix::fs::fstat(&file))
 }
 
-/// What `stat` says once a later change must show in the change time. Changes are stamped with a clock that ticks
-/// every 1 to 10 ms (kernels since 6.13 stamp finer where the file system can), so a file that changed in this
-/// very tick is stated again in the next.
+/// The longest tick of the clock that stamps changes (CONFIG_HZ=100). Kernels since 6.13 stamp finer where the file
+/// system can.
+const TICK: Duration = Duration::from_millis(10);
+
+/// What `stat` says once a later change must show in the change time: a file that changed less than a tick ago is
+/// stated again after it.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "compared with a file's time; nothing that is told depends on it"
+)]
 fn settled(stat: impl Fn() -> Result<Stat>) -> Result<Stat> {
-    const MOST_TICKS: usize = 5;
-    let now = || {
-        let now = rustix::time::clock_gettime(rustix::time::ClockId::RealtimeCoarse);
-        (now.tv_sec, now.tv_nsec)
-    };
-    for _ in 0..MOST_TICKS {
-        let before = now();
+    // Whoever changes a file all the time does so after the last time it is looked at, too.
+    for _ in 0..3 {
+        let now = SystemTime::now();
         let seen = stat()?;
-        let changed = (seen.st_ctime, i64::try_from(seen.st_ctime_nsec).unwrap_or(0));
+        let nanos = u32::try_from(seen.st_ctime_nsec).unwrap_or(0);
+        let changed = Duration::new(u64::try_from(seen.st_ctime).unwrap_or(0), nanos);
         // A change time in the future is one from before the clock was set back: no later change has it again.
-        if changed < before || changed.0 > before.0 + 1 {
-            return Ok(seen);
-        }
-        // Without a system call: this costs at most a tick, for a file that was written a moment ago.
-        while now() == before {
-            std::hint::spin_loop();
+        let age = now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().checked_sub(changed);
+        match age.and_then(|age| TICK.checked_sub(age)) {
+            Some(rest) => std::thread::sleep(rest),
+            None => return Ok(seen),
         }
     }
     stat()

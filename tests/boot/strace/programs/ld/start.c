@@ -1,0 +1,1 @@
+int other(void); int start(void) { return other(); }

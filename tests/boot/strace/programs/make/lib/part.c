@@ -1,0 +1,2 @@
+#include "../part.h"
+int part(void) { return PART; }

@@ -1,0 +1,1 @@
+int part(void); int main(void) { return part(); }
