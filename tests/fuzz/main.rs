@@ -1,0 +1,28 @@
+//! Fuzzing on stable Rust: what a hostile guest, host or archive can send, run in this process as fast as it goes.
+//!
+//! | target | an input is | held against it |
+//! | --- | --- | --- |
+//! | `fuse` | requests and descriptor chains for the fs device | right answers, nothing from outside the shares |
+//! | `vsock` | packets, buffers and streams on both sides of the vsock device | right packets, within the guest's credit |
+//! | `to_host` | a stream of an agent's frames for the host's decoder | a message has one form, however the stream is cut |
+//! | `to_agent` | the same for the agent's decoder | the same |
+//! | `session` | all that an agent says in one run of a command | lists are trees, contents are what was sent |
+//! | `erofs` | choices that make a tree | the image reads back as the tree, and `fsck.erofs` agrees with a sample |
+//!
+//! No input may panic, or hold more memory than its target says ([`meter`]). `cargo test --test fuzz` replays the corpus
+//! (`corpus/TARGET`) and goes on for a second each; `ci/fuzz TARGET SECONDS` goes on for longer and counts. What fails
+//! is made shorter and joins the corpus.
+
+mod driver;
+mod erofs;
+mod fuse;
+mod messages;
+mod meter;
+mod random;
+mod session;
+mod vsock;
+mod wire;
+
+#[path = "../../src/virtio/testkit.rs"]
+#[expect(dead_code, reason = "shared with the tests of the devices")]
+mod testkit;
