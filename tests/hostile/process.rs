@@ -506,6 +506,10 @@ impl Target for ProcessTarget {
     }
 
     fn call(&mut self, function: &str, arguments: &[Value]) -> Result<Value, String> {
+        if function == "open_files" {
+            let folder = format!("/proc/{}/fd", self.machine()?.process);
+            return std::fs::read_dir(folder).map(|open| Value::from(open.count())).map_err(say);
+        }
         self.device()?.rings.call(function, arguments)
     }
 
