@@ -2,7 +2,7 @@
 //! gives a file a second path, which comparing paths does not see.
 
 use std::ffi::OsString;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 /// A line of /proc/self/mountinfo (proc_pid_mountinfo(5)), as far as it says what is shown where.
@@ -71,7 +71,7 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut path = || Some(PathBuf::from(OsString::from_vec(unescape(fields.next()?))));
     let (inner, point) = (path()?, path()?);
     // What is no path, such as `net:[4026531840]`, lies in nothing.
-    inner.as_os_str().as_bytes().starts_with(b"/").then_some(Mount { device, inner, point })
+    (inner.is_absolute() && point.is_absolute()).then_some(Mount { device, inner, point })
 }
 
 /// Space, tab, newline and backslash are written as three octal digits.
