@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 const MAX_LINE_BYTES: u64 = 1 << 20;
 /// How many events are kept, the latest.
 const MOST_EVENTS: usize = 64;
-/// How long QEMU may take for an answer.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long QEMU may take for an answer: on a host that is busy, or was stopped meanwhile, that is not its fault.
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A connection in command mode.
 #[derive(Debug)]
