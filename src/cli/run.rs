@@ -1,7 +1,8 @@
 //! `kiln run`: one command in its own machine.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -298,8 +299,10 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
     let host = Host::open(Settings::read(flags)?)?;
     let interrupts = Interrupts::watch(&host.settings.work.value, host.store.temporary(), arguments.json);
     let interrupts = interrupts.map_err(|error| Failure::new(&error, None, super::FAILED))?;
-    let input: Option<Box<dyn Read + Send>> =
-        if arguments.stdin { Some(Box::new(io::stdin())) } else { None };
+    let input = arguments.stdin.then(|| io::stdin().as_fd().try_clone_to_owned()).transpose();
+    let input = input
+        .map_err(|source| RunError::Io { what: "take standard input", source })
+        .map_err(Failure::from)?;
     let mut narrator = Narrator::new(arguments.quiet || arguments.json);
     let forms = [("auto", None), ("raw", Some(Form::Raw)), ("harmless", Some(Form::Log))];
     let mut output = GuestOutput::new(one_of("output", &arguments.output, &forms)?);

@@ -263,6 +263,7 @@ pub(super) fn describe(
         timeout_ms: step.timeout.map_or(0, |timeout| milliseconds(timeout).max(1)),
         grace_ms: milliseconds(step.grace),
         stdin: false,
+        terminal: None,
     };
     let spec = Spec {
         kernel: host.store.blobs().path(&prepared.bundle.kernel),

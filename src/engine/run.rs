@@ -1,6 +1,7 @@
 //! `run`: one step from its description to its merged outputs.
 
-use std::io::{self, Read};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -84,7 +85,7 @@ pub struct Report {
 pub fn run(
     step: &Step,
     host: &Host,
-    input: Option<Box<dyn Read + Send>>,
+    input: Option<OwnedFd>,
     events: Listener<'_>,
 ) -> Result<Report, RunError> {
     let mut stopwatch = Stopwatch(Instant::now());
@@ -238,7 +239,7 @@ impl Talk<'_> {
         wire: UnixStream,
         setup: Setup,
         mut exec: Exec,
-        input: Option<Box<dyn Read + Send>>,
+        input: Option<OwnedFd>,
         events: Listener<'_>,
     ) -> Result<Conversation, RunError> {
         let mut session = Session::open(wire, BOOT_PATIENCE).map_err(RunError::Session)?;

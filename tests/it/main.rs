@@ -9,6 +9,7 @@ mod doctor;
 #[path = "../folder/mod.rs"]
 mod folder;
 mod host;
+mod hub;
 mod inputs;
 mod jail;
 mod manual;
