@@ -220,6 +220,8 @@ pub struct Settings {
     pub lock: Setting<PathBuf>,
     /// The agent, where the environment names it.
     pub agent: Setting<Option<PathBuf>>,
+    /// A directory to be the toolbox; none: Debian packages.
+    pub toolbox: Setting<Option<PathBuf>>,
     /// The recipe that was read.
     pub recipe: Option<PathBuf>,
     /// PATH of the host, for finding programs.
@@ -381,6 +383,7 @@ impl Settings {
             ),
             lock: pick(flags.lock, "KILN_LOCK", PathBuf::from, None, || beside_recipe(LOCK.into())),
             agent: pick(None, "KILN_AGENT", |text| Some(text.into()), None, || None),
+            toolbox: pick(None, "KILN_TOOLBOX", |text| Some(text.into()), None, || None),
             recipe: recipe_path.clone(),
             search_path: variable_text("PATH").unwrap_or_default(),
             project,

@@ -16,6 +16,7 @@ use crate::machine::{Accelerator, Carrier, MachineError};
 use crate::plan::RootSpec;
 use crate::root::bundle::{self, Bundle, BundleError};
 use crate::root::debian::{Archive, ArchiveError, ArchiveSettings, DebianSpec};
+use crate::root::toolbox::{self, ToolboxError};
 use crate::root::{self, Root, RootError, Workshop};
 use crate::settings::{BackendChoice, Settings};
 use crate::store::{Store, StoreError};
@@ -41,6 +42,9 @@ pub enum HostError {
     /// The root.
     #[error(transparent)]
     Root(#[from] RootError),
+    /// The toolbox.
+    #[error(transparent)]
+    Toolbox(#[from] ToolboxError),
     /// There is no agent to boot.
     #[error("{}", no_agent(.named.as_deref()))]
     NoAgent {
@@ -87,6 +91,7 @@ impl HostError {
             Self::Debian(error) => error.hint(),
             Self::Root(error) => error.hint(),
             Self::Store(error) => error.hint(),
+            Self::Toolbox(error) => error.hint(),
             Self::Bundle(_) => None,
         }
     }
@@ -306,6 +311,32 @@ impl Host {
         progress("unpacking the kernel");
         let tree = self.archive.unpack_kernel(&locked)?;
         Ok(bundle::from_package(&self.store, &key, &tree, &agent, carrier)?)
+    }
+
+    /// The image of the toolbox, made where it is not there yet: of the directory that the settings name, else of
+    /// Debian packages, which are locked.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn toolbox(&self, progress: &mut dyn FnMut(&str)) -> Result<PathBuf, HostError> {
+        if let Some(path) = &self.settings.toolbox.value {
+            return Ok(toolbox::of_directory(&self.store, &self.settings.directory.join(path))?);
+        }
+        let spec = toolbox::spec(crate::root::debian::DEFAULT_KERNEL_SUITE)?;
+        let mut lock = self.lock()?;
+        let locked = match lock.toolbox(&spec.to_string()) {
+            Some(locked) => locked.clone(),
+            None => {
+                self.check_lock()?;
+                progress("looking up the toolbox");
+                let locked = self.archive.resolve_programs(&spec, None)?;
+                lock.set_toolbox(locked.clone());
+                lock.save(self.lock_path())?;
+                progress(&format!("locked the toolbox in {}", self.lock_path().display()));
+                locked
+            }
+        };
+        Ok(toolbox::of_packages(&self.store, &self.archive, &locked, progress)?)
     }
 
     /// The root of `spec`, made where it is not there yet: with machines of `qemu` that boot `bundle`.
