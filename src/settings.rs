@@ -237,6 +237,7 @@ fn pick<T>(
     recipe: Option<T>,
     default: impl FnOnce() -> T,
 ) -> Setting<T> {
+    debug_assert!(VARIABLES.contains(&variable), "{variable} is not in the list");
     if let Some(value) = flag {
         return Setting { value, origin: Origin::Flag };
     }
@@ -253,6 +254,30 @@ fn pick<T>(
 #[expect(clippy::disallowed_methods, reason = "the one door to the environment")]
 pub fn host_variable(name: &str) -> Option<Vec<u8>> {
     env::var_os(name).map(OsStringExt::into_vec)
+}
+
+/// Every variable that is a setting.
+const VARIABLES: [&str; 15] = [
+    "PROJECT",
+    "WORK",
+    "SRCDIR",
+    "SECRETS",
+    "REPO",
+    "TAG",
+    "KILN_STORE",
+    "KILN_BACKEND",
+    "KILN_QEMU",
+    "KILN_DEBIAN_MIRROR",
+    "KILN_DEBIAN_SECURITY_MIRROR",
+    "KILN_DEBIAN_KEYRING",
+    "KILN_LOCK",
+    "KILN_AGENT",
+    "KILN_TOOLBOX",
+];
+
+/// The settings that the environment makes, as they are in it.
+pub fn from_environment() -> Vec<(&'static str, String)> {
+    VARIABLES.iter().filter_map(|name| variable_text(name).map(|value| (*name, value))).collect()
 }
 
 #[expect(clippy::disallowed_methods, reason = "the one door to the environment")]

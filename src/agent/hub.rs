@@ -6,12 +6,11 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
 
-use kiln_wire::{Credit, Exec, FromAgent, Taken, ToAgent};
+use kiln_wire::{Credit, Exec, FromAgent, ToAgent};
 
 use super::session::{Session, SessionError, Writer, unexpected};
 
@@ -46,8 +45,6 @@ struct Line {
     started: bool,
     input: Credit,
     output: Credit,
-    /// What was taken of a command that nobody listens to any more.
-    dropped: Taken,
 }
 
 /// A command that runs, or ran, in a shared session. Dropping it kills the command.
@@ -56,7 +53,6 @@ pub struct Remote {
     id: u32,
     writer: Writer,
     table: Arc<Table>,
-    messages: Receiver<FromAgent>,
 }
 
 /// A message that its sender had no business to send.
@@ -67,6 +63,16 @@ pub struct Misplaced(&'static str);
 impl Table {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Line {
+    /// Counts all that was handed out as taken, and gives how much that was beyond what was said before.
+    fn take_all(&mut self) -> u32 {
+        let owed = self.output.spent();
+        // Cannot fail: it is what was spent.
+        let _ = self.output.regain(owed);
+        owed
     }
 }
 
@@ -106,11 +112,12 @@ impl Hub {
         Ok(hub)
     }
 
-    /// Starts a command; the hub gives it its number.
+    /// Starts a command; the hub gives it its number. What the agent says of it comes out of the receiver, which ends
+    /// with the command or with the session.
     ///
     /// # Errors
     /// [`SessionError::Closed`] when the session is over, or what sending says.
-    pub fn start(&self, exec: Exec) -> Result<Remote, SessionError> {
+    pub fn start(&self, exec: Exec) -> Result<(Remote, Receiver<FromAgent>), SessionError> {
         let (sender, messages) = channel();
         let id = {
             let mut state = self.table.lock();
@@ -124,15 +131,14 @@ impl Hub {
                 started: false,
                 input: Credit::default(),
                 output: Credit::default(),
-                dropped: Taken::default(),
             };
             state.lines.insert(id, line);
             id
         };
         let (writer, table) = (self.writer.clone(), Arc::clone(&self.table));
-        let remote = Remote { id, writer, table, messages };
+        let remote = Remote { id, writer, table };
         self.writer.send(&ToAgent::Exec(Exec { id, ..exec }))?;
-        Ok(remote)
+        Ok((remote, messages))
     }
 
     /// Asks the machine to sync and power off.
@@ -156,26 +162,25 @@ impl Table {
         };
         let mut state = self.lock();
         let line = state.lines.get_mut(&id).ok_or_else(|| unexpected(&message, "of no command"))?;
-        let (good, length) = match &message {
-            FromAgent::Started { .. } => (!std::mem::replace(&mut line.started, true), 0),
-            FromAgent::Output { data, .. } => (line.output.spend(data.len()), data.len()),
-            FromAgent::Credit { bytes, .. } => (line.input.regain(*bytes), 0),
-            _ => (true, 0),
+        let good = match &message {
+            FromAgent::Started { .. } => !std::mem::replace(&mut line.started, true),
+            FromAgent::Output { data, .. } => line.output.spend(data.len()),
+            FromAgent::Credit { bytes, .. } => line.input.regain(*bytes),
+            _ => true,
         };
         if !good {
             return Err(unexpected(&message, "beyond what was allowed"));
         }
         let listened_to = line.messages.send(message).is_ok();
         // A command that was left alone runs to its end all the same, however much it writes.
-        let owed = if listened_to { None } else { line.dropped.add(length) };
-        let regained = owed.is_none_or(|bytes| line.output.regain(bytes));
+        let owed = if listened_to || ends { 0 } else { line.take_all() };
         if ends {
             state.lines.remove(&id);
         }
         drop(state);
-        match owed.filter(|_| regained) {
-            Some(bytes) => writer.send(&ToAgent::Credit { id, bytes }),
-            None => Ok(()),
+        match owed {
+            0 => Ok(()),
+            bytes => writer.send(&ToAgent::Credit { id, bytes }),
         }
     }
 }
@@ -213,32 +218,33 @@ impl Remote {
         Ok(())
     }
 
-    /// What the agent says next of this command, `None` when it or the session is over.
-    pub fn next(&self) -> Option<FromAgent> {
-        self.messages.recv().ok()
+    /// Counts all that was handed out as taken, so that the command's end, which comes after its output, is not held up.
+    pub fn take_all(&self) {
+        let mut state = self.table.lock();
+        let Some(line) = state.lines.get_mut(&self.id) else { return };
+        let owed = line.take_all();
+        drop(state);
+        if owed > 0 {
+            let _ = self.writer.send(&ToAgent::Credit { id: self.id, bytes: owed });
+        }
     }
 
-    /// As [`Remote::next`], for at most `patience`.
-    ///
-    /// # Errors
-    /// [`RecvTimeoutError`].
-    pub fn next_within(&self, patience: Duration) -> Result<FromAgent, RecvTimeoutError> {
-        self.messages.recv_timeout(patience)
+    /// Has nothing to do with the command any more: what the agent still says of it ends the session.
+    pub fn disown(&self) {
+        self.table.lock().lines.remove(&self.id);
+    }
+
+    /// Kills the command, with all it started.
+    pub fn kill(&self) {
+        let _ = self.writer.send(&ToAgent::Signal { id: self.id, signal: KILL });
     }
 }
 
 impl Drop for Remote {
     fn drop(&mut self) {
-        let id = self.id;
-        let mut state = self.table.lock();
-        let Some(line) = state.lines.get_mut(&id) else { return };
-        // What was handed out and not looked at counts as taken: the command's end comes after its output.
-        let owed = line.output.spent();
-        let owes = owed > 0 && line.output.regain(owed);
-        drop(state);
-        if owes {
-            let _ = self.writer.send(&ToAgent::Credit { id, bytes: owed });
+        if self.table.lock().lines.contains_key(&self.id) {
+            self.take_all();
+            self.kill();
         }
-        let _ = self.writer.send(&ToAgent::Signal { id, signal: KILL });
     }
 }

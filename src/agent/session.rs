@@ -132,6 +132,12 @@ impl Controls {
     pub fn resize(&self, size: TerminalSize) -> Result<(), SessionError> {
         self.writer.send(&ToAgent::Resize { id: self.id, size })
     }
+
+    /// Ends the whole conversation: whoever waits in it gets [`SessionError::Closed`].
+    pub fn hang_up(&self) {
+        let stream = self.writer.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = stream.shutdown(Shutdown::Both);
+    }
 }
 
 /// An open conversation.
@@ -244,7 +250,11 @@ impl Session {
                     if let Some(bytes) = taken.add(data.len()) {
                         // Cannot fail: no more was taken than came.
                         let _ = credit.regain(bytes);
-                        self.send(&ToAgent::Credit { id, bytes })?;
+                        match self.send(&ToAgent::Credit { id, bytes }) {
+                            // What it said before it went is still to be read.
+                            Ok(()) | Err(SessionError::Closed) => {}
+                            Err(error) => return Err(error),
+                        }
                     }
                 }
                 FromAgent::Credit { id: other, bytes } if other == id => {

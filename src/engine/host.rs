@@ -8,6 +8,7 @@ use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::fetch::lock::{Lock, LockError};
+use crate::keeper::Registry;
 use crate::machine::jail::attempt::Targets;
 use crate::machine::jail::{Held, Profile};
 use crate::machine::probe::{self, Verdict};
@@ -160,6 +161,8 @@ impl Host {
     /// [`HostError::Store`].
     pub fn open(settings: Settings) -> Result<Self, HostError> {
         let store = Store::open(&settings.store.value)?;
+        // Sweeps what killed kilns left. Whoever needs the registry hears of what is wrong with it.
+        let _ = Registry::open(&store.run());
         let archive = Archive::new(
             ArchiveSettings {
                 mirror: settings.debian_mirror.value.clone(),

@@ -37,7 +37,6 @@ const APPLETS: &[&str] = &[
     "awk",
     "basename",
     "bc",
-    "blkid",
     "blockdev",
     "bunzip2",
     "bzip2",
@@ -106,7 +105,6 @@ const APPLETS: &[&str] = &[
     "patch",
     "pidof",
     "ping",
-    "printenv",
     "printf",
     "ps",
     "pwd",
@@ -124,7 +122,6 @@ const APPLETS: &[&str] = &[
     "sha512sum",
     "sleep",
     "sort",
-    "split",
     "stat",
     "strings",
     "stty",
@@ -252,7 +249,7 @@ pub fn of_directory(store: &Store, path: &Path) -> Result<PathBuf, ToolboxError>
 }
 
 fn key(locked: &LockedRoot) -> Digest {
-    let mut text = format!("toolbox {FORMAT} {}\n", locked.source_date_epoch());
+    let mut text = format!("toolbox {FORMAT} {}\n{}{APPLETS:?}\n", locked.source_date_epoch(), strace());
     for package in &locked.packages {
         text.push_str(&format!("{}\n", package.sha256));
     }

@@ -10,6 +10,7 @@ use kiln_wire::{
 
 use super::wire::{Liar, PATIENCE, exec, session};
 
+type Started = (Remote, Receiver<FromAgent>);
 type End = Receiver<Result<(), SessionError>>;
 
 /// A hub whose agent is `liar`, and what tells of its end.
@@ -25,6 +26,10 @@ fn started(agent: &mut Liar) -> u32 {
         Some(ToAgent::Exec(Exec { id, .. })) => id,
         other => panic!("{other:?}"),
     }
+}
+
+fn start(hub: &Hub) -> Started {
+    hub.start(exec()).expect("sent")
 }
 
 fn output(id: u32, data: &[u8]) -> FromAgent {
@@ -50,8 +55,8 @@ fn each_command_hears_what_concerns_it() {
         assert_eq!(agent.hear(), Some(ToAgent::PowerOff));
         agent.say(&FromAgent::Bye);
     });
-    let (one, two) = (hub.start(exec()).expect("sent"), hub.start(exec()).expect("sent"));
-    let heard = |remote: &Remote| std::iter::from_fn(|| remote.next()).collect::<Vec<_>>();
+    let (one, two) = (start(&hub), start(&hub));
+    let heard = |(_, messages): &Started| messages.iter().collect::<Vec<_>>();
     assert!(matches!(&heard(&two)[..], [FromAgent::Output { .. }, FromAgent::Exited { .. }]));
     let said = heard(&one);
     assert!(
@@ -72,7 +77,7 @@ fn what_is_passed_on_goes_to_the_sender_s_own_command() {
         assert_eq!(agent.hear(), Some(ToAgent::Stdin { id, data: b"x".to_vec() }));
         agent.say(&exited(id));
     });
-    let remote = hub.start(exec()).expect("sent");
+    let (remote, messages) = start(&hub);
     // Whatever number the sender gives.
     let id = u32::MAX;
     for message in [
@@ -82,8 +87,8 @@ fn what_is_passed_on_goes_to_the_sender_s_own_command() {
     ] {
         remote.pass(message).expect("it concerns the command");
     }
-    assert!(matches!(remote.next(), Some(FromAgent::Exited { .. })));
-    assert!(remote.next().is_none());
+    assert!(matches!(messages.recv(), Ok(FromAgent::Exited { .. })));
+    assert!(messages.recv().is_err());
     remote.pass(ToAgent::Signal { id, signal: 9 }).expect("nobody is left to be signalled");
 }
 
@@ -94,7 +99,7 @@ fn what_the_agent_would_end_the_machine_for_is_not_passed_on() {
         // Nothing comes but the end of the command that is left alone.
         assert!(matches!(agent.hear(), Some(ToAgent::Signal { signal: 9, .. })));
     });
-    let remote = hub.start(exec()).expect("sent");
+    let (remote, _messages) = start(&hub);
     for message in [
         ToAgent::PowerOff,
         ToAgent::Exec(exec()),
@@ -131,9 +136,9 @@ fn a_lie_to_one_command_ends_the_session_for_all() {
             lie(agent, id);
             agent.hear();
         });
-        let (other, _lied_to) = (hub.start(exec()).expect("sent"), hub.start(exec()).expect("sent"));
+        let ((_other, messages), _lied_to) = (start(&hub), start(&hub));
         assert!(is_violated(&end), "{name}");
-        assert!(other.next().is_none(), "{name}");
+        assert!(messages.recv().is_err(), "{name}");
     }
 }
 
@@ -161,8 +166,9 @@ fn a_command_that_nobody_listens_to_any_more_is_killed_and_holds_nobody_up() {
         agent.say(&exited(next.expect("it was started")));
         agent.hear();
     });
-    let (remote, mark) = (hub.start(exec()).expect("sent"), hub.start(exec()).expect("sent"));
-    assert!(matches!(mark.next(), Some(FromAgent::Exited { .. })), "all that came before has come");
-    drop(remote);
-    assert!(matches!(hub.start(exec()).expect("sent").next(), Some(FromAgent::Exited { .. })));
+    let (command, (_mark, mark)) = (start(&hub), start(&hub));
+    assert!(matches!(mark.recv(), Ok(FromAgent::Exited { .. })), "all that came before has come");
+    drop(command);
+    let (_next, next) = start(&hub);
+    assert!(matches!(next.recv(), Ok(FromAgent::Exited { .. })));
 }

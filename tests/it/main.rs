@@ -12,6 +12,7 @@ mod host;
 mod hub;
 mod inputs;
 mod jail;
+mod keeper;
 mod manual;
 mod merge;
 mod qemu;

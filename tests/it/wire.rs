@@ -56,7 +56,7 @@ pub fn ready(version: u16) -> FromAgent {
     FromAgent::Ready { version, kernel: "6.12.0".into(), uptime_us: 1, memory_bytes: 1 << 30, cpus: 1 }
 }
 
-fn spec() -> Spec {
+pub fn spec() -> Spec {
     Spec {
         kernel: "kernel".into(),
         initramfs: "initramfs".into(),
