@@ -1,12 +1,11 @@
-//! A running command as the agent sees it: its pipes, its deadline, and what becomes of it.
+//! A running command as the agent sees it: its pipes or its terminal, its deadline, and what becomes of it.
 //!
 //! The session polls what [`Command::interests`] names and calls [`Command::advance`] with what it found.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use kiln_wire::{Exec, FromAgent, MAX_DATA_BYTES, Outcome, Stream, Usage};
-use rustix::buffer::spare_capacity;
+use kiln_wire::{Credit, Exec, FromAgent, MAX_DATA_BYTES, Outcome, Stream, Taken, TerminalSize, Usage};
 use rustix::event::PollFlags;
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::io::{Errno, read, write};
@@ -20,13 +19,11 @@ use crate::meter::Meter;
 use crate::program::Program;
 use crate::reap::{self, Ends, Kill, MAX_REFUSAL_BYTES, Refusal, Stage, Verdict};
 use crate::sys::{self, Fork};
+use crate::terminal::{END_OF_FILE, Terminal};
 
 /// Room in the pipes of standard output and error: fewer, larger reads. More would only let the command run further
 /// ahead of the host.
 const PIPE_BYTES: usize = MAX_DATA_BYTES;
-
-/// Above this much unread standard input the agent stops listening to the host.
-const STDIN_BYTES: usize = 1 << 20;
 
 /// A command that was started and whose end the host does not know yet.
 pub struct Command {
@@ -41,7 +38,14 @@ pub struct Command {
     stdin: Option<OwnedFd>,
     stdin_bytes: Vec<u8>,
     stdin_ends: bool,
+    /// How much more input the host may send, and what of it was taken without the host's knowing.
+    stdin_credit: Credit,
+    stdin_taken: Taken,
+    terminal: Option<Terminal>,
     outputs: [(Stream, Option<OwnedFd>); 2],
+    buffer: Box<[u8]>,
+    /// How much more output the host takes.
+    output_credit: Credit,
     started: Instant,
     deadline: Option<Instant>,
     grace: Duration,
@@ -58,21 +62,22 @@ pub struct Command {
 pub struct StartError(#[from] pub Errno);
 
 impl Command {
-    /// Starts a command. `null` is an open `/dev/null`.
+    /// Starts a command. `null` is an open `/dev/null`, `terminals` the step's devpts.
     ///
     /// # Errors
     /// The machine has no room for it.
-    pub fn start(exec: &Exec, null: &OwnedFd, meter: &Meter) -> Result<Self, StartError> {
+    pub fn start(
+        exec: &Exec,
+        null: &OwnedFd,
+        terminals: &OwnedFd,
+        meter: &Meter,
+    ) -> Result<Self, StartError> {
         let program = Program::new(exec)?;
-        let (stdin_read, stdin_write) = if exec.stdin {
-            let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC)?;
-            fcntl_setfl(&write_end, OFlags::NONBLOCK)?;
-            (read_end, Some(write_end))
-        } else {
-            (null.try_clone().map_err(|_| Errno::MFILE)?, None)
+        let Streams { terminal, stdin, outputs, theirs } = match exec.terminal {
+            Some(size) => Streams::terminal(Terminal::open(terminals, size)?, exec.stdin)?,
+            None => Streams::pipes(exec.stdin, null)?,
         };
-        let (stdout_read, stdout_write) = output_pipe()?;
-        let (stderr_read, stderr_write) = output_pipe()?;
+        let [stdin_read, stdout_write, stderr_write] = theirs;
         let (report_read, report_write) = pipe_with(PipeFlags::CLOEXEC)?;
         fcntl_setfl(&report_read, OFlags::NONBLOCK)?;
         let (control, init_control) =
@@ -84,6 +89,7 @@ impl Command {
             stderr: stderr_write,
             report: report_write,
             control: init_control,
+            controls_terminal: terminal.is_some(),
         };
         let oom_kills_before = meter.oom_kills();
         let usage = Usage { peak_memory_bytes: meter.used_bytes(), ..Usage::default() };
@@ -102,10 +108,15 @@ impl Command {
             report: Some(report_read),
             refusal: None,
             folder: exec.cwd.clone(),
-            stdin: stdin_write,
+            stdin,
             stdin_bytes: Vec::new(),
             stdin_ends: false,
-            outputs: [(Stream::Stdout, Some(stdout_read)), (Stream::Stderr, Some(stderr_read))],
+            stdin_credit: Credit::default(),
+            stdin_taken: Taken::default(),
+            terminal,
+            outputs,
+            buffer: vec![0; MAX_DATA_BYTES].into(),
+            output_credit: Credit::default(),
             started,
             deadline: deadline(started, exec.timeout_ms),
             grace: Duration::from_millis(exec.grace_ms),
@@ -119,6 +130,7 @@ impl Command {
     /// What to poll, and for what. `has_room`: whether output may be read.
     pub fn interests(&self, has_room: bool) -> impl Iterator<Item = (BorrowedFd<'_>, PollFlags)> {
         let stdin = self.stdin.as_ref().filter(|_| !self.stdin_bytes.is_empty());
+        let has_room = has_room && self.output_credit.left() > 0;
         let outputs = self.outputs.iter().filter_map(|(_, fd)| fd.as_ref()).filter(move |_| has_room);
         let init = self.end.is_none().then_some(&self.init_fd);
         let inputs = init.into_iter().chain(&self.report).chain(outputs);
@@ -130,19 +142,36 @@ impl Command {
         self.deadline.filter(|_| self.end.is_none())
     }
 
-    /// Whether the agent should stop listening to the host until the command has read.
-    pub fn is_full(&self) -> bool {
-        self.stdin_bytes.len() >= STDIN_BYTES
-    }
-
-    /// Takes bytes for standard input; none: its end.
-    pub fn feed(&mut self, data: &[u8]) {
+    /// Takes bytes for standard input; none: its end. They are written by [`Command::advance`]. Returns false where they
+    /// are more than the host was allowed.
+    #[must_use]
+    pub fn feed(&mut self, data: &[u8]) -> bool {
+        if !self.stdin_credit.spend(data.len()) {
+            return false;
+        }
+        if self.stdin_ends {
+            return true;
+        }
+        self.stdin_bytes.extend_from_slice(data);
         if data.is_empty() {
             self.stdin_ends = true;
-        } else if self.stdin.is_some() && !self.stdin_ends {
-            self.stdin_bytes.extend_from_slice(data);
+            if self.terminal.is_some() {
+                self.stdin_bytes.push(END_OF_FILE);
+            }
         }
-        self.write_stdin();
+        true
+    }
+
+    /// The host has taken so much of the output. Returns false where it was not sent so much.
+    #[must_use]
+    pub fn regain(&mut self, bytes: u32) -> bool {
+        self.output_credit.regain(bytes)
+    }
+
+    /// Gives its terminal another size; nothing where it has none.
+    pub fn resize(&self, size: TerminalSize) {
+        // It cannot fail in a way that the host could do anything about.
+        let _ = self.terminal.as_ref().map(|terminal| terminal.resize(size));
     }
 
     /// Passes a signal to the command's process group.
@@ -169,7 +198,7 @@ impl Command {
     /// Does what can be done without waiting. Returns true when the command is over and the host was told.
     pub fn advance(&mut self, now: Instant, link: &mut Link, meter: &Meter) -> bool {
         self.read_report(link);
-        self.write_stdin();
+        self.write_stdin(link);
         if self.end.is_none() {
             self.reap(now, meter);
         }
@@ -181,12 +210,9 @@ impl Command {
             return false;
         }
         link.queue(&match &self.refusal {
-            Some(Refusal { stage: Stage::Program, errno, why }) => {
-                FromAgent::ExecFailed { id: self.id, errno: *errno, why: cut(why.clone()) }
-            }
-            // Not the program's fault: what it was to run in could not be made.
-            Some(Refusal { stage, errno, .. }) => {
-                FromAgent::Failed { what: cut(self.attempt(*stage)), errno: *errno }
+            Some(Refusal { stage, errno, why }) => {
+                let what = cut(self.attempt(*stage));
+                FromAgent::ExecFailed { id: self.id, what, errno: *errno, why: cut(why.clone()) }
             }
             None => FromAgent::Exited { id: self.id, outcome: self.outcome(verdict), usage: self.usage },
         });
@@ -203,13 +229,13 @@ impl Command {
         }
     }
 
-    /// What was being done for the command, in words.
+    /// What was being done for the command, in words; nothing where it is the program's own fault.
     fn attempt(&self, stage: Stage) -> String {
         match stage {
             Stage::World => "making the command's namespaces".to_owned(),
             Stage::Process => "preparing the command's process".to_owned(),
             Stage::Folder => format!("entering the working directory `{}`", self.folder.escape_ascii()),
-            Stage::Program => "executing the program".to_owned(),
+            Stage::Program => String::new(),
         }
     }
 
@@ -228,22 +254,37 @@ impl Command {
         self.report = None;
     }
 
-    fn write_stdin(&mut self) {
-        let Some(stdin) = &self.stdin else { return };
+    fn write_stdin(&mut self, link: &mut Link) {
+        let mut taken = 0;
         while !self.stdin_bytes.is_empty() {
-            match write(stdin, &self.stdin_bytes) {
-                Ok(length) => drop(self.stdin_bytes.drain(..length)),
+            let written = match &self.stdin {
+                Some(stdin) => write(stdin, &self.stdin_bytes),
+                None => Err(Errno::PIPE),
+            };
+            match written {
+                Ok(length) => {
+                    taken += length;
+                    self.stdin_bytes.drain(..length);
+                }
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return,
-                // Nobody reads any more.
+                Err(Errno::AGAIN) => break,
+                // Nobody reads any more. The host may go on all the same: it is to learn of the command's end.
                 Err(_) => {
-                    self.stdin_bytes = Vec::new();
-                    self.stdin_ends = true;
+                    taken += self.stdin_bytes.len();
+                    self.stdin_bytes.clear();
+                    self.stdin = None;
                 }
             }
         }
-        if self.stdin_ends {
+        if self.stdin_ends && self.stdin_bytes.is_empty() {
             self.stdin = None;
+        }
+        // A terminal's end-of-file character was not the host's.
+        let taken = if self.stdin_ends { 0 } else { taken };
+        if let Some(bytes) = self.stdin_taken.add(taken) {
+            // Cannot fail: no more was taken than came.
+            let _ = self.stdin_credit.regain(bytes);
+            link.queue(&FromAgent::Credit { id: self.id, bytes });
         }
     }
 
@@ -290,11 +331,14 @@ impl Command {
     fn read_outputs(&mut self, link: &mut Link) {
         let ended = self.end.is_some();
         for (stream, output) in &mut self.outputs {
-            while let Some(fd) = output.as_ref().filter(|_| link.has_room()) {
-                // Not zeroed first: most reads are short.
-                let mut data = Vec::with_capacity(MAX_DATA_BYTES);
-                match read(fd, spare_capacity(&mut data)) {
+            while let Some(fd) = output.as_ref().filter(|_| link.has_room() && self.output_credit.left() > 0)
+            {
+                let most = self.buffer.len().min(self.output_credit.left());
+                match read(fd, self.buffer.get_mut(..most).unwrap_or_default()) {
                     Ok(length @ 1..) => {
+                        // Cannot be overdrawn: no more was read than there is.
+                        let _ = self.output_credit.spend(length);
+                        let data = self.buffer.get(..length).unwrap_or_default().to_vec();
                         link.queue(&FromAgent::Output { id: self.id, stream: *stream, data });
                         if length < PIPE_BYTES && !ended {
                             break;
@@ -307,6 +351,48 @@ impl Command {
             }
         }
     }
+}
+
+/// A command's standard streams: the agent's side of them, and the command's.
+struct Streams {
+    terminal: Option<Terminal>,
+    stdin: Option<OwnedFd>,
+    outputs: [(Stream, Option<OwnedFd>); 2],
+    /// Standard input, output and error.
+    theirs: [OwnedFd; 3],
+}
+
+impl Streams {
+    fn pipes(with_stdin: bool, null: &OwnedFd) -> Result<Self, Errno> {
+        let (stdin_read, stdin_write) = if with_stdin {
+            let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC)?;
+            fcntl_setfl(&write_end, OFlags::NONBLOCK)?;
+            (read_end, Some(write_end))
+        } else {
+            (copy(null)?, None)
+        };
+        let (stdout_read, stdout_write) = output_pipe()?;
+        let (stderr_read, stderr_write) = output_pipe()?;
+        Ok(Self {
+            terminal: None,
+            stdin: stdin_write,
+            outputs: [(Stream::Stdout, Some(stdout_read)), (Stream::Stderr, Some(stderr_read))],
+            theirs: [stdin_read, stdout_write, stderr_write],
+        })
+    }
+
+    fn terminal(terminal: Terminal, with_stdin: bool) -> Result<Self, Errno> {
+        let slave = || copy(&terminal.slave);
+        let theirs = [slave()?, slave()?, slave()?];
+        let stdin = if with_stdin { Some(copy(&terminal.master)?) } else { None };
+        let shown = copy(&terminal.master)?;
+        let outputs = [(Stream::Stdout, Some(shown)), (Stream::Stderr, None)];
+        Ok(Self { terminal: Some(terminal), stdin, outputs, theirs })
+    }
+}
+
+fn copy(fd: &OwnedFd) -> Result<OwnedFd, Errno> {
+    fd.try_clone().map_err(|_| Errno::MFILE)
 }
 
 fn output_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {

@@ -114,12 +114,11 @@ impl Link {
     }
 
     /// What to poll, and for what. `None` while no host is there, when only time helps ([`ABSENCE`]).
-    pub fn interest(&self, read: bool) -> Option<(BorrowedFd<'_>, PollFlags)> {
-        let mut flags = PollFlags::empty();
-        flags.set(PollFlags::IN, read);
+    pub fn interest(&self) -> Option<(BorrowedFd<'_>, PollFlags)> {
+        let mut flags = PollFlags::IN;
         flags.set(PollFlags::OUT, self.queued_bytes() > 0);
-        // poll(2) tells of a host's absence whether asked or not, so a carrier of no interest is left out.
-        (!self.absent && !flags.is_empty()).then(|| (self.carrier.as_fd(), flags))
+        // poll(2) tells of a host's absence whether asked or not, so the carrier is left out meanwhile.
+        (!self.absent).then(|| (self.carrier.as_fd(), flags))
     }
 
     /// Whether commands' output may be read.

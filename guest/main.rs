@@ -23,6 +23,7 @@ mod session;
 mod setup;
 mod shutdown;
 mod sys;
+mod terminal;
 mod walk;
 
 use std::fs::File;

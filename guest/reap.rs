@@ -10,14 +10,14 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, read, write};
 use rustix::mount::{MountFlags, mount, mount_move};
-use rustix::process::{Pid, Signal, chdir, chroot, setsid};
+use rustix::process::{Pid, Signal, chdir, chroot, ioctl_tiocsctty, setsid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
 use crate::program::Program;
 use crate::setup::ROOT;
 use crate::sys::{self, Fork};
 
-/// What the agent's ends of a command's pipes and sockets are connected to.
+/// What the agent's ends of a command's pipes, terminal and sockets are connected to.
 pub struct Ends {
     /// Standard input.
     pub stdin: OwnedFd,
@@ -29,6 +29,8 @@ pub struct Ends {
     pub report: OwnedFd,
     /// A packet socket: [`Kill`] comes in, [`Verdict`] goes out.
     pub control: OwnedFd,
+    /// Whether standard input is a terminal that is to be the command's controlling one.
+    pub controls_terminal: bool,
 }
 
 /// Why a command could not be started.
@@ -185,6 +187,9 @@ fn enter_root() -> Result<(), Errno> {
 fn become_command(program: &Program, ends: &Ends) -> (Stage, Errno) {
     let prepare = || -> Result<(), Errno> {
         setsid()?;
+        if ends.controls_terminal {
+            ioctl_tiocsctty(&ends.stdin)?;
+        }
         sys::reset_signals();
         dup2_stdin(&ends.stdin)?;
         dup2_stdout(&ends.stdout)?;

@@ -72,12 +72,10 @@ pub fn run(mut link: Link, complaints: Vec<Failure>) -> Result<(), SessionError>
         sampled: Instant::now(),
     };
     loop {
-        // Messages first: some may have arrived together with those that made the agent stop listening.
-        while session.listens() {
-            match session.link.next()? {
-                Some(ToAgent::PowerOff) => return session.power_off(),
-                Some(message) => session.answer(message)?,
-                None => break,
+        while let Some(message) = session.link.next()? {
+            match message {
+                ToAgent::PowerOff => return session.power_off(),
+                message => session.answer(message)?,
             }
         }
         session.link.write()?;
@@ -102,11 +100,6 @@ fn ready(meter: &Meter) -> FromAgent {
 }
 
 impl Session {
-    /// Whether the host may go on: no command has more input waiting than the agent cares to hold.
-    fn listens(&self) -> bool {
-        !self.commands.values().any(Command::is_full)
-    }
-
     fn answer(&mut self, message: ToAgent) -> Result<(), SessionError> {
         if !self.greeted && !matches!(message, ToAgent::Hello { .. }) {
             return Err(SessionError::Protocol("a message before Hello"));
@@ -129,11 +122,27 @@ impl Session {
                     self.link.queue(&FromAgent::SetupDone);
                 })
             }
+            ToAgent::Mount(mount) => match &mut self.world {
+                Some(world) => world.mount(&mount).map(|()| self.link.queue(&FromAgent::Mounted)),
+                None => return Err(SessionError::Protocol("a mount before Setup")),
+            },
             ToAgent::Exec(exec) => return self.start(&exec),
+            // In these, a command that is no longer there has ended meanwhile; the host will learn of it.
             ToAgent::Stdin { id, data } => {
-                // A command that is no longer there has ended meanwhile; the host will learn of it.
-                if let Some(command) = self.commands.get_mut(&id) {
-                    command.feed(&data);
+                if self.commands.get_mut(&id).is_some_and(|command| !command.feed(&data)) {
+                    return Err(SessionError::Protocol("more input than there was credit for"));
+                }
+                return Ok(());
+            }
+            ToAgent::Credit { id, bytes } => {
+                if self.commands.get_mut(&id).is_some_and(|command| !command.regain(bytes)) {
+                    return Err(SessionError::Protocol("more output taken than was sent"));
+                }
+                return Ok(());
+            }
+            ToAgent::Resize { id, size } => {
+                if let Some(command) = self.commands.get(&id) {
+                    command.resize(size);
                 }
                 return Ok(());
             }
@@ -154,27 +163,27 @@ impl Session {
     }
 
     fn start(&mut self, exec: &Exec) -> Result<(), SessionError> {
-        if self.world.is_none() {
+        let Some(world) = &self.world else {
             return Err(SessionError::Protocol("a command before Setup"));
-        }
+        };
         if self.commands.contains_key(&exec.id) {
             return Err(SessionError::Protocol("a second command with the same id"));
         }
-        match Command::start(exec, &self.null, &self.meter) {
+        match Command::start(exec, &self.null, &world.terminals, &self.meter) {
             Ok(command) => {
                 self.commands.insert(exec.id, command);
             }
             Err(error) => {
-                self.link.queue(&FromAgent::Log(cut(format!("command {}: {error}", exec.id))));
-                let errno = errno_number(error.0);
-                self.link.queue(&FromAgent::ExecFailed { id: exec.id, errno, why: String::new() });
+                let what = "making the command's streams and processes".to_owned();
+                let (id, errno, why) = (exec.id, errno_number(error.0), String::new());
+                self.link.queue(&FromAgent::ExecFailed { id, what, errno, why });
             }
         }
         Ok(())
     }
 
     fn list(&mut self, target: &[u8]) -> Result<(), Failure> {
-        let layers = self.world.as_ref().map_or(&[][..], |world| &world.layers);
+        let layers = self.world.as_ref().map_or(&[][..], World::layers);
         let found = layers.iter().enumerate().find(|(_, layer)| layer.is_at(target));
         let what = || format!("listing the layer of {}", target.escape_ascii());
         let (index, layer) = found.ok_or(Errno::NOENT).doing(what)?;
@@ -187,7 +196,7 @@ impl Session {
         let listed = self.listing.as_ref().zip(self.world.as_ref());
         let ((index, listing), world) = listed.ok_or(Errno::NOENT).doing(|| "fetching before a listing")?;
         for &ordinal in ordinals {
-            let path = listing.path(ordinal).zip(world.layers.get(*index));
+            let path = listing.path(ordinal).zip(world.layers().get(*index));
             let (path, layer) = path.ok_or(Errno::NOENT).doing(|| format!("fetching entry {ordinal}"))?;
             layer.fetch(ordinal, &path, &mut self.link)?;
         }
@@ -199,7 +208,7 @@ impl Session {
     fn wait(&self) -> Result<(), SessionError> {
         let has_room = self.link.has_room();
         let mut fds: Vec<PollFd<'_>> = Vec::new();
-        fds.extend(self.link.interest(self.listens()).map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags)));
+        fds.extend(self.link.interest().map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags)));
         for command in self.commands.values() {
             fds.extend(command.interests(has_room).map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags)));
         }
@@ -223,9 +232,7 @@ impl Session {
 
     /// Looks everywhere: all descriptors are non-blocking, and there are few of them.
     fn advance(&mut self) -> Result<(), SessionError> {
-        if self.listens() {
-            self.link.read()?;
-        }
+        self.link.read()?;
         let now = Instant::now();
         if !self.commands.is_empty() && now >= self.sampled + SAMPLE {
             self.sampled = now;
@@ -241,8 +248,8 @@ impl Session {
         for command in self.commands.values() {
             command.kill_now();
         }
-        let direct = self.world.map(|world| world.direct).unwrap_or_default();
-        for failure in shutdown::end_all(&direct) {
+        let direct = self.world.as_ref().map_or(&[][..], World::direct);
+        for failure in shutdown::end_all(direct) {
             self.link.queue(&FromAgent::Log(cut(failure.to_string())));
         }
         self.link.queue(&FromAgent::Bye);

@@ -1,4 +1,4 @@
-//! `Setup`: makes the world that a step's commands run in. Everything of the agent's own lies under `/run/kiln` of the
+//! `Setup` and `Mount`: make the world that a step's commands run in. Everything of the agent's own lies under `/run/kiln` of the
 //! initramfs, which the commands never see: each moves the step's root over `/` in a mount namespace of its own.
 
 use std::ffi::CStr;
@@ -27,10 +27,31 @@ const LAYERS: &str = "/run/kiln/layers";
 
 /// A step's world, as far as it is needed after it was made.
 pub struct World {
+    root: StepRoot,
+    maker: Maker,
+    /// The devpts that the step's commands see.
+    pub terminals: OwnedFd,
+}
+
+impl World {
+    /// Adds a tree, which commands started from now on see. Where the step had no folder for it, one is made, which
+    /// counts as the step's in a `List`.
+    ///
+    /// # Errors
+    /// What failed, by name. The world is as it was.
+    pub fn mount(&mut self, mount: &Mount) -> Result<(), Failure> {
+        self.maker.mount(&self.root, mount, &[])
+    }
+
     /// What the step can write to and `List` can name.
-    pub layers: Vec<Layer>,
+    pub fn layers(&self) -> &[Layer] {
+        &self.maker.layers
+    }
+
     /// Where the agent has disks mounted that steps write to: to be unmounted at the end.
-    pub direct: Vec<String>,
+    pub fn direct(&self) -> &[String] {
+        &self.maker.direct
+    }
 }
 
 /// Makes the world.
@@ -56,7 +77,7 @@ pub fn make(setup: &Setup) -> Result<World, Failure> {
     let root = maker.layered(lower, b"/").map_err(about_root)?;
     mounts::attach_at(&root, ROOT_PATH)?;
     let root = StepRoot::open(ROOT_PATH)?;
-    mount_system(&root)?;
+    let terminals = mount_system(&root)?;
     for mount in &setup.mounts {
         maker.mount(&root, mount, &setup.load_modules)?;
     }
@@ -67,7 +88,7 @@ pub fn make(setup: &Setup) -> Result<World, Failure> {
     for layer in &mut maker.layers {
         layer.remember()?;
     }
-    Ok(World { layers: maker.layers, direct: maker.direct })
+    Ok(World { root, maker, terminals })
 }
 
 fn set_clock(clock: Clock) -> Result<(), Failure> {
@@ -86,8 +107,8 @@ fn mount_layers(bytes: u64) -> Result<(), Failure> {
 }
 
 /// What every step finds whatever its root is: devices and kernel information. `/proc` is mounted by each command, in
-/// its own pid namespace; here it only gets its place.
-fn mount_system(root: &StepRoot) -> Result<(), Failure> {
+/// its own pid namespace; here it only gets its place. Gives the devpts.
+fn mount_system(root: &StepRoot) -> Result<OwnedFd, Failure> {
     for path in ["/proc", "/run"] {
         root.folder(path.as_bytes())?;
     }
@@ -108,10 +129,12 @@ fn mount_system(root: &StepRoot) -> Result<(), Failure> {
     }
     let no_programs = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     let terminals = [("source", "devpts"), ("mode", "0620"), ("gid", "5"), ("ptmxmode", "0666")];
-    attach(root, &mounts::filesystem("devpts", &terminals, no_programs)?, b"/dev/pts")?;
+    let terminals = mounts::filesystem("devpts", &terminals, no_programs)?;
+    attach(root, &terminals, b"/dev/pts")?;
     let no_devices = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
     let shared_memory = [("source", "shm"), ("mode", "1777")];
-    attach(root, &mounts::filesystem("tmpfs", &shared_memory, no_devices)?, b"/dev/shm")
+    attach(root, &mounts::filesystem("tmpfs", &shared_memory, no_devices)?, b"/dev/shm")?;
+    Ok(terminals)
 }
 
 fn attach(root: &StepRoot, mount: &OwnedFd, target: &[u8]) -> Result<(), Failure> {

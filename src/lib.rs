@@ -7,6 +7,7 @@
 //! - [`root`]: from a locked source (Debian packages, a directory, an archive) to a root image, and what a
 //!   machine boots.
 //! - [`fetch`]: the lock file and the HTTP client.
+//! - [`keeper`]: machines by name: which there are, and the way into those that were kept.
 //! - [`machine`]: one VM, whichever backend runs it; [`agent`]: the host side of the wire.
 //! - [`store`]: content-addressed blobs and what refers to them.
 //! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock.
@@ -20,6 +21,7 @@ pub mod cli;
 pub mod clock;
 pub mod engine;
 pub mod fetch;
+pub mod keeper;
 pub mod machine;
 pub mod plan;
 pub mod root;

@@ -220,6 +220,8 @@ pub struct Settings {
     pub lock: Setting<PathBuf>,
     /// The agent, where the environment names it.
     pub agent: Setting<Option<PathBuf>>,
+    /// A directory to be the toolbox; none: Debian packages.
+    pub toolbox: Setting<Option<PathBuf>>,
     /// The recipe that was read.
     pub recipe: Option<PathBuf>,
     /// PATH of the host, for finding programs.
@@ -235,6 +237,7 @@ fn pick<T>(
     recipe: Option<T>,
     default: impl FnOnce() -> T,
 ) -> Setting<T> {
+    debug_assert!(VARIABLES.contains(&variable), "{variable} is not in the list");
     if let Some(value) = flag {
         return Setting { value, origin: Origin::Flag };
     }
@@ -251,6 +254,30 @@ fn pick<T>(
 #[expect(clippy::disallowed_methods, reason = "the one door to the environment")]
 pub fn host_variable(name: &str) -> Option<Vec<u8>> {
     env::var_os(name).map(OsStringExt::into_vec)
+}
+
+/// Every variable that is a setting.
+const VARIABLES: [&str; 15] = [
+    "PROJECT",
+    "WORK",
+    "SRCDIR",
+    "SECRETS",
+    "REPO",
+    "TAG",
+    "KILN_STORE",
+    "KILN_BACKEND",
+    "KILN_QEMU",
+    "KILN_DEBIAN_MIRROR",
+    "KILN_DEBIAN_SECURITY_MIRROR",
+    "KILN_DEBIAN_KEYRING",
+    "KILN_LOCK",
+    "KILN_AGENT",
+    "KILN_TOOLBOX",
+];
+
+/// The settings that the environment makes, as they are in it.
+pub fn from_environment() -> Vec<(&'static str, String)> {
+    VARIABLES.iter().filter_map(|name| variable_text(name).map(|value| (*name, value))).collect()
 }
 
 #[expect(clippy::disallowed_methods, reason = "the one door to the environment")]
@@ -381,6 +408,7 @@ impl Settings {
             ),
             lock: pick(flags.lock, "KILN_LOCK", PathBuf::from, None, || beside_recipe(LOCK.into())),
             agent: pick(None, "KILN_AGENT", |text| Some(text.into()), None, || None),
+            toolbox: pick(None, "KILN_TOOLBOX", |text| Some(text.into()), None, || None),
             recipe: recipe_path.clone(),
             search_path: variable_text("PATH").unwrap_or_default(),
             project,

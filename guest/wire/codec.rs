@@ -156,6 +156,13 @@ impl<'a> Reader<'a> {
         self.array(what).map(u32::from_le_bytes)
     }
 
+    pub(crate) fn positive(&mut self, what: &'static str) -> Result<u32, DecodeError> {
+        match self.u32(what)? {
+            0 => Err(DecodeError::Invalid { what }),
+            value => Ok(value),
+        }
+    }
+
     pub(crate) fn u64(&mut self, what: &'static str) -> Result<u64, DecodeError> {
         self.array(what).map(u64::from_le_bytes)
     }

@@ -21,6 +21,8 @@ const FILE_END: u8 = 0x8c;
 const FETCH_DONE: u8 = 0x8d;
 const LOG: u8 = 0x8e;
 const BYE: u8 = 0x8f;
+const MOUNTED: u8 = 0x90;
+const CREDIT: u8 = 0x91;
 
 impl FromAgent {
     /// The payload of this message's frame. Limits are the caller's to keep: a message over one of them is refused by
@@ -37,6 +39,7 @@ impl FromAgent {
                 w.u16(*cpus);
             }
             Self::SetupDone => w = Writer::new(SETUP_DONE),
+            Self::Mounted => w = Writer::new(MOUNTED),
             Self::Failed { what, errno } => {
                 w = Writer::new(FAILED);
                 w.text(what);
@@ -46,9 +49,10 @@ impl FromAgent {
                 w = Writer::new(STARTED);
                 w.u32(*id);
             }
-            Self::ExecFailed { id, errno, why } => {
+            Self::ExecFailed { id, what, errno, why } => {
                 w = Writer::new(EXEC_FAILED);
                 w.u32(*id);
+                w.text(what);
                 w.u16(*errno);
                 w.text(why);
             }
@@ -60,6 +64,11 @@ impl FromAgent {
                     Stream::Stderr => 2,
                 });
                 w.bytes(data);
+            }
+            Self::Credit { id, bytes } => {
+                w = Writer::new(CREDIT);
+                w.u32(*id);
+                w.u32(*bytes);
             }
             Self::Exited { id, outcome, usage } => {
                 w = Writer::new(EXITED);
@@ -113,10 +122,12 @@ impl FromAgent {
                 cpus: r.u16("processors")?,
             },
             SETUP_DONE => Self::SetupDone,
+            MOUNTED => Self::Mounted,
             FAILED => Self::Failed { what: r.text("failure")?, errno: r.u16("errno")? },
             STARTED => Self::Started { id: r.u32("command id")? },
             EXEC_FAILED => Self::ExecFailed {
                 id: r.u32("command id")?,
+                what: r.text("failure")?,
                 errno: r.u16("errno")?,
                 why: r.text("obstacle")?,
             },
@@ -127,8 +138,13 @@ impl FromAgent {
                     2 => Stream::Stderr,
                     tag => return Err(DecodeError::Tag { what: "stream", tag }),
                 },
-                data: r.bytes(MAX_DATA_BYTES, "output")?,
+                data: match r.bytes(MAX_DATA_BYTES, "output")? {
+                    // Costs no credit, so there could be any number of them.
+                    data if data.is_empty() => return Err(DecodeError::Invalid { what: "empty output" }),
+                    data => data,
+                },
             },
+            CREDIT => Self::Credit { id: r.u32("command id")?, bytes: r.positive("credit")? },
             EXITED => Self::Exited {
                 id: r.u32("command id")?,
                 outcome: read_outcome(&mut r)?,

@@ -5,11 +5,13 @@
 //! What carries the frames (a virtio-serial port, vsock) is not this crate's business.
 
 mod codec;
+mod credit;
 mod frame;
 mod from_agent;
 mod message;
 mod to_agent;
 
 pub use codec::DecodeError;
+pub use credit::{CREDIT_BYTES, Credit, Taken};
 pub use frame::{FrameError, FrameReader, MAX_FROM_AGENT_BYTES, MAX_PAYLOAD_BYTES, encode_frame};
 pub use message::*;

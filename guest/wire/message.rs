@@ -2,14 +2,16 @@
 //!
 //! 1. agent → `Ready`; host → `Hello`. Versions must be equal.
 //! 2. host → `Setup`; agent → `SetupDone` or `Failed`. Seed and clock come first inside it.
-//! 3. host → `Exec` (any number, `id` chosen by the host); agent → `Started`, `Output`…, `Exited`, or `ExecFailed`.
-//!    Meanwhile host → `Stdin`, `Signal`.
+//! 3. host → `Exec` (any number, also at once, `id` chosen by the host); agent → `Started`, `Output`…, `Exited`, or
+//!    `ExecFailed`. Meanwhile host → `Stdin`, `Signal`, `Resize`. Input and output of each command flow on a
+//!    [`Credit`] of their own, so that one which nobody reads holds up no other message. Between commands host →
+//!    `Mount`; agent → `Mounted` or `Failed`.
 //! 4. host → `List` of a layered mount; agent → `Entry`… `ListDone`. Then host → `Fetch` of some of those entries by
 //!    their ordinal; agent → for each `FileStart`, `FileData`…, `FileEnd`; then `FetchDone`.
 //! 5. host → `PowerOff`; agent syncs, answers `Bye` and powers off.
 
 /// The version of this protocol. Host and agent are installed together, so there is no negotiation.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 
 /// The vsock port on the host (CID 2) that an agent connects to when its carrier is vsock.
 pub const AGENT_VSOCK_PORT: u32 = 1024;
@@ -108,6 +110,15 @@ pub struct Setup {
     pub load_modules: Vec<String>,
 }
 
+/// How large a terminal is, in characters; 0: not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in a line.
+    pub columns: u16,
+}
+
 /// One command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exec {
@@ -125,6 +136,9 @@ pub struct Exec {
     pub grace_ms: u64,
     /// Whether `Stdin` will follow; otherwise standard input is `/dev/null`.
     pub stdin: bool,
+    /// Gives the command a terminal of this size as its controlling one and as all its standard streams: `Stdin` is what
+    /// is typed, and what the terminal shows comes as `Output` of standard output.
+    pub terminal: Option<TerminalSize>,
 }
 
 /// How a command ended.
@@ -165,14 +179,30 @@ pub enum ToAgent {
     },
     /// Prepare the step's world.
     Setup(Setup),
+    /// Mount another tree below the step's root. Commands started later see it.
+    Mount(Mount),
     /// Start a command.
     Exec(Exec),
-    /// Bytes for a command's standard input; empty: end of input.
+    /// Bytes for a command's standard input; empty: end of input (a terminal gets its end-of-file character).
     Stdin {
         /// The command.
         id: u32,
-        /// At most [`MAX_DATA_BYTES`].
+        /// At most [`MAX_DATA_BYTES`], and no more than the credit left.
         data: Vec<u8>,
+    },
+    /// The host has taken so much of a command's output.
+    Credit {
+        /// The command.
+        id: u32,
+        /// At least 1.
+        bytes: u32,
+    },
+    /// A command's terminal has another size.
+    Resize {
+        /// The command.
+        id: u32,
+        /// The size.
+        size: TerminalSize,
     },
     /// Send a signal to a command's process and its group.
     Signal {
@@ -278,6 +308,8 @@ pub enum FromAgent {
     },
     /// `Setup` succeeded.
     SetupDone,
+    /// `Mount` succeeded.
+    Mounted,
     /// A request other than `Exec` failed.
     Failed {
         /// What was being done, to what.
@@ -294,7 +326,9 @@ pub enum FromAgent {
     ExecFailed {
         /// The command.
         id: u32,
-        /// Linux errno of execve: ENOENT not found, EACCES not executable, ENOEXEC not a program, …
+        /// What was being done for it; empty: its program was executed, and only that failed.
+        what: String,
+        /// Linux errno, of execve: ENOENT not found, EACCES not executable, ENOEXEC not a program, …
         errno: u16,
         /// What stands in the way of a program that is there, in words; empty where nothing is known.
         why: String,
@@ -305,8 +339,15 @@ pub enum FromAgent {
         id: u32,
         /// To which stream.
         stream: Stream,
-        /// At most [`MAX_DATA_BYTES`].
+        /// At least 1, at most [`MAX_DATA_BYTES`], and no more than the credit left.
         data: Vec<u8>,
+    },
+    /// A command has taken so much of its standard input.
+    Credit {
+        /// The command.
+        id: u32,
+        /// At least 1.
+        bytes: u32,
     },
     /// A command ended, and everything it wrote was sent.
     Exited {

@@ -3,7 +3,7 @@
 use crate::codec::{DecodeError, Reader, Writer};
 use crate::message::{
     Access, Clock, Exec, MAX_ARGUMENT_BYTES, MAX_ARGUMENTS, MAX_DATA_BYTES, MAX_FETCH, MAX_MOUNTS,
-    MAX_PATH_BYTES, Mount, Setup, Source, ToAgent,
+    MAX_PATH_BYTES, Mount, Setup, Source, TerminalSize, ToAgent,
 };
 
 const HELLO: u8 = 0x01;
@@ -14,6 +14,9 @@ const SIGNAL: u8 = 0x05;
 const LIST: u8 = 0x06;
 const FETCH: u8 = 0x07;
 const POWER_OFF: u8 = 0x08;
+const MOUNT: u8 = 0x09;
+const CREDIT: u8 = 0x0a;
+const RESIZE: u8 = 0x0b;
 
 /// The kernel's _NSIG: the largest signal number.
 const MAX_SIGNAL: u8 = 64;
@@ -32,6 +35,10 @@ impl ToAgent {
                 w = Writer::new(SETUP);
                 write_setup(&mut w, setup);
             }
+            Self::Mount(mount) => {
+                w = Writer::new(MOUNT);
+                write_mount(&mut w, mount);
+            }
             Self::Exec(exec) => {
                 w = Writer::new(EXEC);
                 write_exec(&mut w, exec);
@@ -40,6 +47,16 @@ impl ToAgent {
                 w = Writer::with_room(STDIN, data.len());
                 w.u32(*id);
                 w.bytes(data);
+            }
+            Self::Credit { id, bytes } => {
+                w = Writer::new(CREDIT);
+                w.u32(*id);
+                w.u32(*bytes);
+            }
+            Self::Resize { id, size } => {
+                w = Writer::new(RESIZE);
+                w.u32(*id);
+                write_size(&mut w, *size);
             }
             Self::Signal { id, signal } => {
                 w = Writer::new(SIGNAL);
@@ -71,10 +88,13 @@ impl ToAgent {
         let message = match r.u8("message to the agent")? {
             HELLO => Self::Hello { version: r.u16("version")? },
             SETUP => Self::Setup(read_setup(&mut r)?),
+            MOUNT => Self::Mount(read_mount(&mut r)?),
             EXEC => Self::Exec(read_exec(&mut r)?),
             STDIN => {
                 Self::Stdin { id: r.u32("command id")?, data: r.bytes(MAX_DATA_BYTES, "standard input")? }
             }
+            CREDIT => Self::Credit { id: r.u32("command id")?, bytes: r.positive("credit")? },
+            RESIZE => Self::Resize { id: r.u32("command id")?, size: read_size(&mut r)? },
             SIGNAL => Self::Signal { id: r.u32("command id")?, signal: read_signal(&mut r)? },
             LIST => Self::List { target: r.absolute_path("target of a listing")? },
             FETCH => Self::Fetch { ordinals: r.list(MAX_FETCH, "ordinals", |r| r.u32("ordinal"))? },
@@ -102,13 +122,7 @@ fn write_setup(w: &mut Writer, setup: &Setup) {
     w.u64(setup.layer_bytes);
     w.count(setup.mounts.len());
     for mount in &setup.mounts {
-        write_source(w, &mount.source);
-        w.bytes(&mount.target);
-        w.u8(match mount.access {
-            Access::ReadOnly => 0,
-            Access::Layered => 1,
-            Access::Direct => 2,
-        });
+        write_mount(w, mount);
     }
     w.text(&setup.hostname);
     w.count(setup.load_modules.len());
@@ -128,6 +142,16 @@ fn read_setup(r: &mut Reader<'_>) -> Result<Setup, DecodeError> {
         hostname: r.name("host name")?,
         load_modules: r.list(MAX_MOUNTS, "modules", |r| r.name("module"))?,
     })
+}
+
+fn write_mount(w: &mut Writer, mount: &Mount) {
+    write_source(w, &mount.source);
+    w.bytes(&mount.target);
+    w.u8(match mount.access {
+        Access::ReadOnly => 0,
+        Access::Layered => 1,
+        Access::Direct => 2,
+    });
 }
 
 fn read_mount(r: &mut Reader<'_>) -> Result<Mount, DecodeError> {
@@ -187,6 +211,10 @@ fn write_exec(w: &mut Writer, exec: &Exec) {
     w.u64(exec.timeout_ms);
     w.u64(exec.grace_ms);
     w.bool(exec.stdin);
+    w.bool(exec.terminal.is_some());
+    if let Some(size) = exec.terminal {
+        write_size(w, size);
+    }
 }
 
 fn read_exec(r: &mut Reader<'_>) -> Result<Exec, DecodeError> {
@@ -211,5 +239,15 @@ fn read_exec(r: &mut Reader<'_>) -> Result<Exec, DecodeError> {
         timeout_ms: r.u64("time-out")?,
         grace_ms: r.u64("grace")?,
         stdin: r.bool("standard input")?,
+        terminal: if r.bool("terminal")? { Some(read_size(r)?) } else { None },
     })
+}
+
+fn write_size(w: &mut Writer, size: TerminalSize) {
+    w.u16(size.rows);
+    w.u16(size.columns);
+}
+
+fn read_size(r: &mut Reader<'_>) -> Result<TerminalSize, DecodeError> {
+    Ok(TerminalSize { rows: r.u16("terminal's rows")?, columns: r.u16("terminal's columns")? })
 }

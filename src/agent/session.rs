@@ -2,15 +2,17 @@
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use kiln_wire::{
-    Exec, FrameReader, FromAgent, MAX_DATA_BYTES, MAX_FROM_AGENT_BYTES, Outcome, Setup, Stream, ToAgent,
-    Usage, VERSION, encode_frame,
+    Credit, Exec, FrameReader, FromAgent, MAX_FROM_AGENT_BYTES, Mount, Outcome, Setup, Stream, Taken,
+    TerminalSize, ToAgent, Usage, VERSION, encode_frame,
 };
+
+use super::input::Feeder;
 
 /// How long an agent may take for anything that is not a command.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -50,7 +52,7 @@ pub enum SessionError {
 }
 
 impl SessionError {
-    fn violation(what: impl std::fmt::Display) -> Self {
+    pub(super) fn violation(what: impl std::fmt::Display) -> Self {
         Self::Violation(what.to_string())
     }
 }
@@ -83,12 +85,66 @@ impl Deadline {
     }
 }
 
+/// The sending half of a conversation, for any number of threads.
+#[derive(Debug, Clone)]
+pub(super) struct Writer {
+    // Whole frames are written under this lock.
+    stream: Arc<Mutex<UnixStream>>,
+}
+
+impl Writer {
+    /// One on `stream`.
+    pub fn new(stream: UnixStream) -> Self {
+        Self { stream: Arc::new(Mutex::new(stream)) }
+    }
+
+    /// Sends one message.
+    ///
+    /// # Errors
+    /// [`SessionError::Closed`] and [`SessionError::Io`].
+    pub fn send(&self, message: &ToAgent) -> Result<(), SessionError> {
+        let frame = encode_frame(&message.encode());
+        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        stream.write_all(&frame).map_err(closed_or_io)
+    }
+}
+
+/// Reaches a running command from another thread than the one that waits for it.
+#[derive(Debug, Clone)]
+pub struct Controls {
+    writer: Writer,
+    id: u32,
+}
+
+impl Controls {
+    /// Sends a signal to its process group.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub fn signal(&self, signal: u8) -> Result<(), SessionError> {
+        self.writer.send(&ToAgent::Signal { id: self.id, signal })
+    }
+
+    /// Gives its terminal another size.
+    ///
+    /// # Errors
+    /// [`SessionError`].
+    pub fn resize(&self, size: TerminalSize) -> Result<(), SessionError> {
+        self.writer.send(&ToAgent::Resize { id: self.id, size })
+    }
+
+    /// Ends the whole conversation: whoever waits in it gets [`SessionError::Closed`].
+    pub fn hang_up(&self) {
+        let stream = self.writer.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = stream.shutdown(Shutdown::Both);
+    }
+}
+
 /// An open conversation.
 #[derive(Debug)]
 pub struct Session {
     stream: UnixStream,
-    // Whole frames are written under this lock: a command's input is sent by a thread of its own.
-    writer: Arc<Mutex<UnixStream>>,
+    writer: Writer,
     reader: FrameReader,
     buffer: Box<[u8]>,
     kernel: String,
@@ -101,16 +157,7 @@ impl Session {
     /// [`SessionError::Silent`] after `patience`; [`SessionError::Closed`] when the machine died first;
     /// [`SessionError::Violation`] when the version differs.
     pub fn open(stream: UnixStream, patience: Duration) -> Result<Self, SessionError> {
-        // An agent that stops reading must not hold up the host: the time-out is the socket's, and so both halves'.
-        stream.set_write_timeout(Some(PATIENCE)).map_err(SessionError::Io)?;
-        let writer = Arc::new(Mutex::new(stream.try_clone().map_err(SessionError::Io)?));
-        let mut session = Self {
-            stream,
-            writer,
-            reader: FrameReader::new(MAX_FROM_AGENT_BYTES),
-            buffer: vec![0; 64 << 10].into(),
-            kernel: String::new(),
-        };
+        let mut session = Self::join(stream)?;
         match session.receive("booting", Some(patience))? {
             FromAgent::Ready { version: VERSION, kernel, .. } => session.kernel = kernel,
             FromAgent::Ready { version, .. } => {
@@ -121,6 +168,18 @@ impl Session {
         }
         session.send(&ToAgent::Hello { version: VERSION })?;
         Ok(session)
+    }
+
+    /// Joins a conversation that somebody else holds and passes messages on for.
+    ///
+    /// # Errors
+    /// [`SessionError::Io`].
+    pub fn join(stream: UnixStream) -> Result<Self, SessionError> {
+        // An agent that stops reading must not hold up the host: the time-out is the socket's, and so both halves'.
+        stream.set_write_timeout(Some(PATIENCE)).map_err(SessionError::Io)?;
+        let writer = Writer::new(stream.try_clone().map_err(SessionError::Io)?);
+        let (reader, buffer) = (FrameReader::new(MAX_FROM_AGENT_BYTES), vec![0; 64 << 10].into());
+        Ok(Self { stream, writer, reader, buffer, kernel: String::new() })
     }
 
     /// The guest kernel's release.
@@ -140,15 +199,32 @@ impl Session {
         }
     }
 
+    /// Mounts another tree; commands started later see it.
+    ///
+    /// # Errors
+    /// [`SessionError::Failed`] names what could not be done; the session goes on.
+    pub fn mount(&mut self, mount: Mount) -> Result<(), SessionError> {
+        self.send(&ToAgent::Mount(mount))?;
+        match self.receive("mounting a tree", Some(PATIENCE))? {
+            FromAgent::Mounted => Ok(()),
+            other => Err(unexpected(&other, "during a mount")),
+        }
+    }
+
+    /// What reaches the command `id` while another thread runs it.
+    pub fn controls(&self, id: u32) -> Controls {
+        Controls { writer: self.writer.clone(), id }
+    }
+
     /// Runs one command to its end. `output` gets what it writes as it comes; `input` is copied to it.
     ///
     /// # Errors
     /// [`SessionError`]; a command that fails is no error. With a time-out in `exec`, an agent that overstays it by
-    /// a minute is [`SessionError::Silent`].
+    /// a minute is [`SessionError::Silent`]. After [`SessionError::Failed`] the session goes on.
     pub fn exec(
         &mut self,
         exec: Exec,
-        input: Option<Box<dyn Read + Send>>,
+        input: Option<OwnedFd>,
         output: &mut dyn FnMut(Stream, &[u8]) -> io::Result<()>,
     ) -> Result<ExecEnd, SessionError> {
         let id = exec.id;
@@ -157,22 +233,45 @@ impl Session {
         });
         let deadline = limit.map(|limit| Instant::now() + limit);
         self.send(&ToAgent::Exec(exec))?;
-        if let Some(input) = input {
-            feed(Arc::clone(&self.writer), id, input);
-        }
+        let feeder = match input {
+            Some(input) => Some(Feeder::start(self.writer.clone(), id, input).map_err(SessionError::Io)?),
+            None => None,
+        };
+        let (mut credit, mut taken) = (Credit::default(), Taken::default());
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             match self.receive("running the command", left.or(limit))? {
                 FromAgent::Started { id: other } if other == id => {}
                 FromAgent::Output { id: other, stream, data } if other == id => {
+                    if !credit.spend(data.len()) {
+                        return Err(SessionError::violation("more output than there was credit for"));
+                    }
                     output(stream, &data).map_err(SessionError::Output)?;
+                    if let Some(bytes) = taken.add(data.len()) {
+                        // Cannot fail: no more was taken than came.
+                        let _ = credit.regain(bytes);
+                        match self.send(&ToAgent::Credit { id, bytes }) {
+                            // What it said before it went is still to be read.
+                            Ok(()) | Err(SessionError::Closed) => {}
+                            Err(error) => return Err(error),
+                        }
+                    }
+                }
+                FromAgent::Credit { id: other, bytes } if other == id => {
+                    if !feeder.as_ref().is_some_and(|feeder| feeder.regain(bytes)) {
+                        return Err(SessionError::violation("more input taken than was sent"));
+                    }
                 }
                 FromAgent::Exited { id: other, outcome, usage } if other == id => {
                     return Ok(ExecEnd::Ran(outcome, usage));
                 }
-                FromAgent::ExecFailed { id: other, errno, why } if other == id => {
+                FromAgent::ExecFailed { id: other, what, errno, why } if other == id => {
                     let error = io::Error::from_raw_os_error(errno.into());
-                    return Ok(ExecEnd::NotStarted { error, why });
+                    // Not the program's fault: what it was to run in could not be made.
+                    return match what.is_empty() {
+                        true => Ok(ExecEnd::NotStarted { error, why }),
+                        false => Err(SessionError::Failed { what, errno: error }),
+                    };
                 }
                 other => return Err(unexpected(&other, "while a command ran")),
             }
@@ -192,7 +291,16 @@ impl Session {
     }
 
     pub(super) fn send(&self, message: &ToAgent) -> Result<(), SessionError> {
-        write_frame(&self.writer, message).map_err(closed_or_io)
+        self.writer.send(message)
+    }
+
+    /// The next message, however long it takes.
+    pub(super) fn wait(&mut self) -> Result<FromAgent, SessionError> {
+        self.receive("waiting", None)
+    }
+
+    pub(super) fn writer(&self) -> &Writer {
+        &self.writer
     }
 
     /// The next message that is not a log line.
@@ -237,7 +345,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        // Ends the thread that feeds a command's input, if there is one.
+        // Others may hold the stream too, to send on.
         let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
@@ -247,25 +355,6 @@ fn closed_or_io(error: io::Error) -> SessionError {
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => SessionError::Closed,
         _ => SessionError::Io(error),
     }
-}
-
-fn write_frame(writer: &Mutex<UnixStream>, message: &ToAgent) -> io::Result<()> {
-    let frame = encode_frame(&message.encode());
-    writer.lock().unwrap_or_else(PoisonError::into_inner).write_all(&frame)
-}
-
-fn feed(writer: Arc<Mutex<UnixStream>>, id: u32, mut input: Box<dyn Read + Send>) {
-    thread::spawn(move || {
-        let mut buffer = vec![0; MAX_DATA_BYTES.min(64 << 10)];
-        loop {
-            // An unreadable input ends like an empty one: the command sees its end.
-            let count = input.read(&mut buffer).unwrap_or(0);
-            let message = ToAgent::Stdin { id, data: buffer[..count].to_vec() };
-            if write_frame(&writer, &message).is_err() || count == 0 {
-                return;
-            }
-        }
-    });
 }
 
 /// A message in the wrong place; `Failed` is an answer everywhere.
@@ -279,6 +368,8 @@ pub(super) fn unexpected(message: &FromAgent, place: &str) -> SessionError {
     let name = match message {
         FromAgent::Ready { .. } => "ready",
         FromAgent::SetupDone => "setup done",
+        FromAgent::Mounted => "mounted",
+        FromAgent::Credit { .. } => "credit",
         FromAgent::Started { .. } => "started",
         FromAgent::ExecFailed { .. } => "not started",
         FromAgent::Output { .. } => "output",

@@ -65,6 +65,7 @@ fn rows(settings: Settings) -> Vec<Row> {
         row("KILN_BACKEND", &settings.backend, ToString::to_string),
         row("KILN_QEMU", &settings.qemu, Clone::clone),
         row("KILN_AGENT", &settings.agent, file("beside kiln")),
+        row("KILN_TOOLBOX", &settings.toolbox, file("Debian packages")),
         row("KILN_LOCK", &settings.lock, path),
         row(
             "debian.security-mirror",

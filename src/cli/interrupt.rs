@@ -67,10 +67,8 @@ impl Interrupts {
             changed: Condvar::new(),
             is_interrupted: Arc::default(),
         });
-        let ignored = ignored_signals();
-        // Under nohup(1), and in the background of a script, some are not to be heeded.
-        let heeded = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
-        let mut signals = Signals::new(heeded.clone())?;
+        let heeded = heeded_signals();
+        let mut signals = Signals::new(&heeded)?;
         for signal in heeded {
             signal_hook::flag::register(signal, Arc::clone(&shared.is_interrupted))?;
         }
@@ -155,6 +153,12 @@ fn write_now(stream: impl AsFd, text: &str) {
     if matches!(poll(&mut fds, Some(&soon)), Ok(1..)) {
         let _ = rustix::io::write(&stream, text.as_bytes());
     }
+}
+
+/// The signals that end a run: under nohup(1), and in the background of a script, some are not to be heeded.
+pub(super) fn heeded_signals() -> Vec<i32> {
+    let ignored = ignored_signals();
+    [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0).collect()
 }
 
 /// Signals that were ignored when kiln was started, as bits.

@@ -1,16 +1,23 @@
 //! The command line: clap types, one file a verb family, and output rendering. No logic.
 
+mod again;
 mod choice;
 mod config;
 mod doctor;
+mod enter;
 mod interrupt;
+mod keep;
 mod kernel;
+mod machines;
 mod manual;
 mod root;
 mod run;
 mod show;
+mod signals;
+mod terminal;
 mod verdict;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -19,6 +26,8 @@ use clap::{Args, Parser, Subcommand};
 use choice::Choice;
 
 use crate::engine::{Host, HostError, RunError};
+use crate::keeper::background::{self, Caller};
+use crate::keeper::{DoorError, Registry, RegistryError};
 use crate::machine::MachineError;
 use crate::settings::{Flags, Settings, SettingsError};
 
@@ -38,11 +47,13 @@ Examples:
   kiln run --root debian:bookworm+gcc,make,libc6-dev \\
       --src . --src-writable --work out --out lua \\
       -- sh -c 'make && cp lua $WORK/'            build a source tree, take one file out
+  kiln run --keep -- make                         keep the machine where the command fails
+  kiln shell make-7f3a                            look into it
   kiln config                                     every setting and where it was set
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 this host cannot do it. `kiln run` gives the command's own
-status; 124 timed out, 125 kiln failed, 126 not executable, 127 not found, 128+N killed by signal N,
-or interrupted by it.")]
+Exit codes: 0 done, 1 failed, 2 usage, 3 this host cannot do it. `kiln run`, `exec` and `shell` give the
+command's own status; 124 timed out, 125 kiln failed, 126 not executable, 127 not found, 128+N killed by
+signal N, or interrupted by it.")]
 struct Cli {
     #[command(flatten)]
     global: Global,
@@ -84,6 +95,14 @@ struct Global {
 enum Verb {
     /// Run one command in its own machine and take its outputs
     Run(Box<run::RunArguments>),
+    /// Run a command in a machine that was kept
+    Exec(enter::ExecArguments),
+    /// Open a shell in a machine that was kept
+    Shell(enter::ShellArguments),
+    /// List the machines that run and those that were kept
+    Ps(machines::PsArguments),
+    /// End machines
+    Stop(machines::StopArguments),
     /// Fetch, verify and lock the kernel that machines boot
     Kernel(kernel::KernelArguments),
     /// List, show, compare and remove the roots in the store
@@ -118,6 +137,11 @@ impl Failure {
         Self { text: show::chain(error), hint, code }
     }
 
+    /// The same, of an attempt to `what`.
+    fn about(self, what: &str) -> Self {
+        Self { text: format!("cannot {what}: {}", self.text), ..self }
+    }
+
     fn of_machine(error: &MachineError) -> Self {
         let code = match error {
             MachineError::Missing { .. } | MachineError::TooOld { .. } => CANNOT,
@@ -147,6 +171,19 @@ impl From<HostError> for Failure {
     }
 }
 
+impl From<DoorError> for Failure {
+    fn from(error: DoorError) -> Self {
+        let hint = error.hint();
+        Self::new(&error, hint, FAILED)
+    }
+}
+
+impl From<RegistryError> for Failure {
+    fn from(error: RegistryError) -> Self {
+        Self::new(&error, None, FAILED)
+    }
+}
+
 impl From<RunError> for Failure {
     fn from(error: RunError) -> Self {
         let hint = error.hint();
@@ -161,8 +198,26 @@ impl From<RunError> for Failure {
 
 /// Reads the command line and does what it says.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match dispatch(cli) {
+    obey(std::env::args_os(), None)
+}
+
+/// As [`main`], for a kiln that was started to stay where that is asked for.
+pub fn main_that_can_stay() -> ExitCode {
+    match Caller::meet() {
+        Ok(caller) => {
+            let mut arguments = std::env::args_os();
+            let program = arguments.next();
+            obey(program.into_iter().chain(arguments.skip(1)), Some(caller))
+        }
+        Err(error) => {
+            show::failure(&format!("this is for kiln itself: {error}"), None);
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+fn obey(arguments: impl Iterator<Item = OsString>, caller: Option<Caller>) -> ExitCode {
+    match dispatch(Cli::parse_from(arguments), caller) {
         Ok(code) => code,
         Err(failure) => {
             show::failure(&failure.text, failure.hint.as_deref());
@@ -171,7 +226,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
+fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
     let mut flags = Flags {
         project: cli.global.project,
         store: cli.global.store,
@@ -187,8 +242,15 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Verb::Run(arguments) => {
             flags.srcdir.clone_from(&arguments.src);
             flags.work.clone_from(&arguments.work);
-            Ok(run::run(&arguments, flags))
+            if caller.is_none() && arguments.may_stay() {
+                return Ok(stay_in_background());
+            }
+            Ok(run::run(&arguments, flags, caller))
         }
+        Verb::Exec(arguments) => Ok(enter::exec(&arguments, flags)),
+        Verb::Shell(arguments) => Ok(enter::shell(&arguments, flags)),
+        Verb::Ps(arguments) => machines::ps(&arguments, &registry(flags)?),
+        Verb::Stop(arguments) => machines::stop(&arguments, &registry(flags)?),
         Verb::Kernel(arguments) => kernel::kernel(&arguments, &open(flags)?),
         Verb::Root(arguments) => root::root(&arguments, open(flags)),
         Verb::Doctor(arguments) => match open(flags) {
@@ -203,4 +265,20 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
 
 fn open(flags: Flags) -> Result<Host, Failure> {
     Ok(Host::open(Settings::read(flags)?)?)
+}
+
+/// The machines of the store.
+fn registry(flags: Flags) -> Result<Registry, Failure> {
+    Ok(Registry::open(&open(flags)?.store.run())?)
+}
+
+/// Lets another kiln do the same, which can stay when this one is done.
+fn stay_in_background() -> ExitCode {
+    match background::run(std::env::args_os(), &interrupt::heeded_signals()) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            show::failure(&format!("cannot start a kiln that can keep a machine: {error}"), None);
+            ExitCode::from(run::KILN_FAILED)
+        }
+    }
 }

@@ -1,7 +1,8 @@
 //! `kiln run`: one command in its own machine.
 
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Write};
+use std::io::{self, BufWriter, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -10,8 +11,10 @@ use clap::Args;
 use kiln_wire::{Outcome, Stream};
 use serde_json::{Value, json};
 
+use super::again;
 use super::choice::Choice;
 use super::interrupt::Interrupts;
+use super::keep::{self, KeepFlags};
 use super::kernel::KernelFlags;
 use super::show::{self, Form, GuestOutput, Narrator, line};
 use super::{CANNOT, Failure, USAGE, verdict};
@@ -21,6 +24,8 @@ use crate::engine::{
     Boundary, Clock, DiskArgument, Ended, Event, Host, MountArgument, Phase, ReadsError, ReadsReport, Report,
     Require, Step, run as run_step,
 };
+use crate::keeper::Kept;
+use crate::keeper::background::Caller;
 use crate::machine::Carrier;
 use crate::plan::{Outputs, RootSpec, parse_bytes, parse_duration, show_bytes, show_duration};
 use crate::root::debian::DebianSpec;
@@ -39,7 +44,8 @@ Examples:
   kiln run --root debian:bookworm+gcc,make,libc6-dev \\
       --src ./zlib --src-writable --work out --out 'lib*.a' \\
       -- sh -c './configure && make && cp libz.a $WORK/'
-  kiln run --root file:rootfs.tar.xz --clock fixed --timeout 10m -- /build.sh")]
+  kiln run --root file:rootfs.tar.xz --clock fixed --timeout 10m -- /build.sh
+  kiln run --keep --src . -- make              where it fails, `kiln shell` looks into the machine")]
 pub(super) struct RunArguments {
     /// Where / comes from: debian:SUITE+PKG,PKG…, dir:PATH, file:ARCHIVE.tar[.gz|.xz|.zst], file:IMAGE (squashfs
     /// or erofs) or live:PATH
@@ -110,6 +116,8 @@ pub(super) struct RunArguments {
     /// What carries messages between host and guest
     #[arg(long, value_name = "CARRIER", default_value = "serial", value_parser = Choice(&["serial", "vsock"]))]
     wire: String,
+    #[command(flatten)]
+    keep: KeepFlags,
     /// Fail unless this holds
     #[arg(long, value_name = "WHAT", value_parser = Choice(&["kvm", "jail"]))]
     require: Vec<String>,
@@ -137,25 +145,54 @@ pub(super) struct RunArguments {
     pub command: Vec<std::ffi::OsString>,
 }
 
+impl RunArguments {
+    /// Whether this run may have to outlive its caller. One that says something wrong will not get so far.
+    pub fn may_stay(&self) -> bool {
+        self.keep.may_stay() && step(self).is_ok()
+    }
+}
+
 /// 128 + SIGPIPE.
 const SIGPIPE_STATUS: u8 = 128 + 13;
 /// kiln failed where the command should have run.
-const KILN_FAILED: u8 = 125;
+pub(super) const KILN_FAILED: u8 = 125;
 
-/// Runs the command and gives its status.
-pub(super) fn run(arguments: &RunArguments, flags: Flags) -> ExitCode {
-    match try_run(arguments, flags) {
-        Ok(code) => ExitCode::from(code),
+/// What is left of a run that can be looked into: its machine, and the words that name its store.
+type Left = Option<(Kept, String)>;
+
+/// Runs the command and gives its status: to `caller` and this process's, where its machine stays.
+pub(super) fn run(arguments: &RunArguments, flags: Flags, caller: Option<Caller>) -> ExitCode {
+    let mut left = None;
+    let code = match try_run(arguments, flags, &mut left) {
+        Ok(code) => code,
         Err(failure) => {
+            let again = (!matches!(failure.code, USAGE | CANNOT)).then(again::command);
             if arguments.json {
-                line(&json!({"event": "error", "text": failure.text, "hint": failure.hint}).to_string());
+                let text = &failure.text;
+                line(
+                    &json!({"event": "error", "text": text, "hint": failure.hint, "again": again})
+                        .to_string(),
+                );
             }
             show::failure(&failure.text, failure.hint.as_deref());
-            ExitCode::from(match failure.code {
+            if let Some(again) = again.filter(|_| !arguments.json) {
+                show::note(&format!("again: {again}"));
+            }
+            match failure.code {
                 code @ (USAGE | CANNOT) => code,
                 _ => KILN_FAILED,
-            })
+            }
         }
+    };
+    match (left, caller, arguments.keep.idle()) {
+        (Some((kept, store)), Some(caller), Ok(idle)) => {
+            keep::stay(kept, caller, idle, &store, arguments.json, code)
+        }
+        (None, Some(_), _) if code == KILN_FAILED && !arguments.json => {
+            show::note("there is no machine left to keep");
+            ExitCode::from(code)
+        }
+        _ => ExitCode::from(code),
     }
 }
 
@@ -163,7 +200,7 @@ fn usage(error: &dyn std::error::Error) -> Failure {
     Failure::new(error, None, USAGE)
 }
 
-fn one_of<T: Copy>(name: &str, value: &str, choices: &[(&str, T)]) -> Result<T, Failure> {
+pub(super) fn one_of<T: Copy>(name: &str, value: &str, choices: &[(&str, T)]) -> Result<T, Failure> {
     choices.iter().find(|(word, _)| *word == value).map(|(_, choice)| *choice).ok_or_else(|| {
         let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
         Failure {
@@ -175,6 +212,7 @@ fn one_of<T: Copy>(name: &str, value: &str, choices: &[(&str, T)]) -> Result<T, 
 }
 
 fn step(arguments: &RunArguments) -> Result<Step, Failure> {
+    arguments.keep.idle()?;
     let about = |flag: &str, error: &dyn std::error::Error| Failure {
         text: format!("{flag}: {error}"),
         hint: None,
@@ -239,6 +277,8 @@ fn step(arguments: &RunArguments) -> Result<Step, Failure> {
         carrier: one_of("wire", &arguments.wire, &[("serial", Carrier::Serial), ("vsock", Carrier::Vsock)])?,
         modules: arguments.module.clone(),
         module_tree: arguments.module_tree,
+        toolbox: arguments.keep.toolbox,
+        keep: arguments.keep.keep()?,
         nested: arguments.nested,
         real_attributes: one_of("attributes", &arguments.attributes, &[("fixed", false), ("real", true)])?,
         boundary: Boundary {
@@ -290,7 +330,7 @@ fn check_reads(path: &Path) -> Result<(), Failure> {
     checked.map_err(|source| usage(&ReadsError::Write { path: path.to_owned(), source }))
 }
 
-fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
+fn try_run(arguments: &RunArguments, flags: Flags, left: &mut Left) -> Result<u8, Failure> {
     let step = step(arguments)?;
     if let Some(path) = &arguments.reads {
         check_reads(path)?;
@@ -298,8 +338,10 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
     let host = Host::open(Settings::read(flags)?)?;
     let interrupts = Interrupts::watch(&host.settings.work.value, host.store.temporary(), arguments.json);
     let interrupts = interrupts.map_err(|error| Failure::new(&error, None, super::FAILED))?;
-    let input: Option<Box<dyn Read + Send>> =
-        if arguments.stdin { Some(Box::new(io::stdin())) } else { None };
+    let input = arguments.stdin.then(|| io::stdin().as_fd().try_clone_to_owned()).transpose();
+    let input = input
+        .map_err(|source| RunError::Io { what: "take standard input", source })
+        .map_err(Failure::from)?;
     let mut narrator = Narrator::new(arguments.quiet || arguments.json);
     let forms = [("auto", None), ("raw", Some(Form::Raw)), ("harmless", Some(Form::Log))];
     let mut output = GuestOutput::new(one_of("output", &arguments.output, &forms)?);
@@ -329,7 +371,9 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
         }
         Ok(())
     };
-    let report = match run_step(&step, &host, input, &mut show_event) {
+    let run = run_step(&step, &host, input, &mut show_event);
+    *left = run.kept.map(|kept| (kept, keep::store_words(&host.settings)));
+    let report = match run.result {
         // As a command ends whose reader has gone: killed by SIGPIPE, without a word.
         Err(RunError::Session(SessionError::Output(error))) if error.kind() == io::ErrorKind::BrokenPipe => {
             return Ok(SIGPIPE_STATUS);
@@ -357,6 +401,7 @@ fn try_run(arguments: &RunArguments, flags: Flags) -> Result<u8, Failure> {
         tell(&mut narrator, &report, &phases);
         if let Some((text, hint)) = verdict::complaint(&step, arguments, &report.ended) {
             show::failure(&text, hint.as_deref());
+            show::note(&format!("again: {}", again::command()));
         }
     }
     Ok(code)
@@ -467,6 +512,7 @@ fn ended_as_json(report: &Report, phases: &[(Phase, Duration)], code: u8) -> Val
         "event": "end",
         "version": 1,
         "code": code,
+        "again": (code != 0).then(again::command),
         "ended": how,
         "root": report.reads.beside.root,
         "bundle": report.bundle,

@@ -41,6 +41,11 @@ fn quoted(text: &str) -> String {
     for_people(text.trim_end()).replace('\n', "\n    ")
 }
 
+/// A line of kiln's own on standard error, which nobody else had a word in.
+pub(super) fn note(text: &str) {
+    eprintln!("kiln: {text}");
+}
+
 /// A line on standard output.
 pub(super) fn line(text: &str) {
     let _ = try_line(text);

@@ -8,6 +8,7 @@ use super::host::HostError;
 use super::inputs::InputError;
 use super::merge::MergeError;
 use crate::agent::{SessionError, TransferError};
+use crate::keeper::RegistryError;
 use crate::machine::{Death, MachineError};
 use crate::plan::{EnvError, OutputError, show_bytes};
 use crate::root::Filesystem;
@@ -44,6 +45,15 @@ pub enum RunError {
         /// How it went.
         death: Death,
     },
+    /// Somebody ended it.
+    #[error("the machine was ended by `kiln stop` while {doing}")]
+    Stopped {
+        /// What was going on.
+        doing: &'static str,
+    },
+    /// The machine cannot be registered.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// The step's world could not be prepared with a kernel whose modules are not known.
     #[error("the machine cannot be prepared: its kernel has no module tree, and needs {needed} built in")]
     BareKernel {
@@ -104,6 +114,11 @@ fn quoted(globs: &[String]) -> String {
 }
 
 impl RunError {
+    /// Whether the agent may be asked for more after this: it has answered whatever it was asked.
+    pub(super) fn leaves_session_usable(&self) -> bool {
+        matches!(self, Self::MissingOutputs(_) | Self::Session(SessionError::Failed { .. }))
+    }
+
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {

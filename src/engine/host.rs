@@ -8,6 +8,7 @@ use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::fetch::lock::{Lock, LockError};
+use crate::keeper::Registry;
 use crate::machine::jail::attempt::Targets;
 use crate::machine::jail::{Held, Profile};
 use crate::machine::probe::{self, Verdict};
@@ -16,6 +17,7 @@ use crate::machine::{Accelerator, Carrier, MachineError};
 use crate::plan::RootSpec;
 use crate::root::bundle::{self, Bundle, BundleError};
 use crate::root::debian::{Archive, ArchiveError, ArchiveSettings, DebianSpec};
+use crate::root::toolbox::{self, ToolboxError};
 use crate::root::{self, Root, RootError, Workshop};
 use crate::settings::{BackendChoice, Settings};
 use crate::store::{Store, StoreError};
@@ -41,6 +43,9 @@ pub enum HostError {
     /// The root.
     #[error(transparent)]
     Root(#[from] RootError),
+    /// The toolbox.
+    #[error(transparent)]
+    Toolbox(#[from] ToolboxError),
     /// There is no agent to boot.
     #[error("{}", no_agent(.named.as_deref()))]
     NoAgent {
@@ -87,6 +92,7 @@ impl HostError {
             Self::Debian(error) => error.hint(),
             Self::Root(error) => error.hint(),
             Self::Store(error) => error.hint(),
+            Self::Toolbox(error) => error.hint(),
             Self::Bundle(_) => None,
         }
     }
@@ -155,6 +161,8 @@ impl Host {
     /// [`HostError::Store`].
     pub fn open(settings: Settings) -> Result<Self, HostError> {
         let store = Store::open(&settings.store.value)?;
+        // Sweeps what killed kilns left. Whoever needs the registry hears of what is wrong with it.
+        let _ = Registry::open(&store.run());
         let archive = Archive::new(
             ArchiveSettings {
                 mirror: settings.debian_mirror.value.clone(),
@@ -306,6 +314,32 @@ impl Host {
         progress("unpacking the kernel");
         let tree = self.archive.unpack_kernel(&locked)?;
         Ok(bundle::from_package(&self.store, &key, &tree, &agent, carrier)?)
+    }
+
+    /// The image of the toolbox, made where it is not there yet: of the directory that the settings name, else of
+    /// Debian packages, which are locked.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn toolbox(&self, progress: &mut dyn FnMut(&str)) -> Result<PathBuf, HostError> {
+        if let Some(path) = &self.settings.toolbox.value {
+            return Ok(toolbox::of_directory(&self.store, &self.settings.directory.join(path))?);
+        }
+        let spec = toolbox::spec(crate::root::debian::DEFAULT_KERNEL_SUITE)?;
+        let mut lock = self.lock()?;
+        let locked = match lock.toolbox(&spec.to_string()) {
+            Some(locked) => locked.clone(),
+            None => {
+                self.check_lock()?;
+                progress("looking up the toolbox");
+                let locked = self.archive.resolve_programs(&spec, None)?;
+                lock.set_toolbox(locked.clone());
+                lock.save(self.lock_path())?;
+                progress(&format!("locked the toolbox in {}", self.lock_path().display()));
+                locked
+            }
+        };
+        Ok(toolbox::of_packages(&self.store, &self.archive, &locked, progress)?)
     }
 
     /// The root of `spec`, made where it is not there yet: with machines of `qemu` that boot `bundle`.

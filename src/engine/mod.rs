@@ -19,5 +19,5 @@ pub use event::{Event, Listener, Phase};
 pub use host::{Boundary, Host, HostError, KernelChoice, Require, jail_of};
 pub use inputs::{DiskArgument, InputError, MountArgument};
 pub use reads::{ReadsError, ReadsReport, ShareReads};
-pub use run::{Collected, Ended, Report, run};
-pub use step::{Clock, Step};
+pub use run::{Collected, Ended, Report, Run, run};
+pub use step::{Clock, Keep, Step};

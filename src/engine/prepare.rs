@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::mem;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_wire::{Access, Exec, Mount, Setup, Source};
@@ -15,15 +15,17 @@ use super::host::Host;
 use super::inputs::{InputError, check_work, open_disk, open_share, refuse_secrets, refuse_store};
 use super::merge;
 use super::reads::Observable;
-use super::step::{Clock, Step};
+use super::step::{Clock, Keep, Step};
 use crate::machine::qemu::Qemu;
 use crate::machine::{Attributes, Carrier, Disk, PathBytes, Share, Spec};
 use crate::plan::{Environment, RootSpec};
 use crate::root::bundle::Bundle;
-use crate::root::{Root, image};
+use crate::root::{Root, image, toolbox};
 
 /// The host name of every machine.
 const HOSTNAME: &str = "kiln";
+/// The serial of the toolbox's disk.
+const TOOLBOX: &str = "toolbox";
 
 /// Everything opened and found before the machine starts.
 pub(super) struct Prepared {
@@ -38,6 +40,8 @@ pub(super) struct Prepared {
     pub disks: Vec<Disk>,
     pub work_target: String,
     pub directory: String,
+    /// The toolbox's image, where the machine gets it.
+    pub toolbox: Option<PathBuf>,
 }
 
 /// Opens and finds all that `step` needs.
@@ -111,6 +115,9 @@ pub(super) fn prepare(
         disks.push(Disk { serial, file, read_only: disk.read_only });
     }
 
+    if step.toolbox {
+        mounts.push(toolbox_mount());
+    }
     let mut places = BTreeSet::new();
     if let Some(mount) = mounts.iter().find(|mount| !places.insert(mount.target.as_slice())) {
         return Err(InputError::SamePlace(String::from_utf8_lossy(&mount.target).into_owned()).into());
@@ -133,6 +140,7 @@ pub(super) fn prepare(
         Carrier::Vsock => host.bundle(&step.kernel, Carrier::Serial, &mut progress)?,
     };
     let root = host.root(&step.root, &qemu, &root_bundle, cpus, &mut progress)?;
+    let toolbox = find_toolbox(step, host, events)?;
     let directory = match (&step.directory, &settings.srcdir.value) {
         (Some(directory), _) => directory.clone(),
         (None, Some(_)) => source_target,
@@ -155,7 +163,40 @@ pub(super) fn prepare(
         disks,
         work_target,
         directory,
+        toolbox,
     })
+}
+
+/// The toolbox, where the step sees it or may be looked into. For the latter it is not needed in every case, so not
+/// having it is no failure.
+fn find_toolbox(step: &Step, host: &Host, events: Listener<'_>) -> Result<Option<PathBuf>, RunError> {
+    if !step.toolbox && step.keep == Keep::Never {
+        return Ok(None);
+    }
+    let found = host.toolbox(&mut |text| {
+        let _ = events(Event::Progress(text));
+    });
+    match found {
+        Ok(path) => Ok(Some(path)),
+        Err(error) if step.toolbox => Err(error.into()),
+        Err(error) => {
+            let mut text = format!("a kept machine will have no toolbox: {error}");
+            let mut source = std::error::Error::source(&error);
+            while let Some(inner) = source {
+                text.push_str(&format!(": {inner}"));
+                source = inner.source();
+            }
+            let _ = events(Event::Warning(&text));
+            Ok(None)
+        }
+    }
+}
+
+/// The toolbox as a tree of the guest's. Its disk comes last, so that it changes no other's name.
+pub(super) fn toolbox_mount() -> Mount {
+    let serial = TOOLBOX.to_owned();
+    let source = Source::Disk { serial, filesystem: "erofs".to_owned(), read_only: true };
+    Mount { source, target: toolbox::PLACE.as_bytes().to_vec(), access: Access::ReadOnly }
 }
 
 /// Shares for the machine, and our own hold on each for the time after it.
@@ -233,6 +274,10 @@ pub(super) fn describe(
     scratch.set_len(step.scratch_bytes).map_err(io("make the scratch disk"))?;
     disks.push(Disk { serial: "scratch".to_owned(), file: scratch.into(), read_only: false });
     disks.append(&mut prepared.disks);
+    if let Some(path) = &prepared.toolbox {
+        let file = File::open(path).map_err(io("open the toolbox's image"))?;
+        disks.push(Disk { serial: TOOLBOX.to_owned(), file: file.into(), read_only: true });
+    }
     let mut seed = [0; 64];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
         .map_err(|errno| io("draw a seed")(errno.into()))?;
@@ -263,6 +308,7 @@ pub(super) fn describe(
         timeout_ms: step.timeout.map_or(0, |timeout| milliseconds(timeout).max(1)),
         grace_ms: milliseconds(step.grace),
         stdin: false,
+        terminal: None,
     };
     let spec = Spec {
         kernel: host.store.blobs().path(&prepared.bundle.kernel),

@@ -1,8 +1,12 @@
 //! `run`: one step from its description to its merged outputs.
 
-use std::io::{self, Read};
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kiln_artifact::tree::{Kind, TreePath};
@@ -14,13 +18,14 @@ use super::error::RunError;
 use super::event::{Event, Listener, Phase};
 use super::host::Host;
 use super::merge::{self, Merge};
-use super::prepare::{Prepared, describe, prepare, seconds};
+use super::prepare::{Prepared, describe, prepare, seconds, toolbox_mount};
 use super::reads::{self, Beside, ReadsReport};
-use super::step::Step;
+use super::step::{Keep, Step};
 use crate::agent::{ExecEnd, Session, SessionError};
+use crate::keeper::{Entry, Kept, Registration, Registry};
 use crate::machine::{Backend, Identity};
 use crate::root::bundle::NEEDED;
-use crate::root::{Filesystem, Image, Root};
+use crate::root::{Filesystem, Image, Root, toolbox};
 
 /// How long a machine may take from its start to its agent's first word. An emulated one needs two seconds.
 const BOOT_PATIENCE: Duration = Duration::from_secs(90);
@@ -77,15 +82,49 @@ pub struct Report {
     pub work: PathBuf,
 }
 
+/// A run that is over.
+pub struct Run {
+    /// What it came to. [`RunError`] where kiln could not carry it through; a command that fails is a [`Report`].
+    pub result: Result<Report, RunError>,
+    /// Its machine, where the step wants it kept and it still answers.
+    pub kept: Option<Kept>,
+}
+
 /// Runs `step` on `host`, telling `events` what happens. `input` is the command's standard input.
-///
-/// # Errors
-/// [`RunError`] where kiln could not carry it through; a command that fails is a [`Report`].
-pub fn run(
+pub fn run(step: &Step, host: &Host, input: Option<OwnedFd>, events: Listener<'_>) -> Run {
+    let mut standing = None;
+    let result = carry_through(step, host, input, events, &mut standing);
+    let failed = !result.as_ref().is_ok_and(|report| report.ended.is_success());
+    let standing = standing.filter(|_| step.keeps(!failed));
+    Run { result, kept: standing.map(|kept| with_toolbox(kept, step, events)) }
+}
+
+/// Gives a machine that was kept its toolbox, which its step did not see.
+fn with_toolbox(mut kept: Kept, step: &Step, events: Listener<'_>) -> Kept {
+    if kept.has_toolbox
+        && !step.toolbox
+        && let Err(error) = kept.session.mount(toolbox_mount())
+    {
+        let _ = events(Event::Warning(&format!("the kept machine has no toolbox: {error}")));
+        kept.has_toolbox = false;
+    }
+    if kept.has_toolbox {
+        for variable in &mut kept.environment {
+            if variable.starts_with(b"PATH=") {
+                variable.extend_from_slice(format!(":{}", toolbox::PROGRAMS).as_bytes());
+            }
+        }
+    }
+    kept
+}
+
+/// Does what [`run`] says. A machine that may be wanted afterwards is left in `standing`.
+fn carry_through(
     step: &Step,
     host: &Host,
-    input: Option<Box<dyn Read + Send>>,
+    input: Option<OwnedFd>,
     events: Listener<'_>,
+    standing: &mut Option<Kept>,
 ) -> Result<Report, RunError> {
     let mut stopwatch = Stopwatch(Instant::now());
     let has_input = input.is_some();
@@ -93,39 +132,64 @@ pub fn run(
     merge::recover(&host.store, &work)?;
     let mut prepared = prepare(step, host, &work, events)?;
     let (setup, exec, spec) = describe(step, host, &mut prepared)?;
+    let (environment, directory) = (exec.env.clone(), exec.cwd.clone());
     let _ = events(Event::Phase(Phase::Prepare, stopwatch.lap()));
 
     let mut machine = prepared.qemu.start(spec)?;
     let _ = events(Event::Machine(machine.identity()));
-    let mut talk = Talk { step, host, prepared: &prepared, stopwatch: &mut stopwatch, doing: "booting" };
-    let conversation =
-        machine.wire().map_err(RunError::from).and_then(|wire| talk.hold(wire, setup, exec, input, events));
-    let doing = talk.doing;
-    let (ended, collection) = match conversation {
-        Err(RunError::Session(SessionError::Closed)) => {
-            let death = machine.death(DEATH_PATIENCE);
-            quote_console(&machine.console(), events);
-            return Err(RunError::Died { doing, death });
+    let wire = machine.wire()?;
+    let (registration, stopped) = register(step, host, &prepared, machine.identity(), &wire)?;
+    let stopwatch = &mut stopwatch;
+    let mut talk = Talk { step, host, prepared: &prepared, stopwatch, doing: "booting", is_off: false };
+    let mut session = None;
+    let conversation = talk
+        .open(wire, setup, events)
+        .and_then(|opened| talk.work(session.insert(opened), exec, input, events));
+    let (doing, is_off) = (talk.doing, talk.is_off);
+    if let Err(RunError::Session(error)) = &conversation {
+        if stopped.load(Ordering::Acquire) {
+            return Err(RunError::Stopped { doing });
         }
-        Err(error @ RunError::Session(SessionError::Silent { .. })) => {
-            quote_console(&machine.console(), events);
-            return Err(error);
+        match error {
+            SessionError::Closed => {
+                let death = machine.death(DEATH_PATIENCE);
+                quote_console(&machine.console(), events);
+                return Err(RunError::Died { doing, death });
+            }
+            SessionError::Silent { .. } => quote_console(&machine.console(), events),
+            _ => {}
         }
-        Err(error @ RunError::Root { filesystem, .. }) => {
-            // What errno leaves out, some file systems say on the console only.
-            let console = machine.console();
-            let about = |line: &&str| line.to_ascii_lowercase().contains(filesystem.name());
-            quote_console(&console.lines().filter(about).collect::<Vec<_>>().join("\n"), events);
-            return Err(error);
+    }
+    if let Err(RunError::Root { filesystem, .. }) = &conversation {
+        // What errno leaves out, some file systems say on the console only.
+        let console = machine.console();
+        let about = |line: &&str| line.to_ascii_lowercase().contains(filesystem.name());
+        quote_console(&console.lines().filter(about).collect::<Vec<_>>().join("\n"), events);
+    }
+    let can_stay = !is_off && conversation.as_ref().err().is_none_or(RunError::leaves_session_usable);
+    let identity = machine.identity().clone();
+    let ((ended, collection), record) = match session.filter(|_| step.keep != Keep::Never && can_stay) {
+        Some(session) => {
+            let kept = standing.insert(Kept {
+                machine,
+                session,
+                registration,
+                environment,
+                directory,
+                has_toolbox: prepared.toolbox.is_some(),
+                writes_disks: step.writes_disks(),
+            });
+            (conversation?, kept.machine.observed_so_far()?)
         }
-        other => other?,
+        None => {
+            let over = (conversation?, machine.observed()?);
+            drop(machine);
+            over
+        }
     };
-    let record = machine.observed()?;
     if record.full {
         return Err(RunError::RecordFull);
     }
-    let identity = machine.identity().clone();
-    drop(machine);
     let beside = Beside {
         root: prepared.root.digest(),
         bundle: Some(prepared.bundle.digest()),
@@ -166,6 +230,9 @@ fn unrecorded(step: &Step, has_input: bool) -> Vec<String> {
     let mut unrecorded: Vec<String> = step.disks.iter().map(|disk| format!("disk {}", disk.guest)).collect();
     if has_input {
         unrecorded.push("standard input".to_owned());
+    }
+    if step.toolbox {
+        unrecorded.push(format!("disk {}", toolbox::PLACE));
     }
     unrecorded
 }
@@ -209,6 +276,8 @@ struct Talk<'a> {
     stopwatch: &'a mut Stopwatch,
     /// What is going on, for the case that the machine dies.
     doing: &'static str,
+    /// Whether the machine was switched off.
+    is_off: bool,
 }
 
 impl Talk<'_> {
@@ -233,19 +302,24 @@ impl Talk<'_> {
         }
     }
 
-    fn hold(
-        &mut self,
-        wire: UnixStream,
-        setup: Setup,
-        mut exec: Exec,
-        input: Option<Box<dyn Read + Send>>,
-        events: Listener<'_>,
-    ) -> Result<Conversation, RunError> {
+    /// From the machine's start to a world that the step's command can run in.
+    fn open(&mut self, wire: UnixStream, setup: Setup, events: Listener<'_>) -> Result<Session, RunError> {
         let mut session = Session::open(wire, BOOT_PATIENCE).map_err(RunError::Session)?;
         let _ = events(Event::Phase(Phase::Boot, self.stopwatch.lap()));
         self.doing = "preparing the step";
         session.setup(setup).map_err(|source| self.setup_failed(source))?;
         let _ = events(Event::Phase(Phase::Setup, self.stopwatch.lap()));
+        Ok(session)
+    }
+
+    /// The command, and where it succeeds its outputs.
+    fn work(
+        &mut self,
+        session: &mut Session,
+        mut exec: Exec,
+        input: Option<OwnedFd>,
+        events: Listener<'_>,
+    ) -> Result<Conversation, RunError> {
         self.doing = "running the command";
         exec.stdin = input.is_some();
         let limit = self.step.limits.printed_bytes;
@@ -275,15 +349,36 @@ impl Talk<'_> {
                 limits: &self.step.limits,
                 epoch: seconds(self.prepared)?,
             };
-            collection = Some(collect(&what, &mut session, self.host.store.blobs())?);
+            collection = Some(collect(&what, session, self.host.store.blobs())?);
         }
         // A disk that the step may write has to be left clean; without one there is nothing in the machine worth
-        // waiting for.
-        if self.step.disks.iter().any(|disk| !disk.read_only) {
+        // waiting for. A machine that is kept is switched off when it goes.
+        self.is_off = self.step.writes_disks() && !self.step.keeps(ended.is_success());
+        if self.is_off {
             self.doing = "powering off";
             session.power_off().map_err(RunError::Session)?;
         }
         let _ = events(Event::Phase(Phase::Collect, self.stopwatch.lap()));
         Ok((ended, collection))
     }
+}
+
+/// Registers the machine, so that others can find and end it, and gives what tells whether somebody did.
+fn register(
+    step: &Step,
+    host: &Host,
+    prepared: &Prepared,
+    identity: &Identity,
+    wire: &UnixStream,
+) -> Result<(Registration, Arc<AtomicBool>), RunError> {
+    let stopped = Arc::<AtomicBool>::default();
+    let told = Arc::clone(&stopped);
+    let wire = wire.try_clone().map_err(|source| RunError::Io { what: "hold the wire", source })?;
+    let entry = Entry::running(&step.name, &step.argv, step.memory_bytes, prepared.cpus, identity);
+    let registration = Registry::open(&host.store.run())?.register(entry, move || {
+        told.store(true, Ordering::Release);
+        // Whoever waits for the agent learns of it at once.
+        let _ = wire.shutdown(Shutdown::Both);
+    })?;
+    Ok((registration, stopped))
 }

@@ -18,6 +18,18 @@ pub enum Clock {
     Fixed,
 }
 
+/// When the machine of a step stays after it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Keep {
+    /// Never.
+    #[default]
+    Never,
+    /// Where the step failed.
+    OnFailure,
+    /// Always.
+    Always,
+}
+
 /// One command with its root, inputs, outputs, environment and limits.
 #[derive(Debug)]
 pub struct Step {
@@ -65,6 +77,10 @@ pub struct Step {
     pub nested: bool,
     /// What files of shares show: the contract's fixed owner and time, or the host's own.
     pub real_attributes: bool,
+    /// Whether it sees the toolbox.
+    pub toolbox: bool,
+    /// When its machine stays.
+    pub keep: Keep,
     /// What must hold of the boundary.
     pub boundary: Boundary,
     /// Whether the reads are hashed for a report.
@@ -90,5 +106,19 @@ impl Step {
             let is_below = |folder: &&[u8]| matches!(folder.strip_prefix(place), Some([] | [b'/', ..]));
             folders.iter().any(is_below)
         })
+    }
+
+    /// Whether its machine stays after it.
+    pub fn keeps(&self, succeeded: bool) -> bool {
+        match self.keep {
+            Keep::Never => false,
+            Keep::OnFailure => !succeeded,
+            Keep::Always => true,
+        }
+    }
+
+    /// Whether it may write to a disk of the user's.
+    pub fn writes_disks(&self) -> bool {
+        self.disks.iter().any(|disk| !disk.read_only)
     }
 }

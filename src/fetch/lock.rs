@@ -100,7 +100,7 @@ pub struct LockedIndex {
     pub sha256: Digest,
 }
 
-/// A root, and the packages it is made of.
+/// A root or a toolbox, and the packages it is made of.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LockedRoot {
@@ -145,6 +145,7 @@ impl LockedKernel {
 pub struct Lock {
     roots: BTreeMap<String, LockedRoot>,
     kernels: BTreeMap<String, LockedKernel>,
+    toolboxes: BTreeMap<String, LockedRoot>,
 }
 
 #[derive(Deserialize)]
@@ -161,6 +162,8 @@ struct File {
     kernel: Vec<toml::Spanned<LockedKernel>>,
     #[serde(default)]
     root: Vec<toml::Spanned<LockedRoot>>,
+    #[serde(default)]
+    toolbox: Vec<toml::Spanned<LockedRoot>>,
 }
 
 impl Lock {
@@ -198,14 +201,18 @@ impl Lock {
         }
         let file: File = toml::from_str(text).map_err(parse_error)?;
         let mut lock = Self::default();
-        for root in file.root {
-            let start = root.span().start;
-            let root = root.into_inner();
-            if let Some(bad) = root.packages.iter().find_map(check_package) {
-                return Err(malformed(start, bad));
-            }
-            if let Some(earlier) = lock.roots.insert(root.spec.clone(), root) {
-                return Err(malformed(start, format!("root `{}` is locked twice", earlier.spec)));
+        for (what, list, locked) in
+            [("root", file.root, &mut lock.roots), ("toolbox", file.toolbox, &mut lock.toolboxes)]
+        {
+            for root in list {
+                let start = root.span().start;
+                let root = root.into_inner();
+                if let Some(bad) = root.packages.iter().find_map(check_package) {
+                    return Err(malformed(start, bad));
+                }
+                if let Some(earlier) = locked.insert(root.spec.clone(), root) {
+                    return Err(malformed(start, format!("{what} `{}` is locked twice", earlier.spec)));
+                }
             }
         }
         for kernel in file.kernel {
@@ -229,6 +236,16 @@ impl Lock {
     /// Locks `root`; what was locked for its spec is replaced.
     pub fn set_root(&mut self, root: LockedRoot) {
         self.roots.insert(root.spec.clone(), root);
+    }
+
+    /// The toolbox locked for `spec`.
+    pub fn toolbox(&self, spec: &str) -> Option<&LockedRoot> {
+        self.toolboxes.get(spec)
+    }
+
+    /// Locks `toolbox`; what was locked for its spec is replaced.
+    pub fn set_toolbox(&mut self, toolbox: LockedRoot) {
+        self.toolboxes.insert(toolbox.spec.clone(), toolbox);
     }
 
     /// The kernel locked for `spec`.
@@ -255,8 +272,10 @@ impl Lock {
             write_indexes(&mut text, &kernel.indexes);
             let _ = writeln!(text, "package = {}", package_line(&kernel.package));
         }
-        for root in self.roots.values() {
-            let _ = write!(text, "\n[[root]]\nspec = {}\n", quoted(&root.spec));
+        let roots = self.roots.values().map(|root| ("root", root));
+        let toolboxes = self.toolboxes.values().map(|toolbox| ("toolbox", toolbox));
+        for (what, root) in roots.chain(toolboxes) {
+            let _ = write!(text, "\n[[{what}]]\nspec = {}\n", quoted(&root.spec));
             write_indexes(&mut text, &root.indexes);
             text.push_str("packages = [\n");
             for package in &root.packages {
@@ -370,6 +389,11 @@ mod tests {
             spec: "debian:bookworm+make".into(),
             indexes: vec![index.clone()],
             packages: vec![package("base-files"), package("make")],
+        });
+        lock.set_toolbox(LockedRoot {
+            spec: "debian:trixie+strace".into(),
+            indexes: vec![index.clone()],
+            packages: vec![package("strace")],
         });
         lock.set_kernel(LockedKernel {
             spec: "debian:trixie".into(),

@@ -59,6 +59,10 @@ impl Machine for FakeMachine {
         Ok(Record::default())
     }
 
+    fn observed_so_far(&mut self) -> Result<Record, MachineError> {
+        Ok(Record::default())
+    }
+
     fn death(&mut self, _patience: Duration) -> Death {
         Death::Stopped("the fake guest ended".to_owned())
     }

@@ -233,6 +233,12 @@ pub trait Machine: Send {
     /// [`MachineError::Device`] when the device process is gone or does not answer.
     fn observed(&mut self) -> Result<Record, MachineError>;
 
+    /// What was observed of the shares so far. The guest runs on, and may ask for more.
+    ///
+    /// # Errors
+    /// As [`Machine::observed`].
+    fn observed_so_far(&mut self) -> Result<Record, MachineError>;
+
     /// After the wire closed: waits at most `patience` for the machine to be gone, and says how it went.
     fn death(&mut self, patience: Duration) -> Death;
 

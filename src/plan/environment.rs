@@ -46,6 +46,11 @@ impl Environment {
         Self(fixed.map(|(name, value)| (name.to_owned(), value.as_bytes().to_vec())).into())
     }
 
+    /// Without even the fixed part.
+    pub fn empty() -> Self {
+        Self(BTreeMap::new())
+    }
+
     /// Sets one variable.
     pub fn set(&mut self, name: &str, value: &[u8]) {
         self.0.insert(name.to_owned(), value.to_vec());

@@ -4,10 +4,12 @@ mod environment;
 mod output;
 mod quantity;
 mod root;
+mod shell;
 mod text;
 
 pub use environment::{DEFAULT_SOURCE_DATE_EPOCH, EnvError, Environment, FIXED_PATH};
 pub use output::{OutputError, Outputs};
 pub use quantity::{ParseQuantityError, parse_bytes, parse_duration, show_age, show_bytes, show_duration};
 pub use root::{ParseRootError, RootSpec};
+pub use shell::quote;
 pub use text::{harmless, harmless_bytes, without_commands};

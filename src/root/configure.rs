@@ -168,6 +168,7 @@ impl Workshop<'_> {
             timeout_ms: u64::try_from(TIMEOUT.as_millis()).unwrap_or(u64::MAX),
             grace_ms: 5000,
             stdin: false,
+            terminal: None,
         };
         let mut said = Vec::new();
         let mut done = 0;

@@ -14,6 +14,7 @@ mod file;
 pub mod image;
 pub mod modules;
 mod stat;
+pub mod toolbox;
 
 use std::io;
 use std::path::PathBuf;

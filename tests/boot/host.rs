@@ -144,6 +144,13 @@ impl Host {
 
     /// Runs `command` with `input` to its end, and asserts that nothing of it is left.
     pub fn end(&self, command: &mut Command, input: &[u8]) -> Told {
+        let (told, group) = Self::told(command, input);
+        self.is_clean(group);
+        told
+    }
+
+    /// Runs `command` with `input` to its end, beside another kiln of this host. Gives its process group too.
+    pub fn told(command: &mut Command, input: &[u8]) -> (Told, u32) {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let feeds = !input.is_empty();
         if feeds {
@@ -157,8 +164,7 @@ impl Host {
             running.end()
         });
         assert!(!told.stderr.contains("panicked at "), "{}", told.stderr);
-        self.is_clean(group);
-        told
+        (told, group)
     }
 
     /// As [`Host::is_clean`] where kiln was killed: the folder of its unfinished files stays, with nothing in it but
@@ -194,10 +200,30 @@ impl Deref for Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        // Of a test that failed: what it kept must not stay.
+        if fs::read_dir(self.path("store/run/machines")).is_ok_and(|mut places| places.next().is_some()) {
+            let _ = self.kiln().args(["stop", "--all"]).stdout(Stdio::null()).status();
+        }
         if let Ok(own) = fs::read_link(self.path("store")) {
             let _ = fs::remove_dir_all(own);
         }
     }
+}
+
+/// `command` started by another program: what `words` begin, with its variables and in its folder.
+pub fn started_by(words: &[&str], command: &Command) -> Command {
+    let mut outer = Command::new(words[0]);
+    outer.args(&words[1..]).arg(command.get_program()).args(command.get_args()).stdin(Stdio::null());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => outer.env(name, value),
+            None => outer.env_remove(name),
+        };
+    }
+    if let Some(folder) = command.get_current_dir() {
+        outer.current_dir(folder);
+    }
+    outer
 }
 
 /// The living processes of a process group, and those of the machine of its leader: they leave the group.

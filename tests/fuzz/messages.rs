@@ -72,32 +72,40 @@ fn source(random: &mut Random) -> Source {
     }
 }
 
+fn mount(random: &mut Random) -> Mount {
+    Mount {
+        source: source(random),
+        target: [b"/".to_vec(), path(random)].concat(),
+        access: random.pick(&[Access::ReadOnly, Access::Layered, Access::Direct]),
+    }
+}
+
+fn size(random: &mut Random) -> TerminalSize {
+    TerminalSize { rows: random.u16(), columns: random.u16() }
+}
+
 /// Any message of a host's.
 pub fn to_agent(random: &mut Random) -> ToAgent {
-    match random.below(9) {
+    match random.below(12) {
         0 => ToAgent::Hello { version: VERSION },
-        1 => {
-            let mount = |random: &mut Random| Mount {
-                source: source(random),
-                target: [b"/".to_vec(), path(random)].concat(),
-                access: random.pick(&[Access::ReadOnly, Access::Layered, Access::Direct]),
-            };
-            ToAgent::Setup(Setup {
-                seed: [random.byte(); 64],
-                clock: Clock { seconds: random.edge().cast_signed(), nanoseconds: random.u32() >> 3 },
-                root: source(random),
-                scratch_serial: name(random),
-                layer_bytes: random.edge(),
-                mounts: (0..random.below(4)).map(|_| mount(random)).collect(),
-                hostname: name(random),
-                load_modules: (0..random.below(3)).map(|_| name(random)).collect(),
-            })
-        }
+        1 => ToAgent::Setup(Setup {
+            seed: [random.byte(); 64],
+            clock: Clock { seconds: random.edge().cast_signed(), nanoseconds: random.u32() >> 3 },
+            root: source(random),
+            scratch_serial: name(random),
+            layer_bytes: random.edge(),
+            mounts: (0..random.below(4)).map(|_| mount(random)).collect(),
+            hostname: name(random),
+            load_modules: (0..random.below(3)).map(|_| name(random)).collect(),
+        }),
         2 | 3 => ToAgent::Exec(exec(random)),
         4 => ToAgent::Stdin { id: random.edge32(), data: data(random) },
         5 => ToAgent::Signal { id: random.edge32(), signal: random.byte() },
         6 => ToAgent::List { target: [b"/".to_vec(), path(random)].concat() },
-        7 => ToAgent::Fetch { ordinals: (0..random.below(6)).map(|_| random.edge32()).collect() },
+        7 => ToAgent::Mount(mount(random)),
+        8 => ToAgent::Credit { id: random.edge32(), bytes: random.u32().max(1) },
+        9 => ToAgent::Resize { id: random.edge32(), size: size(random) },
+        10 => ToAgent::Fetch { ordinals: (0..random.below(6)).map(|_| random.edge32()).collect() },
         _ => ToAgent::PowerOff,
     }
 }
@@ -114,6 +122,7 @@ pub fn exec(random: &mut Random) -> Exec {
         timeout_ms: random.edge(),
         grace_ms: random.edge(),
         stdin: random.once_in(2),
+        terminal: random.once_in(2).then(|| size(random)),
     }
 }
 
@@ -155,12 +164,12 @@ pub fn entry_kind(random: &mut Random, before: u32) -> EntryKind {
 /// Any message of an agent's.
 pub fn from_agent(random: &mut Random) -> FromAgent {
     let id = random.pick(&[1, 1, 1, 0, 2, u32::MAX]);
-    match random.below(16) {
+    match random.below(18) {
         0 => ready(),
         1 => FromAgent::SetupDone,
         2 => FromAgent::Failed { what: name(random), errno: random.u16() },
         3 => FromAgent::Started { id },
-        4 => FromAgent::ExecFailed { id, errno: random.u16(), why: name(random) },
+        4 => FromAgent::ExecFailed { id, what: name(random), errno: random.u16(), why: name(random) },
         5 => output(random, id),
         6 => exited(random, id),
         7 | 8 => {
@@ -174,6 +183,8 @@ pub fn from_agent(random: &mut Random) -> FromAgent {
         12 => FromAgent::FileEnd { size: random.edge() },
         13 => FromAgent::FetchDone,
         14 => FromAgent::Log(name(random)),
+        15 => FromAgent::Mounted,
+        16 => FromAgent::Credit { id, bytes: random.u32().max(1) },
         _ => FromAgent::Bye,
     }
 }
@@ -191,7 +202,8 @@ pub fn ready() -> FromAgent {
 
 /// A piece of output.
 pub fn output(random: &mut Random, id: u32) -> FromAgent {
-    FromAgent::Output { id, stream: random.pick(&[Stream::Stdout, Stream::Stderr]), data: data(random) }
+    let data = [data(random), vec![random.byte()]].concat();
+    FromAgent::Output { id, stream: random.pick(&[Stream::Stdout, Stream::Stderr]), data }
 }
 
 /// The end of a command.

@@ -127,6 +127,7 @@ fn exec() -> Exec {
         timeout_ms: 0,
         grace_ms: 0,
         stdin: false,
+        terminal: None,
     }
 }
 

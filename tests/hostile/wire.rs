@@ -8,13 +8,13 @@ use super::value::little_endian;
 const META: &str = " mode:2=420 uid:4 gid:4 mtime:8 nanos:4 xattrs:4 xattr:b";
 
 /// From the agent: name, tag, layout. Entries go by their kinds.
-const FROM_AGENT: [(&str, u8, &str); 23] = [
+const FROM_AGENT: [(&str, u8, &str); 25] = [
     ("READY", 0x81, "version:2=VERSION kernel:c=6.12.0 uptime_us:8 memory_bytes:8 cpus:2=1"),
     ("SETUP_DONE", 0x82, ""),
     ("FAILED", 0x83, "what:c errno:2=5"),
     ("STARTED", 0x84, "id:4=1"),
-    ("EXEC_FAILED", 0x85, "id:4=1 errno:2=2 why:c"),
-    ("OUTPUT", 0x86, "id:4=1 stream:1=1 data:c"),
+    ("EXEC_FAILED", 0x85, "id:4=1 what:c errno:2=2 why:c"),
+    ("OUTPUT", 0x86, "id:4=1 stream:1=1 data:c=x"),
     (
         "EXITED",
         0x87,
@@ -36,10 +36,12 @@ const FROM_AGENT: [(&str, u8, &str); 23] = [
     ("FETCH_DONE", 0x8d, ""),
     ("LOG", 0x8e, "text:c"),
     ("BYE", 0x8f, ""),
+    ("MOUNTED", 0x90, ""),
+    ("CREDIT", 0x91, "id:4=1 bytes:4=1"),
 ];
 
 /// From the host, likewise.
-const TO_AGENT: [(&str, u8, &str); 8] = [
+const TO_AGENT: [(&str, u8, &str); 11] = [
     ("HELLO", 0x01, "version:2=VERSION"),
     (
         "SETUP",
@@ -51,13 +53,16 @@ const TO_AGENT: [(&str, u8, &str); 8] = [
         "EXEC",
         0x03,
         "id:4=1 arguments:4=1 argument:c=true argument_more:b variables:4 variable:b cwd:c=/ timeout_ms:8 \
-         grace_ms:8 stdin:1",
+         grace_ms:8 stdin:1 terminal:1 size:b",
     ),
     ("STDIN", 0x04, "id:4=1 data:c"),
     ("SIGNAL", 0x05, "id:4=1 signal:1=15"),
     ("LIST", 0x06, "target:c=/"),
     ("FETCH", 0x07, "ordinals:4 ordinal:b"),
     ("POWER_OFF", 0x08, ""),
+    ("MOUNT", 0x09, "source:1 name:c=tools target:c=/toolbox access:1"),
+    ("CREDIT", 0x0a, "id:4=1 bytes:4=1"),
+    ("RESIZE", 0x0b, "id:4=1 rows:2=24 columns:2=80"),
 ];
 
 /// Which end a message is from.

@@ -9,8 +9,10 @@ mod doctor;
 #[path = "../folder/mod.rs"]
 mod folder;
 mod host;
+mod hub;
 mod inputs;
 mod jail;
+mod keeper;
 mod manual;
 mod merge;
 mod qemu;

@@ -20,8 +20,9 @@ fn without_a_verb_the_usage_is_shown() {
 #[test]
 fn help_has_examples_and_goes_to_standard_output() {
     let host = Host::new();
-    for arguments in [&["--help"][..], &["run", "--help"], &["kernel", "--help"]] {
-        let told = host.run(arguments);
+    let verbs = ["run", "exec", "shell", "ps", "stop", "kernel"];
+    for arguments in std::iter::once(vec!["--help"]).chain(verbs.map(|verb| vec![verb, "--help"])) {
+        let told = host.run(&arguments);
         assert_eq!((told.code, told.stderr.as_str()), (Some(0), ""));
         assert!(told.stdout.contains("Examples:") && told.stdout.contains("  kiln "), "{arguments:?}");
     }
@@ -55,6 +56,32 @@ fn a_root_of_packages_that_cannot_be_is_refused_before_anything_is_fetched() {
     ] {
         run(&Host::new(), &["--root", root]).fails(2, &[word]).hints(&[]);
     }
+}
+
+#[test]
+fn machines_that_are_not_there_are_named_with_what_to_do() {
+    let host = Host::new();
+    let told = host.run(&["ps"]);
+    assert_eq!((told.code, told.stdout.lines().count()), (Some(0), 1), "{}", told.stderr);
+    assert!(told.stdout.starts_with("NAME"), "{}", told.stdout);
+    assert_eq!(host.run(&["ps", "--json"]).stdout, "");
+    host.run(&["exec", "nobody", "--", "true"]).fails(125, &["no machine `nobody`"]).hints(&["--keep"]);
+    host.run(&["stop", "../x"]).fails(1, &["no machine `../x`"]);
+    assert_eq!(host.run(&["stop", "--all"]).succeeds().stdout, "");
+    // Asked before the machine is looked for.
+    host.run(&["shell", "nobody"]).fails(2, &["not a terminal"]).hints(&["kiln exec"]);
+    host.run(&["exec", "--tty", "nobody", "--", "true"]).fails(2, &["not a terminal"]);
+    for arguments in [&["stop"][..], &["stop", "--all", "x"], &["exec", "x"], &["shell"]] {
+        assert_eq!(host.run(arguments).code, Some(2), "{arguments:?}");
+    }
+}
+
+#[test]
+fn when_to_keep_a_machine_is_read_or_refused() {
+    run(&Host::new(), &["--keep=sometimes"]).fails(2, &["failure or always", "`sometimes`"]);
+    run(&Host::new(), &["--keep", "--keep-for", "long"]).fails(2, &["--keep-for", "`long`"]);
+    // The kiln that can stay is started by kiln alone.
+    Host::new().run(&["__keep", "run", "--keep", "--", "true"]).fails(2, &["for kiln itself"]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Agents that lie in every place of a conversation, and honest ones whose words come in pieces. What else an agent may do
 //! is in `tests/hostile`.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -9,30 +9,31 @@ use kiln::agent::{ExecEnd, Limits, Listing, Session, SessionError, TransferError
 use kiln::machine::fake::{Fake, Guest};
 use kiln::machine::{Backend, Carrier, Spec};
 use kiln_wire::{
-    Entry, EntryKind, Exec, FrameReader, FromAgent, MAX_DATA_BYTES, MAX_FROM_AGENT_BYTES, MAX_PAYLOAD_BYTES,
-    Outcome, Setup, Source, Stream, ToAgent, Usage, VERSION, encode_frame,
+    Access, CREDIT_BYTES, Entry, EntryKind, Exec, FrameReader, FromAgent, MAX_DATA_BYTES,
+    MAX_FROM_AGENT_BYTES, MAX_PAYLOAD_BYTES, Mount, Outcome, Setup, Source, Stream, ToAgent, Usage, VERSION,
+    encode_frame,
 };
 
 /// How long a test waits for a host that waits for ever.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The agent's end, for one that speaks frames when it wants to.
-struct Liar {
+pub struct Liar {
     stream: UnixStream,
     reader: FrameReader,
 }
 
 impl Liar {
-    fn say(&mut self, message: &FromAgent) {
+    pub fn say(&mut self, message: &FromAgent) {
         self.send(&encode_frame(&message.encode()));
     }
 
     /// Bytes as they are. A host that has hung up is what most of these lead to.
-    fn send(&mut self, bytes: &[u8]) {
+    pub fn send(&mut self, bytes: &[u8]) {
         let _ = self.stream.write_all(bytes);
     }
 
-    fn hear(&mut self) -> Option<ToAgent> {
+    pub fn hear(&mut self) -> Option<ToAgent> {
         let mut buffer = [0; 4096];
         loop {
             if let Some(payload) = self.reader.next().expect("the host is honest") {
@@ -45,17 +46,17 @@ impl Liar {
         }
     }
 
-    fn ready(&mut self) {
+    pub fn ready(&mut self) {
         self.say(&ready(VERSION));
         assert_eq!(self.hear(), Some(ToAgent::Hello { version: VERSION }));
     }
 }
 
-fn ready(version: u16) -> FromAgent {
+pub fn ready(version: u16) -> FromAgent {
     FromAgent::Ready { version, kernel: "6.12.0".into(), uptime_us: 1, memory_bytes: 1 << 30, cpus: 1 }
 }
 
-fn spec() -> Spec {
+pub fn spec() -> Spec {
     Spec {
         kernel: "kernel".into(),
         initramfs: "initramfs".into(),
@@ -83,7 +84,7 @@ fn open(liar: impl FnOnce(&mut Liar) + Send + 'static) -> Result<Session, Sessio
 }
 
 /// A session with an agent that was honest so far.
-fn session(liar: impl FnOnce(&mut Liar) + Send + 'static) -> Session {
+pub fn session(liar: impl FnOnce(&mut Liar) + Send + 'static) -> Session {
     open(|agent| {
         agent.ready();
         liar(agent);
@@ -104,7 +105,7 @@ fn setup() -> Setup {
     }
 }
 
-fn exec() -> Exec {
+pub fn exec() -> Exec {
     Exec {
         id: 1,
         argv: vec![b"true".to_vec()],
@@ -113,7 +114,12 @@ fn exec() -> Exec {
         timeout_ms: 0,
         grace_ms: 0,
         stdin: false,
+        terminal: None,
     }
+}
+
+fn toolbox() -> Mount {
+    Mount { source: Source::Share("tools".into()), target: b"/toolbox".to_vec(), access: Access::ReadOnly }
 }
 
 fn run(session: &mut Session) -> Result<ExecEnd, SessionError> {
@@ -126,8 +132,10 @@ fn every_message() -> Vec<FromAgent> {
     vec![
         ready(VERSION),
         FromAgent::SetupDone,
+        FromAgent::Mounted,
         FromAgent::Started { id: 1 },
-        FromAgent::ExecFailed { id: 1, errno: 2, why: String::new() },
+        FromAgent::Credit { id: 1, bytes: 1 },
+        FromAgent::ExecFailed { id: 1, what: String::new(), errno: 2, why: String::new() },
         FromAgent::Output { id: 1, stream: Stream::Stdout, data: data.clone() },
         FromAgent::Exited { id: 1, outcome: Outcome::Exit(0), usage: Usage::default() },
         FromAgent::Entry(entry(0, b"", EntryKind::Directory { opaque: false })),
@@ -190,8 +198,9 @@ fn garbage_is_an_error_in_every_place() {
 #[test]
 fn a_message_in_the_wrong_place_is_an_error_that_names_it() {
     type Place = (&'static str, fn(&mut Session) -> Result<(), SessionError>, &'static [&'static str]);
-    let places: [Place; 3] = [
+    let places: [Place; 4] = [
         ("setup", |session| session.setup(setup()), &["SetupDone"]),
+        ("mount", |session| session.mount(toolbox()), &["Mounted"]),
         ("exec", |session| run(session).map(drop), &["Started", "Output", "Exited", "ExecFailed"]),
         ("power off", Session::power_off, &["Bye"]),
     ];
@@ -218,6 +227,52 @@ fn a_message_in_the_wrong_place_is_an_error_that_names_it() {
 }
 
 #[test]
+fn an_agent_that_waits_for_credit_is_given_it() {
+    let pieces = usize::try_from(CREDIT_BYTES).expect("small") / MAX_DATA_BYTES;
+    let output = || FromAgent::Output { id: 1, stream: Stream::Stdout, data: vec![0; MAX_DATA_BYTES] };
+    let mut session = session(move |agent| {
+        agent.hear();
+        let mut credit = u32::try_from(pieces).expect("small");
+        for _ in 0..3 * pieces {
+            while credit == 0 {
+                let Some(ToAgent::Credit { id: 1, bytes }) = agent.hear() else { panic!("no credit") };
+                credit += bytes / u32::try_from(MAX_DATA_BYTES).expect("small");
+            }
+            credit -= 1;
+            agent.say(&output());
+        }
+        agent.say(&FromAgent::Exited { id: 1, outcome: Outcome::Exit(0), usage: Usage::default() });
+        // The last credit may come after it.
+        while agent.hear().is_some() {}
+    });
+    let mut length = 0;
+    let end = session.exec(exec(), None, &mut |_, data| {
+        length += data.len();
+        Ok(())
+    });
+    assert!(matches!(end, Ok(ExecEnd::Ran(Outcome::Exit(0), _))), "{end:?}");
+    assert_eq!(length, 3 * pieces * MAX_DATA_BYTES);
+}
+
+#[test]
+fn what_a_command_was_to_run_in_is_named_where_it_could_not_be_made() {
+    let mut session = session(|agent| {
+        agent.hear();
+        agent.say(&FromAgent::ExecFailed {
+            id: 1,
+            what: "entering `/nowhere`".into(),
+            errno: 2,
+            why: String::new(),
+        });
+        agent.hear();
+        agent.say(&FromAgent::Exited { id: 1, outcome: Outcome::Exit(0), usage: Usage::default() });
+    });
+    let failed = run(&mut session).expect_err("it could not be made");
+    assert!(matches!(&failed, SessionError::Failed { what, .. } if what.contains("/nowhere")), "{failed:?}");
+    // The session goes on.
+    assert!(matches!(run(&mut session), Ok(ExecEnd::Ran(Outcome::Exit(0), _))));
+}
+
 fn output_comes_in_order_and_apart_whatever_its_pieces() {
     let mut session = session(|agent| {
         agent.hear();
@@ -256,7 +311,10 @@ fn standard_input_reaches_the_agent_whole_and_ends() {
         while let Some(message) = agent.hear() {
             match message {
                 ToAgent::Stdin { data, .. } if data.is_empty() => break,
-                ToAgent::Stdin { data, .. } => bytes.extend(data),
+                ToAgent::Stdin { data, .. } => {
+                    agent.say(&FromAgent::Credit { id: 1, bytes: u32::try_from(data.len()).expect("small") });
+                    bytes.extend(data);
+                }
                 _ => {}
             }
         }
@@ -264,8 +322,11 @@ fn standard_input_reaches_the_agent_whole_and_ends() {
         agent.say(&FromAgent::Exited { id: 1, outcome: Outcome::Exit(0), usage: Usage::default() });
     });
     let input: Vec<u8> = (0..1_000_000_u32).flat_map(u32::to_le_bytes).collect();
-    let feed: Box<dyn Read + Send> = Box::new(io::Cursor::new(input.clone()));
-    session.exec(Exec { stdin: true, ..exec() }, Some(feed), &mut |_, _| Ok(())).expect("an honest agent");
+    let mut file = tempfile::tempfile().expect("a file");
+    file.write_all(&input).and_then(|()| file.rewind()).expect("room");
+    session
+        .exec(Exec { stdin: true, ..exec() }, Some(file.into()), &mut |_, _| Ok(()))
+        .expect("an honest agent");
     assert!(receiver.recv().expect("it was sent") == input);
 }
 

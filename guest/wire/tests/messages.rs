@@ -65,9 +65,15 @@ fn setup() -> impl Strategy<Value = Setup> {
         )
 }
 
+fn size() -> impl Strategy<Value = TerminalSize> {
+    any::<(u16, u16)>().prop_map(|(rows, columns)| TerminalSize { rows, columns })
+}
+
 fn exec() -> impl Strategy<Value = Exec> {
-    (any::<u32>(), vec(c_bytes(30), 1..6), vec(c_bytes(30), 0..6), c_bytes(60), any::<(u64, u64, bool)>())
-        .prop_map(|(id, argv, env, cwd, (timeout_ms, grace_ms, stdin))| Exec {
+    let terminal = proptest::option::of(size());
+    let rest = (any::<(u64, u64, bool)>(), terminal);
+    (any::<u32>(), vec(c_bytes(30), 1..6), vec(c_bytes(30), 0..6), c_bytes(60), rest).prop_map(
+        |(id, argv, env, cwd, ((timeout_ms, grace_ms, stdin), terminal))| Exec {
             id,
             argv,
             env,
@@ -75,14 +81,19 @@ fn exec() -> impl Strategy<Value = Exec> {
             timeout_ms,
             grace_ms,
             stdin,
-        })
+            terminal,
+        },
+    )
 }
 
 fn to_agent() -> impl Strategy<Value = ToAgent> {
     prop_oneof![
         any::<u16>().prop_map(|version| ToAgent::Hello { version }),
         setup().prop_map(ToAgent::Setup),
+        mount().prop_map(ToAgent::Mount),
         exec().prop_map(ToAgent::Exec),
+        (any::<u32>(), 1..=u32::MAX).prop_map(|(id, bytes)| ToAgent::Credit { id, bytes }),
+        (any::<u32>(), size()).prop_map(|(id, size)| ToAgent::Resize { id, size }),
         (any::<u32>(), vec(any::<u8>(), 0..200)).prop_map(|(id, data)| ToAgent::Stdin { id, data }),
         (any::<u32>(), 1..=64u8).prop_map(|(id, signal)| ToAgent::Signal { id, signal }),
         absolute_path().prop_map(|target| ToAgent::List { target }),
@@ -159,14 +170,13 @@ fn from_agent() -> impl Strategy<Value = FromAgent> {
             }
         ),
         Just(FromAgent::SetupDone),
+        Just(FromAgent::Mounted),
+        (any::<u32>(), 1..=u32::MAX).prop_map(|(id, bytes)| FromAgent::Credit { id, bytes }),
         (".{0,40}", any::<u16>()).prop_map(|(what, errno)| FromAgent::Failed { what, errno }),
         any::<u32>().prop_map(|id| FromAgent::Started { id }),
-        (any::<(u32, u16)>(), ".{0,40}").prop_map(|((id, errno), why)| FromAgent::ExecFailed {
-            id,
-            errno,
-            why
-        }),
-        (any::<u32>(), stream, vec(any::<u8>(), 0..200)).prop_map(|(id, stream, data)| FromAgent::Output {
+        (any::<(u32, u16)>(), ".{0,40}", ".{0,40}")
+            .prop_map(|((id, errno), what, why)| FromAgent::ExecFailed { id, what, errno, why }),
+        (any::<u32>(), stream, vec(any::<u8>(), 1..200)).prop_map(|(id, stream, data)| FromAgent::Output {
             id,
             stream,
             data
@@ -246,7 +256,7 @@ proptest! {
     #[test]
     fn random_bytes_never_panic(tag in any::<u8>(), mut bytes in vec(any::<u8>(), 0..300)) {
         survives(&bytes);
-        bytes.insert(0, tag & 0x8f);
+        bytes.insert(0, tag & 0x9f);
         survives(&bytes);
     }
 
@@ -264,7 +274,16 @@ proptest! {
 }
 
 fn exec_with(argv: Vec<Vec<u8>>, env: Vec<Vec<u8>>) -> ToAgent {
-    ToAgent::Exec(Exec { id: 1, argv, env, cwd: b"/".to_vec(), timeout_ms: 0, grace_ms: 0, stdin: false })
+    ToAgent::Exec(Exec {
+        id: 1,
+        argv,
+        env,
+        cwd: b"/".to_vec(),
+        timeout_ms: 0,
+        grace_ms: 0,
+        stdin: false,
+        terminal: None,
+    })
 }
 
 fn refused(message: &ToAgent) -> DecodeError {
@@ -320,6 +339,31 @@ fn strings_that_system_calls_cannot_take_are_refused() {
     refused(&ToAgent::List { target: b"relative".to_vec() });
     refused(&ToAgent::Signal { id: 0, signal: 0 });
     refused(&ToAgent::Signal { id: 0, signal: 65 });
+}
+
+#[test]
+fn messages_that_cost_nothing_are_refused() {
+    // No credit bounds how many there are.
+    let credit = ToAgent::Credit { id: 1, bytes: 0 };
+    assert_eq!(refused(&credit), DecodeError::Invalid { what: "credit" });
+    for message in [
+        FromAgent::Credit { id: 1, bytes: 0 },
+        FromAgent::Output { id: 1, stream: Stream::Stdout, data: Vec::new() },
+    ] {
+        assert!(FromAgent::decode(&message.encode()).is_err(), "{message:?}");
+    }
+}
+
+#[test]
+fn a_mount_after_the_setup_is_held_to_the_same_paths() {
+    let source = Source::Share("x".into());
+    for target in [&b"relative"[..], b"", b"/a\0b"] {
+        refused(&ToAgent::Mount(Mount {
+            source: source.clone(),
+            target: target.to_vec(),
+            access: Access::ReadOnly,
+        }));
+    }
 }
 
 #[test]

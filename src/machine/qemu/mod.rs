@@ -310,6 +310,10 @@ impl Machine for QemuMachine {
     fn observed(&mut self) -> Result<Record, MachineError> {
         // A guest that still ran could read on after the record was taken.
         self.process.stop();
+        self.observed_so_far()
+    }
+
+    fn observed_so_far(&mut self) -> Result<Record, MachineError> {
         match &self.devices {
             Some(devices) => devices.control.finish().map_err(|error| devices.failure(&error)),
             None => Ok(Record::default()),

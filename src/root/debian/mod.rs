@@ -7,7 +7,8 @@
 //!    ever runs on the host;
 //! 4. [`CONFIGURE_SCRIPT`], run in a machine on that tree, configures it.
 //!
-//! [`Archive::resolve_kernel`] and [`Archive::unpack_kernel`] do the same for a kernel, which needs no step 4.
+//! [`Archive::resolve_kernel`] and [`Archive::unpack_kernel`] do the same for a kernel, which needs no step 4, and
+//! [`Archive::resolve_programs`] for programs that are only taken out of their packages.
 //! Steps 2 and 3 need no index and, with everything in the store, no network and no mirror.
 
 mod control;
@@ -167,6 +168,32 @@ impl Archive {
                 packages: chosen.into_iter().map(locate).collect(),
             })
         })
+    }
+
+    /// The packages that `spec` names and all they depend on, without those that make a root, for the lock. `previous`
+    /// is as in [`Archive::resolve`].
+    ///
+    /// # Errors
+    /// [`ArchiveError`], as its variants say.
+    pub fn resolve_programs(
+        &self,
+        spec: &DebianSpec,
+        previous: Option<&LockedRoot>,
+    ) -> Result<LockedRoot, ArchiveError> {
+        let previous = previous.map_or(&[][..], |root| &root.indexes);
+        self.with_packages(spec.suite(), previous, |universe, locate, indexes| {
+            let packages = resolve::closure(universe, spec)?.into_iter().map(locate).collect();
+            Ok(LockedRoot { spec: spec.to_string(), indexes, packages })
+        })
+    }
+
+    /// What each package of `locked`, which the store has, would unpack; contents go into the store.
+    ///
+    /// # Errors
+    /// [`ArchiveError::Unpack`].
+    pub fn unpack_programs(&self, locked: &LockedRoot) -> Result<Vec<Tree>, ArchiveError> {
+        let read = |package| Ok(unpack::read(package, self.store.blobs())?.data);
+        locked.packages.iter().map(read).collect()
     }
 
     /// Fetches the packages of `locked` that the store lacks. `progress` is told of bytes as they come; all

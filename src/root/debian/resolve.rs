@@ -257,20 +257,7 @@ struct Walk<'u, 'a> {
 /// # Errors
 /// [`ResolveError`], as its variants say.
 pub fn resolve<'a>(universe: &Universe<'a>, spec: &DebianSpec) -> Result<Vec<&'a Package<'a>>, ResolveError> {
-    let mut walk = Walk {
-        universe,
-        taken: Vec::new(),
-        by_name: HashMap::new(),
-        provided: HashMap::new(),
-        against: HashMap::new(),
-        reasons: HashMap::new(),
-        certain: VecDeque::new(),
-        choices: VecDeque::new(),
-    };
-    for (name, wanted) in spec.packages() {
-        let index = universe.named(name, wanted)?;
-        walk.take(index, None)?;
-    }
+    let mut walk = Walk::of_named(universe, spec)?;
     let essential = universe.essential();
     if essential.is_empty() {
         return Err(ResolveError::NoEssential { suite: spec.suite().to_owned() });
@@ -281,12 +268,46 @@ pub fn resolve<'a>(universe: &Universe<'a>, spec: &DebianSpec) -> Result<Vec<&'a
         }
     }
     walk.run()?;
-    let mut packages: Vec<_> = walk.taken.iter().map(|&index| universe.packages[index]).collect();
-    packages.sort_by_key(|package| package.name);
-    Ok(packages)
+    Ok(walk.packages())
 }
 
-impl<'a> Walk<'_, 'a> {
+/// The packages that `spec` names and all they depend on, by name: not a root, but what runs beside one.
+///
+/// # Errors
+/// [`ResolveError`], as its variants say.
+pub fn closure<'a>(universe: &Universe<'a>, spec: &DebianSpec) -> Result<Vec<&'a Package<'a>>, ResolveError> {
+    let mut walk = Walk::of_named(universe, spec)?;
+    walk.run()?;
+    Ok(walk.packages())
+}
+
+impl<'u, 'a> Walk<'u, 'a> {
+    /// A walk that begins with what `spec` names.
+    fn of_named(universe: &'u Universe<'a>, spec: &DebianSpec) -> Result<Self, ResolveError> {
+        let mut walk = Self {
+            universe,
+            taken: Vec::new(),
+            by_name: HashMap::new(),
+            provided: HashMap::new(),
+            against: HashMap::new(),
+            reasons: HashMap::new(),
+            certain: VecDeque::new(),
+            choices: VecDeque::new(),
+        };
+        for (name, wanted) in spec.packages() {
+            let index = universe.named(name, wanted)?;
+            walk.take(index, None)?;
+        }
+        Ok(walk)
+    }
+
+    /// What was taken, by name.
+    fn packages(&self) -> Vec<&'a Package<'a>> {
+        let mut packages: Vec<_> = self.taken.iter().map(|&index| self.universe.packages[index]).collect();
+        packages.sort_by_key(|package| package.name);
+        packages
+    }
+
     fn package(&self, index: usize) -> &'a Package<'a> {
         self.universe.packages[index]
     }

@@ -93,6 +93,21 @@ fn message(error: &ArchiveError) -> String {
 }
 
 #[test]
+fn programs_come_with_what_they_need_and_without_a_root() {
+    let test = archive();
+    test.publish();
+    let archive = test.open();
+    let locked = archive.resolve_programs(&spec("+shell"), None).expect("resolved");
+    let names: Vec<_> = locked.packages.iter().map(|package| package.name.as_str()).collect();
+    assert_eq!(names, ["libshell", "shell"]);
+    archive.fetch(&locked, &|_| {}).expect("fetched");
+    let trees = archive.unpack_programs(&locked).expect("unpacked");
+    assert!(trees[0].get(&path("lib/libshell.so")).is_some());
+    // As the package has it: nothing is merged.
+    assert!(trees[1].get(&path("bin/sh")).is_some());
+}
+
+#[test]
 fn a_spec_becomes_a_lock_and_a_tree() {
     let test = archive();
     test.publish();

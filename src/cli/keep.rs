@@ -1,0 +1,97 @@
+//! `kiln run --keep`: what is said of a machine that stays, and staying with it.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::json;
+
+use super::choice::Choice;
+use super::show::{self, line};
+use super::{Failure, USAGE};
+use crate::engine::Keep;
+use crate::keeper::Kept;
+use crate::keeper::background::Caller;
+use crate::plan::{parse_duration, quote, show_age};
+use crate::settings::{Origin, Settings};
+
+/// When a machine stays after its run, and with what in it.
+#[derive(Debug, Args)]
+pub(super) struct KeepFlags {
+    /// Keep the machine for `kiln shell` and `kiln exec`: on `failure` of the command, or `always`
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "failure", value_parser = Choice(&["failure", "always"]))]
+    keep: Option<String>,
+    /// How long a kept machine stays with nobody in it
+    #[arg(long, value_name = "TIME", default_value = "30m")]
+    keep_for: String,
+    /// Show the command a shell, strace and other small programs at /toolbox; a kept machine gets them anyway
+    #[arg(long)]
+    pub toolbox: bool,
+}
+
+impl KeepFlags {
+    /// When the machine stays.
+    pub fn keep(&self) -> Result<Keep, Failure> {
+        let Some(when) = &self.keep else { return Ok(Keep::Never) };
+        super::run::one_of("keep", when, &[("failure", Keep::OnFailure), ("always", Keep::Always)])
+    }
+
+    /// For how long.
+    pub fn idle(&self) -> Result<Duration, Failure> {
+        parse_duration(&self.keep_for).map_err(|error| Failure {
+            text: format!("--keep-for: {error}"),
+            hint: None,
+            code: USAGE,
+        })
+    }
+
+    /// Whether it may stay at all.
+    pub fn may_stay(&self) -> bool {
+        self.keep.is_some()
+    }
+}
+
+/// The words that name this store on a command line where it was not found by itself.
+pub(super) fn store_words(settings: &Settings) -> String {
+    use std::os::unix::ffi::OsStrExt;
+    match settings.store.origin {
+        Origin::Default | Origin::Recipe => String::new(),
+        _ => format!(" --store {}", quote(settings.store.value.as_os_str().as_bytes())),
+    }
+}
+
+/// Tells how `kept` is entered, gives the caller `code`, and stays with the machine until it is of no more use.
+pub(super) fn stay(
+    kept: Kept,
+    caller: Caller,
+    idle: Duration,
+    store: &str,
+    as_json: bool,
+    code: u8,
+) -> ExitCode {
+    let keeper = match kept.open(idle) {
+        Ok(keeper) => keeper,
+        Err(error) => {
+            show::failure(&format!("the machine cannot be kept: {error}"), None);
+            return ExitCode::from(code);
+        }
+    };
+    let name = &keeper.entry().name;
+    if as_json {
+        let entry = keeper.entry();
+        line(
+            &json!({"event": "kept", "name": name, "idle_seconds": idle.as_secs(), "pid": entry.pid})
+                .to_string(),
+        );
+    } else {
+        show::note(&format!("kept as {name}; it ends after {} with nobody in it", show_age(idle)));
+        show::note(&format!("look into it:  kiln shell{store} {name}"));
+        show::note(&format!("run something: kiln exec{store} {name} -- CMD"));
+        show::note(&format!("end it:        kiln stop{store} {name}"));
+    }
+    // Where the caller is gone, somebody wanted an end of all of it.
+    if caller.leave(code).is_ok() {
+        keeper.stay();
+    }
+    ExitCode::from(code)
+}

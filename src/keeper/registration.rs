@@ -1,0 +1,173 @@
+//! A registered machine's side of its socket: who may speak, and what each gets.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use rustix::net::Shutdown;
+
+use super::entry::{Entry, State};
+use super::place::Place;
+use super::relay::Guests;
+use super::talk::{Answer, Greeting, Request, hear, say};
+
+/// How long a caller may take to say what it wants.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long the door stays shut where the host has nothing left to open it with.
+const BREATH: Duration = Duration::from_millis(100);
+/// Callers at once; more are turned away.
+const MOST_CALLERS: usize = 64;
+
+/// A machine that others of the same user can find. Dropping it takes it out of the registry.
+pub struct Registration {
+    place: Place,
+    entry: Entry,
+    inside: Arc<Inside>,
+    /// The socket that the thread at the door listens to.
+    listener: UnixListener,
+}
+
+/// What callers' threads and the machine's owner share.
+struct Inside {
+    mode: Mutex<Mode>,
+    callers: AtomicUsize,
+}
+
+enum Mode {
+    /// The step runs; this ends it.
+    Running(Box<dyn Fn() + Send>),
+    /// The step is over.
+    Kept(Arc<Guests>),
+}
+
+impl Inside {
+    fn mode(&self) -> MutexGuard<'_, Mode> {
+        self.mode.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Registration {
+    pub(super) fn open(
+        place: Place,
+        entry: Entry,
+        listener: UnixListener,
+        stop: Box<dyn Fn() + Send>,
+    ) -> io::Result<Self> {
+        let inside = Arc::new(Inside { mode: Mutex::new(Mode::Running(stop)), callers: AtomicUsize::new(0) });
+        let (shared, listening) = (Arc::clone(&inside), listener.try_clone()?);
+        let door = thread::Builder::new().name("door".to_owned()).stack_size(256 << 10);
+        door.spawn(move || {
+            loop {
+                match listening.accept() {
+                    Ok((caller, _)) => admit(caller, &shared),
+                    // It was shut.
+                    Err(error) if error.kind() == io::ErrorKind::InvalidInput => return,
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    // No descriptors, no memory: that passes, or everything else ends too.
+                    Err(_) => thread::sleep(BREATH),
+                }
+            }
+        })?;
+        Ok(Self { place, entry, inside, listener })
+    }
+
+    /// What the registry says of the machine.
+    pub fn entry(&self) -> &Entry {
+        &self.entry
+    }
+
+    /// From now on callers may enter.
+    pub(super) fn let_in(&mut self, guests: Arc<Guests>, idle: Duration) -> io::Result<()> {
+        self.entry.state = State::Kept;
+        self.entry.idle_seconds = Some(idle.as_secs());
+        *self.inside.mode() = Mode::Kept(guests);
+        self.place.write(&self.entry)
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let _ = rustix::net::shutdown(&self.listener, Shutdown::Both);
+    }
+}
+
+/// Whether the process at the other end is of this process's user. The folder keeps others out; this does too.
+pub(super) fn is_ours(stream: &UnixStream) -> bool {
+    let peer = rustix::net::sockopt::socket_peercred(stream.as_fd());
+    peer.is_ok_and(|peer| peer.uid == rustix::process::geteuid())
+}
+
+/// A caller among those that there are.
+struct Seat {
+    inside: Arc<Inside>,
+    /// How many callers there are with it.
+    number: usize,
+}
+
+impl Seat {
+    fn take(inside: &Arc<Inside>) -> Self {
+        Self { inside: Arc::clone(inside), number: inside.callers.fetch_add(1, Ordering::AcqRel) + 1 }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.inside.callers.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn admit(caller: UnixStream, inside: &Arc<Inside>) {
+    let seat = Seat::take(inside);
+    if !is_ours(&caller) || seat.number > MOST_CALLERS {
+        return;
+    }
+    let answering = thread::Builder::new().name("caller".to_owned()).stack_size(256 << 10);
+    // Where there is no thread, the caller is hung up on.
+    let _ = answering.spawn(move || {
+        // A caller that hangs up or speaks nonsense is its own affair.
+        let _ = answer(&caller, &seat.inside);
+    });
+}
+
+fn answer(caller: &UnixStream, inside: &Inside) -> io::Result<()> {
+    caller.set_read_timeout(Some(PATIENCE))?;
+    caller.set_write_timeout(Some(PATIENCE))?;
+    say(caller, &Greeting::ours())?;
+    let request: Request = hear(caller)?;
+    let guests = match &*inside.mode() {
+        Mode::Running(stop) => {
+            if request == Request::Stop {
+                say(caller, &Answer::Granted)?;
+                stop();
+            }
+            None
+        }
+        Mode::Kept(guests) => Some(Arc::clone(guests)),
+    };
+    match (request, guests) {
+        (Request::Stop, guests) => {
+            if let Some(guests) = guests {
+                say(caller, &Answer::Granted)?;
+                guests.stop();
+            }
+            // The stream ends with this process: only then is the machine gone.
+            loop {
+                thread::park();
+            }
+        }
+        (Request::Enter, Some(guests)) => {
+            say(caller, &Answer::Granted)?;
+            // A person may take any time, as may a terminal that was stopped.
+            caller.set_read_timeout(None)?;
+            caller.set_write_timeout(None)?;
+            guests.serve(caller)
+        }
+        (Request::Enter, None) => {
+            say(caller, &Answer::Refused("its step still runs; it can be entered once it is kept".to_owned()))
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! The registry: one folder of a store, in which every machine of that store has a place.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use super::door::{Door, DoorError};
+use super::entry::{Entry, is_name};
+use super::place::{self, Place};
+use super::registration::Registration;
+
+/// Why the registry cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// Its folder cannot be made, read or written.
+    #[error("the registry of machines `{path}` cannot be used")]
+    Io {
+        /// The folder.
+        path: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// Others could put machines into it.
+    #[error("the registry of machines `{0}` is another user's, or open to others")]
+    NotPrivate(PathBuf),
+}
+
+/// The folder.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    path: PathBuf,
+}
+
+impl Registry {
+    /// The registry below `run`, made (mode 0700) where it is missing. What dead owners left is swept.
+    ///
+    /// # Errors
+    /// [`RegistryError`].
+    pub fn open(run: &Path) -> Result<Self, RegistryError> {
+        let path = run.join("machines");
+        let fail = |source| RegistryError::Io { path: path.clone(), source };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(fail)?;
+        let meta = fs::symlink_metadata(&path).map_err(fail)?;
+        let is_ours = meta.is_dir() && meta.uid() == rustix::process::geteuid().as_raw();
+        if !is_ours || meta.permissions().mode() & 0o077 != 0 {
+            return Err(RegistryError::NotPrivate(path));
+        }
+        let registry = Self { path };
+        registry.machines()?;
+        Ok(registry)
+    }
+
+    /// All machines whose owners live, the oldest first.
+    ///
+    /// # Errors
+    /// [`RegistryError::Io`].
+    pub fn machines(&self) -> Result<Vec<Entry>, RegistryError> {
+        let fail = |source| RegistryError::Io { path: self.path.clone(), source };
+        let mut entries = Vec::new();
+        for found in fs::read_dir(&self.path).map_err(fail)? {
+            let name = found.map_err(fail)?.file_name();
+            if let Some(name) = name.to_str() {
+                entries.extend(place::look(&self.path, name).map_err(fail)?);
+            }
+        }
+        entries.sort_by(|a, b| (a.started, &a.name).cmp(&(b.started, &b.name)));
+        Ok(entries)
+    }
+
+    /// Registers a machine of this process; its name is in the registration's entry. `stop` is called where somebody
+    /// wants it to end while its step runs.
+    ///
+    /// # Errors
+    /// [`RegistryError::Io`].
+    pub fn register(
+        &self,
+        mut entry: Entry,
+        stop: impl Fn() + Send + 'static,
+    ) -> Result<Registration, RegistryError> {
+        let fail = |source| RegistryError::Io { path: self.path.clone(), source };
+        let (place, listener) = Place::take(&self.path, &mut entry).map_err(fail)?;
+        Registration::open(place, entry, listener, Box::new(stop)).map_err(fail)
+    }
+
+    /// Goes to the machine `name`.
+    ///
+    /// # Errors
+    /// [`DoorError`].
+    pub fn door(&self, name: &str) -> Result<Door, DoorError> {
+        let io = |source| DoorError::Io { name: name.to_owned(), source };
+        let entry = match is_name(name) {
+            true => place::look(&self.path, name).map_err(io)?,
+            false => None,
+        };
+        let Some(entry) = entry else {
+            let known = self.machines().unwrap_or_default().into_iter().map(|entry| entry.name).collect();
+            return Err(DoorError::Unknown { name: name.to_owned(), known });
+        };
+        Door::open(&self.path, entry)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::jail::Held;
+    use crate::machine::{Accelerator, Identity};
+
+    fn entry() -> Entry {
+        let identity =
+            Identity { backend: "x 1.0".into(), accelerator: Accelerator::Tcg, jail: Held::default() };
+        Entry::running("run", &[b"make".to_vec()], 1 << 30, 2, &identity)
+    }
+
+    fn names(registry: &Registry) -> Vec<String> {
+        registry.machines().expect("a folder").into_iter().map(|entry| entry.name).collect()
+    }
+
+    #[test]
+    fn a_machine_is_there_as_long_as_its_registration() {
+        let run = tempfile::tempdir().expect("a folder");
+        let registry = Registry::open(run.path()).expect("a registry");
+        let one = registry.register(entry(), || {}).expect("registered");
+        let two = registry.register(entry(), || {}).expect("registered");
+        let (first, second) = (one.entry().name.clone(), two.entry().name.clone());
+        assert_ne!(first, second);
+        // Another kiln that opens it sweeps nothing of theirs.
+        assert_eq!(names(&Registry::open(run.path()).expect("again")).len(), 2);
+        drop(one);
+        assert_eq!(names(&registry), [second]);
+        drop(two);
+        assert_eq!(fs::read_dir(run.path().join("machines")).expect("a folder").count(), 0);
+        assert!(matches!(registry.door(&first), Err(DoorError::Unknown { known, .. }) if known.is_empty()));
+    }
+
+    #[test]
+    fn what_the_dead_left_is_swept_whatever_it_is() {
+        let run = tempfile::tempdir().expect("a folder");
+        let registry = Registry::open(run.path()).expect("a registry");
+        let live = registry.register(entry(), || {}).expect("registered");
+        for (name, text) in
+            [("make-dead", "{}"), (".new-half", ""), ("make-json", "{\"name\":1}"), ("UPPER", "")]
+        {
+            let folder = run.path().join("machines").join(name);
+            fs::create_dir(&folder).expect("a folder");
+            fs::write(folder.join("entry.json"), text).expect("room");
+        }
+        assert_eq!(names(&registry), [live.entry().name.clone()]);
+        assert_eq!(fs::read_dir(run.path().join("machines")).expect("a folder").count(), 1);
+    }
+
+    #[test]
+    fn a_folder_that_others_can_write_to_is_no_registry() {
+        let run = tempfile::tempdir().expect("a folder");
+        Registry::open(run.path()).expect("a registry");
+        let path = run.path().join("machines");
+        for mode in [0o770, 0o701, 0o777] {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).expect("it is ours");
+            assert!(matches!(Registry::open(run.path()), Err(RegistryError::NotPrivate(_))), "{mode:o}");
+        }
+        fs::remove_dir(&path).expect("it is empty");
+        std::os::unix::fs::symlink("/tmp", &path).expect("a link");
+        assert!(Registry::open(run.path()).is_err());
+    }
+
+    #[test]
+    fn a_place_too_deep_for_a_socket_s_address_will_do() {
+        let run = tempfile::tempdir().expect("a folder");
+        let deep = run.path().join("d".repeat(120)).join("e".repeat(120));
+        fs::create_dir_all(&deep).expect("folders");
+        let registry = Registry::open(&deep).expect("a registry");
+        let one = registry.register(entry(), || {}).expect("registered");
+        let refused = registry.door(&one.entry().name).expect("it answers").enter().expect_err("it runs");
+        assert!(
+            matches!(&refused, DoorError::Refused { why, .. } if why.contains("still runs")),
+            "{refused}"
+        );
+    }
+}
