@@ -217,6 +217,15 @@ pub fn soon(seconds: u64, what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// `command`, started by another program.
+fn through(wrapper: &[&str], command: &Command, host: &Host) -> Command {
+    let mut wrapped = Command::new(wrapper[0]);
+    wrapped.args(&wrapper[1..]).arg(command.get_program()).args(command.get_args());
+    wrapped.current_dir(host.root()).env_clear();
+    wrapped.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    wrapped
+}
+
 /// A run whose QEMU says nothing and does not end, once it has started.
 pub struct Hanging {
     /// kiln.
@@ -230,7 +239,9 @@ impl Hanging {
     pub fn start(host: &Host) -> Self {
         // In its jail it can only show that it has come so far by what it becomes.
         let program = host.script("qemu", &format!("{VERSION_10}\nexec sleep 1000"));
-        let child = command(host, &program)
+        // Whoever runs the tests in the background may ignore what Ctrl-C sends.
+        let heeding = ["env", "--default-signal=HUP,INT,TERM"];
+        let child = through(&heeding, &command(host, &program), host)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -298,12 +309,7 @@ fn an_interrupted_run_says_what_it_was_doing_and_that_work_is_unchanged() {
 fn a_signal_that_was_ignored_when_kiln_was_started_is_ignored() {
     let host = host();
     let program = host.script("qemu", &format!("{VERSION_10}\nkill -HUP $PPID; exit 1"));
-    let command = command(&host, &program);
-    let mut nohup = Command::new("nohup");
-    nohup.arg(command.get_program()).args(command.get_args()).current_dir(host.root()).env_clear();
-    for (name, value) in command.get_envs() {
-        value.map(|value| nohup.env(name, value));
-    }
+    let mut nohup = through(&["nohup"], &command(&host, &program), &host);
     Told::by(&mut nohup).fails(125, &["died at start"]);
 }
 

@@ -33,7 +33,7 @@ const OLDEST_VERSION: Version = Version { major: 8, minor: 2, micro: 0 };
 /// How long a process that closed its streams may take to be gone.
 const REAP_PATIENCE: Duration = Duration::from_millis(500);
 /// How long QEMU may take to say its version, and what it says at most.
-const VERSION_PATIENCE: Duration = Duration::from_secs(20);
+const VERSION_PATIENCE: Duration = Duration::from_secs(10);
 const MOST_VERSION_BYTES: u64 = 4096;
 /// How long an agent may take to connect over vsock.
 const WIRE_PATIENCE: Duration = Duration::from_secs(90);
