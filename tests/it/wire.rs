@@ -1,7 +1,7 @@
 //! Agents that lie in every place of a conversation, and honest ones whose words come in pieces. What else an agent may do
 //! is in `tests/hostile`.
 
-use std::io::{self, Read, Seek, Write};
+use std::io::{Read, Seek, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -273,6 +273,7 @@ fn what_a_command_was_to_run_in_is_named_where_it_could_not_be_made() {
     assert!(matches!(run(&mut session), Ok(ExecEnd::Ran(Outcome::Exit(0), _))));
 }
 
+#[test]
 fn output_comes_in_order_and_apart_whatever_its_pieces() {
     let mut session = session(|agent| {
         agent.hear();
