@@ -52,6 +52,7 @@ pub struct Command {
     timed_out: bool,
     usage: Usage,
     oom_kills_before: u64,
+    refusals_before: u64,
     /// Set once all its processes are gone.
     end: Option<Option<Verdict>>,
 }
@@ -92,10 +93,11 @@ impl Command {
             controls_terminal: terminal.is_some(),
         };
         let oom_kills_before = meter.oom_kills();
+        let refusals_before = meter.refusals();
         let usage = Usage { peak_memory_bytes: meter.used_bytes(), ..Usage::default() };
         let started = Instant::now();
         let init = match sys::fork(libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC)? {
-            Fork::Child => reap::run(&program, &ends),
+            Fork::Child => reap::run(&program, &ends, meter.group.as_ref()),
             Fork::Parent { child } => child,
         };
         // Not racy: nobody but this process waits for it, so its number is its own until then.
@@ -123,6 +125,7 @@ impl Command {
             timed_out: false,
             usage,
             oom_kills_before,
+            refusals_before,
             end: None,
         })
     }
@@ -319,6 +322,8 @@ impl Command {
         self.usage.wall_us = microseconds(now.saturating_duration_since(self.started));
         let oom_kills = meter.oom_kills().saturating_sub(self.oom_kills_before);
         self.usage.oom_kills = u32::try_from(oom_kills).unwrap_or(u32::MAX);
+        let refusals = meter.refusals().saturating_sub(self.refusals_before);
+        self.usage.refused_processes = u32::try_from(refusals).unwrap_or(u32::MAX);
         if let Some(rusage) = rusage {
             self.usage.user_us = timeval_us(rusage.ru_utime);
             self.usage.system_us = timeval_us(rusage.ru_stime);

@@ -9,6 +9,7 @@ mod boot;
 mod command;
 mod disk;
 mod failure;
+mod group;
 mod layer;
 mod link;
 mod meter;

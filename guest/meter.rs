@@ -1,14 +1,18 @@
-//! What the kernel counts for the whole machine: memory in use, and how often the out-of-memory killer struck.
+//! What the kernel counts: memory in use, how often the out-of-memory killer struck, and how often a step had as many
+//! processes as it may.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::failure::{Doing, Failure};
+use crate::group::Group;
 
-/// The two files of counters, opened once: a sample is one read each.
+/// The files of counters, opened once: a sample is one read each.
 pub struct Meter {
     meminfo: File,
     vmstat: File,
+    /// What counts and limits the step's processes, once there is a step; none where the kernel cannot.
+    pub group: Option<Group>,
 }
 
 impl Meter {
@@ -18,7 +22,7 @@ impl Meter {
     /// They cannot be opened.
     pub fn open() -> Result<Self, Failure> {
         let open = |path: &str| File::open(path).doing(|| format!("opening {path}"));
-        Ok(Self { meminfo: open("/proc/meminfo")?, vmstat: open("/proc/vmstat")? })
+        Ok(Self { meminfo: open("/proc/meminfo")?, vmstat: open("/proc/vmstat")?, group: None })
     }
 
     /// MemTotal.
@@ -34,6 +38,11 @@ impl Meter {
     /// Processes that the out-of-memory killer has ended since boot.
     pub fn oom_kills(&self) -> u64 {
         field(&read(&self.vmstat), "oom_kill").unwrap_or(0)
+    }
+
+    /// Processes that could not be started because the step had as many as it may.
+    pub fn refusals(&self) -> u64 {
+        self.group.as_ref().map_or(0, Group::refusals)
     }
 }
 

@@ -14,6 +14,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::command::Command;
 use crate::failure::{Doing, Failure, cut, errno_number};
+use crate::group::Group;
 use crate::layer::Listing;
 use crate::link::{ABSENCE, Link, LinkError};
 use crate::meter::Meter;
@@ -119,6 +120,16 @@ impl Session {
                 self.link.bind();
                 setup::make(&setup).map(|world| {
                     self.world = Some(world);
+                    if setup.processes > 0 {
+                        match Group::make(setup.processes) {
+                            Ok(group) => self.meter.group = Some(group),
+                            // A kernel without it runs steps all the same; memory limits them too.
+                            Err(failure) => {
+                                let text = format!("the step's processes are not limited: {failure}");
+                                self.link.queue(&FromAgent::Log(cut(text)));
+                            }
+                        }
+                    }
                     self.link.queue(&FromAgent::SetupDone);
                 })
             }

@@ -193,6 +193,7 @@ fn write_usage(w: &mut Writer, usage: &Usage) {
     w.u64(usage.max_rss_bytes);
     w.u64(usage.peak_memory_bytes);
     w.u32(usage.oom_kills);
+    w.u32(usage.refused_processes);
 }
 
 fn read_usage(r: &mut Reader<'_>) -> Result<Usage, DecodeError> {
@@ -203,6 +204,7 @@ fn read_usage(r: &mut Reader<'_>) -> Result<Usage, DecodeError> {
         max_rss_bytes: r.u64("usage")?,
         peak_memory_bytes: r.u64("usage")?,
         oom_kills: r.u32("usage")?,
+        refused_processes: r.u32("usage")?,
     })
 }
 

@@ -11,7 +11,7 @@
 //! 5. host → `PowerOff`; agent syncs, answers `Bye` and powers off.
 
 /// The version of this protocol. Host and agent are installed together, so there is no negotiation.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 
 /// The vsock port on the host (CID 2) that an agent connects to when its carrier is vsock.
 pub const AGENT_VSOCK_PORT: u32 = 1024;
@@ -102,6 +102,8 @@ pub struct Setup {
     pub scratch_serial: String,
     /// Most bytes that all private layers may hold together (size of their tmpfs); 0: the kernel's default.
     pub layer_bytes: u64,
+    /// Most processes and threads that commands may have together; 0: as many as the kernel has room for.
+    pub processes: u32,
     /// Other trees, mounted in this order.
     pub mounts: Vec<Mount>,
     /// Host name.
@@ -167,6 +169,8 @@ pub struct Usage {
     pub peak_memory_bytes: u64,
     /// How often the kernel's out-of-memory killer struck while it ran.
     pub oom_kills: u32,
+    /// How often a process could not be started while it ran, because commands had as many as `Setup` allows.
+    pub refused_processes: u32,
 }
 
 /// From host to agent.

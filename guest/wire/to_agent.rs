@@ -120,6 +120,7 @@ fn write_setup(w: &mut Writer, setup: &Setup) {
     write_source(w, &setup.root);
     w.text(&setup.scratch_serial);
     w.u64(setup.layer_bytes);
+    w.u32(setup.processes);
     w.count(setup.mounts.len());
     for mount in &setup.mounts {
         write_mount(w, mount);
@@ -138,6 +139,7 @@ fn read_setup(r: &mut Reader<'_>) -> Result<Setup, DecodeError> {
         root: read_source(r)?,
         scratch_serial: r.name("scratch disk's serial")?,
         layer_bytes: r.u64("layer size")?,
+        processes: r.u32("limit of processes")?,
         mounts: r.list(MAX_MOUNTS, "mounts", read_mount)?,
         hostname: r.name("host name")?,
         load_modules: r.list(MAX_MOUNTS, "modules", |r| r.name("module"))?,

@@ -26,7 +26,7 @@ const LISTED_BYTES: usize = 512 << 20;
 /// How many files are asked for at once: their ordinals fit into any socket's buffer.
 const FETCHED_AT_ONCE: usize = 4096;
 
-/// What may leave a machine at most.
+/// What a step may have of its machine, and what may leave it, at most.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Entries in a layer.
@@ -35,11 +35,13 @@ pub struct Limits {
     pub total_bytes: u64,
     /// Bytes that a command may print, on both streams together.
     pub printed_bytes: u64,
+    /// Processes and threads at a time.
+    pub processes: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { entries: 4_000_000, total_bytes: 64 << 30, printed_bytes: 1 << 30 }
+        Self { entries: 4_000_000, total_bytes: 64 << 30, printed_bytes: 1 << 30, processes: 4096 }
     }
 }
 

@@ -128,7 +128,8 @@ pub(super) struct RunArguments {
     /// harmless on a terminal and where a CI system reads
     #[arg(long, value_name = "FORM", default_value = "auto")]
     output: String,
-    /// What may leave the machine at most: printed=SIZE (1G), outputs=SIZE (64G), files=COUNT (4000000)
+    /// What is allowed at most: printed=SIZE (1G), outputs=SIZE (64G), files=COUNT (4000000),
+    /// processes=COUNT (4096)
     #[arg(long, value_name = "NAME=VALUE")]
     limit: Vec<String>,
     /// Write what the command read of its shares, as JSON with digests
@@ -245,7 +246,7 @@ fn step(arguments: &RunArguments) -> Result<Step, Failure> {
     let requirements = [("kvm", Require::Kvm), ("jail", Require::Jail)];
     Ok(Step {
         // Runs that declare the same outputs are the same step: the later one's outputs replace the earlier one's.
-        name: format!("run {}", globs.join(" ")),
+        name: if globs.is_empty() { "run".to_owned() } else { format!("run {}", globs.join(" ")) },
         root: root(&arguments.root)?,
         kernel: arguments.kernel.choice(),
         argv: arguments
@@ -294,7 +295,7 @@ fn step(arguments: &RunArguments) -> Result<Step, Failure> {
     })
 }
 
-/// What may leave the machine, with what `--limit` says of it.
+/// What a step may have and what may leave its machine, with what `--limit` says of it.
 fn limits(named: &[String]) -> Result<Limits, Failure> {
     let mut limits = Limits::default();
     for text in named {
@@ -304,7 +305,15 @@ fn limits(named: &[String]) -> Result<Limits, Failure> {
             Some(("printed", value)) => limits.printed_bytes = bytes(value)?,
             Some(("outputs", value)) => limits.total_bytes = bytes(value)?,
             Some(("files", value)) => limits.entries = value.parse().map_err(|_| wrong("is no count"))?,
-            _ => return Err(wrong("the limits are printed=SIZE, outputs=SIZE and files=COUNT")),
+            Some(("processes", value)) => {
+                let count = value.parse().ok().filter(|count| *count > 0);
+                limits.processes = count.ok_or_else(|| wrong("is no count above 0"))?;
+            }
+            _ => {
+                return Err(wrong(
+                    "the limits are printed=SIZE, outputs=SIZE, files=COUNT and processes=COUNT",
+                ));
+            }
         }
     }
     Ok(limits)
@@ -523,6 +532,7 @@ fn ended_as_json(report: &Report, phases: &[(Phase, Duration)], code: u8) -> Val
             "max_rss_bytes": usage.max_rss_bytes,
             "peak_memory_bytes": usage.peak_memory_bytes,
             "oom_kills": usage.oom_kills,
+            "refused_processes": usage.refused_processes,
         })),
         "outputs": report.collected.as_ref().map(|collected| json!({
             "manifest": collected.manifest,

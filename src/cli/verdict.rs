@@ -30,14 +30,14 @@ pub(super) fn complaint(
     let text = match ended {
         Ended::Ran(Outcome::Exit(0), _) => return None,
         Ended::Ran(Outcome::Exit(code), usage) => {
-            format!("`{program}` exited with status {code}{}", out_of_memory(arguments, usage))
+            format!("`{program}` exited with status {code}{}", exhausted(step, arguments, usage))
         }
         Ended::Ran(Outcome::Signal(signal), usage) => {
-            format!("`{program}` was killed by signal {signal}{}", out_of_memory(arguments, usage))
+            format!("`{program}` was killed by signal {signal}{}", exhausted(step, arguments, usage))
         }
-        Ended::Ran(Outcome::TimedOut, _) => {
+        Ended::Ran(Outcome::TimedOut, usage) => {
             let limit = arguments.timeout.as_deref().unwrap_or_default();
-            format!("`{program}` was stopped after --timeout {limit}")
+            format!("`{program}` was stopped after --timeout {limit}{}", exhausted(step, arguments, usage))
         }
         Ended::NotStarted { why, .. } if !why.is_empty() => {
             let text = format!("`{program}` cannot be executed in the root {root}: {why}");
@@ -60,13 +60,19 @@ pub(super) fn complaint(
     Some((text, None))
 }
 
-fn out_of_memory(arguments: &RunArguments, usage: &Usage) -> String {
-    match usage.oom_kills {
+/// What the machine ran out of while the command ran, and which option gives more of it.
+fn exhausted(step: &Step, arguments: &RunArguments, usage: &Usage) -> String {
+    let mut text = match usage.oom_kills {
         0 => String::new(),
         count => format!(
             "; the machine ran out of memory and killed {count} process{} (--memory is {})",
             if count == 1 { "" } else { "es" },
             arguments.memory
         ),
+    };
+    if usage.refused_processes > 0 {
+        let limit = step.limits.processes;
+        text += &format!("; it had as many processes as it may (--limit processes={limit})");
     }
+    text
 }

@@ -295,6 +295,7 @@ pub(super) fn describe(
         root,
         scratch_serial: "scratch".to_owned(),
         layer_bytes: step.scratch_bytes.saturating_add(step.memory_bytes / 2),
+        processes: step.limits.processes,
         mounts,
         hostname: HOSTNAME.to_owned(),
         load_modules: step.modules.clone(),

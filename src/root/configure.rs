@@ -154,6 +154,7 @@ impl Workshop<'_> {
             root: Source::Disk { serial: "root".to_owned(), filesystem: "erofs".to_owned(), read_only: true },
             scratch_serial: "scratch".to_owned(),
             layer_bytes: SCRATCH_BYTES,
+            processes: 0,
             mounts: Vec::new(),
             hostname: "kiln".to_owned(),
             load_modules: Vec::new(),

@@ -13,6 +13,13 @@ fn a_command_that_outgrows_its_machine_is_told_so() {
 }
 
 #[test]
+fn a_command_that_starts_too_many_processes_is_told_so_and_ends_in_time() {
+    let script = "bomb() { bomb | bomb & }; bomb; sleep 1000";
+    let told = Host::new().script(&["--timeout", "5", "--grace", "1", "--limit", "processes=100"], script);
+    told.ends(124, &["stopped after --timeout 5", "as many processes as it may (--limit processes=100)"]);
+}
+
+#[test]
 fn a_command_may_use_more_than_memory_where_there_is_scratch() {
     let script = "dd if=/dev/zero of=/tmp/big bs=1M count=200 2>/dev/null; sha256sum < /tmp/big";
     let told = Host::new().script(&["--quiet", "--memory", "160M"], script);

@@ -94,6 +94,7 @@ pub fn to_agent(random: &mut Random) -> ToAgent {
             root: source(random),
             scratch_serial: name(random),
             layer_bytes: random.edge(),
+            processes: 0,
             mounts: (0..random.below(4)).map(|_| mount(random)).collect(),
             hostname: name(random),
             load_modules: (0..random.below(3)).map(|_| name(random)).collect(),

@@ -18,7 +18,7 @@ use crate::driver::{Seen, Target, campaign};
 use crate::messages;
 use crate::random::Random;
 
-const LIMITS: Limits = Limits { entries: 64, total_bytes: 1 << 20, printed_bytes: 1 << 20 };
+const LIMITS: Limits = Limits { entries: 64, total_bytes: 1 << 20, printed_bytes: 1 << 20, processes: 64 };
 
 struct Conversation {
     // Holds the store for as long as the target lives.
@@ -41,6 +41,7 @@ fn converse(stream: UnixStream, blobs: &Blobs, seen: &mut Seen) -> Result<(), Bo
         root: Source::Share(String::new()),
         scratch_serial: String::new(),
         layer_bytes: 0,
+        processes: 0,
         mounts: Vec::new(),
         hostname: String::new(),
         load_modules: Vec::new(),

@@ -112,6 +112,7 @@ fn setup() -> Setup {
         root: Source::Share("root".into()),
         scratch_serial: String::new(),
         layer_bytes: 0,
+        processes: 0,
         mounts: Vec::new(),
         hostname: "kiln".into(),
         load_modules: Vec::new(),

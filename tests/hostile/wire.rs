@@ -18,7 +18,7 @@ const FROM_AGENT: [(&str, u8, &str); 25] = [
     (
         "EXITED",
         0x87,
-        "id:4=1 outcome:1 status:1 wall_us:8 user_us:8 system_us:8 max_rss:8 peak_memory:8 oom_kills:4",
+        "id:4=1 outcome:1 status:1 wall_us:8 user_us:8 system_us:8 max_rss:8 peak_memory:8 oom_kills:4 refused:4",
     ),
     ("DIR", 0x88, "ordinal:4=NEXT path:c kind:1=0 opaque:1 META"),
     ("FILE", 0x88, "ordinal:4=NEXT path:c kind:1=1 size:8 META"),
@@ -47,7 +47,7 @@ const TO_AGENT: [(&str, u8, &str); 11] = [
         "SETUP",
         0x02,
         "seed:8 seed1:8 seed2:8 seed3:8 seed4:8 seed5:8 seed6:8 seed7:8 clock:8 nanos:4 root_kind:1 root:c=root \
-         scratch:c layer_bytes:8 mounts:4 mount:b hostname:c=kiln modules:4 module:b",
+         scratch:c layer_bytes:8 processes:4 mounts:4 mount:b hostname:c=kiln modules:4 module:b",
     ),
     (
         "EXEC",

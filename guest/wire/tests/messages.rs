@@ -45,7 +45,7 @@ fn setup() -> impl Strategy<Value = Setup> {
     (
         (any::<[u8; 32]>(), any::<i64>(), 0..1_000_000_000u32),
         source(),
-        (name(), any::<u64>(), name()),
+        (name(), any::<u64>(), any::<u32>(), name()),
         vec(mount(), 0..5),
         vec(name(), 0..5),
     )
@@ -53,14 +53,24 @@ fn setup() -> impl Strategy<Value = Setup> {
             |(
                 (half, seconds, nanoseconds),
                 root,
-                (scratch_serial, layer_bytes, hostname),
+                (scratch_serial, layer_bytes, processes, hostname),
                 mounts,
                 load_modules,
             )| {
                 let mut seed = [0; 64];
                 seed[..32].copy_from_slice(&half);
                 let clock = Clock { seconds, nanoseconds };
-                Setup { seed, clock, root, scratch_serial, layer_bytes, mounts, hostname, load_modules }
+                Setup {
+                    seed,
+                    clock,
+                    root,
+                    scratch_serial,
+                    layer_bytes,
+                    processes,
+                    mounts,
+                    hostname,
+                    load_modules,
+                }
             },
         )
 }
@@ -141,14 +151,17 @@ fn entry() -> impl Strategy<Value = Entry> {
 }
 
 fn usage() -> impl Strategy<Value = Usage> {
-    any::<(u64, u64, u64, u64, u64, u32)>().prop_map(
-        |(wall_us, user_us, system_us, max_rss_bytes, peak_memory_bytes, oom_kills)| Usage {
-            wall_us,
-            user_us,
-            system_us,
-            max_rss_bytes,
-            peak_memory_bytes,
-            oom_kills,
+    any::<(u64, u64, u64, u64, u64, u32, u32)>().prop_map(
+        |(wall_us, user_us, system_us, max_rss_bytes, peak_memory_bytes, oom_kills, refused_processes)| {
+            Usage {
+                wall_us,
+                user_us,
+                system_us,
+                max_rss_bytes,
+                peak_memory_bytes,
+                oom_kills,
+                refused_processes,
+            }
         },
     )
 }
