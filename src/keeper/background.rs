@@ -86,6 +86,8 @@ impl Caller {
     pub fn meet() -> io::Result<Self> {
         rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
         rustix::process::setsid()?;
+        // It was executed as /proc/self/exe, which ps(1) and top(1) would show.
+        let _ = rustix::thread::set_name(c"kiln");
         let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
         let mut parent = [0; 4];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

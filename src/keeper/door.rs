@@ -39,6 +39,12 @@ pub enum DoorError {
         #[source]
         source: io::Error,
     },
+    /// Its owner does not answer.
+    #[error("whoever holds machine `{name}` does not answer")]
+    Silent {
+        /// Its name.
+        name: String,
+    },
     /// Its owner is not of this user.
     #[error("whoever answers for machine `{name}` is another user's")]
     NotOurs {
@@ -79,6 +85,7 @@ impl DoorError {
                     .to_owned(),
             ),
             Self::Unknown { known, .. } => Some(format!("there is {}", known.join(", "))),
+            Self::Silent { name } => Some(format!("end it by force: kiln stop {name}")),
             Self::Version { name } => Some(format!("enter it with that kiln, or end it: kiln stop {name}")),
             _ => None,
         }
@@ -117,7 +124,10 @@ impl Door {
     /// [`DoorError`].
     pub fn enter(self) -> Result<Session, DoorError> {
         let name = self.entry.name;
-        let io = |source| DoorError::Io { name: name.clone(), source };
+        let io = |source: io::Error| match source.kind() {
+            io::ErrorKind::WouldBlock => DoorError::Silent { name: name.clone() },
+            _ => DoorError::Io { name: name.clone(), source },
+        };
         let (stream, greeting) = self.stream.map_err(io)?;
         if greeting != Greeting::ours() {
             return Err(DoorError::Version { name });
