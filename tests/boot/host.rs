@@ -106,10 +106,13 @@ impl Host {
         fs::read_to_string(self.path(name)).expect(name)
     }
 
-    /// kiln in a process group of its own, by which all it started is found.
+    /// kiln in a process group of its own, by which all it started is found, heeding the signals that tests send also
+    /// where the tests themselves run in the background, and out of a CI system's sight.
     pub fn kiln(&self) -> Command {
-        let mut command = Command::new(binary());
-        for name in ["SRCDIR", "REPO", "TAG", "PROJECT", "SECRETS", "XDG_CACHE_HOME", "KILN_AGENT"] {
+        let mut command = Command::new("env");
+        command.arg("--default-signal=HUP,INT,TERM").arg(binary());
+        let settings = ["SRCDIR", "REPO", "TAG", "PROJECT", "SECRETS", "XDG_CACHE_HOME", "KILN_AGENT"];
+        for name in settings.iter().chain(&["CI", "GITHUB_ACTIONS", "TF_BUILD", "TEAMCITY_VERSION"]) {
             command.env_remove(name);
         }
         command
