@@ -30,6 +30,9 @@ pub struct Outcome {
     pub interrupt: u64,
     /// There is more to do than one call may take: call again, after letting others at the queues.
     pub again: bool,
+    /// With `again`: all queues were worked off, and more is likely to come in a moment. The driver was not told to
+    /// notify of it; the next call that finds nothing tells it.
+    pub lingers: bool,
 }
 
 impl Outcome {

@@ -8,7 +8,9 @@ use std::cell::Cell;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::fs::SealFlags;
 use vhost::vhost_user::Listener;
@@ -42,6 +44,11 @@ pub enum CarryError {
     #[error("the vhost-user protocol was broken: {0}")]
     Connection(String),
 }
+
+/// How long at most to look out for a guest's next request. An emulated guest takes about 0.1 ms to ask it.
+const MOST_PATIENCE: Duration = Duration::from_micros(400);
+/// How long to look out for it where that was in vain before.
+const LEAST_PATIENCE: Duration = Duration::from_micros(20);
 
 /// Hears of a queue that the driver broke, on the thread that serves queues.
 type OnBroken = Box<dyn Fn(QueueError) + Send + Sync>;
@@ -205,8 +212,15 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
         };
         let _alive = AbortOnPanic;
         self.confine_this_thread();
-        while self.serve_once(wake, vrings)?.again {}
-        Ok(())
+        loop {
+            let outcome = self.serve_once(wake, vrings)?;
+            if outcome.lingers {
+                self.linger(vrings);
+            }
+            if !outcome.again {
+                return Ok(());
+            }
+        }
     }
 }
 
@@ -221,6 +235,38 @@ impl<D: Device<()> + 'static> Backend<D> {
         if !CONFINED.replace(true) && (self.0.confine)(self.0.thread).is_err() {
             // An error here would only be logged, and the queue served all the same.
             std::process::abort();
+        }
+    }
+
+    /// Looks out for the next request in any queue, for as long as that has paid off lately. A thread that sleeps is
+    /// woken too slowly for a guest that asks one thing after the other.
+    fn linger(&self, vrings: &[VringMutex]) {
+        thread_local! { static PATIENCE: Cell<Duration> = const { Cell::new(MOST_PATIENCE) } }
+        let patience = PATIENCE.get();
+        let began = Instant::now();
+        let has_come = |served: &mut Served<D>| {
+            vrings.iter().any(|vring| {
+                let state = vring.get_ref();
+                let queue = state.get_queue();
+                let available = || queue.avail_idx(&*served.memory, Ordering::Acquire);
+                // A ring that cannot be looked at is for the next call to complain about.
+                queue.ready() && available().is_ok_and(|index| index.0 != queue.next_avail())
+            })
+        };
+        loop {
+            let has_come = self.with(has_come);
+            if has_come {
+                PATIENCE.set((patience * 2).min(MOST_PATIENCE));
+                return;
+            }
+            if began.elapsed() >= patience {
+                PATIENCE.set((patience / 2).max(LEAST_PATIENCE));
+                return;
+            }
+            for _ in 0..50 {
+                std::hint::spin_loop();
+            }
+            std::thread::yield_now();
         }
     }
 

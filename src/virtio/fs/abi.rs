@@ -43,6 +43,7 @@ pub mod op {
     pub const NOTIFY_REPLY: u32 = 41;
     pub const BATCH_FORGET: u32 = 42;
     pub const FALLOCATE: u32 = 43;
+    pub const READDIRPLUS: u32 = 44;
     pub const RENAME2: u32 = 45;
     pub const COPY_FILE_RANGE: u32 = 47;
     pub const TMPFILE: u32 = 51;
@@ -52,6 +53,7 @@ pub mod op {
 pub mod init {
     pub const ASYNC_READ: u32 = 1 << 0;
     pub const AUTO_INVAL_DATA: u32 = 1 << 12;
+    pub const DO_READDIRPLUS: u32 = 1 << 13;
     pub const NO_OPEN_SUPPORT: u32 = 1 << 17;
     pub const PARALLEL_DIROPS: u32 = 1 << 18;
     pub const MAX_PAGES: u32 = 1 << 22;
@@ -76,7 +78,7 @@ pub struct InHeader {
     pub uid: U32,
     /// See `uid`.
     pub gid: U32,
-    /// See `uid`.
+    /// The thread that asks, as the driver counts them.
     pub pid: U32,
     /// Length of extensions, in units of 8 bytes.
     pub extension_length: U16,
@@ -212,7 +214,7 @@ pub struct InitOut {
     pub unused: [U32; 7],
 }
 
-/// struct fuse_read_in: 40 bytes, the body of READ and READDIR.
+/// struct fuse_read_in: 40 bytes, the body of READ, READDIR and READDIRPLUS.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 pub struct ReadIn {
@@ -265,6 +267,9 @@ pub struct Dirent {
     /// DT_*.
     pub kind: U32,
 }
+
+/// What comes before each [`Dirent`] of a READDIRPLUS (struct fuse_direntplus) where nothing is told of the entry.
+pub const NOTHING_TOLD: [u8; size_of::<EntryOut>()] = [0; size_of::<EntryOut>()];
 
 /// struct fuse_kstatfs: 80 bytes, the answer to STATFS.
 #[derive(Debug, Clone, Copy, Default, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]

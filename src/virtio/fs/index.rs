@@ -107,6 +107,11 @@ impl Index {
         (place == 0 || node.lookups > 0).then_some(NodeId(place))
     }
 
+    /// True where the driver knows the node.
+    pub fn is_held(&self, node: NodeId) -> bool {
+        self.node(node).lookups > 0
+    }
+
     /// Counts one more lookup. A count that reaches the end stays there: such a node is never given back.
     pub fn hold(&mut self, node: NodeId) {
         let lookups = &mut self.node_mut(node).lookups;
@@ -199,7 +204,7 @@ impl Index {
     }
 
     /// Children of a filled directory from position `from` on, in order.
-    pub fn children(&self, directory: NodeId, from: u64) -> impl Iterator<Item = NodeId> + use<> {
+    pub fn children(&self, directory: NodeId, from: u64) -> impl DoubleEndedIterator<Item = NodeId> + use<> {
         let node = self.node(directory);
         let from = u32::try_from(from).unwrap_or(u32::MAX).min(node.child_count);
         (node.first_child + from..node.first_child + node.child_count).map(NodeId)

@@ -24,6 +24,7 @@ mod recorded;
 mod server;
 mod share;
 mod tree;
+mod walks;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -42,7 +43,8 @@ use crate::ring::{Chain, Limits, QueueError};
 
 /// VIRTIO_ID_FS.
 pub const DEVICE_TYPE: u32 = 26;
-/// The high-priority queue and one request queue.
+/// The high-priority queue and one request queue. With one for each of its processors, an emulated guest is told of an
+/// answer on the one that asked: a question for a name took 0.7 times as long, a read of 128 KiB 1.3 times.
 const QUEUE_SIZES: [u16; 2] = [1024, 1024];
 /// Room for a READ of a mebibyte, and as much again for a WRITE that will be refused.
 const LIMITS: Limits = Limits {
@@ -67,6 +69,19 @@ impl Default for Settings<'_> {
     fn default() -> Self {
         Self { tag: "kiln", open_files: 512, missed_bytes: MISSED_BYTES }
     }
+}
+
+/// Whoever asks for little mostly asks the next thing as soon as it has the answer. Where answers come to as much as
+/// this, the guest has work to do first, and can use the processor.
+const LARGE_ANSWER_BYTES: u64 = 64 << 10;
+
+/// What became of a call's requests.
+#[derive(Default)]
+struct Done {
+    requests: u64,
+    written_bytes: u64,
+    /// Queues (one bit each) whose driver has to be interrupted.
+    interrupt: u64,
 }
 
 /// The fs device.
@@ -97,6 +112,33 @@ impl Fs {
 
     fn server(&self) -> MutexGuard<'_, Server> {
         self.server.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Answers what is in a queue, one queue's length of requests at most, so that whoever wants to stop it gets a
+    /// turn, and nothing after a large answer, so that the guest has it before the next is made. The driver need not notify of more.
+    fn work_off<B: Bitmap + 'static>(
+        &self,
+        index: usize,
+        queue: &mut Queue,
+        memory: &GuestMemoryMmap<B>,
+        done: &mut Done,
+    ) -> Result<(), virtio_queue::Error> {
+        queue.disable_notification(memory)?;
+        let mut taken = 0;
+        while taken < queue.size()
+            && done.written_bytes < LARGE_ANSWER_BYTES
+            && let Some(next) = Chain::next_of(queue, memory, LIMITS)?
+        {
+            taken += 1;
+            let written = next.chain.map_or(0, |chain| self.server().serve(chain));
+            queue.add_used(memory, next.head, written)?;
+            done.written_bytes += u64::from(written);
+        }
+        done.requests += u64::from(taken);
+        if taken > 0 && queue.needs_notification(memory)? {
+            done.interrupt |= 1 << index;
+        }
+        Ok(())
     }
 }
 
@@ -131,31 +173,26 @@ impl<B: Bitmap + 'static> Device<B> for Fs {
         memory: &GuestMemoryMmap<B>,
     ) -> Result<Outcome, QueueError> {
         let mut outcome = Outcome::default();
-        let Wake::Queue(index) = wake else { return Ok(outcome) };
-        let Some(Some(queue)) = queues.get_mut(index) else { return Ok(outcome) };
-        let fail = |source| QueueError { queue: index, source };
-        let mut taken = 0;
-        queue.disable_notification(memory).map_err(fail)?;
-        loop {
-            // One queue's length at most, so that whoever wants to stop the queue gets a turn.
-            if taken == queue.size() {
-                outcome.again = true;
-                break;
-            }
-            let Some(next) = Chain::next_of(queue, memory, LIMITS).map_err(fail)? else {
-                // Another request may have come in just before notifications were on again.
-                if queue.enable_notification(memory).map_err(fail)? {
-                    queue.disable_notification(memory).map_err(fail)?;
-                    continue;
-                }
-                break;
-            };
-            taken += 1;
-            let written = next.chain.map_or(0, |chain| self.server().serve(chain));
-            queue.add_used(memory, next.head, written).map_err(fail)?;
+        if wake == Wake::Events {
+            return Ok(outcome);
         }
-        if taken > 0 && queue.needs_notification(memory).map_err(fail)? {
-            outcome.interrupt_for(index);
+        let mut done = Done::default();
+        for (index, queue) in queues.iter_mut().enumerate() {
+            let Some(queue) = queue else { continue };
+            let fail = |source| QueueError { queue: index, source };
+            self.work_off(index, queue, memory, &mut done).map_err(fail)?;
+        }
+        outcome.interrupt = done.interrupt;
+        if done.requests > 0 {
+            outcome.again = true;
+            outcome.lingers = done.written_bytes < LARGE_ANSWER_BYTES;
+            return Ok(outcome);
+        }
+        for (index, queue) in queues.iter_mut().enumerate() {
+            let Some(queue) = queue else { continue };
+            // Another request may have come in just before notifications were on again.
+            outcome.again |=
+                queue.enable_notification(memory).map_err(|source| QueueError { queue: index, source })?;
         }
         Ok(outcome)
     }

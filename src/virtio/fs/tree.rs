@@ -22,8 +22,12 @@ use super::missed::Missed;
 use super::record::{Change, Fingerprint, Kind, Observed};
 use super::recorded::{Changes, Recorded, Refusal};
 use super::share::{Attributes, Extra, InodeNames, Share, is_name};
+use super::walks::Walks;
 
 mod export;
+mod list;
+
+pub use list::Page;
 
 /// Why a share cannot be added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -85,6 +89,7 @@ pub struct Tree {
     /// What extended attributes were shown, of nodes that have any.
     xattrs: BTreeMap<NodeId, Digest>,
     kernels: Kernels,
+    walks: Walks,
     generation: u32,
 }
 
@@ -103,6 +108,7 @@ impl Tree {
             changes: Changes::default(),
             xattrs: BTreeMap::new(),
             kernels: Kernels::default(),
+            walks: Walks::default(),
             generation: 0,
         }
     }
@@ -194,19 +200,27 @@ impl Tree {
         self.index.forget_all();
     }
 
-    /// What is called `name` in `directory`.
+    /// What is called `name` in `directory`, for the guest's process `process`.
     ///
     /// # Errors
     /// ENOTDIR where it is no directory, EIO where an absence cannot be noted, or what the host said where it
     /// would not answer.
-    pub fn lookup(&mut self, directory: NodeId, name: &[u8]) -> Result<Recorded<Found>, Refusal> {
+    pub fn lookup(
+        &mut self,
+        directory: NodeId,
+        name: &[u8],
+        process: u32,
+    ) -> Result<Recorded<Found>, Refusal> {
         if directory == NodeId::TOP {
             let root = self.by_name.get(name).map(|place| self.shares[usize::from(*place)].root);
             return root.map_or(Ok(Recorded::constant(Found::NoShare)), |root| self.found(root));
         }
         self.fill(directory)?;
         match self.index.child(directory, name) {
-            Some(node) => self.found(node),
+            Some(node) => {
+                self.walks.asked(process, node);
+                self.found(node)
+            }
             None => Recorded::absence(&mut self.missed, directory, name, Found::Absent),
         }
     }
@@ -243,71 +257,6 @@ impl Tree {
         let share = self.share(node).ok_or(Refusal::constant(Errno::STALE))?;
         let attr = share.attributes.show(inode, &seen, kind, extra);
         Ok(Recorded::observation(&mut self.index, node, observed, attr))
-    }
-
-    /// Entries of a directory from position `from` on: `each` gets name, inode number, kind and the position
-    /// behind the entry, and returns false when it wants no more. Position 0 is before `.`, 1 after it, 2 after
-    /// `..`, then come the children in their order.
-    ///
-    /// # Errors
-    /// As [`Tree::lookup`].
-    pub fn list(
-        &mut self,
-        directory: NodeId,
-        from: u64,
-        mut each: impl FnMut(&[u8], u64, Kind, u64) -> bool,
-    ) -> Result<Recorded<()>, Refusal> {
-        self.fill(directory)?;
-        let recorded = if directory == NodeId::TOP {
-            // The numbers of directories are told here.
-            self.by_name.values().for_each(|place| {
-                self.index.observe(self.shares[usize::from(*place)].root, Observed::METADATA);
-            });
-            Recorded::constant(())
-        } else {
-            Recorded::observation(&mut self.index, directory, Observed::LISTING, ())
-        };
-        let mut next = from;
-        let mut wanted = true;
-        let mut give = |name: &[u8], inode, kind| {
-            next = next.saturating_add(1);
-            wanted = wanted && each(name, inode, kind, next);
-            wanted
-        };
-        let dots = [b".".as_slice(), b".."].into_iter().zip(self.dot_inodes(directory));
-        for (dot, inode) in dots.skip(usize::try_from(from).unwrap_or(2)) {
-            give(dot, inode, Kind::Directory);
-        }
-        let from = from.saturating_sub(2);
-        if directory == NodeId::TOP {
-            for (name, place) in self.by_name.iter().skip(usize::try_from(from).unwrap_or(usize::MAX)) {
-                let inode = self.inode(self.shares[usize::from(*place)].root);
-                if !give(name, inode, Kind::Directory) {
-                    break;
-                }
-            }
-            return Ok(recorded);
-        }
-        let numbers = match self.share(directory) {
-            Some(share) if share.attributes != Attributes::Real => {
-                Some(InodeNames::within(&share.name, &self.index.path(directory)))
-            }
-            _ => None,
-        };
-        for child in self.index.children(directory, from) {
-            let name = self.index.name(child);
-            let inode = numbers.as_ref().map_or_else(|| self.listed_inode(child), |names| names.number(name));
-            if !give(name, inode, self.index.kind(child)) {
-                break;
-            }
-        }
-        Ok(recorded)
-    }
-
-    /// The inode number that stat(2) shows for a directory, and for its parent.
-    fn dot_inodes(&self, directory: NodeId) -> [u64; 2] {
-        let number = |node| if node == NodeId::TOP { 1 } else { self.inode(node) };
-        [number(directory), number(self.index.parent(directory))]
     }
 
     /// Lets `read` read at most `wanted` bytes at `offset` of a regular file, and gives how many it says came.
@@ -407,11 +356,6 @@ impl Tree {
         }
     }
 
-    /// The inode number that a listing of a share with real attributes shows.
-    fn listed_inode(&self, node: NodeId) -> u64 {
-        self.listed_inodes.get(&node).copied().unwrap_or_else(|| self.index.inode(node))
-    }
-
     /// Makes sure the children of a directory are known.
     fn fill(&mut self, directory: NodeId) -> Result<(), Refusal> {
         if self.index.kind(directory) != Kind::Directory {
@@ -459,24 +403,30 @@ impl Tree {
 
     /// Makes sure it is known what a file looks like.
     fn state(&mut self, node: NodeId) -> Result<Fingerprint, Refusal> {
+        self.look(node).map_err(|unseen| match unseen {
+            Unseen::Refused(refusal) => refusal,
+            Unseen::Failed(error) => self.failed(node, error),
+        })
+    }
+
+    /// What a file looks like. That it cannot be told is not noted yet: nobody may have asked.
+    fn look(&mut self, node: NodeId) -> Result<Fingerprint, Unseen> {
         if let Some(seen) = self.index.fingerprint(node) {
             return Ok(seen);
         }
-        let directory = self.open(self.index.parent(node))?;
-        let stat = host::stat_at(&directory, self.index.name(node));
-        let stat = stat.map_err(|error| self.failed(node, error))?;
+        let directory = self.open(self.index.parent(node)).map_err(Unseen::Refused)?;
+        let stat = host::stat_at(&directory, self.index.name(node)).map_err(Unseen::Failed)?;
         if host::kind_of(stat.st_mode) != Some(self.index.kind(node)) {
-            return Err(Refusal::change(&mut self.changes, node, Change::Replaced, Errno::STALE));
+            return Err(Unseen::Failed(Errno::STALE));
         }
         if self.index.kind(node) == Kind::Regular {
             // A single file of the kernel's may be mounted over another.
             let file = || host::open_beneath(&directory, self.index.name(node), Open::Name);
-            let is_the_kernels = self.kernels.has(stat.st_dev, file);
-            if is_the_kernels.map_err(|error| self.failed(node, error))? {
-                return Err(self.failed(node, Errno::OPNOTSUPP));
+            if self.kernels.has(stat.st_dev, file).map_err(Unseen::Failed)? {
+                return Err(Unseen::Failed(Errno::OPNOTSUPP));
             }
         }
-        self.keep_stat(node, &stat).map_err(|full| self.failed(node, full.into()))?;
+        self.keep_stat(node, &stat).map_err(|full| Unseen::Failed(full.into()))?;
         Ok(host::fingerprint_of(&stat))
     }
 
@@ -577,6 +527,14 @@ impl Tree {
         };
         Refusal::change(&mut self.changes, node, what, error)
     }
+}
+
+/// Why it is not known what a file looks like.
+enum Unseen {
+    /// Its directory could not be opened, which is noted.
+    Refused(Refusal),
+    /// The host's word on the file itself, which is not.
+    Failed(Errno),
 }
 
 /// Names of extended attributes, each ended by a zero byte, and the value that was asked for.

@@ -5,6 +5,7 @@ mod interference;
 mod model;
 mod record;
 mod shown;
+mod walks;
 
 use std::fs::File;
 use std::path::Path;
@@ -28,6 +29,8 @@ pub struct Guest {
     pub ring: Ring,
     pub device: Fs,
     pub shares: Shares,
+    /// Which of its processes asks.
+    pub process: u32,
     unique: u64,
 }
 
@@ -39,7 +42,7 @@ impl Guest {
 
     pub fn with(settings: Settings<'_>) -> Self {
         let (device, shares) = Fs::new(settings);
-        Self { memory: memory(), ring: Ring::new(1, 256), device, shares, unique: 0 }
+        Self { memory: memory(), ring: Ring::new(1, 256), device, shares, process: 0, unique: 0 }
     }
 
     /// A guest that may go on, with `directory` shared as `s`.
@@ -91,7 +94,9 @@ impl Guest {
     pub fn send(&mut self, opcode: u32, node: u64, body: &[u8], room: u32) -> Option<Result<Vec<u8>, i32>> {
         self.unique += 1;
         let length = u32::try_from(40 + body.len()).expect("short");
-        let answer = self.raw(&request(length, opcode, self.unique, node, body), room);
+        let mut bytes = request(length, opcode, self.unique, node, body);
+        bytes[32..36].copy_from_slice(&self.process.to_le_bytes());
+        let answer = self.raw(&bytes, room);
         if answer.is_empty() {
             return None;
         }
