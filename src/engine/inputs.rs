@@ -65,7 +65,9 @@ pub enum InputError {
         store: PathBuf,
     },
     /// It shows the kernel itself, and holds no files.
-    #[error("{what} `{path}` is on {filesystem}, a file system of the kernel's own, and cannot be shared")]
+    #[error(
+        "{what} `{path}` is on {filesystem}, a file system of the kernel's own, and can be neither shared nor filled"
+    )]
     Kernel {
         /// SRCDIR, a mount.
         what: &'static str,
@@ -283,6 +285,10 @@ pub(super) fn check_work(work: &Path) -> Result<(), InputError> {
     if !existing.is_dir() {
         return Err(fail(io::ErrorKind::NotADirectory.into()));
     }
+    let file = File::open(existing).map_err(fail)?;
+    if let Some(filesystem) = kernel_filesystem(&file).map_err(|errno| fail(errno.into()))? {
+        return Err(InputError::Kernel { what: "WORK", path: work.to_owned(), filesystem });
+    }
     let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
     rustix::fs::access(existing, access).map_err(|errno| fail(errno.into()))
 }
@@ -301,6 +307,12 @@ mod tests {
             assert!(bad.parse::<MountArgument>().is_err(), "{bad}");
             assert!(bad.parse::<DiskArgument>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn work_where_only_the_kernel_makes_files_is_refused() {
+        let error = check_work(Path::new("/proc/self/work")).expect_err("nothing can be made there");
+        assert!(matches!(error, InputError::Kernel { what: "WORK", filesystem: "proc", .. }), "{error}");
     }
 
     #[test]
