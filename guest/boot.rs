@@ -1,5 +1,6 @@
 //! What PID 1 does before it can hear the host: the kernel's file systems, modules, its own limits.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::Mode;
@@ -13,11 +14,20 @@ use crate::{modules, mounts, sys};
 /// Where the initramfs keeps the modules that are loaded at start.
 const MODULES: &str = "/modules";
 
-/// Makes the machine usable. Returns what went wrong and is not fatal.
+/// What a machine has before it hears of a step.
+pub struct Booted {
+    /// The device of shares, mounted. None where there is no such device; a share that is asked for then fails with
+    /// the reason.
+    pub shares: Option<OwnedFd>,
+    /// What went wrong and is not fatal.
+    pub complaints: Vec<Failure>,
+}
+
+/// Makes the machine usable.
 ///
 /// # Errors
 /// A file system without which nothing works could not be mounted.
-pub fn prepare() -> Result<Vec<Failure>, Failure> {
+pub fn prepare() -> Result<Booted, Failure> {
     umask(Mode::from_raw_mode(0o022));
     let quiet = MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NOEXEC
@@ -41,5 +51,7 @@ pub fn prepare() -> Result<Vec<Failure>, Failure> {
     // What programs expect of a Linux system today; the kernel's own hard limit of 4096 is too low for some linkers.
     let files = Rlimit { current: Some(1024), maximum: Some(524_288) };
     setrlimit(Resource::Nofile, files).doing(|| "setting the limit of open files")?;
-    Ok(modules::load_folder(Path::new(MODULES)))
+    let complaints = modules::load_folder(Path::new(MODULES));
+    // Now, so that a frozen machine has it.
+    Ok(Booted { shares: mounts::shares().ok(), complaints })
 }

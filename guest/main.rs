@@ -19,7 +19,6 @@ mod obstacle;
 mod place;
 mod program;
 mod reap;
-mod scratch;
 mod session;
 mod setup;
 mod shutdown;
@@ -51,8 +50,8 @@ fn main() -> ExitCode {
 }
 
 fn live() -> Result<(), SessionError> {
-    let complaints = boot::prepare()?;
-    session::run(Link::open()?, complaints)
+    let booted = boot::prepare()?;
+    session::run(Link::open()?, booted)
 }
 
 /// Says something on the machine's console, if it has one.

@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use kiln_wire::FILESYSTEMS_FOLDER;
+use kiln_wire::{FILESYSTEMS_FOLDER, SHARES_TAG};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -62,6 +62,31 @@ fn kernel_words(context: &OwnedFd) -> String {
         }
     }
     words
+}
+
+/// Where the device of shares is mounted.
+const SHARES: &str = "/run/kiln/shares";
+
+/// The device whose top directory holds every share by name, mounted at a place of the agent's own.
+///
+/// # Errors
+/// Those of [`filesystem`]: there is no such device.
+pub fn shares() -> Result<OwnedFd, Failure> {
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let device = filesystem("virtiofs", &[("source", SHARES_TAG), ("ro", "")], attributes)?;
+    attach_at(&device, SHARES)?;
+    read_far_ahead(&device);
+    Ok(device)
+}
+
+/// Lets the kernel ask a file system for as much at once as the fs device gives. A question costs an emulated machine
+/// as much time as some hundred kilobytes.
+fn read_far_ahead(mount: &OwnedFd) {
+    if let Ok(stat) = rustix::fs::fstat(mount) {
+        let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
+        // Without it everything works as well.
+        let _ = std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), "1024");
+    }
 }
 
 /// The file system on a block device. Its modules are loaded first, where the initramfs has some.

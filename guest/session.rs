@@ -12,6 +12,7 @@ use rustix::fs::Timespec;
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::boot::Booted;
 use crate::command::Command;
 use crate::failure::{Doing, Failure, cut, errno_number};
 use crate::group::Group;
@@ -43,6 +44,10 @@ struct Session {
     link: Link,
     meter: Meter,
     null: OwnedFd,
+    /// For the first host that says hello.
+    complaints: Vec<Failure>,
+    /// The device of shares, until `Setup`.
+    shares: Option<OwnedFd>,
     greeted: bool,
     world: Option<World>,
     commands: BTreeMap<u32, Command>,
@@ -55,17 +60,15 @@ struct Session {
 ///
 /// # Errors
 /// The machine cannot go on.
-pub fn run(mut link: Link, complaints: Vec<Failure>) -> Result<(), SessionError> {
+pub fn run(link: Link, booted: Booted) -> Result<(), SessionError> {
     let meter = Meter::open()?;
     let null = File::options().read(true).open("/dev/null").doing(|| "opening /dev/null")?.into();
-    link.queue(&ready(&meter));
-    for complaint in complaints {
-        link.queue(&FromAgent::Log(cut(complaint.to_string())));
-    }
     let mut session = Session {
         link,
         meter,
         null,
+        complaints: booted.complaints,
+        shares: booted.shares,
         greeted: false,
         world: None,
         commands: BTreeMap::new(),
@@ -107,10 +110,18 @@ impl Session {
         }
         let result = match message {
             ToAgent::Hello { version } => {
+                if self.world.is_some() {
+                    return Err(SessionError::Protocol("a Hello after Setup"));
+                }
+                self.link.queue(&ready(&self.meter));
                 if version != VERSION {
+                    self.link.flush()?;
                     return Err(SessionError::Protocol("another version"));
                 }
                 self.greeted = true;
+                for complaint in std::mem::take(&mut self.complaints) {
+                    self.link.queue(&FromAgent::Log(cut(complaint.to_string())));
+                }
                 return Ok(());
             }
             ToAgent::Setup(setup) => {
@@ -118,7 +129,7 @@ impl Session {
                     return Err(SessionError::Protocol("a second Setup"));
                 }
                 self.link.bind();
-                setup::make(&setup).map(|world| {
+                setup::make(&setup, self.shares.take()).map(|world| {
                     self.world = Some(world);
                     if setup.processes > 0 {
                         match Group::make(setup.processes) {

@@ -1,13 +1,13 @@
 //! `Setup` and `Mount`: make the world that a step's commands run in. Everything of the agent's own lies under `/run/kiln` of the
 //! initramfs, which the commands never see: each moves the step's root over `/` in a mount namespace of its own.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::Path;
 
-use kiln_wire::{ABOUT_ROOT, Access, Clock, Mount, SHARES_TAG, Setup, Source};
+use kiln_wire::{ABOUT_ROOT, Access, Clock, Mount, Setup, Source};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, XattrFlags, openat, utimensat};
 use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
@@ -17,12 +17,11 @@ use crate::failure::{Doing, Failure};
 use crate::layer::Layer;
 use crate::modules::ModuleTree;
 use crate::place::StepRoot;
-use crate::{disk, mounts, scratch, sys};
+use crate::{disk, mounts, sys};
 
 /// The step's root in the agent's own tree.
 pub const ROOT: &CStr = c"/run/kiln/root";
 const ROOT_PATH: &str = "/run/kiln/root";
-const SHARES: &str = "/run/kiln/shares";
 const LAYERS: &str = "/run/kiln/layers";
 
 /// A step's world, as far as it is needed after it was made.
@@ -54,11 +53,11 @@ impl World {
     }
 }
 
-/// Makes the world.
+/// Makes the world, with the device of `shares` where it is mounted.
 ///
 /// # Errors
 /// What failed, by name. The machine is of no use then.
-pub fn make(setup: &Setup) -> Result<World, Failure> {
+pub fn make(setup: &Setup, shares: Option<OwnedFd>) -> Result<World, Failure> {
     let random = File::options().write(true).open("/dev/urandom").doing(|| "opening /dev/urandom")?;
     sys::add_entropy(&random, &setup.seed).doing(|| "adding the seed to the kernel's entropy")?;
     set_clock(setup.clock)?;
@@ -66,11 +65,13 @@ pub fn make(setup: &Setup) -> Result<World, Failure> {
         .doing(|| format!("setting the host name {:?}", setup.hostname))?;
     sys::loopback_up().doing(|| "bringing up the loopback interface")?;
     if !setup.scratch_serial.is_empty() {
-        scratch::swap_on(&disk::find(&setup.scratch_serial)?)?;
+        let device = disk::find(&setup.scratch_serial)?;
+        let name = CString::new(device.as_str()).map_err(|_| Errno::INVAL);
+        name.and_then(|name| sys::swap_on(&name)).doing(|| format!("swapping to {device}"))?;
     }
     mount_layers(setup.layer_bytes)?;
 
-    let mut maker = Maker { shares: None, lowers: 0, layers: Vec::new(), direct: Vec::new() };
+    let mut maker = Maker { shares, lowers: 0, layers: Vec::new(), direct: Vec::new() };
     let about_root =
         |failure: Failure| Failure::new(format!("{ABOUT_ROOT}: {}", failure.what), failure.errno);
     let lower = maker.lower(&setup.root).map_err(about_root)?;
@@ -201,18 +202,11 @@ impl Maker {
         }
     }
 
-    /// A share; the device of shares is mounted when the first is needed.
+    /// A share. Where the device of shares was not there when the machine came up, it is looked for once more.
     fn share(&mut self, name: &str) -> Result<OwnedFd, Failure> {
         let shares = match self.shares.take() {
             Some(shares) => shares,
-            None => {
-                let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY | MountAttrFlags::MOUNT_ATTR_NODEV;
-                let device =
-                    mounts::filesystem("virtiofs", &[("source", SHARES_TAG), ("ro", "")], attributes)?;
-                mounts::attach_at(&device, SHARES)?;
-                read_far_ahead(&device);
-                device
-            }
+            None => mounts::shares()?,
         };
         if name.is_empty() {
             return Err(Failure::new("binding a share without a name", Errno::INVAL));
@@ -244,16 +238,6 @@ impl Maker {
         let top = openat(CWD, upper.as_str(), flags, Mode::empty()).doing(what)?;
         self.layers.push(Layer::new(target.to_vec(), top));
         Ok(overlay)
-    }
-}
-
-/// Lets the kernel ask a file system for as much at once as the fs device gives. A question costs an emulated machine
-/// as much time as some hundred kilobytes.
-fn read_far_ahead(mount: &OwnedFd) {
-    if let Ok(stat) = rustix::fs::fstat(mount) {
-        let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
-        // Without it everything works as well.
-        let _ = std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), "1024");
     }
 }
 

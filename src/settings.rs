@@ -152,6 +152,8 @@ pub struct Flags {
     pub debian_allow_expired: bool,
     /// `--lock`.
     pub lock: Option<PathBuf>,
+    /// `--no-template`.
+    pub no_template: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -173,6 +175,7 @@ struct RecipeSettings {
     store: Option<PathBuf>,
     backend: Option<String>,
     qemu: Option<String>,
+    template: Option<bool>,
     debian: Option<RecipeDebian>,
 }
 
@@ -208,6 +211,8 @@ pub struct Settings {
     pub backend: Setting<BackendChoice>,
     /// QEMU's program: a path, or a name to be found in PATH.
     pub qemu: Setting<String>,
+    /// Whether machines may be copies of templates.
+    pub template: Setting<bool>,
     /// Debian mirror; none: the host's APT sources.
     pub debian_mirror: Setting<Option<String>>,
     /// Mirror of the security archive; none: the host's APT sources.
@@ -257,7 +262,7 @@ pub fn host_variable(name: &str) -> Option<Vec<u8>> {
 }
 
 /// Every variable that is a setting.
-const VARIABLES: [&str; 15] = [
+const VARIABLES: [&str; 16] = [
     "PROJECT",
     "WORK",
     "SRCDIR",
@@ -267,6 +272,7 @@ const VARIABLES: [&str; 15] = [
     "KILN_STORE",
     "KILN_BACKEND",
     "KILN_QEMU",
+    "KILN_TEMPLATE",
     "KILN_DEBIAN_MIRROR",
     "KILN_DEBIAN_SECURITY_MIRROR",
     "KILN_DEBIAN_KEYRING",
@@ -364,6 +370,9 @@ impl Settings {
             _ => return Err(SettingsError::NoHome),
         };
         let backend = pick(flags.backend, "KILN_BACKEND", |text| text, file.backend, || "auto".to_owned());
+        let on = |on: bool| if on { "on" } else { "off" }.to_owned();
+        let template = flags.no_template.then(|| on(false));
+        let template = pick(template, "KILN_TEMPLATE", |text| text, file.template.map(on), || on(true));
         let debian = file.debian.unwrap_or_default();
         Ok(Self {
             backend: match BackendChoice::parse(&backend.value) {
@@ -374,6 +383,17 @@ impl Settings {
                         origin: backend.origin,
                         value: backend.value,
                         wanted: "it takes auto, kvm, qemu or tcg",
+                    });
+                }
+            },
+            template: match template.value.as_str() {
+                value @ ("on" | "off") => Setting { value: value == "on", origin: template.origin },
+                _ => {
+                    return Err(SettingsError::Value {
+                        name: "template",
+                        origin: template.origin,
+                        value: template.value,
+                        wanted: "it takes on or off",
                     });
                 }
             },

@@ -1,6 +1,7 @@
 //! What host and agent say to each other. The order of a machine's life:
 //!
-//! 1. agent → `Ready`; host → `Hello`. Versions must be equal.
+//! 1. host → `Hello`; agent → `Ready`. Versions must be equal. Until `Setup` another host may say `Hello` in this one's
+//!    place, as it does to the copy of a frozen machine.
 //! 2. host → `Setup`; agent → `SetupDone` or `Failed`. Seed and clock come first inside it.
 //! 3. host → `Exec` (any number, also at once, `id` chosen by the host); agent → `Started`, `Output`…, `Exited`, or
 //!    `ExecFailed`. Meanwhile host → `Stdin`, `Signal`, `Resize`. Input and output of each command flow on a
@@ -11,7 +12,7 @@
 //! 5. host → `PowerOff`; agent syncs, answers `Bye` and powers off.
 
 /// The version of this protocol. Host and agent are installed together, so there is no negotiation.
-pub const VERSION: u16 = 4;
+pub const VERSION: u16 = 5;
 
 /// The vsock port on the host (CID 2) that an agent connects to when its carrier is vsock.
 pub const AGENT_VSOCK_PORT: u32 = 1024;
@@ -98,7 +99,8 @@ pub struct Setup {
     pub clock: Clock,
     /// The root's source; mounted below a private layer at `/`.
     pub root: Source,
-    /// Serial of the disk that is made swap, so that the layers may outgrow memory; empty: none.
+    /// Serial of the disk that is swapped to, so that the layers may outgrow memory; the host has written a swap header
+    /// to it. Empty: none.
     pub scratch_serial: String,
     /// Most bytes that all private layers may hold together (size of their tmpfs); 0: the kernel's default.
     pub layer_bytes: u64,
@@ -176,7 +178,7 @@ pub struct Usage {
 /// From host to agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ToAgent {
-    /// The first message.
+    /// The first message, from each host there is before `Setup`.
     Hello {
         /// Must be [`VERSION`].
         version: u16,

@@ -151,13 +151,14 @@ pub struct Session {
 }
 
 impl Session {
-    /// Waits for the agent to say that it is ready, and greets it.
+    /// Greets the agent, and waits for it to say that it is ready.
     ///
     /// # Errors
     /// [`SessionError::Silent`] after `patience`; [`SessionError::Closed`] when the machine died first;
     /// [`SessionError::Violation`] when the version differs.
     pub fn open(stream: UnixStream, patience: Duration) -> Result<Self, SessionError> {
         let mut session = Self::join(stream)?;
+        session.send(&ToAgent::Hello { version: VERSION })?;
         match session.receive("booting", Some(patience))? {
             FromAgent::Ready { version: VERSION, kernel, .. } => session.kernel = kernel,
             FromAgent::Ready { version, .. } => {
@@ -166,7 +167,6 @@ impl Session {
             }
             other => return Err(unexpected(&other, "before it was ready")),
         }
-        session.send(&ToAgent::Hello { version: VERSION })?;
         Ok(session)
     }
 

@@ -10,6 +10,7 @@ pub mod erofs;
 pub mod image;
 pub mod kernel;
 pub mod squashfs;
+pub mod swap;
 pub mod tree;
 
 pub use content::ContentError;

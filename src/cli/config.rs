@@ -64,6 +64,7 @@ fn rows(settings: Settings) -> Vec<Row> {
         row("KILN_STORE", &settings.store, path),
         row("KILN_BACKEND", &settings.backend, ToString::to_string),
         row("KILN_QEMU", &settings.qemu, Clone::clone),
+        row("KILN_TEMPLATE", &settings.template, |on| if *on { "on" } else { "off" }.to_owned()),
         row("KILN_AGENT", &settings.agent, file("beside kiln")),
         row("KILN_TOOLBOX", &settings.toolbox, file("Debian packages")),
         row("KILN_LOCK", &settings.lock, path),

@@ -242,6 +242,7 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         Verb::Run(arguments) => {
             flags.srcdir.clone_from(&arguments.src);
             flags.work.clone_from(&arguments.work);
+            flags.no_template = arguments.no_template;
             if caller.is_none() && arguments.may_stay() {
                 return Ok(stay_in_background());
             }

@@ -116,6 +116,9 @@ pub(super) struct RunArguments {
     /// What carries messages between host and guest
     #[arg(long, value_name = "CARRIER", default_value = "serial", value_parser = Choice(&["serial", "vsock"]))]
     wire: String,
+    /// Boot a machine, rather than copy one that was booted before [env: KILN_TEMPLATE=off]
+    #[arg(long)]
+    pub no_template: bool,
     #[command(flatten)]
     keep: KeepFlags,
     /// Fail unless this holds
@@ -485,6 +488,7 @@ fn as_json(event: &Event<'_>) -> Value {
             "version": 1,
             "backend": identity.backend,
             "accelerator": format!("{:?}", identity.accelerator).to_lowercase(),
+            "origin": format!("{:?}", identity.origin).to_lowercase(),
             "jail": identity.jail.layers,
             "jail_missing": identity.jail.missing.iter().map(|(layer, _)| layer).collect::<Vec<_>>(),
         }),

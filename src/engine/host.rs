@@ -13,6 +13,7 @@ use crate::machine::jail::attempt::Targets;
 use crate::machine::jail::{Held, Profile};
 use crate::machine::probe::{self, Verdict};
 use crate::machine::qemu::Qemu;
+use crate::machine::qemu::template::Templates;
 use crate::machine::{Accelerator, Carrier, MachineError};
 use crate::plan::RootSpec;
 use crate::root::bundle::{self, Bundle, BundleError};
@@ -218,7 +219,10 @@ impl Host {
                 });
             }
         }
-        let qemu = Qemu::find(&self.settings.qemu.value, &self.settings.search_path, accelerator)?;
+        let mut qemu = Qemu::find(&self.settings.qemu.value, &self.settings.search_path, accelerator)?;
+        if self.settings.template.value {
+            qemu = qemu.with_templates(Templates::new(self.store.templates(), self.store.temporary()));
+        }
         let demand = match boundary {
             Boundary { untrusted: true, .. } => Some("--untrusted"),
             Boundary { require, .. } => require.contains(&Require::Jail).then_some("--require jail"),

@@ -17,7 +17,7 @@ use super::merge;
 use super::reads::Observable;
 use super::step::{Clock, Keep, Step};
 use crate::machine::qemu::Qemu;
-use crate::machine::{Attributes, Carrier, Disk, PathBytes, Share, Spec};
+use crate::machine::{Attributes, Carrier, Disk, PathBytes, Share, Spec, scratch};
 use crate::plan::{Environment, RootSpec};
 use crate::root::bundle::Bundle;
 use crate::root::{Root, image, toolbox};
@@ -270,9 +270,8 @@ pub(super) fn describe(
         let source = Source::Modules("modules".to_owned());
         mounts.insert(0, Mount { source, target: b"/lib/modules".to_vec(), access: Access::ReadOnly });
     }
-    let scratch = tempfile::tempfile_in(host.store.temporary()).map_err(io("make the scratch disk"))?;
-    scratch.set_len(step.scratch_bytes).map_err(io("make the scratch disk"))?;
-    disks.push(Disk { serial: "scratch".to_owned(), file: scratch.into(), read_only: false });
+    let scratch = scratch::disk(&host.store.temporary(), step.scratch_bytes);
+    disks.push(scratch.map_err(io("make the scratch disk"))?);
     disks.append(&mut prepared.disks);
     if let Some(path) = &prepared.toolbox {
         let file = File::open(path).map_err(io("open the toolbox's image"))?;
@@ -293,7 +292,7 @@ pub(super) fn describe(
         seed,
         clock,
         root,
-        scratch_serial: "scratch".to_owned(),
+        scratch_serial: scratch::SERIAL.to_owned(),
         layer_bytes: step.scratch_bytes.saturating_add(step.memory_bytes / 2),
         processes: step.limits.processes,
         mounts,
@@ -314,6 +313,7 @@ pub(super) fn describe(
     let spec = Spec {
         kernel: host.store.blobs().path(&prepared.bundle.kernel),
         initramfs: host.store.blobs().path(&prepared.bundle.initramfs),
+        bundle: prepared.bundle.digest(),
         memory_bytes: step.memory_bytes,
         cpus: prepared.cpus,
         shares: mem::take(&mut prepared.shares),

@@ -137,6 +137,9 @@ fn carry_through(
 
     let mut machine = prepared.qemu.start(spec)?;
     let _ = events(Event::Machine(machine.identity()));
+    for note in machine.notes() {
+        let _ = events(Event::Warning(note));
+    }
     let wire = machine.wire()?;
     let (registration, stopped) = register(step, host, &prepared, machine.identity(), &wire)?;
     let stopwatch = &mut stopwatch;

@@ -131,10 +131,16 @@ pub(super) fn is_name(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::Origin;
     use crate::machine::jail::Held;
 
     fn entry(command: &[&[u8]]) -> Entry {
-        let identity = Identity { backend: "x".into(), accelerator: Accelerator::Tcg, jail: Held::default() };
+        let identity = Identity {
+            backend: "x".into(),
+            accelerator: Accelerator::Tcg,
+            jail: Held::default(),
+            origin: Origin::Boot,
+        };
         let command: Vec<Vec<u8>> = command.iter().map(|word| word.to_vec()).collect();
         Entry::running("run", &command, 1 << 30, 1, &identity)
     }

@@ -106,11 +106,15 @@ impl Registry {
 mod tests {
     use super::*;
     use crate::machine::jail::Held;
-    use crate::machine::{Accelerator, Identity};
+    use crate::machine::{Accelerator, Identity, Origin};
 
     fn entry() -> Entry {
-        let identity =
-            Identity { backend: "x 1.0".into(), accelerator: Accelerator::Tcg, jail: Held::default() };
+        let identity = Identity {
+            backend: "x 1.0".into(),
+            accelerator: Accelerator::Tcg,
+            jail: Held::default(),
+            origin: Origin::Boot,
+        };
         Entry::running("run", &[b"make".to_vec()], 1 << 30, 2, &identity)
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 use kiln_virtio::fs::record::Record;
 
 use super::jail::Held;
-use super::{Accelerator, Backend, Death, Identity, Machine, MachineError, Spec};
+use super::{Accelerator, Backend, Death, Identity, Machine, MachineError, Origin, Spec};
 
 /// What plays the guest: it gets the agent's end of the wire and the machine's spec.
 pub type Guest = Box<dyn FnOnce(UnixStream, Spec) + Send>;
@@ -35,8 +35,12 @@ impl Backend for Fake {
         let guest = guests.remove(0);
         let (ours, theirs) = UnixStream::pair().map_err(MachineError::io("make a socket pair"))?;
         thread::spawn(move || guest(theirs, spec));
-        let identity =
-            Identity { backend: "fake".to_owned(), accelerator: Accelerator::Tcg, jail: Held::default() };
+        let identity = Identity {
+            backend: "fake".to_owned(),
+            accelerator: Accelerator::Tcg,
+            jail: Held::default(),
+            origin: Origin::Boot,
+        };
         Ok(Box::new(FakeMachine { identity, wire: Some(ours) }))
     }
 }

@@ -24,6 +24,9 @@ use super::jail::{self, Held, Profile};
 /// What the names of shares among the descriptors begin with.
 pub(super) const SHARE: &str = "share";
 
+/// The name of the guest's memory among the descriptors.
+pub(super) const RAM: &str = "ram";
+
 /// The name of the machine of the kiln `parent`, by which people find its processes.
 pub(super) fn machine_name(parent: i32) -> String {
     format!("kiln-{parent}")
@@ -42,7 +45,7 @@ pub(super) const MAX_DESCRIPTORS: usize = 253;
 pub(super) enum Become {
     /// QEMU, started with an empty environment, in its jail. In an argument `{NAME}` stands for the number of the
     /// descriptor or the path of the file of that name, and `{machine}` for the name by which people find the
-    /// machine's processes.
+    /// machine's processes. The guest's memory, where it is the descriptor `ram`, is the file `{memory}`.
     Qemu {
         /// Its jail, which names the program.
         profile: Profile,
@@ -92,7 +95,10 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
         return Err("the process that asked for this one is gone".into());
     }
     match request.what {
-        Become::Qemu { profile, arguments } => {
+        Become::Qemu { mut profile, arguments } => {
+            if let (Profile::Qemu { memory, .. }, Some(ram)) = (&mut profile, descriptors.get(RAM)) {
+                *memory = Some(ram.as_raw_fd());
+            }
             let Profile::Qemu { program, files, .. } = &profile else {
                 return Err("this is no jail for QEMU".into());
             };
@@ -100,8 +106,8 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             let mut words = vec![("machine".to_owned(), machine_name(request.parent))];
             let number = |file: &OwnedFd| file.as_raw_fd().to_string();
             words.extend(descriptors.iter().map(|(name, file)| (name.clone(), number(file))));
-            let paths =
-                files.iter().filter_map(|(name, _)| Some((name.clone(), profile.path_of(name, &held)?)));
+            let names = files.iter().map(|(name, _)| name.as_str()).chain([jail::MEMORY]);
+            let paths = names.filter_map(|name| Some((name.to_owned(), profile.path_of(name, &held)?)));
             words.extend(paths.map(|(name, path)| (name, path.display().to_string())));
             let arguments: Vec<String> = arguments.iter().map(|text| substitute(text, &words)).collect();
             reply(&held)?;

@@ -8,14 +8,15 @@
 //! start ──▶ wire (agent answers) ──▶ share, observe … ──▶ drop: killed and reaped
 //! ```
 //!
-//! Backends: [`qemu`]; [`fake`] for tests of what stands above. A ready copy of a template will be another
-//! implementation of [`Machine`] behind the same [`Backend`].
+//! Backends: [`qemu`], which copies machines from templates where it has a place for them; [`fake`] for tests of what
+//! stands above.
 
 pub mod fake;
 pub mod jail;
 pub mod launch;
 pub mod probe;
 pub mod qemu;
+pub mod scratch;
 mod spawn;
 mod tail;
 
@@ -25,6 +26,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use jail::Held;
+use kiln_digest::Digest;
 use kiln_virtio::fs::record::Record;
 
 /// The tree of a host directory under a name, as the machine's fs device shows it.
@@ -71,6 +73,8 @@ pub struct Spec {
     pub kernel: PathBuf,
     /// The initramfs with the agent.
     pub initramfs: PathBuf,
+    /// What names the contents of both.
+    pub bundle: Digest,
     /// Guest memory.
     pub memory_bytes: u64,
     /// Virtual processors.
@@ -94,6 +98,15 @@ pub enum Accelerator {
     Tcg,
 }
 
+/// How a machine came to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// It booted.
+    Boot,
+    /// It is the copy of a machine that was frozen when its agent was ready.
+    Template,
+}
+
 /// What the first line of a run and its record say about the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Identity {
@@ -103,6 +116,8 @@ pub struct Identity {
     pub accelerator: Accelerator,
     /// What of the jail holds around each of its processes.
     pub jail: Held,
+    /// How it came to be. Makes no difference to what it does.
+    pub origin: Origin,
 }
 
 impl std::fmt::Display for Identity {
@@ -220,6 +235,11 @@ pub trait Backend {
 pub trait Machine: Send {
     /// What it is.
     fn identity(&self) -> &Identity;
+
+    /// What went wrong on the way to it and was made good, in words for the user.
+    fn notes(&self) -> &[String] {
+        &[]
+    }
 
     /// The stream to the agent; once.
     ///

@@ -19,7 +19,7 @@ use super::image::{self, Filesystem, Image};
 use super::{Root, RootError};
 use crate::agent::{ExecEnd, Limits, Listing, Session, SessionError};
 use crate::fetch::lock::LockedRoot;
-use crate::machine::{Backend, Carrier, Disk, Machine, Spec};
+use crate::machine::{Backend, Carrier, Disk, Machine, Spec, scratch};
 use crate::plan::{Environment, RootSpec, show_bytes};
 use crate::root::bundle::Bundle;
 use crate::store::Store;
@@ -115,20 +115,17 @@ impl Workshop<'_> {
     fn spec(&self, lower: &std::path::Path) -> Result<Spec, RootError> {
         let io = |what| move |source| RootError::Io { what, source };
         let root = std::fs::File::open(lower).map_err(io("open the unpacked root"))?;
-        let scratch = tempfile::tempfile_in(self.store.temporary()).map_err(io("make a scratch disk"))?;
-        scratch.set_len(SCRATCH_BYTES).map_err(io("make a scratch disk"))?;
-        let disk = |serial: &str, file: std::fs::File, read_only| Disk {
-            serial: serial.to_owned(),
-            file: OwnedFd::from(file),
-            read_only,
-        };
+        let scratch =
+            scratch::disk(&self.store.temporary(), SCRATCH_BYTES).map_err(io("make a scratch disk"))?;
+        let root = Disk { serial: "root".to_owned(), file: OwnedFd::from(root), read_only: true };
         Ok(Spec {
             kernel: self.store.blobs().path(&self.bundle.kernel),
             initramfs: self.store.blobs().path(&self.bundle.initramfs),
+            bundle: self.bundle.digest(),
             memory_bytes: MEMORY_BYTES,
             cpus: self.cpus,
             shares: Vec::new(),
-            disks: vec![disk("root", root, true), disk("scratch", scratch, false)],
+            disks: vec![root, scratch],
             carrier: Carrier::Serial,
             nested: false,
         })
@@ -152,7 +149,7 @@ impl Workshop<'_> {
             seed,
             clock: Clock { seconds: epoch, nanoseconds: 0 },
             root: Source::Disk { serial: "root".to_owned(), filesystem: "erofs".to_owned(), read_only: true },
-            scratch_serial: "scratch".to_owned(),
+            scratch_serial: scratch::SERIAL.to_owned(),
             layer_bytes: SCRATCH_BYTES,
             processes: 0,
             mounts: Vec::new(),

@@ -8,6 +8,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use kiln_artifact::erofs::{self, ErofsError};
 use kiln_artifact::tree::Tree;
@@ -36,6 +38,9 @@ pub enum ImageError {
     #[error("the image `{0}` was removed again and again")]
     Removed(PathBuf),
 }
+
+/// How long an image is waited for. A process that is just being started holds all that its parent has open.
+const LOCK_PATIENCE: Duration = Duration::from_millis(300);
 
 /// What is on an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,10 +148,16 @@ impl Image {
             }
             file => file?,
         };
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => return Ok(Removal::InUse),
-            Err(fs::TryLockError::Error(error)) => return Err(error),
+        let give_up = Instant::now() + LOCK_PATIENCE;
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(fs::TryLockError::WouldBlock) if Instant::now() < give_up => {
+                    thread::sleep(Duration::from_millis(5));
+                }
+                Err(fs::TryLockError::WouldBlock) => return Ok(Removal::InUse),
+                Err(fs::TryLockError::Error(error)) => return Err(error),
+            }
         }
         forget()?;
         fs::remove_file(&path)?;

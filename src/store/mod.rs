@@ -109,6 +109,11 @@ impl Store {
         self.path.join("images")
     }
 
+    /// Where frozen machines lie, named by whoever freezes them after what is in them.
+    pub fn templates(&self) -> PathBuf {
+        self.path.join("templates")
+    }
+
     /// A place on the store's file system for files that are not finished; it goes with this process.
     pub fn temporary(&self) -> PathBuf {
         self.temporary.path().to_owned()

@@ -42,6 +42,23 @@ impl Outcome {
     }
 }
 
+/// Longest frozen state of a device, bytes.
+pub const MOST_STATE_BYTES: usize = 64;
+
+/// Why a device cannot be frozen, or its state not be taken up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum StateError {
+    /// There is no frozen form of such a device.
+    #[error("this device cannot be frozen")]
+    Unsupported,
+    /// It has something that its frozen form cannot say.
+    #[error("the device is in use")]
+    InUse,
+    /// The bytes are no state of such a device.
+    #[error("not a state of this device")]
+    Malformed,
+}
+
 /// A virtio device, whatever carries it. `B` is the dirty bitmap of the guest memory it is used with.
 pub trait Device<B: Bitmap + 'static>: Send {
     /// The device type (virtio 1.3 §5).
@@ -77,4 +94,26 @@ pub trait Device<B: Bitmap + 'static>: Send {
 
     /// Forgets everything about the driver that was there. What the host configured stays.
     fn reset(&mut self);
+
+    /// Whether the device can be part of a frozen machine: [`Device::freeze`] and [`Device::thaw`].
+    fn can_freeze(&self) -> bool {
+        false
+    }
+
+    /// What a device that takes over the driver of this one must know, beside the positions in its queues: at most
+    /// [`MOST_STATE_BYTES`]. The queues are stopped.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    fn freeze(&self) -> Result<Vec<u8>, StateError> {
+        Err(StateError::Unsupported)
+    }
+
+    /// Takes over the driver of the device that was frozen as `state`, which may hold anything.
+    ///
+    /// # Errors
+    /// See [`StateError`]; the device is as it was.
+    fn thaw(&mut self, _state: &[u8]) -> Result<(), StateError> {
+        Err(StateError::Unsupported)
+    }
 }

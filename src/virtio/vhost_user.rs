@@ -3,9 +3,11 @@
 //! One [`Carrier`] serves one device on one connection: a thread of the protocol crate's takes QEMU's messages,
 //! another waits for notifications and calls the device. This file locks the queues for the device, raises the
 //! interrupts it returns, tells of a driver that has broken a queue, and takes no memory that could be taken away.
+//! A device that can be frozen hands its state over as QEMU saves or loads a stopped machine.
 
 use std::cell::Cell;
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::Ordering;
@@ -14,7 +16,9 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::SealFlags;
 use vhost::vhost_user::Listener;
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
 use vhost_user_backend::{VhostUserBackend, VhostUserDaemon, VringMutex, VringT};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{
@@ -24,7 +28,7 @@ use vm_memory::{
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
-use crate::device::{Device, Outcome, Wake};
+use crate::device::{Device, MOST_STATE_BYTES, Outcome, Wake};
 use crate::process::{Confine, Thread};
 use crate::ring::QueueError;
 
@@ -74,6 +78,17 @@ struct Served<D> {
     memory: Arc<GuestMemoryMmap>,
     /// The driver broke a queue: nothing is served any more.
     broken: bool,
+    transfer: Transfer,
+}
+
+/// How far QEMU is with a frozen machine's device.
+enum Transfer {
+    /// Nothing is under way.
+    Idle,
+    /// The state was written.
+    Saved,
+    /// The state comes from here; it is there when QEMU asks how it went.
+    Loading(File),
 }
 
 /// A handle to the state, in the form the protocol crate wants.
@@ -94,12 +109,22 @@ impl<D: Device<()> + 'static> Carrier<D> {
         thread: Thread,
         on_broken: impl Fn(QueueError) + Send + Sync + 'static,
     ) -> Self {
+        let mut features = device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        if device.can_freeze() {
+            // QEMU migrates no device without it, not even where the machine is stopped and nothing is logged.
+            features |= VhostUserVirtioFeatures::LOG_ALL.bits();
+        }
         let state = State {
             queues: device.queue_sizes().len(),
-            features: device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits(),
+            features,
             confine,
             thread,
-            device: Mutex::new(Served { device, memory: Arc::default(), broken: false }),
+            device: Mutex::new(Served {
+                device,
+                memory: Arc::default(),
+                broken: false,
+                transfer: Transfer::Idle,
+            }),
             on_broken: Box::new(on_broken),
         };
         Self { state: Arc::new(state) }
@@ -163,6 +188,10 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
         // QEMU keeps the fs device's configuration space itself, and warns where it is offered another.
         let keeps_config = self.with(|served| served.device.device_type() != crate::fs::DEVICE_TYPE);
         features.set(VhostUserProtocolFeatures::CONFIG, keeps_config);
+        // A log of what the device writes is asked for only of a machine that runs on while it is migrated; that is
+        // refused, as this memory has no bitmap.
+        let freezes = VhostUserProtocolFeatures::DEVICE_STATE | VhostUserProtocolFeatures::LOG_SHMFD;
+        features.set(freezes, self.with(|served| served.device.can_freeze()));
         features
     }
 
@@ -188,6 +217,37 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
         memory.iter().try_for_each(stays)?;
         self.with(|served| served.memory = memory);
         Ok(())
+    }
+
+    fn set_device_state_fd(
+        &self,
+        direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        mut file: File,
+    ) -> io::Result<Option<File>> {
+        let transfer = match direction {
+            VhostTransferStateDirection::SAVE => {
+                let state = self.with(|served| served.device.freeze()).map_err(io::Error::other)?;
+                // Far less than a pipe holds.
+                file.write_all(&state)?;
+                Transfer::Saved
+            }
+            VhostTransferStateDirection::LOAD => Transfer::Loading(file),
+        };
+        self.with(|served| served.transfer = transfer);
+        Ok(None)
+    }
+
+    fn check_device_state(&self) -> io::Result<()> {
+        match self.with(|served| std::mem::replace(&mut served.transfer, Transfer::Idle)) {
+            Transfer::Idle => Err(io::Error::other("no state was transferred")),
+            Transfer::Saved => Ok(()),
+            Transfer::Loading(file) => {
+                // QEMU has closed its end. One that has not waits for itself: this thread has nothing but its messages.
+                let state = read_to_end(&file)?;
+                self.with(|served| served.device.thaw(&state)).map_err(io::Error::other)
+            }
+        }
     }
 
     fn exit_event(&self, _thread_index: usize) -> Option<(EventConsumer, EventNotifier)> {
@@ -296,6 +356,21 @@ impl<D: Device<()> + 'static> Backend<D> {
             Ok(outcome)
         })
     }
+}
+
+/// All that `file` holds, a byte more than a state may have at most.
+fn read_to_end(file: &File) -> io::Result<Vec<u8>> {
+    let mut bytes = [0; MOST_STATE_BYTES + 1];
+    let mut length = 0;
+    while let Some(room @ [_, ..]) = bytes.get_mut(length..) {
+        match rustix::io::read(file, room) {
+            Ok(0) => break,
+            Ok(count) => length += count,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(bytes[..length].to_vec())
 }
 
 /// A device whose thread has ended would leave the guest waiting for ever: a panic there ends the process, and

@@ -94,11 +94,20 @@ impl Host {
         }
         // On the shared store's file system: blobs are renamed into place.
         let own = tempfile::tempdir_in(store).expect("a folder in the store").keep();
-        for name in ["blobs", "images", "records"] {
+        for name in ["blobs", "images", "records", "templates"] {
             fs::create_dir_all(store.join(name)).expect("a folder in the store");
             symlink(store.join(name), own.join(name)).expect("a link");
         }
         symlink(own, host.path("store")).expect("a link");
+        host
+    }
+
+    /// A host with no templates yet.
+    pub fn without_templates() -> Self {
+        let host = Self::new();
+        let templates = host.path("store/templates");
+        fs::remove_file(&templates).expect("the shared one's link");
+        fs::create_dir(templates).expect("a folder");
         host
     }
 

@@ -20,4 +20,5 @@ mod reads;
 mod roots;
 mod strace;
 mod stress;
+mod template;
 mod typist;

@@ -11,7 +11,7 @@ use kiln::agent::{ExecEnd, Session, SessionError};
 use kiln::keeper::{DoorError, Entry, Kept, Registry, State};
 use kiln::machine::fake::{Fake, Guest};
 use kiln::machine::jail::Held;
-use kiln::machine::{Accelerator, Backend, Identity};
+use kiln::machine::{Accelerator, Backend, Identity, Origin};
 use kiln_wire::{
     CREDIT_BYTES, Exec, FromAgent, MAX_DATA_BYTES, Outcome, Stream, TerminalSize, ToAgent, Usage, VERSION,
     encode_frame,
@@ -30,7 +30,12 @@ struct Machine {
 fn kept(idle: Duration, liar: impl FnOnce(&mut Liar) + Send + 'static) -> Machine {
     let run = tempfile::tempdir().expect("a folder");
     let registry = Registry::open(run.path()).expect("a registry");
-    let identity = Identity { backend: "fake".into(), accelerator: Accelerator::Tcg, jail: Held::default() };
+    let identity = Identity {
+        backend: "fake".into(),
+        accelerator: Accelerator::Tcg,
+        jail: Held::default(),
+        origin: Origin::Boot,
+    };
     let entry = Entry::running("run", &[b"make".to_vec()], 1 << 30, 1, &identity);
     let registration = registry.register(entry, || {}).expect("registered");
     let nobody: Guest = Box::new(|_, _| {});

@@ -47,8 +47,8 @@ impl Liar {
     }
 
     pub fn ready(&mut self) {
-        self.say(&ready(VERSION));
         assert_eq!(self.hear(), Some(ToAgent::Hello { version: VERSION }));
+        self.say(&ready(VERSION));
     }
 }
 
@@ -60,6 +60,7 @@ pub fn spec() -> Spec {
     Spec {
         kernel: "kernel".into(),
         initramfs: "initramfs".into(),
+        bundle: kiln_digest::Digest::of(b"bundle"),
         memory_bytes: 1 << 30,
         cpus: 1,
         shares: Vec::new(),

@@ -23,7 +23,7 @@ mod rules;
 mod sys;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
@@ -149,8 +149,14 @@ pub enum Profile {
         kvm: bool,
         /// Files that it has to open by a name, which is the first of each pair.
         files: Vec<(String, PathBuf)>,
+        /// The descriptor of the guest's memory, where it comes as one: QEMU takes that by a name only, [`MEMORY`].
+        #[serde(skip)]
+        memory: Option<RawFd>,
     },
 }
+
+/// The name of the guest's memory among the files of QEMU's jail.
+pub(super) const MEMORY: &str = "memory";
 
 /// What of the host's files a process sees, and how. The same list makes its file system and its landlock rules.
 struct Reach {
@@ -158,14 +164,24 @@ struct Reach {
     from: PathBuf,
     /// Its name in the jail's root.
     at: PathBuf,
-    /// A device that may be written and controlled, rather than files that may be read and executed.
-    device: bool,
+    kind: ReachKind,
+}
+
+/// What is reached, and so what may be done to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ReachKind {
+    /// Files that may be read and executed.
+    Files,
+    /// A device that may be written and controlled.
+    Device,
+    /// One of the process's own descriptors: a link of /proc, which leads to what the descriptor stands for.
+    Descriptor,
 }
 
 impl Reach {
     fn read(path: impl Into<PathBuf>) -> Self {
         let path = path.into();
-        Self { from: path.clone(), at: path, device: false }
+        Self { from: path.clone(), at: path, kind: ReachKind::Files }
     }
 }
 
@@ -177,14 +193,17 @@ const CLOSURES: [&str; 2] = ["/nix/store", "/gnu/store"];
 impl Profile {
     /// The path at which it finds the file `name`: in its own root, or on the host.
     pub(super) fn path_of(&self, name: &str, held: &Held) -> Option<PathBuf> {
-        let Self::Qemu { files, .. } = self else { return None };
-        let (_, path) = files.iter().find(|(known, _)| known == name)?;
+        let Self::Qemu { files, memory, .. } = self else { return None };
+        let path = match memory {
+            Some(memory) if name == MEMORY => &own_descriptor(*memory),
+            _ => &files.iter().find(|(known, _)| known == name)?.1,
+        };
         Some(if held.layers.contains(&Layer::Namespaces) { Path::new("/").join(name) } else { path.clone() })
     }
 
     /// What of the host's files the process may reach by name.
     fn reach(&self) -> Vec<Reach> {
-        let Self::Qemu { program, kvm, files } = self else { return Vec::new() };
+        let Self::Qemu { program, kvm, files, memory } = self else { return Vec::new() };
         let mut list: Vec<Reach> = SYSTEM_FOLDERS.iter().chain(&CLOSURES).map(Reach::read).collect();
         list.push(Reach::read("/etc/ld.so.cache"));
         // A QEMU that lies elsewhere has its libraries and ROMs beside it, as `make install` puts them.
@@ -201,13 +220,23 @@ impl Profile {
             }
         }
         let devices = ["/dev/null", "/dev/zero", "/dev/urandom"].into_iter().chain(kvm.then_some("/dev/kvm"));
-        list.extend(devices.map(|path| Reach { device: true, ..Reach::read(path) }));
+        list.extend(devices.map(|path| Reach { kind: ReachKind::Device, ..Reach::read(path) }));
         list.extend(
             files.iter().map(|(name, path)| Reach { at: Path::new("/").join(name), ..Reach::read(path) }),
         );
+        list.extend(memory.map(|memory| Reach {
+            at: Path::new("/").join(MEMORY),
+            kind: ReachKind::Descriptor,
+            ..Reach::read(own_descriptor(memory))
+        }));
         list.retain(|reach| reach.from.exists());
         list
     }
+}
+
+/// By which name the calling process can open what its descriptor stands for.
+fn own_descriptor(descriptor: RawFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{descriptor}"))
 }
 
 /// Locks the calling process in, which must have one thread and nothing of its own opened. `beneath` are directories

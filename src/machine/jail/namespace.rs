@@ -16,7 +16,7 @@ use rustix::mount::{
 };
 use rustix::thread::UnshareFlags;
 
-use super::{Reach, sys};
+use super::{Reach, ReachKind, sys};
 
 /// Where the new root is put together: it must exist on every host, and is seen there by nobody else.
 const SITE: &str = "/tmp";
@@ -80,16 +80,18 @@ enum Part {
 
 fn part(reach: &Reach) -> io::Result<Part> {
     let meta = fs::symlink_metadata(&reach.from)?;
-    if meta.is_symlink() && !reach.device {
+    if meta.is_symlink() && reach.kind == ReachKind::Files {
         return Ok(Part::Link(fs::read_link(&reach.from)?));
     }
-    let tree = clone_of(&reach.from, meta.is_dir())?;
-    sys::seal_mount(&tree, reach.device).map_err(in_words("seal a mount"))?;
+    // Of a descriptor the link itself is taken: a file without a name has no mount that could be.
+    let tree = clone_of(&reach.from, meta.is_dir(), reach.kind != ReachKind::Descriptor)?;
+    sys::seal_mount(&tree, reach.kind == ReachKind::Device).map_err(in_words("seal a mount"))?;
     Ok(Part::Mount { tree, directory: meta.is_dir() })
 }
 
-fn clone_of(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+fn clone_of(path: &Path, recursive: bool, follow: bool) -> io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_SYMLINK_NOFOLLOW, !follow);
     // A user namespace may not uncover what lies beneath a mount.
     flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
     open_tree(CWD, path, flags).map_err(doing("clone a mount"))

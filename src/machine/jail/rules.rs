@@ -8,7 +8,7 @@ use landlock::{
     Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 
-use super::Reach;
+use super::{Reach, ReachKind};
 
 /// The newest interface whose rights are named; an older kernel holds what it knows.
 const NEWEST: ABI = ABI::V6;
@@ -28,10 +28,11 @@ pub(super) fn enter(reach: &[Reach], beneath: &[&OwnedFd], inside: bool) -> io::
             .create()?;
         for reach in reach {
             let path = if inside { &reach.at } else { &reach.from };
-            let access: BitFlags<AccessFs> = if reach.device {
-                AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev
-            } else {
-                read | AccessFs::Execute
+            let access: BitFlags<AccessFs> = match reach.kind {
+                ReachKind::Files => read | AccessFs::Execute,
+                ReachKind::Device => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev,
+                // Of files that were never in a file system landlock knows nothing, and lets them be opened.
+                ReachKind::Descriptor => continue,
             };
             let file = PathFd::new(path)?;
             rules = rules.add_rule(PathBeneath::new(file, fitting(path, access)))?;

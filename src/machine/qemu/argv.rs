@@ -1,5 +1,6 @@
-//! The command line of QEMU for a machine: a pure function of its spec. `{NAME}` stands for a descriptor.
+//! The command line of QEMU for a machine: a pure function of its spec. `{NAME}` stands for a descriptor or a file.
 
+use super::slots::{SLOT_BYTES, SLOTS};
 use crate::machine::{Accelerator, Carrier};
 
 /// The processor every step sees, whatever the host has: x86-64-v2 as QEMU can give it under emulation and under
@@ -17,11 +18,29 @@ pub(super) struct Shape<'a> {
     pub cpus: u16,
     pub carrier: Carrier,
     pub nested: bool,
-    /// Serial and whether it is read-only, by disk.
+    /// Which slots hold a disk.
+    pub slots: [bool; SLOTS.len()],
+    /// Serial and whether it is read-only, by disk beyond the slots.
     pub disks: &'a [(String, bool)],
     /// Whether the fs device is attached.
     pub shares: bool,
+    /// How it comes to life.
+    pub start: Start,
 }
+
+/// How a machine comes to life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    /// It boots, in memory of QEMU's own.
+    Boot,
+    /// It boots in memory that was handed over, to be frozen.
+    Freeze,
+    /// It goes on where another was frozen: its memory and its state are handed over.
+    Thaw,
+}
+
+/// The set of descriptors that a machine's state is frozen to.
+pub(super) const STATE_SET: usize = 1000;
 
 /// The kernel's command line.
 ///
@@ -63,10 +82,28 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     option("smp", &shape.cpus.to_string());
     option("m", &format!("{}B", shape.memory_bytes).replace('B', "b"));
     // Guest memory is shared with the device process, so it has to be a shared mapping.
-    option("object", &format!("memory-backend-memfd,id=memory,share=on,size={}", shape.memory_bytes));
-    option("kernel", "{kernel}");
-    option("initrd", "{initramfs}");
-    option("append", &kernel_command_line(shape));
+    let memory = match shape.start {
+        Start::Boot => "memory-backend-memfd".to_owned(),
+        // Only of memory that is a file with a name does QEMU leave the contents where they are.
+        _ => "memory-backend-file,mem-path={memory}".to_owned(),
+    };
+    option("object", &format!("{memory},id=memory,share=on,size={}", shape.memory_bytes));
+    if shape.start != Start::Boot {
+        // A copy runs as soon as it is there, though the frozen machine was stopped.
+        option("global", "migration.store-global-state=off");
+    }
+    match shape.start {
+        Start::Boot => {}
+        Start::Freeze => option("add-fd", &format!("fd={{state}},set={STATE_SET}")),
+        Start::Thaw => option("incoming", "fd:{state}"),
+    }
+    if shape.start != Start::Thaw {
+        option("kernel", "{kernel}");
+        option("initrd", "{initramfs}");
+        option("append", &kernel_command_line(shape));
+    }
+    // Changes with every machine, at which the guest's kernel draws from fresh entropy.
+    option("device", "vmgenid,guid=auto");
     option("chardev", "socket,id=qmp,fd={qmp}");
     option("mon", "chardev=qmp,mode=control");
     option("chardev", "socket,id=console,fd={console}");
@@ -86,20 +123,19 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
             &format!("vhost-user-fs-pci,chardev=fs,tag={},queue-size=1024", kiln_wire::SHARES_TAG),
         );
     }
+    for (index, (slot, holds)) in SLOTS.iter().zip(shape.slots).enumerate() {
+        let node = if holds { file_node(index, slot.read_only) } else { empty_node(index, slot.read_only) };
+        if holds {
+            list.extend(descriptor(index));
+        }
+        list.extend(["-blockdev".to_owned(), node]);
+        list.extend(disk(index, slot.serial));
+    }
     for (index, (serial, read_only)) in shape.disks.iter().enumerate() {
-        let (set, mode) = (index + 1, if *read_only { "on" } else { "off" });
-        option("add-fd", &format!("fd={{disk{index}}},set={set}"));
-        // What a guest wrote to a disk decides nothing: the format is always raw. A disk dies with its machine or
-        // is flushed by the agent, so the guest's flushes need not wait for the host's.
-        option(
-            "blockdev",
-            &format!(
-                "driver=raw,node-name=disk{index},read-only={mode},auto-read-only=off,discard=unmap,\
-                 cache.no-flush=on,file.driver=file,file.filename=/dev/fdset/{set},file.locking=off,\
-                 file.aio=threads"
-            ),
-        );
-        option("device", &format!("virtio-blk-pci,drive=disk{index},serial={serial}"));
+        let index = index + SLOTS.len();
+        list.extend(descriptor(index));
+        list.extend(["-blockdev".to_owned(), file_node(index, *read_only)]);
+        list.extend(disk(index, serial));
     }
     for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
         list.push(flag.to_owned());
@@ -109,26 +145,79 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     list
 }
 
+/// The descriptor of disk `index`, as a file that QEMU can open.
+fn descriptor(index: usize) -> [String; 2] {
+    ["-add-fd".to_owned(), format!("fd={{disk{index}}},set={}", index + 1)]
+}
+
+/// What a guest wrote to a disk decides nothing: the format is always raw. A disk dies with its machine or is flushed by
+/// the agent, so the guest's flushes need not wait for the host's.
+fn file_node(index: usize, read_only: bool) -> String {
+    let (set, mode) = (index + 1, if read_only { "on" } else { "off" });
+    format!(
+        "driver=raw,node-name=disk{index},read-only={mode},auto-read-only=off,discard=unmap,cache.no-flush=on,\
+         file.driver=file,file.filename=/dev/fdset/{set},file.locking=off,file.aio=threads"
+    )
+}
+
+/// A slot without a disk reads as zeros, and is as large as a slot is in a template.
+fn empty_node(index: usize, read_only: bool) -> String {
+    let mode = if read_only { "on" } else { "off" };
+    format!("driver=null-co,node-name=disk{index},read-only={mode},size={SLOT_BYTES},read-zeroes=on")
+}
+
+fn disk(index: usize, serial: &str) -> [String; 2] {
+    ["-device".to_owned(), format!("virtio-blk-pci,drive=disk{index},serial={serial}")]
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const SHAPE: Shape<'_> = Shape {
+        accelerator: Accelerator::Tcg,
+        memory_bytes: 1 << 30,
+        cpus: 2,
+        carrier: Carrier::Serial,
+        nested: false,
+        slots: [true, true, false, false],
+        disks: &[],
+        shares: true,
+        start: Start::Boot,
+    };
+
     #[test]
     fn a_disk_is_raw_and_keeps_its_mode() {
-        let disks = [("root".to_owned(), true), ("scratch".to_owned(), false)];
-        let shape = Shape {
-            accelerator: Accelerator::Tcg,
-            memory_bytes: 1 << 30,
-            cpus: 2,
-            carrier: Carrier::Serial,
-            nested: false,
-            disks: &disks,
-            shares: true,
-        };
-        let line = arguments(&shape).join(" ");
+        let disks = [("mine".to_owned(), false)];
+        let line = arguments(&Shape { disks: &disks, ..SHAPE }).join(" ");
         assert!(line.contains("driver=raw,node-name=disk0,read-only=on"), "{line}");
         assert!(line.contains("driver=raw,node-name=disk1,read-only=off"), "{line}");
-        assert!(line.contains("serial=scratch"), "{line}");
+        assert!(line.contains("drive=disk1,serial=scratch"), "{line}");
+        assert!(line.contains("driver=raw,node-name=disk4,read-only=off"), "{line}");
+        assert!(line.contains("drive=disk4,serial=mine"), "{line}");
         assert!(!line.contains("vsock"), "{line}");
+    }
+
+    #[test]
+    fn a_slot_without_a_disk_is_there_and_empty() {
+        let line = arguments(&SHAPE).join(" ");
+        assert!(line.contains("driver=null-co,node-name=disk2,read-only=on"), "{line}");
+        assert!(line.contains("drive=disk2,serial=modules"), "{line}");
+        assert!(!line.contains("{disk2}"), "{line}");
+    }
+
+    /// What a guest can see of its machine's devices.
+    fn devices(start: Start) -> Vec<String> {
+        let list = arguments(&Shape { start, ..SHAPE });
+        let of_guest =
+            |option: &str| ["-machine", "-accel", "-cpu", "-smp", "-m", "-device"].contains(&option);
+        list.chunks(2).filter(|pair| of_guest(&pair[0])).map(|pair| pair.join(" ")).collect()
+    }
+
+    #[test]
+    fn a_copy_has_the_devices_of_the_machine_that_was_frozen_and_of_one_that_boots() {
+        assert_eq!(devices(Start::Thaw), devices(Start::Freeze));
+        assert_eq!(devices(Start::Boot), devices(Start::Freeze));
+        assert!(devices(Start::Boot).len() > 10);
     }
 }

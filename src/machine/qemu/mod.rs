@@ -1,51 +1,53 @@
 //! The QEMU backend: QEMU with its own disks and serial port, and beside it our device process, which serves
 //! shares and vsock over vhost-user.
+//!
+//! A machine boots, or goes on where a [`template`] was frozen; this file brings up either.
 
 mod argv;
+mod devices;
 mod qmp;
+mod slots;
+pub mod template;
+mod vm;
 
 use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
-use std::sync::mpsc::{self, Receiver};
+use std::process::Stdio;
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use kiln_virtio::control;
-use kiln_virtio::fs::record::Record;
 use rustix::process::{Pid, Signal};
 
-use super::jail::{Held, Profile};
-use super::launch::{Become, SHARE};
-use super::spawn::{Process, spawn_jailed};
+use super::jail::Profile;
+use super::launch::{Become, RAM};
+use super::spawn::spawn_jailed;
 use super::tail::Tail;
-use super::{Accelerator, Backend, Carrier, Death, Identity, Machine, MachineError, Share, Spec};
-use qmp::{DiskTrouble, Qmp, Version, Watch};
+use super::{Accelerator, Backend, Carrier, Identity, Machine, MachineError, Origin, Spec};
+use argv::{Shape, Start};
+use devices::{Devices, pair};
+use qmp::{Qmp, Version, Watch};
+use slots::Places;
+use template::Templates;
+use vm::{QemuMachine, Wire};
 
 /// The oldest QEMU kiln is built for (8.2): the first whose vhost-user-fs can be part of a frozen machine.
 pub const OLDEST: &str = "8.2";
 const OLDEST_VERSION: Version = Version { major: 8, minor: 2, micro: 0 };
 
-/// How long a process that closed its streams may take to be gone.
-const REAP_PATIENCE: Duration = Duration::from_millis(500);
 /// How long QEMU may take to say its version, and what it says at most.
 const VERSION_PATIENCE: Duration = Duration::from_secs(10);
 const MOST_VERSION_BYTES: u64 = 4096;
-/// How long an agent may take to connect over vsock.
-const WIRE_PATIENCE: Duration = Duration::from_secs(90);
-
-/// The guest's vsock address; each machine has a device process of its own, so all may have the same.
-const GUEST_CID: u64 = 3;
 
 /// Starts machines with QEMU.
 #[derive(Debug, Clone)]
 pub struct Qemu {
     program: PathBuf,
     accelerator: Accelerator,
+    templates: Option<Templates>,
 }
 
 impl Qemu {
@@ -67,7 +69,7 @@ impl Qemu {
                 .collect()
         };
         match candidates.into_iter().find(|path| runs(path)) {
-            Some(program) => Ok(Self { program, accelerator }),
+            Some(program) => Ok(Self { program, accelerator, templates: None }),
             None => Err(MachineError::Missing { program: program.to_owned() }),
         }
     }
@@ -75,7 +77,12 @@ impl Qemu {
     /// The jail of its process, which opens `files` by name.
     pub fn profile(&self, files: Vec<(String, PathBuf)>) -> Profile {
         let program = std::path::absolute(&self.program).unwrap_or_else(|_| self.program.clone());
-        Profile::Qemu { program, kvm: self.accelerator == Accelerator::Kvm, files }
+        Profile::Qemu { program, kvm: self.accelerator == Accelerator::Kvm, files, memory: None }
+    }
+
+    /// Copies machines from `templates` from now on, where it can.
+    pub fn with_templates(self, templates: Templates) -> Self {
+        Self { templates: Some(templates), ..self }
     }
 
     /// Where the program lies.
@@ -84,82 +91,65 @@ impl Qemu {
     }
 }
 
-/// One end for us, one to be handed over.
-fn pair(what: &'static str) -> Result<(UnixStream, OwnedFd), MachineError> {
-    let (ours, theirs) = UnixStream::pair().map_err(MachineError::io(what))?;
-    Ok((ours, theirs.into()))
-}
-
-/// A listening socket for a device, and the connection to it for QEMU. The name exists only within this function.
-fn listening_pair() -> Result<(OwnedFd, OwnedFd), MachineError> {
-    let make = || {
-        let folder = tempfile::tempdir()?;
-        let path = folder.path().join("s");
-        let listener = UnixListener::bind(&path)?;
-        let connected = UnixStream::connect(&path)?;
-        io::Result::Ok((listener.into(), connected.into()))
-    };
-    make().map_err(MachineError::io("make a socket for a device"))
-}
-
-/// The parent's and QEMU's side of the device process.
-struct Devices {
-    process: Process,
-    held: Held,
-    control: control::Client,
-    /// vhost-user connections for QEMU: of fs, and of vsock where it carries the wire.
-    for_qemu: Vec<(String, OwnedFd)>,
-}
-
-impl Devices {
-    fn start(shares: Vec<Share>, carrier: Carrier) -> Result<Self, MachineError> {
-        let (control, theirs) = pair("make a socket pair")?;
-        let (device_fs, qemu_fs) = listening_pair()?;
-        let mut for_qemu = vec![("fs".to_owned(), qemu_fs)];
-        let mut for_process = vec![("control".to_owned(), theirs), ("fs".to_owned(), device_fs)];
-        if carrier == Carrier::Vsock {
-            let (device_vsock, qemu_vsock) = listening_pair()?;
-            for_qemu.push(("vsock".to_owned(), qemu_vsock));
-            for_process.push(("vsock".to_owned(), device_vsock));
-        }
-        let vsock_cid = (carrier == Carrier::Vsock).then_some(GUEST_CID);
-        for (index, share) in shares.iter().enumerate() {
-            let directory = share.directory.try_clone().map_err(MachineError::io("hold a share"))?;
-            for_process.push((format!("{SHARE}{index}"), directory));
-        }
-        let (process, held) = spawn_jailed(Become::Devices { vsock_cid }, &for_process)
-            .map_err(MachineError::io("start the device process"))?;
-        // With ours gone, its end closes the connection, and nobody waits for its answer.
-        drop(for_process);
-        let control =
-            control::Client::new(control).map_err(MachineError::io("speak to the device process"))?;
-        let devices = Self { process, held, control, for_qemu };
-        for share in shares {
-            devices
-                .control
-                .add_share(share.name.as_bytes(), share.directory.as_fd(), share.attributes)
-                .and_then(|()| devices.control.hide(share.name.as_bytes(), &share.hidden))
-                .map_err(|error| devices.failure(&error))?;
-        }
-        Ok(devices)
-    }
-
-    fn failure(&self, error: &dyn std::fmt::Display) -> MachineError {
-        let said = self.process.said();
-        MachineError::Device(if said.is_empty() { error.to_string() } else { format!("{error}: {said}") })
-    }
+/// What a machine that does not simply boot is handed.
+enum Origins {
+    /// Nothing: it boots.
+    Boot,
+    /// Memory to boot in, and where its state goes when it is frozen.
+    Freeze { ram: OwnedFd, state: OwnedFd },
+    /// Memory and state that were frozen; the state comes when the memory is whole.
+    Thaw { ram: OwnedFd, state: OwnedFd },
 }
 
 impl Backend for Qemu {
     fn start(&self, spec: Spec) -> Result<Box<dyn Machine>, MachineError> {
+        let notes = match &self.templates {
+            Some(templates) if template::suits(&spec) => match templates.copy(self, &spec)? {
+                Ok(machine) => return Ok(Box::new(machine)),
+                Err(notes) => notes,
+            },
+            _ => Vec::new(),
+        };
+        let devices = match spec.shares.is_empty() && spec.carrier == Carrier::Serial {
+            true => None,
+            false => Some(Devices::start(&spec.shares, spec.carrier)?),
+        };
+        let (mut machine, qmp) = self.bring_up(&spec, devices, Origins::Boot)?;
+        machine.watch = qmp.watch();
+        machine.notes = notes;
+        Ok(Box::new(machine))
+    }
+}
+
+impl Qemu {
+    fn shape<'a>(
+        &self,
+        spec: &Spec,
+        places: &Places<'_>,
+        others: &'a [(String, bool)],
+        start: Start,
+    ) -> Shape<'a> {
+        Shape {
+            accelerator: self.accelerator,
+            memory_bytes: spec.memory_bytes,
+            cpus: spec.cpus,
+            carrier: spec.carrier,
+            nested: spec.nested,
+            slots: places.slots.map(|disk| disk.is_some()),
+            disks: others,
+            shares: true,
+            start,
+        }
+    }
+
+    /// Starts QEMU, and waits for its monitor. The machine has `devices` where they are given.
+    fn bring_up(
+        &self,
+        spec: &Spec,
+        mut devices: Option<Devices>,
+        origins: Origins,
+    ) -> Result<(QemuMachine, Qmp), MachineError> {
         let mut descriptors = Vec::new();
-        let profile = self.profile(vec![
-            ("kernel".to_owned(), spec.kernel.clone()),
-            ("initramfs".to_owned(), spec.initramfs.clone()),
-        ]);
-        let needs_devices = !spec.shares.is_empty() || spec.carrier == Carrier::Vsock;
-        let with_fs = needs_devices;
-        let mut devices = if needs_devices { Some(Devices::start(spec.shares, spec.carrier)?) } else { None };
         if let Some(devices) = &mut devices {
             descriptors.append(&mut devices.for_qemu);
         }
@@ -183,21 +173,32 @@ impl Backend for Qemu {
                 Wire::Connected(wire)
             }
         };
-        let disks: Vec<(String, bool)> =
-            spec.disks.iter().map(|disk| (disk.serial.clone(), disk.read_only)).collect();
-        for (index, disk) in spec.disks.into_iter().enumerate() {
-            descriptors.push((format!("disk{index}"), disk.file));
+        let places = Places::of(&spec.disks);
+        for (index, disk) in places.numbered() {
+            let file = disk.file.try_clone().map_err(MachineError::io("hold a disk"))?;
+            descriptors.push((format!("disk{index}"), file));
         }
-        let shape = argv::Shape {
-            accelerator: self.accelerator,
-            memory_bytes: spec.memory_bytes,
-            cpus: spec.cpus,
-            carrier: spec.carrier,
-            nested: spec.nested,
-            disks: &disks,
-            shares: with_fs,
+        let others: Vec<(String, bool)> =
+            places.others.iter().map(|disk| (disk.serial.clone(), disk.read_only)).collect();
+        let (start, origin) = match origins {
+            Origins::Boot => (Start::Boot, Origin::Boot),
+            Origins::Freeze { ram, state } => {
+                descriptors.extend([(RAM.to_owned(), ram), ("state".to_owned(), state)]);
+                (Start::Freeze, Origin::Boot)
+            }
+            Origins::Thaw { ram, state } => {
+                descriptors.extend([(RAM.to_owned(), ram), ("state".to_owned(), state)]);
+                (Start::Thaw, Origin::Template)
+            }
         };
-        let qemu = Become::Qemu { profile, arguments: argv::arguments(&shape) };
+        let mut files = Vec::new();
+        if start != Start::Thaw {
+            files.push(("kernel".to_owned(), spec.kernel.clone()));
+            files.push(("initramfs".to_owned(), spec.initramfs.clone()));
+        }
+        let shape = Shape { shares: devices.is_some(), ..self.shape(spec, &places, &others, start) };
+        let arguments = argv::arguments(&shape);
+        let qemu = Become::Qemu { profile: self.profile(files), arguments };
         let (process, held) = spawn_jailed(qemu, &descriptors).map_err(MachineError::io("start QEMU"))?;
         // QEMU and the device process hold the other ends now; with ours gone, their death closes the streams.
         drop(descriptors);
@@ -206,25 +207,24 @@ impl Backend for Qemu {
                 backend: "qemu".to_owned(),
                 accelerator: self.accelerator,
                 jail: devices.iter().fold(held, |held, devices| held.both(&devices.held)),
+                origin,
             },
             wire,
             console: Tail::follow(console),
-            disks: disks.into_iter().map(|(serial, _)| serial).collect(),
+            disks: places.serials(),
             watch: Watch::default(),
             process,
             devices,
+            notes: Vec::new(),
         };
         let opened = Qmp::open(qmp).map_err(|_| self.died_at_start(&mut machine))?;
         if opened.version < OLDEST_VERSION {
             return Err(MachineError::TooOld { found: opened.version.to_string() });
         }
         machine.identity.backend = format!("qemu {}", opened.version);
-        machine.watch = opened.watch();
-        Ok(Box::new(machine))
+        Ok((machine, opened))
     }
-}
 
-impl Qemu {
     /// A QEMU that gave up before its monitor answered: too old for the command line, or broken.
     fn died_at_start(&self, machine: &mut QemuMachine) -> MachineError {
         let death = machine.death(Duration::from_secs(2));
@@ -267,101 +267,5 @@ impl Qemu {
     /// Whether the program is new enough.
     pub fn is_new_enough(&self) -> bool {
         self.version().is_some_and(|version| version >= OLDEST_VERSION)
-    }
-}
-
-/// The stream to the agent.
-enum Wire {
-    Connected(UnixStream),
-    Awaited(Receiver<UnixStream>),
-    Taken,
-}
-
-/// A running QEMU. Fields are dropped in order: QEMU dies before what it is connected to.
-struct QemuMachine {
-    identity: Identity,
-    wire: Wire,
-    console: Tail,
-    watch: Watch,
-    /// Serials, in QEMU's order.
-    disks: Vec<String>,
-    process: Process,
-    devices: Option<Devices>,
-}
-
-impl Machine for QemuMachine {
-    fn identity(&self) -> &Identity {
-        &self.identity
-    }
-
-    fn wire(&mut self) -> Result<UnixStream, MachineError> {
-        let wire = match std::mem::replace(&mut self.wire, Wire::Taken) {
-            Wire::Connected(wire) => Ok(wire),
-            // The first connection is the agent's: nothing of a step runs before it. Later ones find nobody.
-            Wire::Awaited(connections) => connections
-                .recv_timeout(WIRE_PATIENCE)
-                .map_err(|_| MachineError::DiedAtStart(self.death(Duration::ZERO))),
-            Wire::Taken => Err(MachineError::Device("the wire was taken before".to_owned())),
-        }?;
-        self.watch.hang_up_at_trouble(wire.try_clone().map_err(MachineError::io("hold the wire"))?);
-        Ok(wire)
-    }
-
-    fn observed(&mut self) -> Result<Record, MachineError> {
-        // A guest that still ran could read on after the record was taken.
-        self.process.stop();
-        self.observed_so_far()
-    }
-
-    fn observed_so_far(&mut self) -> Result<Record, MachineError> {
-        match &self.devices {
-            Some(devices) => devices.control.finish().map_err(|error| devices.failure(&error)),
-            None => Ok(Record::default()),
-        }
-    }
-
-    fn death(&mut self, patience: Duration) -> Death {
-        if let Some(devices) = &mut self.devices
-            // Its streams close a moment before it can be reaped.
-            && let Some(status) = devices.process.wait(REAP_PATIENCE)
-        {
-            let status = in_words(status);
-            return Death::Killed { program: "the device process", status, said: devices.process.said() };
-        }
-        if let Some(DiskTrouble { node, why }) = self.watch.trouble() {
-            let index = node.strip_prefix("disk").and_then(|number| number.parse::<usize>().ok());
-            let disk = index.and_then(|index| self.disks.get(index)).cloned().unwrap_or(node);
-            return Death::Disk { disk, why };
-        }
-        let reason = self.watch.shutdown_reason(patience);
-        let status = self.process.wait(patience);
-        let console = self.console.text();
-        if let Some(line) = console.lines().find(|line| line.contains("Kernel panic")) {
-            return Death::Panicked(line.trim().to_owned());
-        }
-        match (reason, status) {
-            (Some(reason), Some(status)) if status.success() => Death::Stopped(reason),
-            (_, Some(status)) => {
-                Death::Killed { program: "QEMU", status: in_words(status), said: self.process.said() }
-            }
-            (_, None) => Death::Killed {
-                program: "QEMU",
-                status: "still running, but not answering".to_owned(),
-                said: self.process.said(),
-            },
-        }
-    }
-
-    fn console(&self) -> String {
-        self.console.text()
-    }
-}
-
-fn in_words(status: ExitStatus) -> String {
-    use std::os::unix::process::ExitStatusExt;
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("exit status {code}"),
-        (None, Some(signal)) => format!("killed by signal {signal}"),
-        (None, None) => io::Error::last_os_error().to_string(),
     }
 }

@@ -6,7 +6,7 @@ use std::ops::Deref;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -79,6 +79,38 @@ impl Qmp {
                 return Err(io::Error::other(format!("QEMU refused {command}: {text}")));
             } else {
                 return Ok(answer["return"].take());
+            }
+        }
+    }
+
+    /// Leaves memory that is shared where it is when the machine is frozen or goes on.
+    ///
+    /// # Errors
+    /// Those of [`Qmp::execute`].
+    pub fn ignore_shared_memory(&mut self) -> io::Result<()> {
+        let capability = json!({"capability": "x-ignore-shared", "state": true});
+        self.execute("migrate-set-capabilities", &json!({"capabilities": [capability]})).map(drop)
+    }
+
+    /// Stops the machine and writes its state, without its memory, to the set of descriptors `set`.
+    ///
+    /// # Errors
+    /// Those of [`Qmp::execute`]; `Other` with QEMU's words where it cannot.
+    pub fn freeze(&mut self, set: usize) -> io::Result<()> {
+        self.ignore_shared_memory()?;
+        self.execute("stop", &json!({}))?;
+        self.execute("migrate", &json!({"uri": format!("file:/dev/fdset/{set}")}))?;
+        let give_up = Instant::now() + PATIENCE;
+        loop {
+            let status = self.execute("query-migrate", &json!({}))?;
+            match status["status"].as_str() {
+                Some("completed") => return Ok(()),
+                Some("failed" | "cancelled") => {
+                    let why = status["error-desc"].as_str().unwrap_or("no reason given");
+                    return Err(io::Error::other(why.to_owned()));
+                }
+                _ if Instant::now() < give_up => thread::sleep(Duration::from_millis(5)),
+                _ => return Err(io::ErrorKind::TimedOut.into()),
             }
         }
     }

@@ -23,6 +23,7 @@ pub mod record;
 mod recorded;
 mod server;
 mod share;
+mod state;
 mod tree;
 mod walks;
 
@@ -38,7 +39,7 @@ pub use self::missed::MISSED_BYTES;
 use self::server::{MOST_READ_BYTES, Server};
 pub use self::share::{Attributes, Share};
 pub use self::tree::{AddShareError, Tree};
-use crate::device::{COMMON_FEATURES, Device, Outcome, Wake};
+use crate::device::{COMMON_FEATURES, Device, Outcome, StateError, Wake};
 use crate::ring::{Chain, Limits, QueueError};
 
 /// VIRTIO_ID_FS.
@@ -199,6 +200,18 @@ impl<B: Bitmap + 'static> Device<B> for Fs {
 
     fn reset(&mut self) {
         self.server().reset();
+    }
+
+    fn can_freeze(&self) -> bool {
+        true
+    }
+
+    fn freeze(&self) -> Result<Vec<u8>, StateError> {
+        self.server().freeze()
+    }
+
+    fn thaw(&mut self, state: &[u8]) -> Result<(), StateError> {
+        self.server().thaw(state)
     }
 }
 

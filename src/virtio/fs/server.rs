@@ -23,7 +23,9 @@ use super::index::NodeId;
 use super::record::Kind;
 use super::recorded::{Recorded, Refusal};
 use super::share::NAME_BYTES;
+use super::state;
 use super::tree::{Found, Page, Tree};
+use crate::device::StateError;
 use crate::ring::{Chain, Readable, Writable};
 
 /// Largest READ, and the reason for `max_pages`.
@@ -67,6 +69,29 @@ impl Server {
     pub fn reset(&mut self) {
         self.tree.forget_all();
         self.started = false;
+    }
+
+    /// The server as [`super::state`] keeps it.
+    ///
+    /// # Errors
+    /// [`StateError::InUse`] where there are, or were, shares.
+    pub fn freeze(&self) -> Result<Vec<u8>, StateError> {
+        if self.tree.had_shares() {
+            return Err(StateError::InUse);
+        }
+        Ok(state::encode(self.started))
+    }
+
+    /// Takes over the driver of a server that was frozen. Shares may be there already: it has not seen them.
+    ///
+    /// # Errors
+    /// [`StateError::InUse`] where there is a driver; [`StateError::Malformed`].
+    pub fn thaw(&mut self, state: &[u8]) -> Result<(), StateError> {
+        if self.started {
+            return Err(StateError::InUse);
+        }
+        self.started = state::decode(state)?;
+        Ok(())
     }
 
     /// Answers the request in `chain` and returns how many bytes were written.

@@ -177,6 +177,11 @@ impl Tree {
         true
     }
 
+    /// Whether a share was ever added.
+    pub fn had_shares(&self) -> bool {
+        !self.shares.is_empty()
+    }
+
     /// The node the driver calls `nodeid`. It was told what stat(2) shows of it and of all directories above.
     ///
     /// # Errors

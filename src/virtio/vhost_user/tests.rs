@@ -203,3 +203,62 @@ fn hv06_a_guest_that_breaks_a_queue_ends_the_process_and_the_parent_hears_why() 
     assert!(refused.to_string().starts_with("guest-misbehaved: fs: "), "{refused}");
     assert!(machine.client.misbehaved().is_some());
 }
+
+/// What the device of a machine that was just started does with `state`.
+fn thaw(machine: &Machine, state: &[u8]) -> bool {
+    use std::io::Write as _;
+    let (load, mut end) = std::io::pipe().expect("pipe");
+    let given = machine.fs.frontend.set_device_state_fd(
+        VhostTransferStateDirection::LOAD,
+        VhostTransferStatePhase::STOPPED,
+        load.into(),
+    );
+    assert!(given.expect("taken").is_none());
+    end.write_all(state).expect("written");
+    drop(end);
+    machine.fs.frontend.check_device_state().is_ok()
+}
+
+fn freeze(machine: &Machine) -> Option<Vec<u8>> {
+    use std::io::Read as _;
+    let (mut end, save) = std::io::pipe().expect("pipe");
+    let direction = VhostTransferStateDirection::SAVE;
+    let phase = VhostTransferStatePhase::STOPPED;
+    let file = save.into();
+    let given = machine.fs.frontend.set_device_state_fd(direction, phase, file);
+    given.ok()?;
+    machine.fs.frontend.check_device_state().expect("saved");
+    let mut state = Vec::new();
+    end.read_to_end(&mut state).expect("state");
+    Some(state)
+}
+
+#[test]
+fn a_driver_goes_on_with_the_device_that_takes_over_and_sees_its_shares() {
+    let mut first = machine();
+    first.fs.init();
+    let state = freeze(&first).expect("nothing is held");
+    assert!(state.len() <= MOST_STATE_BYTES);
+    let mut second = machine();
+    let directory = File::open("/").expect("directory");
+    let attributes = Attributes::Fixed { mtime_seconds: 0 };
+    second.client.add_share(b"s", directory.as_fd(), attributes).expect("share");
+    assert!(thaw(&second, &state));
+    // LOOKUP without an INIT before it.
+    let share = second.fs.ask(1, 1, b"s\0");
+    assert_eq!(share[4..8], [0; 4], "{share:?}");
+    assert_eq!(freeze(&second), None, "a device with a share has more to tell than its frozen form can");
+}
+
+#[test]
+fn what_is_no_state_of_the_device_is_refused_and_changes_nothing() {
+    let mut machine = machine();
+    for state in [&b""[..], b"kilnfs", b"kilnfs\x02\x01", &[0; 4096]] {
+        assert!(!thaw(&machine, state), "{state:?}");
+    }
+    assert!(machine.fs.frontend.check_device_state().is_err(), "nothing was transferred");
+    // Not started: everything but INIT is EIO.
+    let answer = machine.fs.ask(1, 1, b"s\0");
+    assert_eq!(answer[4..8], (-5_i32).to_le_bytes());
+    machine.fs.init();
+}

@@ -1,34 +1,12 @@
-//! Swap on the scratch disk: the header that mkswap would write, and nothing else, since the disk is sparse.
+//! Swap space: the header that mkswap(8) would write, for a disk whose pages are all still unused.
 
-use std::ffi::CString;
-use std::fs::File;
-use std::io::{Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
-
-use rustix::io::Errno;
-
-use crate::failure::{Doing, Failure};
-use crate::sys;
-
-const PAGE_BYTES: usize = 4096;
-
-/// Makes the block device at `path` swap space and uses it.
-///
-/// # Errors
-/// The disk cannot be written, is too small, or the kernel refuses it.
-pub fn swap_on(path: &str) -> Result<(), Failure> {
-    let what = || format!("making {path} swap");
-    let mut disk = File::options().read(true).write(true).open(path).doing(what)?;
-    let size = disk.seek(SeekFrom::End(0)).doing(what)?;
-    let header = header(size).ok_or(Errno::NOSPC).doing(what)?;
-    disk.write_all_at(&header, 0).doing(what)?;
-    let name = CString::new(path).map_err(|_| Errno::INVAL).doing(what)?;
-    sys::swap_on(&name).doing(what)
-}
+/// Bytes of the header: the first page of the space.
+pub const HEADER_BYTES: usize = 4096;
 
 /// The first page of a swap space of `size_bytes` (`union swap_header` of linux/swap.h): version 1, the number of the
-/// last page, no bad pages, no UUID or label, and the magic at the page's end. `None`: no page beside the header.
-fn header(size_bytes: u64) -> Option<[u8; PAGE_BYTES]> {
+/// last page, no bad pages, no UUID or label, and the magic at the page's end. The space may be smaller than the disk
+/// it is on. `None`: no page beside the header.
+pub fn header(size_bytes: u64) -> Option<[u8; HEADER_BYTES]> {
     const VERSION_AT: usize = 1024;
     const LAST_PAGE_AT: usize = 1028;
     const MAGIC: &[u8; 10] = b"SWAPSPACE2";
@@ -38,10 +16,10 @@ fn header(size_bytes: u64) -> Option<[u8; PAGE_BYTES]> {
     if last_page == 0 {
         return None;
     }
-    let mut page = [0; PAGE_BYTES];
+    let mut page = [0; HEADER_BYTES];
     page[VERSION_AT..][..4].copy_from_slice(&1u32.to_le_bytes());
     page[LAST_PAGE_AT..][..4].copy_from_slice(&last_page.to_le_bytes());
-    page[PAGE_BYTES - MAGIC.len()..].copy_from_slice(MAGIC);
+    page[HEADER_BYTES - MAGIC.len()..].copy_from_slice(MAGIC);
     Some(page)
 }
 

@@ -1,0 +1,83 @@
+//! The device process beside a QEMU: started in its jail, given its shares, and connected to QEMU.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use kiln_virtio::control;
+
+use crate::machine::jail::Held;
+use crate::machine::launch::{Become, SHARE};
+use crate::machine::spawn::{Process, spawn_jailed};
+use crate::machine::{Carrier, MachineError, Share};
+
+/// The guest's vsock address; each machine has a device process of its own, so all may have the same.
+const GUEST_CID: u64 = 3;
+
+/// One end for us, one to be handed over.
+pub(super) fn pair(what: &'static str) -> Result<(UnixStream, OwnedFd), MachineError> {
+    let (ours, theirs) = UnixStream::pair().map_err(MachineError::io(what))?;
+    Ok((ours, theirs.into()))
+}
+
+/// A listening socket for a device, and the connection to it for QEMU. The name exists only within this function.
+fn listening_pair() -> Result<(OwnedFd, OwnedFd), MachineError> {
+    let make = || {
+        let folder = tempfile::tempdir()?;
+        let path = folder.path().join("s");
+        let listener = UnixListener::bind(&path)?;
+        let connected = UnixStream::connect(&path)?;
+        io::Result::Ok((listener.into(), connected.into()))
+    };
+    make().map_err(MachineError::io("make a socket for a device"))
+}
+
+/// The parent's and QEMU's side of the device process.
+pub(super) struct Devices {
+    pub process: Process,
+    pub held: Held,
+    pub control: control::Client,
+    /// vhost-user connections for QEMU: of fs, and of vsock where it carries the wire.
+    pub for_qemu: Vec<(String, OwnedFd)>,
+}
+
+impl Devices {
+    /// Starts it with `shares`, of which it holds descriptors of its own.
+    pub fn start(shares: &[Share], carrier: Carrier) -> Result<Self, MachineError> {
+        let (control, theirs) = pair("make a socket pair")?;
+        let (device_fs, qemu_fs) = listening_pair()?;
+        let mut for_qemu = vec![("fs".to_owned(), qemu_fs)];
+        let mut for_process = vec![("control".to_owned(), theirs), ("fs".to_owned(), device_fs)];
+        if carrier == Carrier::Vsock {
+            let (device_vsock, qemu_vsock) = listening_pair()?;
+            for_qemu.push(("vsock".to_owned(), qemu_vsock));
+            for_process.push(("vsock".to_owned(), device_vsock));
+        }
+        let vsock_cid = (carrier == Carrier::Vsock).then_some(GUEST_CID);
+        for (index, share) in shares.iter().enumerate() {
+            let directory = share.directory.try_clone().map_err(MachineError::io("hold a share"))?;
+            for_process.push((format!("{SHARE}{index}"), directory));
+        }
+        let (process, held) = spawn_jailed(Become::Devices { vsock_cid }, &for_process)
+            .map_err(MachineError::io("start the device process"))?;
+        // With ours gone, its end closes the connection, and nobody waits for its answer.
+        drop(for_process);
+        let control =
+            control::Client::new(control).map_err(MachineError::io("speak to the device process"))?;
+        let devices = Self { process, held, control, for_qemu };
+        for share in shares {
+            devices
+                .control
+                .add_share(share.name.as_bytes(), share.directory.as_fd(), share.attributes)
+                .and_then(|()| devices.control.hide(share.name.as_bytes(), &share.hidden))
+                .map_err(|error| devices.failure(&error))?;
+        }
+        Ok(devices)
+    }
+
+    /// An error of its, with what it said last.
+    pub fn failure(&self, error: &dyn std::fmt::Display) -> MachineError {
+        let said = self.process.said();
+        MachineError::Device(if said.is_empty() { error.to_string() } else { format!("{error}: {said}") })
+    }
+}

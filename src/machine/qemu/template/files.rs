@@ -1,0 +1,204 @@
+//! A template in its folder: `ram`, `state`, and `about.json`, which has the digests of both.
+//!
+//! The state is read and verified whole each time, and what was verified is what QEMU gets. The memory is two hundred
+//! times as large: it is trusted as long as its file is the one that was written, by device, inode, size and times, and
+//! else verified whole too.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use kiln_digest::Digest;
+use rustix::fs::{Mode, OFlags, Timespec, Timestamps, UTIME_NOW, openat};
+use serde::{Deserialize, Serialize};
+use tempfile::TempDir;
+
+use super::{TemplateError, ram};
+
+const ABOUT: &str = "about.json";
+const STATE: &str = "state";
+const RAM: &str = "ram";
+
+/// Longest files that are read: a state has a third of a mebibyte.
+const MOST_ABOUT_BYTES: u64 = 64 << 10;
+const MOST_STATE_BYTES: u64 = 64 << 20;
+/// Templates that nobody used for so long are thrown away, and all but the latest of these.
+const UNUSED: Duration = Duration::from_secs(14 * 24 * 3600);
+const MOST_TEMPLATES: usize = 8;
+
+/// What is known of a template.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct About {
+    /// The version of the QEMU that made it.
+    qemu: String,
+    state: Digest,
+    ram: Digest,
+    /// The file that has this memory.
+    stamp: Stamp,
+}
+
+/// What changes with a file's contents.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(file: &File) -> io::Result<Self> {
+        let meta = file.metadata()?;
+        Ok(Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            size: meta.size(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+        })
+    }
+}
+
+/// A template that was found and holds what was frozen.
+#[derive(Debug)]
+pub struct Template {
+    /// The version of the QEMU that made it.
+    pub qemu: String,
+    /// What QEMU and the device process know.
+    pub state: Vec<u8>,
+    /// The guest's memory, with holes.
+    pub ram: File,
+}
+
+/// Opens the template at `path`, and notes that it is used; none where there is none.
+///
+/// # Errors
+/// It is not what was written.
+pub fn open(path: &Path, memory_bytes: u64) -> Result<Option<Template>, TemplateError> {
+    use TemplateError::Damaged;
+    // Whoever throws it away meanwhile takes all of it: what is opened beneath is of one template.
+    let Ok(folder) = File::open(path) else { return Ok(None) };
+    let about = file(&folder, ABOUT)?;
+    let text = read(&about, MOST_ABOUT_BYTES)?;
+    let known: About = serde_json::from_slice(&text).map_err(|_| Damaged("its description is damaged"))?;
+    let state = read(&file(&folder, STATE)?, MOST_STATE_BYTES)?;
+    if Digest::of(&state) != known.state {
+        return Err(Damaged("its state is damaged"));
+    }
+    let ram = file(&folder, RAM)?;
+    let stamp = Stamp::of(&ram).map_err(TemplateError::io("look at a template"))?;
+    if stamp.size != memory_bytes {
+        return Err(Damaged("its memory is cut short"));
+    }
+    if stamp != known.stamp {
+        let digest = ram::digest(&ram).map_err(TemplateError::io("read a template"))?;
+        if digest != known.ram {
+            return Err(Damaged("its memory is damaged"));
+        }
+    }
+    // Not being able to note it makes it go earlier.
+    let _ = touch(&about);
+    Ok(Some(Template { qemu: known.qemu, state, ram }))
+}
+
+fn file(folder: &File, name: &str) -> Result<File, TemplateError> {
+    let file = openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty());
+    file.map(File::from).map_err(|_| TemplateError::Damaged("a part of it is missing"))
+}
+
+fn read(file: &File, most_bytes: u64) -> Result<Vec<u8>, TemplateError> {
+    let mut bytes = Vec::new();
+    file.take(most_bytes).read_to_end(&mut bytes).map_err(TemplateError::io("read a template"))?;
+    Ok(bytes)
+}
+
+/// The file in `folder` that a state is written to.
+///
+/// # Errors
+/// What open(2) says.
+pub fn new_state(folder: &Path) -> io::Result<File> {
+    // Not for reading: QEMU takes it for one or the other.
+    File::options().write(true).create_new(true).open(folder.join(STATE))
+}
+
+/// Writes all but the state, which is there, into `folder`, and sees to it that it stays.
+///
+/// # Errors
+/// What writing says.
+pub fn write(folder: &Path, memory: &File, qemu: &str) -> io::Result<()> {
+    let state = File::open(folder.join(STATE))?;
+    let mut bytes = Vec::new();
+    (&state).take(MOST_STATE_BYTES).read_to_end(&mut bytes)?;
+    let file = File::options().read(true).write(true).create_new(true).open(folder.join(RAM))?;
+    let digest = ram::write(memory, &file)?;
+    file.sync_all()?;
+    let stamp = Stamp::of(&file)?;
+    let about = About { qemu: qemu.to_owned(), state: Digest::of(&bytes), ram: digest, stamp };
+    fs::write(folder.join(ABOUT), serde_json::to_vec_pretty(&about)?)?;
+    for file in [state, File::open(folder.join(ABOUT))?, File::open(folder)?] {
+        file.sync_all()?;
+    }
+    Ok(())
+}
+
+/// Gives a finished template its name, which is free.
+///
+/// # Errors
+/// What rename(2) says.
+pub fn publish(folder: TempDir, path: &Path) -> io::Result<()> {
+    fs::rename(folder.path(), path)?;
+    let _ = folder.keep();
+    path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+}
+
+/// Takes a template away: from its name at once, and whole.
+pub fn remove(path: &Path, temporary: &Path) {
+    if let Ok(folder) = tempfile::tempdir_in(temporary) {
+        let _ = fs::rename(path, folder.path().join("gone"));
+    }
+}
+
+/// Notes that `file` was used now: its modification time says when.
+///
+/// # Errors
+/// What futimens(2) says.
+pub fn touch(file: &File) -> io::Result<()> {
+    let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
+    let times = Timestamps { last_access: now, last_modification: now };
+    Ok(rustix::fs::futimens(file, &times)?)
+}
+
+/// Whether the file at `path` was modified less than `age` before `now` was.
+pub fn is_younger(path: &Path, now: &File, age: Duration) -> bool {
+    let times = || Some((fs::metadata(path).ok()?.modified().ok()?, now.metadata().ok()?.modified().ok()?));
+    times().is_some_and(|(then, now)| now.duration_since(then).is_ok_and(|passed| passed < age))
+}
+
+/// Throws away templates of `folder` that were not used for long, and the oldest where there are many; never `latest`,
+/// which was made just now.
+pub fn collect(folder: &Path, temporary: &Path, latest: &Digest) {
+    let used = |name: &str| fs::metadata(folder.join(name).join(ABOUT)).and_then(|meta| meta.modified()).ok();
+    let latest = latest.to_string();
+    let Some(now) = used(&latest) else { return };
+    let names = fs::read_dir(folder).into_iter().flatten().flatten();
+    let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut others: Vec<(SystemTime, String)> = names
+        .filter(|name| *name != latest && name.parse::<Digest>().is_ok())
+        .map(|name| (used(&name).unwrap_or(SystemTime::UNIX_EPOCH), name))
+        .collect();
+    others.sort();
+    let too_many = (others.len() + 1).saturating_sub(MOST_TEMPLATES);
+    for (index, (used, name)) in others.iter().enumerate() {
+        let old = now.duration_since(*used).is_ok_and(|unused| unused > UNUSED);
+        if old || index < too_many {
+            remove(&folder.join(name), temporary);
+            for kind in ["lock", "barren"] {
+                let _ = fs::remove_file(folder.join(format!("{name}.{kind}")));
+            }
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! The one exchange with an agent that a machine has before it is anybody's: a hello, and its answer.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use kiln_wire::{FrameReader, FromAgent, MAX_FROM_AGENT_BYTES, ToAgent, VERSION, encode_frame};
+
+/// Says hello to the agent on `wire` and waits for its answer, which is the last that it has said then.
+///
+/// # Errors
+/// `UnexpectedEof` when the machine is gone, `TimedOut` after `patience`, `InvalidData` where something else answers.
+pub fn greet(mut wire: &UnixStream, patience: Duration) -> io::Result<()> {
+    let nonsense = |why: String| io::Error::new(ErrorKind::InvalidData, why);
+    let deadline = Instant::now() + patience;
+    let hello = encode_frame(&ToAgent::Hello { version: VERSION }.encode());
+    wire.write_all(&hello).map_err(gone)?;
+    let mut reader = FrameReader::new(MAX_FROM_AGENT_BYTES);
+    let mut buffer = [0; 4096];
+    let mut ready = false;
+    loop {
+        while let Some(payload) = reader.next().map_err(|error| nonsense(error.to_string()))? {
+            match FromAgent::decode(&payload).map_err(|error| nonsense(error.to_string()))? {
+                FromAgent::Ready { version: VERSION, .. } if !ready => ready = true,
+                FromAgent::Log(_) => {}
+                _ => return Err(nonsense("not the answer to a hello".to_owned())),
+            }
+        }
+        if ready && reader.pending_bytes() == 0 {
+            return wire.set_read_timeout(None);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        wire.set_read_timeout(Some(left))?;
+        match wire.read(&mut buffer) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(count) => reader.push(&buffer[..count]),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => return Err(gone(error)),
+        }
+    }
+}
+
+fn gone(error: io::Error) -> io::Error {
+    match error.kind() {
+        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => ErrorKind::UnexpectedEof.into(),
+        _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    fn ready(version: u16) -> Vec<u8> {
+        let kernel = "6.12".to_owned();
+        let message = FromAgent::Ready { version, kernel, uptime_us: 1, memory_bytes: 1, cpus: 1 };
+        encode_frame(&message.encode())
+    }
+
+    /// What greeting an agent comes to that answers with `bytes` and goes.
+    fn greeted(bytes: Vec<u8>) -> io::Result<()> {
+        let (ours, mut theirs) = UnixStream::pair().expect("a socket pair");
+        let agent = thread::spawn(move || {
+            let hello = encode_frame(&ToAgent::Hello { version: VERSION }.encode());
+            let mut heard = vec![0; hello.len()];
+            theirs.read_exact(&mut heard).expect("a hello");
+            assert_eq!(heard, hello);
+            let (start, end) = bytes.split_at(bytes.len() / 2);
+            theirs.write_all(start).and_then(|()| theirs.write_all(end)).expect("a host");
+        });
+        let result = greet(&ours, Duration::from_secs(20));
+        agent.join().expect("no panic");
+        result
+    }
+
+    #[test]
+    fn an_agent_that_answers_is_believed_whatever_it_complains_of() {
+        let complaint = encode_frame(&FromAgent::Log("no module".to_owned()).encode());
+        greeted(ready(VERSION)).expect("an answer");
+        greeted([complaint.clone(), ready(VERSION)].concat()).expect("an answer");
+        greeted([ready(VERSION), complaint].concat()).expect("an answer");
+    }
+
+    #[test]
+    fn what_is_no_answer_is_an_error() {
+        let bye = encode_frame(&FromAgent::Bye.encode());
+        for (bytes, kind) in [
+            (Vec::new(), ErrorKind::UnexpectedEof),
+            (ready(VERSION + 1), ErrorKind::InvalidData),
+            (bye, ErrorKind::InvalidData),
+            (vec![0xff; 64], ErrorKind::InvalidData),
+        ] {
+            assert_eq!(greeted(bytes.clone()).expect_err("no answer").kind(), kind, "{bytes:?}");
+        }
+    }
+}

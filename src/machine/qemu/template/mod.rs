@@ -1,0 +1,294 @@
+//! Templates: machines that booted until their agents were ready and were frozen then, with nothing of a step in them. A
+//! step's machine is a copy of one.
+//!
+//! ```text
+//! key ──▶ files::open ──▶ thaw: memory filled while QEMU starts ──▶ the copy's agent answers ──▶ a machine
+//!            │ none, or damaged            │ the copy does not come up
+//!            └──▶ make, under a lock ◀─────┘ once, with a note; after that the machine boots
+//! ```
+//!
+//! A template's memory is a sparse file, of which each copy has its own in memory, and its state is what QEMU and the
+//! device process know. What every copy has from its template was drawn before there was a step: layout of the kernel
+//! and of the agent, no number of the step's. The agent is seeded and its clock set before anything of a step runs
+//! (`Setup`), and each copy has another generation id, at which the kernel's generator starts afresh.
+
+mod files;
+mod greeting;
+mod key;
+mod ram;
+
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kiln_digest::Digest;
+
+use self::files::Template;
+use self::greeting::greet;
+use super::devices::Devices;
+use super::slots::Places;
+use super::vm::{QemuMachine, Wire};
+use super::{Origins, Qemu, argv};
+use crate::machine::{Carrier, Death, Machine, MachineError, Spec};
+
+/// How long a machine may take to boot before there is no template of it. An emulated one needs two seconds.
+const BOOT_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a copy's agent may take to answer. It needs a tenth of a second.
+const COPY_PATIENCE: Duration = Duration::from_secs(30);
+/// How long to wait for another kiln that makes the same template.
+const MAKING_PATIENCE: Duration = Duration::from_secs(120);
+/// How often to look whether it is done.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+/// How long a machine that does not answer may take to be gone.
+const DEATH_PATIENCE: Duration = Duration::from_secs(2);
+/// How long no template is tried again after it could not be made.
+const BARREN: Duration = Duration::from_secs(600);
+
+/// A place for templates.
+#[derive(Debug, Clone)]
+pub struct Templates {
+    folder: PathBuf,
+    temporary: PathBuf,
+}
+
+/// Why there is no template, or no copy of one.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TemplateError {
+    /// A file.
+    #[error("cannot {what}: {source}")]
+    Io {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    /// The machine to be frozen, or the copy, did not come up.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// It came up and is gone.
+    #[error("{0}")]
+    Died(Death),
+    /// Its files are not what was written.
+    #[error("{0}")]
+    Damaged(&'static str),
+    /// Another kiln makes the template, and takes too long.
+    #[error("another kiln that makes it does not come to an end")]
+    Locked,
+    /// It could not be made a short time ago.
+    #[error("it could not be made before")]
+    Barren,
+}
+
+impl TemplateError {
+    fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// Whether a machine of `spec` can be the copy of a template. What the wire over vsock and machines within machines
+/// need is not part of any, nor are disks beyond the slots.
+pub(super) fn suits(spec: &Spec) -> bool {
+    spec.carrier == Carrier::Serial && !spec.nested && Places::of(&spec.disks).fit_a_copy()
+}
+
+/// The machine of `spec` with nothing of a step in it.
+fn blank(spec: &Spec) -> Spec {
+    Spec {
+        kernel: spec.kernel.clone(),
+        initramfs: spec.initramfs.clone(),
+        bundle: spec.bundle,
+        memory_bytes: spec.memory_bytes,
+        cpus: spec.cpus,
+        shares: Vec::new(),
+        disks: Vec::new(),
+        carrier: spec.carrier,
+        nested: spec.nested,
+    }
+}
+
+impl Templates {
+    /// Templates that are kept in `folder`, and made in `temporary`, a folder on the same file system.
+    pub fn new(folder: PathBuf, temporary: PathBuf) -> Self {
+        Self { folder, temporary }
+    }
+
+    /// A copy of the template for `spec`, which is made where there is none. Where there can be no copy, what the user
+    /// should know of that.
+    ///
+    /// # Errors
+    /// [`MachineError`] where the shares are to blame: a machine that boots would not have them either.
+    pub(super) fn copy(
+        &self,
+        qemu: &Qemu,
+        spec: &Spec,
+    ) -> Result<Result<QemuMachine, Vec<String>>, MachineError> {
+        let mut notes = Vec::new();
+        let Ok(key) = key::of(qemu, spec) else { return Ok(Err(notes)) };
+        for _ in 0..2 {
+            let template = match self.find_or_make(qemu, spec, &key, &mut notes) {
+                Ok(template) => template,
+                Err(TemplateError::Barren) => return Ok(Err(notes)),
+                Err(error) => {
+                    notes.push(format!("there is no template, so the machine booted: {error}"));
+                    return Ok(Err(notes));
+                }
+            };
+            let devices = Devices::start(&spec.shares, spec.carrier)?;
+            match thaw(&template, qemu, spec, devices) {
+                Ok(mut machine) => {
+                    machine.notes = notes;
+                    return Ok(Ok(machine));
+                }
+                Err(error) => {
+                    notes.push(format!("a template was thrown away, as no copy of it came up: {error}"));
+                    self.discard(&key);
+                }
+            }
+        }
+        Ok(Err(notes))
+    }
+
+    fn find_or_make(
+        &self,
+        qemu: &Qemu,
+        spec: &Spec,
+        key: &Digest,
+        notes: &mut Vec<String>,
+    ) -> Result<Template, TemplateError> {
+        let path = self.folder.join(key.to_string());
+        if let Ok(Some(template)) = files::open(&path, spec.memory_bytes) {
+            return Ok(template);
+        }
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.folder)
+            .map_err(TemplateError::io("make a folder for templates"))?;
+        // One kiln makes a template; others that need it wait and find it.
+        let lock = self.lock(key)?;
+        match files::open(&path, spec.memory_bytes) {
+            Ok(Some(template)) => return Ok(template),
+            Ok(None) => {}
+            Err(error) => {
+                notes.push(format!("a template was thrown away and made anew: {error}"));
+                files::remove(&path, &self.temporary);
+            }
+        }
+        let barren = self.folder.join(format!("{key}.barren"));
+        if files::is_younger(&barren, &lock, BARREN) {
+            return Err(TemplateError::Barren);
+        }
+        if let Err(error) = self.make(qemu, spec, key) {
+            let _ = File::create(barren);
+            return Err(error);
+        }
+        files::collect(&self.folder, &self.temporary, key);
+        match files::open(&path, spec.memory_bytes)? {
+            Some(template) => Ok(template),
+            None => Err(TemplateError::Damaged("it is gone")),
+        }
+    }
+
+    /// The lock under which the template `key` is made and thrown away; its file was written to just now.
+    fn lock(&self, key: &Digest) -> Result<File, TemplateError> {
+        let io = TemplateError::io;
+        let path = self.folder.join(format!("{key}.lock"));
+        let lock = File::create(path).map_err(io("lock a template"))?;
+        let give_up = Instant::now() + MAKING_PATIENCE;
+        loop {
+            match lock.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if Instant::now() < give_up => thread::sleep(LOOK_AGAIN),
+                Err(TryLockError::WouldBlock) => return Err(TemplateError::Locked),
+                Err(TryLockError::Error(source)) => return Err(io("lock a template")(source)),
+            }
+        }
+        files::touch(&lock).map_err(io("lock a template"))?;
+        Ok(lock)
+    }
+
+    /// Boots a machine, freezes it, and keeps it as the template `key`.
+    fn make(&self, qemu: &Qemu, spec: &Spec, key: &Digest) -> Result<(), TemplateError> {
+        let io = TemplateError::io;
+        let spec = blank(spec);
+        let folder = tempfile::Builder::new()
+            .prefix("template-")
+            .tempdir_in(&self.temporary)
+            .map_err(io("make a folder for a template"))?;
+        let ram = ram::new(spec.memory_bytes).map_err(io("make memory for a template"))?;
+        let given = ram.try_clone().map_err(io("hold a template's memory"))?;
+        let state = files::new_state(folder.path()).map_err(io("make a file for a template's state"))?;
+        let devices = Devices::start(&[], spec.carrier)?;
+        let origins = Origins::Freeze { ram: given.into(), state: state.into() };
+        let (mut machine, mut qmp) = qemu.bring_up(&spec, Some(devices), origins)?;
+        answer(&mut machine, BOOT_PATIENCE)?;
+        // Once more: by its answer, all that it had to say before has been read.
+        answer(&mut machine, COPY_PATIENCE)?;
+        qmp.freeze(argv::STATE_SET).map_err(io("freeze the machine"))?;
+        let version = qmp.version.to_string();
+        // Nothing writes the memory any more.
+        drop((qmp, machine));
+        files::write(folder.path(), &ram, &version).map_err(io("keep a template"))?;
+        files::publish(folder, &self.folder.join(key.to_string())).map_err(io("keep a template"))
+    }
+
+    fn discard(&self, key: &Digest) {
+        if let Ok(_lock) = self.lock(key) {
+            files::remove(&self.folder.join(key.to_string()), &self.temporary);
+        }
+    }
+}
+
+/// A machine that goes on where `template` was frozen, and whose agent has answered.
+fn thaw(
+    template: &Template,
+    qemu: &Qemu,
+    spec: &Spec,
+    devices: Devices,
+) -> Result<QemuMachine, TemplateError> {
+    let io = TemplateError::io;
+    let ram = ram::new(spec.memory_bytes).map_err(io("make memory for a copy"))?;
+    let given = ram.try_clone().map_err(io("hold a copy's memory"))?;
+    let (mut sender, state) = UnixStream::pair().map_err(io("make a socket pair"))?;
+    sender.set_write_timeout(Some(COPY_PATIENCE)).map_err(io("make a socket pair"))?;
+    let origins = Origins::Thaw { ram: given.into(), state: state.into() };
+    let (mut machine, qmp) = thread::scope(|scope| {
+        // While QEMU starts, which touches no memory before it has a state.
+        let filling = scope.spawn(|| ram::fill(&ram, &template.ram));
+        let (machine, mut qmp) = qemu.bring_up(spec, Some(devices), origins)?;
+        qmp.ignore_shared_memory().map_err(io("prepare QEMU for a state"))?;
+        let filled = filling.join().unwrap_or_else(|_| Err(io::Error::other("it panicked")));
+        filled.map_err(io("fill a copy's memory"))?;
+        Ok::<_, TemplateError>((machine, qmp))
+    })?;
+    if qmp.version.to_string() != template.qemu {
+        return Err(TemplateError::Damaged("another QEMU made it"));
+    }
+    match sender.write_all(&template.state) {
+        Err(source) if source.kind() != io::ErrorKind::BrokenPipe => {
+            return Err(io("send a state")(source));
+        }
+        // A QEMU that is gone says why below.
+        _ => drop(sender),
+    }
+    machine.watch = qmp.watch();
+    answer(&mut machine, COPY_PATIENCE)?;
+    Ok(machine)
+}
+
+/// Waits for the machine's agent to answer.
+fn answer(machine: &mut QemuMachine, patience: Duration) -> Result<(), TemplateError> {
+    let Wire::Connected(wire) = &machine.wire else {
+        return Err(TemplateError::Damaged("its wire is not there"));
+    };
+    match greet(wire, patience) {
+        Ok(()) => Ok(()),
+        Err(source) if source.kind() == io::ErrorKind::UnexpectedEof => {
+            Err(TemplateError::Died(machine.death(DEATH_PATIENCE)))
+        }
+        Err(source) => Err(TemplateError::io("hear the agent")(source)),
+    }
+}
