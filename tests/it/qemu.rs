@@ -241,7 +241,10 @@ impl Hanging {
         let program = host.script("qemu", &format!("{VERSION_10}\nexec sleep 1000"));
         // Whoever runs the tests in the background may ignore what Ctrl-C sends.
         let heeding = ["env", "--default-signal=HUP,INT,TERM"];
-        let child = through(&heeding, &command(host, &program), host)
+        let mut run = command(host, &program);
+        // One QEMU is enough.
+        run.env("KILN_TEMPLATE", "off");
+        let child = through(&heeding, &run, host)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()

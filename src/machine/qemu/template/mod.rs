@@ -181,7 +181,13 @@ impl Templates {
         if files::is_younger(&barren, &lock, BARREN) {
             return Err(TemplateError::Barren);
         }
-        if let Err(error) = self.make(qemu, spec, key) {
+        let mut made = self.make(qemu, spec, key);
+        if let Err(TemplateError::Died(death @ Death::Killed { .. })) = &made {
+            // On a busy host QEMU has been seen to abort while its machine boots.
+            notes.push(format!("the machine for a template was booted again: {death}"));
+            made = self.make(qemu, spec, key);
+        }
+        if let Err(error) = made {
             let _ = File::create(barren);
             return Err(error);
         }
