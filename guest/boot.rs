@@ -51,6 +51,7 @@ pub fn prepare() -> Result<Booted, Failure> {
     // What programs expect of a Linux system today; the kernel's own hard limit of 4096 is too low for some linkers.
     let files = Rlimit { current: Some(1024), maximum: Some(524_288) };
     setrlimit(Resource::Nofile, files).doing(|| "setting the limit of open files")?;
+    sys::loopback_up().doing(|| "bringing up the loopback interface")?;
     let complaints = modules::load_folder(Path::new(MODULES));
     // Now, so that a frozen machine has it.
     Ok(Booted { shares: mounts::shares().ok(), complaints })

@@ -3,8 +3,9 @@
 //! it says so on the console and switches the machine off.
 //!
 //! One process, one thread, one poll loop ([`session`]); the only other code of ours that runs is a command's init
-//! ([`reap`]).
+//! ([`reap`]), and what is done [`beside`] the making of a step's world.
 
+mod beside;
 mod boot;
 mod command;
 mod disk;

@@ -1,7 +1,7 @@
 //! `Setup` and `Mount`: make the world that a step's commands run in. Everything of the agent's own lies under `/run/kiln` of the
 //! initramfs, which the commands never see: each moves the step's root over `/` in a mount namespace of its own.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, chown};
@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use rustix::mount::MountAttrFlags;
 use rustix::time::ClockId;
 
+use crate::beside::Beside;
 use crate::failure::{Doing, Failure};
 use crate::layer::Layer;
 use crate::modules::ModuleTree;
@@ -63,12 +64,10 @@ pub fn make(setup: &Setup, shares: Option<OwnedFd>) -> Result<World, Failure> {
     set_clock(setup.clock)?;
     rustix::system::sethostname(setup.hostname.as_bytes())
         .doing(|| format!("setting the host name {:?}", setup.hostname))?;
-    sys::loopback_up().doing(|| "bringing up the loopback interface")?;
-    if !setup.scratch_serial.is_empty() {
-        let device = disk::find(&setup.scratch_serial)?;
-        let name = CString::new(device.as_str()).map_err(|_| Errno::INVAL);
-        name.and_then(|name| sys::swap_on(&name)).doing(|| format!("swapping to {device}"))?;
-    }
+    let swapping = match setup.scratch_serial.as_str() {
+        "" => None,
+        serial => Some(Beside::swapping(&disk::find(serial)?)?),
+    };
     mount_layers(setup.layer_bytes)?;
 
     let mut maker = Maker { shares, lowers: 0, layers: Vec::new(), direct: Vec::new() };
@@ -89,6 +88,7 @@ pub fn make(setup: &Setup, shares: Option<OwnedFd>) -> Result<World, Failure> {
     for layer in &mut maker.layers {
         layer.remember()?;
     }
+    swapping.map_or(Ok(()), Beside::join)?;
     Ok(World { root, maker, terminals })
 }
 

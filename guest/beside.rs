@@ -1,0 +1,57 @@
+//! What is done beside the making of a step's world, each in a process of its own: most machines have more than one
+//! processor, and the agent has no threads. All of it is over before anything of the step runs.
+
+use std::ffi::CString;
+
+use rustix::io::Errno;
+use rustix::process::Pid;
+
+use crate::failure::{Doing, Failure};
+use crate::sys::{self, Fork};
+
+/// A process that does one thing.
+pub struct Beside {
+    child: Pid,
+    what: String,
+}
+
+impl Beside {
+    /// Begins to swap to `device`. The kernel makes a table of all its pages.
+    ///
+    /// # Errors
+    /// There can be no process.
+    pub fn swapping(device: &str) -> Result<Self, Failure> {
+        let what = format!("swapping to {device}");
+        let name = CString::new(device).map_err(|_| Errno::INVAL).doing(|| what.clone())?;
+        Self::start(what, || sys::swap_on(&name))
+    }
+
+    fn start(what: String, act: impl FnOnce() -> Result<(), Errno>) -> Result<Self, Failure> {
+        match sys::fork(0).doing(|| what.clone())? {
+            Fork::Child => {
+                let errno = act().err().map_or(0, Errno::raw_os_error);
+                sys::exit(u8::try_from(errno).unwrap_or(u8::MAX))
+            }
+            Fork::Parent { child } => Ok(Self { child, what }),
+        }
+    }
+
+    /// Waits for it to end, and gives what it came to.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn join(self) -> Result<(), Failure> {
+        let ended = loop {
+            match sys::wait(Some(self.child), true) {
+                Ok(Some(ended)) => break ended,
+                Ok(None) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(Failure::new(self.what, errno)),
+            }
+        };
+        match libc::WIFEXITED(ended.status).then(|| libc::WEXITSTATUS(ended.status)) {
+            Some(0) => Ok(()),
+            Some(errno) => Err(Failure::new(self.what, Errno::from_raw_os_error(errno))),
+            None => Err(Failure::new(self.what, Errno::INTR)),
+        }
+    }
+}
