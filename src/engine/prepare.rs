@@ -17,16 +17,13 @@ use super::merge;
 use super::reads::Observable;
 use super::step::{Clock, Keep, Step};
 use crate::machine::qemu::Qemu;
-use crate::machine::{Attributes, Carrier, Disk, PathBytes, Share, Spec, scratch};
+use crate::machine::{Attributes, Carrier, Disk, PathBytes, Share, Spec, scratch, serial};
 use crate::plan::{Environment, RootSpec};
 use crate::root::bundle::Bundle;
 use crate::root::{Root, image, toolbox};
 
 /// The host name of every machine.
 const HOSTNAME: &str = "kiln";
-/// The serial of the toolbox's disk.
-const TOOLBOX: &str = "toolbox";
-
 /// Everything opened and found before the machine starts.
 pub(super) struct Prepared {
     pub qemu: Qemu,
@@ -194,7 +191,7 @@ fn find_toolbox(step: &Step, host: &Host, events: Listener<'_>) -> Result<Option
 
 /// The toolbox as a tree of the guest's. Its disk comes last, so that it changes no other's name.
 pub(super) fn toolbox_mount() -> Mount {
-    let serial = TOOLBOX.to_owned();
+    let serial = serial::TOOLBOX.to_owned();
     let source = Source::Disk { serial, filesystem: "erofs".to_owned(), read_only: true };
     Mount { source, target: toolbox::PLACE.as_bytes().to_vec(), access: Access::ReadOnly }
 }
@@ -256,9 +253,9 @@ pub(super) fn describe(
     let root = match &prepared.root {
         Root::Image(image) => {
             let file = image.descriptor().map_err(io("open the root's image"))?;
-            disks.push(Disk { serial: "root".to_owned(), file, read_only: true });
+            disks.push(Disk { serial: serial::ROOT.to_owned(), file, read_only: true });
             let filesystem = image.filesystem.name().to_owned();
-            Source::Disk { serial: "root".to_owned(), filesystem, read_only: true }
+            Source::Disk { serial: serial::ROOT.to_owned(), filesystem, read_only: true }
         }
         Root::Live(_) => Source::Share("root".to_owned()),
     };
@@ -266,8 +263,8 @@ pub(super) fn describe(
     let with_modules = step.module_tree || !step.modules.is_empty();
     if let (true, Some(modules)) = (with_modules, &prepared.bundle.modules) {
         let file = File::open(image::path(&host.store, modules)).map_err(io("open the module image"))?;
-        disks.push(Disk { serial: "modules".to_owned(), file: file.into(), read_only: true });
-        let source = Source::Modules("modules".to_owned());
+        disks.push(Disk { serial: serial::MODULES.to_owned(), file: file.into(), read_only: true });
+        let source = Source::Modules(serial::MODULES.to_owned());
         mounts.insert(0, Mount { source, target: b"/lib/modules".to_vec(), access: Access::ReadOnly });
     }
     let scratch = scratch::disk(&host.store.temporary(), step.scratch_bytes);
@@ -275,7 +272,7 @@ pub(super) fn describe(
     disks.append(&mut prepared.disks);
     if let Some(path) = &prepared.toolbox {
         let file = File::open(path).map_err(io("open the toolbox's image"))?;
-        disks.push(Disk { serial: TOOLBOX.to_owned(), file: file.into(), read_only: true });
+        disks.push(Disk { serial: serial::TOOLBOX.to_owned(), file: file.into(), read_only: true });
     }
     let mut seed = [0; 64];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
@@ -292,7 +289,7 @@ pub(super) fn describe(
         seed,
         clock,
         root,
-        scratch_serial: scratch::SERIAL.to_owned(),
+        scratch_serial: serial::SCRATCH.to_owned(),
         layer_bytes: step.scratch_bytes.saturating_add(step.memory_bytes / 2),
         processes: step.limits.processes,
         mounts,

@@ -45,6 +45,18 @@ pub struct Share {
 pub use kiln_virtio::fs::Attributes;
 pub use kiln_virtio::fs::record::PathBytes;
 
+/// Serials of the disks that have a purpose of their own.
+pub mod serial {
+    /// The root's image.
+    pub const ROOT: &str = "root";
+    /// What the guest swaps to.
+    pub const SCRATCH: &str = "scratch";
+    /// The image of kernel modules.
+    pub const MODULES: &str = "modules";
+    /// Programs to look into a machine with.
+    pub const TOOLBOX: &str = "toolbox";
+}
+
 /// A file attached as virtio-blk, read as raw bytes whatever is in it.
 #[derive(Debug)]
 pub struct Disk {
@@ -160,7 +172,7 @@ impl std::fmt::Display for Death {
         match self {
             Self::Panicked(line) => write!(f, "the guest's kernel panicked: {line}"),
             Self::Stopped(reason) => write!(f, "the guest stopped its machine ({reason})"),
-            Self::Disk { disk, why } if disk == "scratch" => {
+            Self::Disk { disk, why } if disk == serial::SCRATCH => {
                 write!(f, "its scratch disk, a file in kiln's store, cannot be written: {why}")
             }
             Self::Disk { disk, why } => write!(f, "its disk `{disk}` cannot be read or written: {why}"),

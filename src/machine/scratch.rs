@@ -7,10 +7,7 @@ use std::path::Path;
 
 use kiln_artifact::swap;
 
-use super::Disk;
-
-/// The serial of the scratch disk.
-pub const SERIAL: &str = "scratch";
+use super::{Disk, serial};
 
 /// A scratch disk of `size_bytes`, in a file of `folder` that has no name and goes with its last descriptor. It has its
 /// swap header: how large the disk is, the guest learns from that and not from its device.
@@ -22,5 +19,5 @@ pub fn disk(folder: &Path, size_bytes: u64) -> io::Result<Disk> {
     let file: File = tempfile::tempfile_in(folder)?;
     file.set_len(size_bytes)?;
     file.write_all_at(&header, 0)?;
-    Ok(Disk { serial: SERIAL.to_owned(), file: file.into(), read_only: false })
+    Ok(Disk { serial: serial::SCRATCH.to_owned(), file: file.into(), read_only: false })
 }

@@ -19,7 +19,7 @@ use super::image::{self, Filesystem, Image};
 use super::{Root, RootError};
 use crate::agent::{ExecEnd, Limits, Listing, Session, SessionError};
 use crate::fetch::lock::LockedRoot;
-use crate::machine::{Backend, Carrier, Disk, Machine, Spec, scratch};
+use crate::machine::{Backend, Carrier, Disk, Machine, Spec, scratch, serial};
 use crate::plan::{Environment, RootSpec, show_bytes};
 use crate::root::bundle::Bundle;
 use crate::store::Store;
@@ -117,7 +117,7 @@ impl Workshop<'_> {
         let root = std::fs::File::open(lower).map_err(io("open the unpacked root"))?;
         let scratch =
             scratch::disk(&self.store.temporary(), SCRATCH_BYTES).map_err(io("make a scratch disk"))?;
-        let root = Disk { serial: "root".to_owned(), file: OwnedFd::from(root), read_only: true };
+        let root = Disk { serial: serial::ROOT.to_owned(), file: OwnedFd::from(root), read_only: true };
         Ok(Spec {
             kernel: self.store.blobs().path(&self.bundle.kernel),
             initramfs: self.store.blobs().path(&self.bundle.initramfs),
@@ -148,8 +148,12 @@ impl Workshop<'_> {
         session.setup(Setup {
             seed,
             clock: Clock { seconds: epoch, nanoseconds: 0 },
-            root: Source::Disk { serial: "root".to_owned(), filesystem: "erofs".to_owned(), read_only: true },
-            scratch_serial: scratch::SERIAL.to_owned(),
+            root: Source::Disk {
+                serial: serial::ROOT.to_owned(),
+                filesystem: "erofs".to_owned(),
+                read_only: true,
+            },
+            scratch_serial: serial::SCRATCH.to_owned(),
             layer_bytes: SCRATCH_BYTES,
             processes: 0,
             mounts: Vec::new(),

@@ -7,7 +7,7 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::Ordering;
@@ -244,7 +244,8 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
             Transfer::Saved => Ok(()),
             Transfer::Loading(file) => {
                 // QEMU has closed its end. One that has not waits for itself: this thread has nothing but its messages.
-                let state = read_to_end(&file)?;
+                let mut state = Vec::new();
+                file.take(MOST_STATE_BYTES as u64 + 1).read_to_end(&mut state)?;
                 self.with(|served| served.device.thaw(&state)).map_err(io::Error::other)
             }
         }
@@ -356,21 +357,6 @@ impl<D: Device<()> + 'static> Backend<D> {
             Ok(outcome)
         })
     }
-}
-
-/// All that `file` holds, a byte more than a state may have at most.
-fn read_to_end(file: &File) -> io::Result<Vec<u8>> {
-    let mut bytes = [0; MOST_STATE_BYTES + 1];
-    let mut length = 0;
-    while let Some(room @ [_, ..]) = bytes.get_mut(length..) {
-        match rustix::io::read(file, room) {
-            Ok(0) => break,
-            Ok(count) => length += count,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(bytes[..length].to_vec())
 }
 
 /// A device whose thread has ended would leave the guest waiting for ever: a panic there ends the process, and

@@ -6,7 +6,7 @@
 
 use std::fs::File;
 
-use crate::machine::{Disk, scratch};
+use crate::machine::{Disk, serial};
 
 /// A disk with a purpose.
 #[derive(Debug)]
@@ -17,10 +17,10 @@ pub(super) struct Slot {
 
 /// In the order of their device names.
 pub(super) const SLOTS: [Slot; 4] = [
-    Slot { serial: "root", read_only: true },
-    Slot { serial: scratch::SERIAL, read_only: false },
-    Slot { serial: "modules", read_only: true },
-    Slot { serial: "toolbox", read_only: true },
+    Slot { serial: serial::ROOT, read_only: true },
+    Slot { serial: serial::SCRATCH, read_only: false },
+    Slot { serial: serial::MODULES, read_only: true },
+    Slot { serial: serial::TOOLBOX, read_only: true },
 ];
 
 /// How large an empty slot is: more than file systems of Linux let a file be.

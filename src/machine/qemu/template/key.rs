@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 
 use kiln_digest::Digest;
 
-use super::{Places, Qemu, Spec, argv, blank};
+use super::{Places, Qemu, Spec, argv};
 use crate::machine::Accelerator;
 
 /// Changes with what is frozen from the same parts.
@@ -17,8 +17,7 @@ const FORMAT: u32 = 1;
 /// # Errors
 /// A program cannot be looked at.
 pub fn of(qemu: &Qemu, spec: &Spec) -> io::Result<Digest> {
-    let spec = blank(spec);
-    let shape = qemu.shape(&spec, &Places::default(), &[], argv::Start::Freeze);
+    let shape = qemu.shape(spec, &Places::default(), &[], argv::Start::Freeze);
     let program = fs::canonicalize(&qemu.program)?;
     let parts = [
         format!("template {FORMAT}, wire {}", kiln_wire::VERSION),
