@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode, Stdio};
 
+use rustix::fs::{Mode, OFlags, open};
 use rustix::io::FdFlags;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
 use rustix::process::{Pid, Signal};
@@ -20,9 +21,6 @@ use serde::{Deserialize, Serialize};
 
 use super::jail::attempt::Trial;
 use super::jail::{self, Held, Profile};
-
-/// What the names of shares among the descriptors begin with.
-pub(super) const SHARE: &str = "share";
 
 /// The name of the guest's memory among the descriptors.
 pub(super) const RAM: &str = "ram";
@@ -52,8 +50,8 @@ pub(super) enum Become {
         /// Its arguments, the program's name left out.
         arguments: Vec<String>,
     },
-    /// The device process of a machine, in its jail: descriptors `fs`, `control` and, with a CID, `vsock`. It may
-    /// read beneath the directories whose names begin with `share`.
+    /// The device process of a machine, in its jail: descriptors `fs`, `control` and, with a CID, `vsock`. It gets shares
+    /// over `control`, and is narrowed to them then.
     Devices {
         /// The guest's vsock address, where it has the device.
         vsock_cid: Option<u64>,
@@ -118,9 +116,10 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             Err(command.args(arguments).env_clear().stdin(Stdio::null()).exec().into())
         }
         Become::Devices { vsock_cid } => {
-            let shares = descriptors.iter().filter(|(name, _)| name.starts_with(SHARE));
-            let shares: Vec<&OwnedFd> = shares.map(|(_, directory)| directory).collect();
-            let held = jail::enter(&Profile::Devices, &shares, &[])?;
+            // It sees no file of the host by name; what it is handed may lie anywhere.
+            let anywhere = open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+            let held = jail::enter(&Profile::Devices, &[&anywhere], &[])?;
+            drop(anywhere);
             reply(&held)?;
             serve_devices(descriptors, vsock_cid)
         }
@@ -159,6 +158,7 @@ fn serve_devices(
         vsock,
         control: UnixStream::from(take("control")?),
         confine: jail::enter_thread,
+        narrow: jail::narrow,
     };
     process.run()?;
     Ok(())

@@ -10,14 +10,14 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::control::{Ask, Event, FrameError, Request, receive, send};
 use crate::fs::{Fs, Settings, Share, Shares};
 use crate::ring::QueueError;
-use crate::vhost_user::{Carrier, CarryError};
+use crate::vhost_user::{Carrier, CarryError, Confinement};
 use crate::vsock::{Backend, Connector, Vsock};
 
 /// Descriptors kept for shares, queues and sockets.
@@ -39,6 +39,16 @@ pub enum Thread {
 /// Called on each thread once, before it takes anything from outside: what it confines the thread to is the
 /// launcher's business. An error ends the process.
 pub type Confine = fn(Thread) -> io::Result<()>;
+
+/// Locks the calling thread in further.
+pub type LockIn = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
+
+/// Makes what locks threads in so that they read beneath `directories` only. Each thread that opens files calls the
+/// result once.
+pub type Narrow = fn(directories: &[OwnedFd]) -> io::Result<LockIn>;
+
+/// How threads that serve queues learn that they are to be narrowed.
+pub(crate) type Narrowing = Arc<OnceLock<LockIn>>;
 
 /// Most bytes of private memory a device process should need.
 pub const MEMORY_BYTES: u64 = 15 << 20;
@@ -87,6 +97,8 @@ pub struct DeviceProcess {
     pub control: UnixStream,
     /// Confines each thread.
     pub confine: Confine,
+    /// Confines those that open files to what they were given, when they have been given all.
+    pub narrow: Narrow,
 }
 
 impl DeviceProcess {
@@ -108,9 +120,12 @@ impl DeviceProcess {
         let most_connections = limit.saturating_sub(open_files + OTHER_DESCRIPTORS);
         let (fs, shares) = Fs::new(Settings { open_files, ..settings });
         let confine = self.confine;
+        let narrowing = Narrowing::default();
         let sender = Sender { socket: Arc::new(self.control), sending: Arc::default() };
         let ending = Ending::new()?;
-        start(fs, "fs", (confine, Thread::FsQueues), self.fs, &ending)?;
+        let thread = Thread::FsQueues;
+        let confinement = Confinement { confine, thread, narrowing: Arc::clone(&narrowing) };
+        start(fs, "fs", confinement, self.fs, &ending)?;
         let mut vsock = None;
         if let Some((listener, guest_cid)) = self.vsock {
             let listening = Arc::new(Mutex::default());
@@ -118,11 +133,16 @@ impl DeviceProcess {
             let device =
                 Vsock::new(guest_cid, most_connections, Box::new(ports)).map_err(ProcessError::Vsock)?;
             let (device, connector) = device;
-            start(device, "vsock", (confine, Thread::VsockQueues), listener, &ending)?;
+            // It opens no files, and is let no more than that from the first.
+            let thread = Thread::VsockQueues;
+            let confinement = Confinement { confine, thread, narrowing: Narrowing::default() };
+            start(device, "vsock", confinement, listener, &ending)?;
             vsock = Some((connector, listening));
         }
         confine(Thread::Control).map_err(ProcessError::Confine)?;
-        let served = Control { sender: sender.clone(), shares, vsock }.serve(&ending);
+        let (narrow, given) = (self.narrow, Vec::new());
+        let mut control = Control { sender: sender.clone(), shares, vsock, given, narrow, narrowing };
+        let served = control.serve(&ending);
         let ended = ending.taken();
         if let Some(ProcessError::Misbehaved(what)) = &ended {
             // A parent that is gone need not know.
@@ -141,13 +161,13 @@ impl DeviceProcess {
 fn start<D: crate::device::Device<()> + 'static>(
     device: D,
     name: &'static str,
-    (confine, kind): (Confine, Thread),
+    confinement: Confinement,
     listener: OwnedFd,
     ending: &Ending,
 ) -> Result<(), ProcessError> {
     let broken = ending.clone();
     let on_broken = move |error: QueueError| broken.end(misbehaved(name, &error));
-    let carrier = Carrier::new(device, confine, kind, on_broken);
+    let carrier = Carrier::new(device, confinement, on_broken);
     let ending = ending.clone();
     let serve = move || {
         if let Err(source) = carrier.serve(listener) {
@@ -251,10 +271,14 @@ struct Control {
     sender: Sender,
     shares: Shares,
     vsock: Option<(Connector, Listening)>,
+    /// The directories of the shares that were added so far.
+    given: Vec<OwnedFd>,
+    narrow: Narrow,
+    narrowing: Narrowing,
 }
 
 impl Control {
-    fn serve(&self, ending: &Ending) -> Result<(), FrameError> {
+    fn serve(&mut self, ending: &Ending) -> Result<(), FrameError> {
         while ending.waits_for(&self.sender.socket) {
             let Some((request, descriptor)) = receive::<Request>(&self.sender.socket)? else { break };
             let id = request.id;
@@ -265,19 +289,32 @@ impl Control {
         Ok(())
     }
 
+    /// Locks this thread in, and lets the others know that they are to.
+    fn narrow(&mut self) -> io::Result<()> {
+        let lock_in = (self.narrow)(&std::mem::take(&mut self.given))?;
+        lock_in()?;
+        self.narrowing.set(lock_in).map_err(|_| io::Error::other("it was done before"))
+    }
+
     /// Does what is asked; `None` where the answer will come from elsewhere.
     fn answer(
-        &self,
+        &mut self,
         request: Request,
         descriptor: Option<OwnedFd>,
     ) -> Result<Option<Result<(), String>>, FrameError> {
         let id = request.id;
         Ok(Some(match (request.what, descriptor, &self.vsock) {
-            (Ask::AddShare { name, attributes }, Some(directory), _) => {
-                let share = Share { directory, attributes };
-                let added = self.shares.with_tree(|tree| tree.add_share(&name.0, share));
-                added.map_err(|error| error.to_string())
+            (Ask::AddShare { .. }, Some(_), _) if self.narrowing.get().is_some() => {
+                Err("no share can be added any more".to_owned())
             }
+            (Ask::AddShare { name, attributes }, Some(directory), _) => {
+                directory.try_clone().map_err(|error| error.to_string()).and_then(|held| {
+                    let share = Share { directory, attributes };
+                    let added = self.shares.with_tree(|tree| tree.add_share(&name.0, share));
+                    added.map(|()| self.given.push(held)).map_err(|error| error.to_string())
+                })
+            }
+            (Ask::Narrow, None, _) => self.narrow().map_err(|error| error.to_string()),
             (Ask::Hide { name, paths }, None, _) => {
                 let paths = paths.into_iter().map(|path| path.0.into_boxed_slice());
                 let hidden = self.shares.with_tree(|tree| tree.hide(&name.0, paths));

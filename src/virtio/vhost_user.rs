@@ -29,7 +29,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use crate::device::{Device, MOST_STATE_BYTES, Outcome, Wake};
-use crate::process::{Confine, Thread};
+use crate::process::{Confine, Narrowing, Thread};
 use crate::ring::QueueError;
 
 /// Why a device could not be served.
@@ -67,9 +67,18 @@ struct State<D> {
     device: Mutex<Served<D>>,
     queues: usize,
     features: u64,
-    confine: Confine,
-    thread: Thread,
+    confinement: Confinement,
     on_broken: OnBroken,
+}
+
+/// How a device's threads are confined.
+pub(crate) struct Confinement {
+    /// Confines each of them.
+    pub confine: Confine,
+    /// The kind of the one that serves queues.
+    pub thread: Thread,
+    /// What that one calls before it takes the next request, once it is there.
+    pub narrowing: Narrowing,
 }
 
 struct Served<D> {
@@ -101,12 +110,11 @@ impl<D> Clone for Backend<D> {
 }
 
 impl<D: Device<()> + 'static> Carrier<D> {
-    /// A carrier of `device`, whose queues are served by a thread of the kind `thread`. `confine` is called on each
-    /// of its threads, `on_broken` on that one when the driver has broken a queue: nothing is served from then on.
-    pub fn new(
+    /// A carrier of `device`, whose threads are confined. `on_broken` is called on the one that serves queues when the
+    /// driver has broken one: nothing is served from then on.
+    pub(crate) fn new(
         device: D,
-        confine: Confine,
-        thread: Thread,
+        confinement: Confinement,
         on_broken: impl Fn(QueueError) + Send + Sync + 'static,
     ) -> Self {
         let mut features = device.features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -117,8 +125,7 @@ impl<D: Device<()> + 'static> Carrier<D> {
         let state = State {
             queues: device.queue_sizes().len(),
             features,
-            confine,
-            thread,
+            confinement,
             device: Mutex::new(Served {
                 device,
                 memory: Arc::default(),
@@ -151,7 +158,7 @@ impl<D: Device<()> + 'static> Carrier<D> {
             }
         }
         // The thread of the queues runs by now, and waits; the one for messages inherits this one's confinement.
-        (self.state.confine)(Thread::Messages).map_err(CarryError::Confine)?;
+        (self.state.confinement.confine)(Thread::Messages).map_err(CarryError::Confine)?;
         let mut listener = Listener::from(UnixListener::from(listener));
         daemon.start(&mut listener).map_err(start)?;
         drop(listener);
@@ -274,6 +281,7 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
         let _alive = AbortOnPanic;
         self.confine_this_thread();
         loop {
+            self.narrow_this_thread();
             let outcome = self.serve_once(wake, vrings)?;
             if outcome.lingers {
                 self.linger(vrings);
@@ -293,8 +301,19 @@ impl<D: Device<()> + 'static> Backend<D> {
     /// Before a thread that serves queues looks at the first of them.
     fn confine_this_thread(&self) {
         thread_local! { static CONFINED: Cell<bool> = const { Cell::new(false) } }
-        if !CONFINED.replace(true) && (self.0.confine)(self.0.thread).is_err() {
+        if !CONFINED.replace(true) && (self.0.confinement.confine)(self.0.confinement.thread).is_err() {
             // An error here would only be logged, and the queue served all the same.
+            std::process::abort();
+        }
+    }
+
+    /// Before a thread takes a request that follows the end of giving.
+    fn narrow_this_thread(&self) {
+        thread_local! { static NARROWED: Cell<bool> = const { Cell::new(false) } }
+        if let Some(lock_in) = self.0.confinement.narrowing.get()
+            && !NARROWED.replace(true)
+            && lock_in().is_err()
+        {
             std::process::abort();
         }
     }

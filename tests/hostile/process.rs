@@ -98,7 +98,7 @@ pub fn serve_devices() -> ExitCode {
     let process = owned(fs.as_fd()).and_then(|fs| {
         let vsock = Some((owned(vsock.as_fd())?, CID));
         let control = UnixStream::from(owned(control.as_fd())?);
-        Ok(DeviceProcess { fs, vsock, control, confine: |_| Ok(()) })
+        Ok(DeviceProcess { fs, vsock, control, confine: |_| Ok(()), narrow: |_| Ok(Box::new(|| Ok(()))) })
     });
     match process.map(DeviceProcess::run) {
         Ok(Ok(())) => ExitCode::SUCCESS,

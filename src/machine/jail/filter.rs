@@ -141,6 +141,13 @@ const FILES: &[Allowed] = &[
     (libc::SYS_fgetxattr, Any),
 ];
 
+/// To be narrowed to the shares that there are.
+const LANDLOCK: &[Allowed] = &[
+    (libc::SYS_landlock_create_ruleset, Any),
+    (libc::SYS_landlock_add_rule, Any),
+    (libc::SYS_landlock_restrict_self, Any),
+];
+
 /// The door for QEMU: connections come with its messages, guest memory as descriptors.
 const DOOR: &[Allowed] = &[(libc::SYS_accept4, Any), (libc::SYS_fstat, Any), (libc::SYS_lseek, Any)];
 
@@ -295,7 +302,7 @@ pub(super) fn enter(profile: &Profile) -> io::Result<()> {
         Profile::Devices => {
             // Files are opened beneath a share, with openat2, and nowhere else.
             refuse(libc::SYS_openat, libc::ENOENT)?;
-            let all = [COMMON, THREADS, STREAMS, FILES, DOOR, PAIRS].concat();
+            let all = [COMMON, THREADS, STREAMS, FILES, LANDLOCK, DOOR, PAIRS].concat();
             install(&program(&all, SeccompAction::Allow, SeccompAction::KillProcess)?)
         }
         Profile::Qemu { kvm, .. } => {
@@ -318,9 +325,9 @@ fn refuse(call: libc::c_long, errno: libc::c_int) -> io::Result<()> {
 /// As [`enter`].
 pub fn enter_thread(thread: Thread) -> io::Result<()> {
     let list = match thread {
-        Thread::Control => [COMMON, STREAMS, FILES].concat(),
+        Thread::Control => [COMMON, STREAMS, FILES, LANDLOCK].concat(),
         Thread::Messages => [COMMON, THREADS, STREAMS, DOOR].concat(),
-        Thread::FsQueues => [COMMON, FILES].concat(),
+        Thread::FsQueues => [COMMON, FILES, LANDLOCK].concat(),
         Thread::VsockQueues => [COMMON, STREAMS, PAIRS].concat(),
     };
     install(&program(&list, SeccompAction::Allow, SeccompAction::KillProcess)?)

@@ -26,10 +26,19 @@ use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
+use kiln_virtio::process::LockIn;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use serde::{Deserialize, Serialize};
 
 pub use self::filter::enter_thread;
+
+/// Makes what narrows the threads of a device process to `directories`, which are all that it will be given.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn narrow(directories: &[OwnedFd]) -> io::Result<LockIn> {
+    rules::narrow(directories)
+}
 
 /// A layer of the jail that a host may not grant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]

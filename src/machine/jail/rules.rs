@@ -2,10 +2,12 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::{Mutex, PoisonError};
 
+use kiln_virtio::process::LockIn;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, LandlockStatus, PathBeneath, PathFd, RestrictionStatus,
-    Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 
 use super::{Reach, ReachKind};
@@ -55,7 +57,68 @@ pub(super) fn enter(reach: &[Reach], beneath: &[&OwnedFd], inside: bool) -> io::
     }
 }
 
+/// How many threads of a device process open files: the one that serves the parent, and the one of the fs device's queues.
+const OPENERS: usize = 2;
+
+/// Makes what restricts each of a device process's threads that open files to reading beneath `directories`, in addition
+/// to what it was restricted to before. Where the kernel has no landlock, it does nothing.
+///
+/// # Errors
+/// The kernel refuses.
+pub(super) fn narrow(directories: &[OwnedFd]) -> io::Result<LockIn> {
+    let rules = || -> Result<Vec<RulesetCreated>, Box<dyn std::error::Error>> {
+        let mut rules = Ruleset::default().handle_access(AccessFs::from_all(NEWEST))?.create()?;
+        for directory in directories {
+            rules = rules.add_rule(PathBeneath::new(directory, AccessFs::ReadFile | AccessFs::ReadDir))?;
+        }
+        // Now, because those threads may do little.
+        Ok((0..OPENERS).map(|_| rules.try_clone()).collect::<Result<_, _>>()?)
+    };
+    let rules = Mutex::new(rules().map_err(|error| io::Error::other(error.to_string()))?);
+    Ok(Box::new(move || {
+        let rules = rules.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let rules = rules.ok_or_else(|| io::Error::other("a thread that is not expected to open files"))?;
+        rules.restrict_self().map(drop).map_err(|error| io::Error::other(error.to_string()))
+    }))
+}
+
 /// What of `access` a rule on `path` can say: a file has no entries.
 fn fitting(path: &std::path::Path, access: BitFlags<AccessFs>) -> BitFlags<AccessFs> {
     if path.is_dir() { access } else { access & AccessFs::from_file(NEWEST) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, File};
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn a_narrowed_thread_reads_beneath_what_it_was_given_and_nowhere_else() {
+        if thread::spawn(|| enter(&[], &[], false)).join().expect("no panic").is_err() {
+            // This kernel has no landlock; the tests of the jail say so.
+            return;
+        }
+        let folder = tempfile::tempdir().expect("a folder");
+        for name in ["given", "other"] {
+            fs::create_dir(folder.path().join(name)).expect("a folder");
+            fs::write(folder.path().join(name).join("file"), name).expect("room");
+        }
+        let reads = |name: &str| fs::read(folder.path().join(name).join("file")).is_ok();
+        let given = OwnedFd::from(File::open(folder.path().join("given")).expect("a folder"));
+        let lock_in = narrow(&[given]).expect("landlock");
+        thread::scope(|scope| {
+            for _ in 0..OPENERS {
+                let locked = scope.spawn(|| {
+                    let before = reads("other");
+                    lock_in().expect("landlock");
+                    (before, reads("given"), reads("other"))
+                });
+                assert_eq!(locked.join().expect("no panic"), (true, true, false));
+            }
+        });
+        assert!(reads("other"), "a thread for itself");
+        assert!(lock_in().is_err(), "no more threads than there are");
+    }
 }

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use kiln_virtio::control;
 
 use crate::machine::jail::Held;
-use crate::machine::launch::{Become, SHARE};
+use crate::machine::launch::Become;
 use crate::machine::spawn::{Process, spawn_jailed};
 use crate::machine::{Carrier, MachineError, Share};
 
@@ -42,7 +42,7 @@ pub(super) struct Devices {
 }
 
 impl Devices {
-    /// Starts it with `shares`, of which it holds descriptors of its own.
+    /// Starts it and gives it `shares`, which are all that it may read from then on.
     pub fn start(shares: &[Share], carrier: Carrier) -> Result<Self, MachineError> {
         let (control, theirs) = pair("make a socket pair")?;
         let (device_fs, qemu_fs) = listening_pair()?;
@@ -54,10 +54,6 @@ impl Devices {
             for_process.push(("vsock".to_owned(), device_vsock));
         }
         let vsock_cid = (carrier == Carrier::Vsock).then_some(GUEST_CID);
-        for (index, share) in shares.iter().enumerate() {
-            let directory = share.directory.try_clone().map_err(MachineError::io("hold a share"))?;
-            for_process.push((format!("{SHARE}{index}"), directory));
-        }
         let (process, held) = spawn_jailed(Become::Devices { vsock_cid }, &for_process)
             .map_err(MachineError::io("start the device process"))?;
         // With ours gone, its end closes the connection, and nobody waits for its answer.
@@ -72,6 +68,7 @@ impl Devices {
                 .and_then(|()| devices.control.hide(share.name.as_bytes(), &share.hidden))
                 .map_err(|error| devices.failure(&error))?;
         }
+        devices.control.narrow().map_err(|error| devices.failure(&error))?;
         Ok(devices)
     }
 

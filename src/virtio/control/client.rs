@@ -126,6 +126,14 @@ impl Client {
         Ok(())
     }
 
+    /// Locks the process in: from now on it opens files beneath the directories of its shares only, and takes no others.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn narrow(&self) -> Result<(), ClientError> {
+        self.ask(Ask::Narrow, None, PATIENCE).map(drop)
+    }
+
     /// Lets the share `name` disappear.
     ///
     /// # Errors

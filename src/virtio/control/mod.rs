@@ -11,6 +11,7 @@
 //! | `AddShare` | the directory | the guest can see it |
 //! | `Hide` | | the paths are not shown |
 //! | `RemoveShare` | | the guest can no longer read it |
+//! | `Narrow` | | no thread will open a file but beneath a share's directory; no share can be added any more |
 //! | `Listen` | | the guest may connect to the port, once |
 //! | `Connect` | one end of a stream | the guest has accepted or refused |
 //! | `Finish` | | the record has been sent, as `Event::Record` parts |
@@ -58,6 +59,8 @@ pub enum Ask {
         /// Its name.
         name: PathBytes,
     },
+    /// Lock all threads in that open files. Asked when all shares are there, before anything of a step runs.
+    Narrow,
     /// Let the guest connect to a vsock port of the host, once.
     Listen {
         /// The port.

@@ -40,7 +40,14 @@ fn device(arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
     };
     let cid: u64 = arguments.get(3).and_then(|text| text.to_str()).ok_or("cid missing")?.parse()?;
     let vsock = if cid == 0 { None } else { Some((take(1)?, cid)) };
-    DeviceProcess { fs: take(0)?, vsock, control: take(2)?.into(), confine: |_| Ok(()) }.run()?;
+    DeviceProcess {
+        fs: take(0)?,
+        vsock,
+        control: take(2)?.into(),
+        confine: |_| Ok(()),
+        narrow: |_| Ok(Box::new(|| Ok(()))),
+    }
+    .run()?;
     let status = std::fs::read_to_string("/proc/self/status")?;
     for line in status.lines().filter(|line| line.starts_with("RssAnon") || line.starts_with("Threads")) {
         eprintln!("device {line}");

@@ -41,7 +41,13 @@ fn machine() -> Machine {
     // From here on nobody else can connect.
     drop(directory);
     let (ours, control) = UnixStream::pair().expect("pair");
-    let process = DeviceProcess { fs, vsock: Some((vsock, 77)), control, confine: |_| Ok(()) };
+    let process = DeviceProcess {
+        fs,
+        vsock: Some((vsock, 77)),
+        control,
+        confine: |_| Ok(()),
+        narrow: |_| Ok(Box::new(|| Ok(()))),
+    };
     let process = std::thread::spawn(|| process.run());
     let client = Client::new(ours).expect("client");
     let (fs, vsock) = (Driver::new(fs_stream, 1), Driver::new(vsock_stream, 1));
@@ -120,6 +126,10 @@ fn a_device_process_serves_its_guest_and_hands_the_record_to_its_parent() {
     let not_a_directory = File::open(host.path().join("f")).expect("file");
     assert!(machine.client.add_share(b"f", not_a_directory.as_fd(), attributes).is_err());
     assert!(machine.client.remove_share(b"none").is_err());
+    machine.client.narrow().expect("once");
+    assert!(matches!(machine.client.narrow(), Err(ClientError::Refused(_))));
+    let late = machine.client.add_share(b"late", directory.as_fd(), attributes);
+    assert!(matches!(late, Err(ClientError::Refused(why)) if why.contains("any more")));
 
     machine.fs.init();
     let share = machine.fs.ask(1, 1, b"s\0");
@@ -184,7 +194,10 @@ fn a_process_without_a_vsock_device_says_so() {
     let directory = tempfile::tempdir().expect("directory");
     let fs = UnixListener::bind(directory.path().join("fs")).expect("socket").into();
     let (ours, control) = UnixStream::pair().expect("pair");
-    std::thread::spawn(|| DeviceProcess { fs, vsock: None, control, confine: |_| Ok(()) }.run());
+    std::thread::spawn(|| {
+        DeviceProcess { fs, vsock: None, control, confine: |_| Ok(()), narrow: |_| Ok(Box::new(|| Ok(()))) }
+            .run()
+    });
     let client = Client::new(ours).expect("client");
     assert!(matches!(client.listen(1), Err(ClientError::Refused(_))));
     assert!(matches!(client.connect(1, std::time::Duration::MAX), Err(ClientError::Refused(_))));
