@@ -2,12 +2,15 @@
 //! processor, and the agent has no threads. All of it is over before anything of the step runs.
 
 use std::ffi::CString;
+use std::os::fd::OwnedFd;
 
+use kiln_wire::Setup;
 use rustix::io::Errno;
-use rustix::process::Pid;
+use rustix::process::{Pid, setsid};
 
 use crate::failure::{Doing, Failure};
-use crate::sys::{self, Fork};
+use crate::sys::{self, Fork, StringArray};
+use crate::{reap, setup};
 
 /// A process that does one thing.
 pub struct Beside {
@@ -26,8 +29,25 @@ impl Beside {
         Self::start(what, || sys::swap_on(&name))
     }
 
+    /// Begins to make the world of `setup` and to start a program in it, all of which goes with the process.
+    ///
+    /// # Errors
+    /// There can be no process.
+    pub fn rehearsing(setup: &Setup, shares: Option<OwnedFd>) -> Result<Self, Failure> {
+        let namespaces = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC;
+        Self::start_in(namespaces, "rehearsing a step".to_owned(), || rehearse(setup, shares))
+    }
+
     fn start(what: String, act: impl FnOnce() -> Result<(), Errno>) -> Result<Self, Failure> {
-        match sys::fork(0).doing(|| what.clone())? {
+        Self::start_in(0, what, act)
+    }
+
+    fn start_in(
+        namespaces: libc::c_int,
+        what: String,
+        act: impl FnOnce() -> Result<(), Errno>,
+    ) -> Result<Self, Failure> {
+        match sys::fork(namespaces).doing(|| what.clone())? {
             Fork::Child => {
                 let errno = act().err().map_or(0, Errno::raw_os_error);
                 sys::exit(u8::try_from(errno).unwrap_or(u8::MAX))
@@ -52,6 +72,27 @@ impl Beside {
             Some(0) => Ok(()),
             Some(errno) => Err(Failure::new(self.what, Errno::from_raw_os_error(errno))),
             None => Err(Failure::new(self.what, Errno::INTR)),
+        }
+    }
+}
+
+fn rehearse(what: &Setup, shares: Option<OwnedFd>) -> Result<(), Errno> {
+    let world = setup::make(what, shares).map_err(|failure| failure.errno)?;
+    reap::enter_root()?;
+    let _signals = sys::child_signals()?;
+    match sys::fork(0)? {
+        Fork::Child => {
+            setsid()?;
+            sys::reset_signals();
+            sys::close_on_exec_above_stdio()?;
+            let name = StringArray::new(vec![c"true".to_owned()]);
+            // What it does does not matter: the kernel has started a program of this root once.
+            Err(sys::execve(c"/bin/true", &name, &StringArray::new(Vec::new())))
+        }
+        Fork::Parent { child } => {
+            sys::wait(Some(child), true)?;
+            drop(world);
+            Ok(())
         }
     }
 }

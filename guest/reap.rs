@@ -178,7 +178,7 @@ pub fn run(program: &Program, ends: &Ends, group: Option<&Group>) -> ! {
 }
 
 /// Makes the step's root this mount namespace's, as switch_root(8) does, and mounts /proc for this pid namespace.
-fn enter_root() -> Result<(), Errno> {
+pub fn enter_root() -> Result<(), Errno> {
     // By path: the descriptors that the agent holds refer to mounts of its own namespace, this is a copy.
     chdir(ROOT)?;
     mount_move(".", "/")?;

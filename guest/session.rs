@@ -12,6 +12,7 @@ use rustix::fs::Timespec;
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
+use crate::beside::Beside;
 use crate::boot::Booted;
 use crate::command::Command;
 use crate::failure::{Doing, Failure, cut, errno_number};
@@ -143,6 +144,15 @@ impl Session {
                     }
                     self.link.queue(&FromAgent::SetupDone);
                 })
+            }
+            ToAgent::Rehearse(setup) => {
+                if self.world.is_some() {
+                    return Err(SessionError::Protocol("a rehearsal after Setup"));
+                }
+                let shares = self.shares.as_ref().and_then(|shares| shares.try_clone().ok());
+                Beside::rehearsing(&setup, shares)
+                    .and_then(Beside::join)
+                    .map(|()| self.link.queue(&FromAgent::SetupDone))
             }
             ToAgent::Mount(mount) => match &mut self.world {
                 Some(world) => world.mount(&mount).map(|()| self.link.queue(&FromAgent::Mounted)),

@@ -2,12 +2,13 @@
 
 use std::process::ExitCode;
 
-use kiln::keeper::background;
+use kiln::keeper::{background, ready};
 use kiln::machine::launch;
 
 fn main() -> ExitCode {
     match std::env::args_os().nth(1) {
         Some(word) if word == launch::SUBCOMMAND => launch::main(),
+        Some(word) if word == ready::SUBCOMMAND => ready::main(),
         Some(word) if word == background::SUBCOMMAND => kiln::cli::main_that_can_stay(),
         _ => kiln::cli::main(),
     }

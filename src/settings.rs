@@ -8,8 +8,11 @@ use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
+
+use crate::plan::parse_duration;
 
 /// The recipe's file name.
 pub const RECIPE: &str = "kiln.toml";
@@ -154,6 +157,10 @@ pub struct Flags {
     pub lock: Option<PathBuf>,
     /// `--no-template`.
     pub no_template: bool,
+    /// `--no-keeper`.
+    pub no_keeper: bool,
+    /// `--keeper-idle`.
+    pub keeper_idle: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -176,6 +183,9 @@ struct RecipeSettings {
     backend: Option<String>,
     qemu: Option<String>,
     template: Option<bool>,
+    keeper: Option<bool>,
+    #[serde(rename = "keeper-idle")]
+    keeper_idle: Option<String>,
     debian: Option<RecipeDebian>,
 }
 
@@ -213,6 +223,10 @@ pub struct Settings {
     pub qemu: Setting<String>,
     /// Whether machines may be copies of templates.
     pub template: Setting<bool>,
+    /// Whether a machine may be made ready for the next run.
+    pub keeper: Setting<bool>,
+    /// How long it waits for one.
+    pub keeper_idle: Setting<Duration>,
     /// Debian mirror; none: the host's APT sources.
     pub debian_mirror: Setting<Option<String>>,
     /// Mirror of the security archive; none: the host's APT sources.
@@ -262,7 +276,7 @@ pub fn host_variable(name: &str) -> Option<Vec<u8>> {
 }
 
 /// Every variable that is a setting.
-const VARIABLES: [&str; 16] = [
+const VARIABLES: [&str; 18] = [
     "PROJECT",
     "WORK",
     "SRCDIR",
@@ -273,6 +287,8 @@ const VARIABLES: [&str; 16] = [
     "KILN_BACKEND",
     "KILN_QEMU",
     "KILN_TEMPLATE",
+    "KILN_KEEPER",
+    "KILN_KEEPER_IDLE",
     "KILN_DEBIAN_MIRROR",
     "KILN_DEBIAN_SECURITY_MIRROR",
     "KILN_DEBIAN_KEYRING",
@@ -373,6 +389,10 @@ impl Settings {
         let on = |on: bool| if on { "on" } else { "off" }.to_owned();
         let template = flags.no_template.then(|| on(false));
         let template = pick(template, "KILN_TEMPLATE", |text| text, file.template.map(on), || on(true));
+        let keeper = flags.no_keeper.then(|| on(false));
+        let keeper = pick(keeper, "KILN_KEEPER", |text| text, file.keeper.map(on), || on(true));
+        let keeper_idle =
+            pick(flags.keeper_idle, "KILN_KEEPER_IDLE", |text| text, file.keeper_idle, || "60s".to_owned());
         let debian = file.debian.unwrap_or_default();
         Ok(Self {
             backend: match BackendChoice::parse(&backend.value) {
@@ -386,14 +406,16 @@ impl Settings {
                     });
                 }
             },
-            template: match template.value.as_str() {
-                value @ ("on" | "off") => Setting { value: value == "on", origin: template.origin },
-                _ => {
+            template: on_or_off("template", template)?,
+            keeper: on_or_off("keeper", keeper)?,
+            keeper_idle: match parse_duration(&keeper_idle.value) {
+                Ok(value) => Setting { value, origin: keeper_idle.origin },
+                Err(_) => {
                     return Err(SettingsError::Value {
-                        name: "template",
-                        origin: template.origin,
-                        value: template.value,
-                        wanted: "it takes on or off",
+                        name: "keeper-idle",
+                        origin: keeper_idle.origin,
+                        value: keeper_idle.value,
+                        wanted: "it takes a time such as 60s or 5m",
                     });
                 }
             },
@@ -439,6 +461,18 @@ impl Settings {
 
 fn absolute(setting: Setting<PathBuf>, directory: &Path) -> Setting<PathBuf> {
     Setting { value: directory.join(setting.value), origin: setting.origin }
+}
+
+fn on_or_off(name: &'static str, setting: Setting<String>) -> Result<Setting<bool>, SettingsError> {
+    match setting.value.as_str() {
+        value @ ("on" | "off") => Ok(Setting { value: value == "on", origin: setting.origin }),
+        _ => Err(SettingsError::Value {
+            name,
+            origin: setting.origin,
+            value: setting.value,
+            wanted: "it takes on or off",
+        }),
+    }
 }
 
 fn is_project_name(name: &str) -> bool {

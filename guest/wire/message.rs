@@ -185,6 +185,9 @@ pub enum ToAgent {
     },
     /// Prepare the step's world.
     Setup(Setup),
+    /// Before `Setup`: prepare a world in a process of its own, start a program in it and drop both. The kernel has been
+    /// through it all then, and an emulator has translated what it did.
+    Rehearse(Setup),
     /// Mount another tree below the step's root. Commands started later see it.
     Mount(Mount),
     /// Start a command.

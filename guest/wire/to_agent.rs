@@ -17,6 +17,7 @@ const POWER_OFF: u8 = 0x08;
 const MOUNT: u8 = 0x09;
 const CREDIT: u8 = 0x0a;
 const RESIZE: u8 = 0x0b;
+const REHEARSE: u8 = 0x0c;
 
 /// The kernel's _NSIG: the largest signal number.
 const MAX_SIGNAL: u8 = 64;
@@ -33,6 +34,10 @@ impl ToAgent {
             }
             Self::Setup(setup) => {
                 w = Writer::new(SETUP);
+                write_setup(&mut w, setup);
+            }
+            Self::Rehearse(setup) => {
+                w = Writer::new(REHEARSE);
                 write_setup(&mut w, setup);
             }
             Self::Mount(mount) => {
@@ -88,6 +93,7 @@ impl ToAgent {
         let message = match r.u8("message to the agent")? {
             HELLO => Self::Hello { version: r.u16("version")? },
             SETUP => Self::Setup(read_setup(&mut r)?),
+            REHEARSE => Self::Rehearse(read_setup(&mut r)?),
             MOUNT => Self::Mount(read_mount(&mut r)?),
             EXEC => Self::Exec(read_exec(&mut r)?),
             STDIN => {

@@ -8,6 +8,7 @@ use clap::Args;
 use super::show::line;
 use super::{Failure, USAGE};
 use crate::engine::Host;
+use crate::plan::show_age;
 use crate::settings::{Origin, Setting, Settings};
 
 /// Arguments of `kiln config`.
@@ -54,6 +55,7 @@ fn rows(settings: Settings) -> Vec<Row> {
         move |value| value.as_ref().map_or_else(|| none.to_owned(), |path| path.display().to_string())
     }
     let path = |path: &PathBuf| path.display().to_string();
+    let on_or_off = |on: &bool| if *on { "on" } else { "off" }.to_owned();
     let mut rows = vec![
         row("PROJECT", &settings.project, Clone::clone),
         row("WORK", &settings.work, path),
@@ -64,7 +66,9 @@ fn rows(settings: Settings) -> Vec<Row> {
         row("KILN_STORE", &settings.store, path),
         row("KILN_BACKEND", &settings.backend, ToString::to_string),
         row("KILN_QEMU", &settings.qemu, Clone::clone),
-        row("KILN_TEMPLATE", &settings.template, |on| if *on { "on" } else { "off" }.to_owned()),
+        row("KILN_TEMPLATE", &settings.template, on_or_off),
+        row("KILN_KEEPER", &settings.keeper, on_or_off),
+        row("KILN_KEEPER_IDLE", &settings.keeper_idle, |idle| show_age(*idle)),
         row("KILN_AGENT", &settings.agent, file("beside kiln")),
         row("KILN_TOOLBOX", &settings.toolbox, file("Debian packages")),
         row("KILN_LOCK", &settings.lock, path),

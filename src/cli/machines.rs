@@ -16,7 +16,7 @@ const SHOWN_CHARACTERS: usize = 60;
 /// Arguments of `kiln ps`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Lists the machines of the store: those whose step runs and those that were kept.
+Lists the machines of the store: those whose step runs, those that were kept, and those that are ready for a run.
 
 Examples:
   kiln ps

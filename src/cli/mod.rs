@@ -243,6 +243,8 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
             flags.srcdir.clone_from(&arguments.src);
             flags.work.clone_from(&arguments.work);
             flags.no_template = arguments.no_template;
+            flags.no_keeper = arguments.no_keeper;
+            flags.keeper_idle.clone_from(&arguments.keeper_idle);
             if caller.is_none() && arguments.may_stay() {
                 return Ok(stay_in_background());
             }

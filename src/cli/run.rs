@@ -119,6 +119,12 @@ pub(super) struct RunArguments {
     /// Boot a machine, rather than copy one that was booted before [env: KILN_TEMPLATE=off]
     #[arg(long)]
     pub no_template: bool,
+    /// Neither take a machine that is ready, nor have one made for the next run [env: KILN_KEEPER=off]
+    #[arg(long)]
+    pub no_keeper: bool,
+    /// How long a machine that is made for the next run waits for it [env: KILN_KEEPER_IDLE; default: 60s]
+    #[arg(long, value_name = "TIME")]
+    pub keeper_idle: Option<String>,
     #[command(flatten)]
     keep: KeepFlags,
     /// Fail unless this holds

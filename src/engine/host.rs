@@ -346,6 +346,11 @@ impl Host {
         Ok(toolbox::of_packages(&self.store, &self.archive, &locked, progress)?)
     }
 
+    /// How long a machine that is ready waits for a step; none where there are to be none.
+    pub fn keeper_idle(&self) -> Option<Duration> {
+        self.settings.keeper.value.then_some(self.settings.keeper_idle.value)
+    }
+
     /// The root of `spec`, made where it is not there yet: with machines of `qemu` that boot `bundle`.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ pub mod merge;
 mod mounts;
 mod prepare;
 mod reads;
+mod ready;
 mod run;
 mod step;
 mod work;

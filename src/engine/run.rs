@@ -20,6 +20,7 @@ use super::host::Host;
 use super::merge::{self, Merge};
 use super::prepare::{Prepared, describe, prepare, seconds, toolbox_mount};
 use super::reads::{self, Beside, ReadsReport};
+use super::ready::Readiness;
 use super::step::{Keep, Step};
 use crate::agent::{ExecEnd, Session, SessionError};
 use crate::keeper::{Entry, Kept, Registration, Registry};
@@ -135,7 +136,17 @@ fn carry_through(
     let (environment, directory) = (exec.env.clone(), exec.cwd.clone());
     let _ = events(Event::Phase(Phase::Prepare, stopwatch.lap()));
 
-    let mut machine = prepared.qemu.start(spec)?;
+    let readiness = Readiness::of(host, &prepared, &spec, &setup);
+    let borrowed = readiness.as_ref().and_then(|readiness| readiness.borrow(host, &spec));
+    let mut machine = match borrowed {
+        Some(machine) => machine,
+        None => {
+            if let Some(why) = readiness.as_ref().and_then(Readiness::failure) {
+                let _ = events(Event::Warning(&format!("no machine was made ready for this run: {why}")));
+            }
+            prepared.qemu.start(spec)?
+        }
+    };
     let _ = events(Event::Machine(machine.identity()));
     for note in machine.notes() {
         let _ = events(Event::Warning(note));
@@ -145,9 +156,12 @@ fn carry_through(
     let stopwatch = &mut stopwatch;
     let mut talk = Talk { step, host, prepared: &prepared, stopwatch, doing: "booting", is_off: false };
     let mut session = None;
-    let conversation = talk
-        .open(wire, setup, events)
-        .and_then(|opened| talk.work(session.insert(opened), exec, input, events));
+    let mut ordered = None;
+    let conversation = talk.open(wire, setup, events).and_then(|opened| {
+        // While the command runs.
+        ordered = readiness.and_then(Readiness::order);
+        talk.work(session.insert(opened), exec, input, events)
+    });
     let (doing, is_off) = (talk.doing, talk.is_off);
     if let Err(RunError::Session(error)) = &conversation {
         if stopped.load(Ordering::Acquire) {
@@ -225,6 +239,7 @@ fn carry_through(
         }
     };
     let _ = events(Event::Phase(Phase::Merge, stopwatch.lap()));
+    drop(ordered);
     Ok(Report { ended, identity, bundle: prepared.bundle.digest(), collected, reads, work })
 }
 

@@ -10,12 +10,17 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::entry::Entry;
 use super::place;
+use super::ready::{Lifeline, Loan};
 use super::registration::is_ours;
-use super::talk::{Answer, Greeting, Request, VERSION, hear, say};
+use super::talk::{Answer, Greeting, Request, VERSION, hear, hear_descriptors, say};
 use crate::agent::{Session, SessionError};
 
 /// How long an owner may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long one may that can be done without.
+const SHORT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a lender may take, beyond what it is given to wait.
+const LENDER_PATIENCE: Duration = Duration::from_secs(30);
 /// How long it may take to end: a disk may have to be left clean.
 const END_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -103,9 +108,18 @@ pub struct Door {
 
 impl Door {
     pub(super) fn open(area: &Path, entry: Entry) -> Result<Self, DoorError> {
+        Self::open_within(area, entry, PATIENCE)
+    }
+
+    /// Of a machine that one can do without.
+    pub(super) fn open_soon(area: &Path, entry: Entry) -> Result<Self, DoorError> {
+        Self::open_within(area, entry, SHORT_PATIENCE)
+    }
+
+    fn open_within(area: &Path, entry: Entry, patience: Duration) -> Result<Self, DoorError> {
         let stream = place::connect(area, &entry.name).and_then(|stream| {
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
+            stream.set_read_timeout(Some(patience))?;
+            stream.set_write_timeout(Some(patience))?;
             Ok(stream)
         });
         if stream.as_ref().is_ok_and(|stream| !is_ours(stream)) {
@@ -139,6 +153,35 @@ impl Door {
         }
         stream.set_read_timeout(None).map_err(io)?;
         Ok(Session::join(stream)?)
+    }
+
+    /// Borrows the machine for a step.
+    ///
+    /// # Errors
+    /// Its owner does not want to, or does not answer in time.
+    pub(super) fn borrow(mut self) -> io::Result<Loan> {
+        let stream = std::mem::replace(&mut self.stream, Err(io::ErrorKind::NotConnected.into()));
+        let loan = stream.and_then(|(stream, greeting)| Self::borrow_over(stream, greeting));
+        if matches!(&loan, Err(error) if error.kind() == io::ErrorKind::WouldBlock) {
+            // It may have been stopped by a signal, and would not end by itself.
+            let _ = self.kill();
+        }
+        loan
+    }
+
+    fn borrow_over(stream: UnixStream, greeting: Greeting) -> io::Result<Loan> {
+        if greeting != Greeting::ours() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        say(&stream, &Request::Borrow)?;
+        if let Answer::Refused(why) = hear(&stream)? {
+            return Err(io::Error::other(why));
+        }
+        let identity = hear(&stream)?;
+        let descriptors = hear_descriptors(&stream, 2)?.try_into();
+        let descriptors = descriptors.map_err(|_| io::ErrorKind::InvalidData)?;
+        stream.set_read_timeout(Some(LENDER_PATIENCE))?;
+        Ok(Loan { identity, descriptors, lender: Box::new(Lifeline(stream)) })
     }
 
     /// Ends the machine, and whoever holds it; by force where it does not answer.

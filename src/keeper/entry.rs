@@ -1,12 +1,16 @@
 //! What the registry says of a machine.
 
+use std::time::Duration;
+
 use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
 
-use crate::machine::{Accelerator, Identity};
+use crate::machine::{Accelerator, Identity, Spec};
 
 /// How much of a command is kept for showing.
 const SHOWN_BYTES: usize = 1000;
+/// The version of this kiln.
+pub(super) const VERSION_OF_KILN: &str = env!("CARGO_PKG_VERSION");
 /// How much of a program's name goes into its machine's.
 const NAME_BYTES: usize = 20;
 
@@ -18,6 +22,8 @@ pub enum State {
     Running,
     /// Its step is over, and it can be entered.
     Kept,
+    /// It waits for a step.
+    Ready,
     /// Something that a later kiln knows.
     #[serde(other)]
     Other,
@@ -29,6 +35,7 @@ impl State {
         match self {
             Self::Running => "running",
             Self::Kept => "kept",
+            Self::Ready => "ready",
             Self::Other => "other",
         }
     }
@@ -57,6 +64,12 @@ pub struct Entry {
     pub memory_bytes: u64,
     /// Processors.
     pub cpus: u16,
+    /// For which steps it is ready, where it waits for one.
+    #[serde(default)]
+    pub key: Option<Digest>,
+    /// The version of the kiln that holds it; empty in an older one's.
+    #[serde(default)]
+    pub kiln: String,
     /// Backend and its version.
     pub backend: String,
     /// `kvm` or `tcg`.
@@ -94,6 +107,8 @@ impl Entry {
             idle_seconds: None,
             memory_bytes,
             cpus,
+            key: None,
+            kiln: VERSION_OF_KILN.to_owned(),
             backend: identity.backend.clone(),
             accelerator: match identity.accelerator {
                 Accelerator::Kvm => "kvm",
@@ -103,9 +118,16 @@ impl Entry {
         }
     }
 
+    /// A machine of this process that waits for a step of this key, for so long.
+    pub fn ready(spec: &Spec, identity: &Identity, key: &Digest, idle: Duration) -> Self {
+        let running = Self::running("", &[], spec.memory_bytes, spec.cpus, identity);
+        Self { state: State::Ready, key: Some(*key), idle_seconds: Some(idle.as_secs()), ..running }
+    }
+
     /// A name for the machine: what its program is called, and something that tells it from others.
     pub(super) fn suggest_name(&self, salt: &[u8]) -> String {
-        let program = self.command.first().map(String::as_str).unwrap_or_default();
+        let nothing = if self.state == State::Ready { "ready" } else { "" };
+        let program = self.command.first().map_or(nothing, String::as_str);
         let program = program.rsplit('/').next().unwrap_or_default();
         let mut name: String = program
             .chars()
@@ -180,7 +202,7 @@ mod tests {
     #[test]
     fn a_state_that_a_later_kiln_knows_is_still_a_machine() {
         let mut json = serde_json::to_value(entry(&[b"sh"])).expect("JSON");
-        json["state"] = "ready".into();
+        json["state"] = "new".into();
         json["more"] = 1.into();
         let read: Entry = serde_json::from_value(json).expect("an entry");
         assert_eq!(read.state, State::Other);

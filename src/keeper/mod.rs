@@ -13,6 +13,7 @@ mod door;
 mod entry;
 mod kept;
 mod place;
+pub mod ready;
 mod registration;
 mod registry;
 mod relay;

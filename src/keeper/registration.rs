@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -12,6 +13,7 @@ use rustix::net::Shutdown;
 
 use super::entry::{Entry, State};
 use super::place::Place;
+use super::ready::Caller;
 use super::relay::Guests;
 use super::talk::{Answer, Greeting, Request, hear, say};
 
@@ -37,11 +39,13 @@ struct Inside {
     callers: AtomicUsize,
 }
 
-enum Mode {
+pub(super) enum Mode {
     /// The step runs; this ends it.
     Running(Box<dyn Fn() + Send>),
     /// The step is over.
     Kept(Arc<Guests>),
+    /// It waits for a step; none once it was promised to somebody.
+    Ready(Option<Sender<Caller>>),
 }
 
 impl Inside {
@@ -51,13 +55,8 @@ impl Inside {
 }
 
 impl Registration {
-    pub(super) fn open(
-        place: Place,
-        entry: Entry,
-        listener: UnixListener,
-        stop: Box<dyn Fn() + Send>,
-    ) -> io::Result<Self> {
-        let inside = Arc::new(Inside { mode: Mutex::new(Mode::Running(stop)), callers: AtomicUsize::new(0) });
+    pub(super) fn open(place: Place, entry: Entry, listener: UnixListener, mode: Mode) -> io::Result<Self> {
+        let inside = Arc::new(Inside { mode: Mutex::new(mode), callers: AtomicUsize::new(0) });
         let (shared, listening) = (Arc::clone(&inside), listener.try_clone()?);
         let door = thread::Builder::new().name("door".to_owned()).stack_size(256 << 10);
         door.spawn(move || {
@@ -138,7 +137,7 @@ fn answer(caller: &UnixStream, inside: &Inside) -> io::Result<()> {
     caller.set_write_timeout(Some(PATIENCE))?;
     say(caller, &Greeting::ours())?;
     let request: Request = hear(caller)?;
-    let guests = match &*inside.mode() {
+    let guests = match &mut *inside.mode() {
         Mode::Running(stop) => {
             if request == Request::Stop {
                 say(caller, &Answer::Granted)?;
@@ -147,6 +146,27 @@ fn answer(caller: &UnixStream, inside: &Inside) -> io::Result<()> {
             None
         }
         Mode::Kept(guests) => Some(Arc::clone(guests)),
+        Mode::Ready(owner) => {
+            return match (request, owner.take()) {
+                (Request::Borrow, Some(owner)) => {
+                    let caller = caller.try_clone()?;
+                    owner.send(Caller::Borrower(caller)).map_err(|_| io::ErrorKind::NotConnected.into())
+                }
+                (Request::Stop, owner) => {
+                    say(caller, &Answer::Granted)?;
+                    if let Some(owner) = owner {
+                        let _ = owner.send(Caller::Stop);
+                    }
+                    loop {
+                        thread::park();
+                    }
+                }
+                (_, owner_left) => {
+                    *owner = owner_left;
+                    say(caller, &Answer::Refused("it waits for a step, or has one".to_owned()))
+                }
+            };
+        }
     };
     match (request, guests) {
         (Request::Stop, guests) => {
@@ -166,6 +186,7 @@ fn answer(caller: &UnixStream, inside: &Inside) -> io::Result<()> {
             caller.set_write_timeout(None)?;
             guests.serve(caller)
         }
+        (Request::Borrow, _) => say(caller, &Answer::Refused("it has a step".to_owned())),
         (Request::Enter, None) => {
             say(caller, &Answer::Refused("its step still runs; it can be entered once it is kept".to_owned()))
         }

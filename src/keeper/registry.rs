@@ -4,11 +4,15 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::Sender;
+
+use kiln_digest::Digest;
 
 use super::door::{Door, DoorError};
-use super::entry::{Entry, is_name};
+use super::entry::{Entry, State, VERSION_OF_KILN, is_name};
 use super::place::{self, Place};
-use super::registration::Registration;
+use super::ready::{Caller, Loan};
+use super::registration::{Mode, Registration};
 
 /// Why the registry cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -81,7 +85,52 @@ impl Registry {
     ) -> Result<Registration, RegistryError> {
         let fail = |source| RegistryError::Io { path: self.path.clone(), source };
         let (place, listener) = Place::take(&self.path, &mut entry).map_err(fail)?;
-        Registration::open(place, entry, listener, Box::new(stop)).map_err(fail)
+        Registration::open(place, entry, listener, Mode::Running(Box::new(stop))).map_err(fail)
+    }
+
+    /// Registers a machine of this process that waits for a step; `callers` hears of whoever comes.
+    ///
+    /// # Errors
+    /// [`RegistryError::Io`].
+    pub(super) fn register_ready(
+        &self,
+        mut entry: Entry,
+        callers: Sender<Caller>,
+    ) -> Result<Registration, RegistryError> {
+        let fail = |source| RegistryError::Io { path: self.path.clone(), source };
+        let (place, listener) = Place::take(&self.path, &mut entry).map_err(fail)?;
+        Registration::open(place, entry, listener, Mode::Ready(Some(callers))).map_err(fail)
+    }
+
+    /// Borrows a machine that is ready for steps of this key; none where there is none that answers soon. One whose
+    /// holder is silent is ended, or every run would wait for it.
+    pub fn borrow(&self, key: &Digest) -> Option<Loan> {
+        let ready = self.ready().into_iter().filter(|entry| entry.key.as_ref() == Some(key));
+        ready.filter_map(|entry| Door::open_soon(&self.path, entry).ok()?.borrow().ok()).next()
+    }
+
+    /// The machines that wait for a step, the oldest first.
+    fn ready(&self) -> Vec<Entry> {
+        let machines = self.machines().unwrap_or_default();
+        machines.into_iter().filter(|entry| entry.state == State::Ready).collect()
+    }
+
+    /// Makes room for a machine that is ready for steps of this key, where there may be `most` in all: those of other
+    /// versions of kiln go, then the oldest. Whether there is room: not beside one of the same key.
+    pub(super) fn make_room(&self, key: &Digest, most: usize) -> bool {
+        let mut ready = self.ready();
+        if ready.iter().any(|entry| entry.key.as_ref() == Some(key)) {
+            return false;
+        }
+        let mut stop = |entry: Entry| {
+            let _ = Door::open_soon(&self.path, entry).and_then(Door::stop);
+        };
+        let (ours, others): (Vec<_>, Vec<_>) =
+            ready.drain(..).partition(|entry| entry.kiln == VERSION_OF_KILN);
+        others.into_iter().for_each(&mut stop);
+        let too_many = (ours.len() + 1).saturating_sub(most);
+        ours.into_iter().take(too_many).for_each(stop);
+        true
     }
 
     /// Goes to the machine `name`.

@@ -20,6 +20,7 @@ pub mod scratch;
 mod spawn;
 mod tail;
 
+use std::borrow::Cow;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -28,6 +29,7 @@ use std::time::Duration;
 use jail::Held;
 use kiln_digest::Digest;
 use kiln_virtio::fs::record::Record;
+use serde::{Deserialize, Serialize};
 
 /// The tree of a host directory under a name, as the machine's fs device shows it.
 #[derive(Debug)]
@@ -68,6 +70,16 @@ pub struct Disk {
     pub read_only: bool,
 }
 
+impl Disk {
+    /// Its size in bytes.
+    ///
+    /// # Errors
+    /// What fstat(2) says.
+    pub fn size(&self) -> std::io::Result<u64> {
+        Ok(std::fs::File::from(self.file.try_clone()?).metadata()?.len())
+    }
+}
+
 /// What carries the wire between host and agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Carrier {
@@ -102,7 +114,7 @@ pub struct Spec {
 }
 
 /// How strong the boundary around a machine is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Accelerator {
     /// Hardware virtualisation: a boundary.
     Kvm,
@@ -111,16 +123,18 @@ pub enum Accelerator {
 }
 
 /// How a machine came to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Origin {
     /// It booted.
     Boot,
     /// It is the copy of a machine that was frozen when its agent was ready.
     Template,
+    /// It is such a copy, made before there was a step for it.
+    Ready,
 }
 
 /// What the first line of a run and its record say about the machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// Backend and its version, such as `qemu 10.0.2`.
     pub backend: String,
@@ -143,7 +157,7 @@ impl std::fmt::Display for Identity {
 }
 
 /// How a machine that stopped by itself went.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Death {
     /// The guest's kernel panicked; the line that says why.
     Panicked(String),
@@ -159,7 +173,7 @@ pub enum Death {
     /// The program that runs the machine died; how, and what it said last.
     Killed {
         /// Which program.
-        program: &'static str,
+        program: Cow<'static, str>,
         /// Exit status in words.
         status: String,
         /// The end of its standard error.

@@ -130,6 +130,7 @@ impl Host {
             .env("KILN_STORE", self.path("store"))
             .env("KILN_LOCK", shared_store().join("kiln.lock"))
             .env("WORK", self.path("work"))
+            .env("KILN_KEEPER", "off")
             .env(TOKEN.0, TOKEN.1)
             .current_dir(self.folder.root())
             .process_group(0)

@@ -17,6 +17,7 @@ mod keep;
 mod leftovers;
 mod outputs;
 mod reads;
+mod ready;
 mod roots;
 mod strace;
 mod stress;

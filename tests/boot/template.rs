@@ -9,7 +9,7 @@ use std::process::Stdio;
 use super::host::{Host, Running, Told};
 
 /// How the machine of a run with `--json` came to be.
-fn origin(told: &Told) -> String {
+pub fn origin(told: &Told) -> String {
     let events = told.events();
     let machine = events.iter().find(|event| event["event"] == "machine").expect("a machine");
     machine["origin"].as_str().expect("a word").to_owned()

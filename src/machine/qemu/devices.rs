@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::OnceLock;
 
 use kiln_virtio::control;
 
@@ -36,15 +37,18 @@ fn listening_pair() -> Result<(OwnedFd, OwnedFd), MachineError> {
 pub(super) struct Devices {
     pub process: Process,
     pub held: Held,
-    pub control: control::Client,
+    /// The connection to it, of which others may have descriptors too.
+    pub socket: UnixStream,
+    /// Speaks on that; made when there is something to say.
+    client: OnceLock<control::Client>,
     /// vhost-user connections for QEMU: of fs, and of vsock where it carries the wire.
     pub for_qemu: Vec<(String, OwnedFd)>,
 }
 
 impl Devices {
-    /// Starts it and gives it `shares`, which are all that it may read from then on.
-    pub fn start(shares: &[Share], carrier: Carrier) -> Result<Self, MachineError> {
-        let (control, theirs) = pair("make a socket pair")?;
+    /// Starts it; it has no shares yet.
+    pub fn start(carrier: Carrier) -> Result<Self, MachineError> {
+        let (socket, theirs) = pair("make a socket pair")?;
         let (device_fs, qemu_fs) = listening_pair()?;
         let mut for_qemu = vec![("fs".to_owned(), qemu_fs)];
         let mut for_process = vec![("control".to_owned(), theirs), ("fs".to_owned(), device_fs)];
@@ -56,20 +60,23 @@ impl Devices {
         let vsock_cid = (carrier == Carrier::Vsock).then_some(GUEST_CID);
         let (process, held) = spawn_jailed(Become::Devices { vsock_cid }, &for_process)
             .map_err(MachineError::io("start the device process"))?;
-        // With ours gone, its end closes the connection, and nobody waits for its answer.
-        drop(for_process);
-        let control =
-            control::Client::new(control).map_err(MachineError::io("speak to the device process"))?;
-        let devices = Self { process, held, control, for_qemu };
-        for share in shares {
-            devices
-                .control
-                .add_share(share.name.as_bytes(), share.directory.as_fd(), share.attributes)
-                .and_then(|()| devices.control.hide(share.name.as_bytes(), &share.hidden))
-                .map_err(|error| devices.failure(&error))?;
-        }
-        devices.control.narrow().map_err(|error| devices.failure(&error))?;
+        Ok(Self { process, held, socket, client: OnceLock::new(), for_qemu })
+    }
+
+    /// Starts it with `shares`, which are all that it may read.
+    pub fn with_shares(carrier: Carrier, shares: &[Share]) -> Result<Self, MachineError> {
+        let devices = Self::start(carrier)?;
+        give(devices.control()?, shares).map_err(|error| devices.failure(&error))?;
         Ok(devices)
+    }
+
+    /// What speaks to it.
+    pub fn control(&self) -> Result<&control::Client, MachineError> {
+        if self.client.get().is_none() {
+            let client = self.socket.try_clone().and_then(control::Client::new);
+            let _ = self.client.set(client.map_err(MachineError::io("speak to the device process"))?);
+        }
+        self.client.get().ok_or_else(|| MachineError::Device("nobody speaks to it".to_owned()))
     }
 
     /// An error of its, with what it said last.
@@ -77,4 +84,13 @@ impl Devices {
         let said = self.process.said();
         MachineError::Device(if said.is_empty() { error.to_string() } else { format!("{error}: {said}") })
     }
+}
+
+/// Gives a device process `shares`, which are all that it may read from then on.
+pub(super) fn give(control: &control::Client, shares: &[Share]) -> Result<(), control::ClientError> {
+    for share in shares {
+        control.add_share(share.name.as_bytes(), share.directory.as_fd(), share.attributes)?;
+        control.hide(share.name.as_bytes(), &share.hidden)?;
+    }
+    control.narrow()
 }

@@ -6,6 +6,7 @@
 mod argv;
 mod devices;
 mod qmp;
+pub mod ready;
 mod slots;
 pub mod template;
 mod vm;
@@ -85,6 +86,11 @@ impl Qemu {
         Self { templates: Some(templates), ..self }
     }
 
+    /// Whether it uses KVM.
+    pub fn uses_kvm(&self) -> bool {
+        self.accelerator == Accelerator::Kvm
+    }
+
     /// Where the program lies.
     pub fn program(&self) -> &Path {
         &self.program
@@ -104,7 +110,7 @@ enum Origins {
 impl Backend for Qemu {
     fn start(&self, spec: Spec) -> Result<Box<dyn Machine>, MachineError> {
         let notes = match &self.templates {
-            Some(templates) if template::suits(&spec) => match templates.copy(self, &spec)? {
+            Some(templates) if template::suits(&spec) => match templates.copy(self, &spec, true)? {
                 Ok(machine) => return Ok(Box::new(machine)),
                 Err(notes) => notes,
             },
@@ -112,7 +118,7 @@ impl Backend for Qemu {
         };
         let devices = match spec.shares.is_empty() && spec.carrier == Carrier::Serial {
             true => None,
-            false => Some(Devices::start(&spec.shares, spec.carrier)?),
+            false => Some(Devices::with_shares(spec.carrier, &spec.shares)?),
         };
         let (mut machine, qmp) = self.bring_up(&spec, devices, Origins::Boot)?;
         machine.watch = qmp.watch();
@@ -160,7 +166,7 @@ impl Qemu {
         let wire = match (spec.carrier, &devices) {
             (Carrier::Vsock, Some(devices)) => {
                 let port = kiln_wire::AGENT_VSOCK_PORT;
-                Wire::Awaited(devices.control.listen(port).map_err(|error| devices.failure(&error))?)
+                Wire::Awaited(devices.control()?.listen(port).map_err(|error| devices.failure(&error))?)
             }
             _ => {
                 let (wire, theirs) = pair("make a socket pair")?;

@@ -70,7 +70,7 @@ impl Machine for QemuMachine {
 
     fn observed_so_far(&mut self) -> Result<Record, MachineError> {
         match &self.devices {
-            Some(devices) => devices.control.finish().map_err(|error| devices.failure(&error)),
+            Some(devices) => devices.control()?.finish().map_err(|error| devices.failure(&error)),
             None => Ok(Record::default()),
         }
     }
@@ -81,7 +81,11 @@ impl Machine for QemuMachine {
             && let Some(status) = devices.process.wait(REAP_PATIENCE)
         {
             let status = in_words(status);
-            return Death::Killed { program: "the device process", status, said: devices.process.said() };
+            return Death::Killed {
+                program: "the device process".into(),
+                status,
+                said: devices.process.said(),
+            };
         }
         if let Some(DiskTrouble { node, why }) = self.watch.trouble() {
             let index = node.strip_prefix("disk").and_then(|number| number.parse::<usize>().ok());
@@ -97,10 +101,10 @@ impl Machine for QemuMachine {
         match (reason, status) {
             (Some(reason), Some(status)) if status.success() => Death::Stopped(reason),
             (_, Some(status)) => {
-                Death::Killed { program: "QEMU", status: in_words(status), said: self.process.said() }
+                Death::Killed { program: "QEMU".into(), status: in_words(status), said: self.process.said() }
             }
             (_, None) => Death::Killed {
-                program: "QEMU",
+                program: "QEMU".into(),
                 status: "still running, but not answering".to_owned(),
                 said: self.process.said(),
             },

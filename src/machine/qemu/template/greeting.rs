@@ -10,18 +10,31 @@ use kiln_wire::{FrameReader, FromAgent, MAX_FROM_AGENT_BYTES, ToAgent, VERSION, 
 ///
 /// # Errors
 /// `UnexpectedEof` when the machine is gone, `TimedOut` after `patience`, `InvalidData` where something else answers.
-pub fn greet(mut wire: &UnixStream, patience: Duration) -> io::Result<()> {
+pub fn greet(wire: &UnixStream, patience: Duration) -> io::Result<()> {
+    let is_answer = |message: &FromAgent| matches!(message, FromAgent::Ready { version: VERSION, .. });
+    exchange(wire, &ToAgent::Hello { version: VERSION }.encode(), patience, is_answer)
+}
+
+/// Sends one message, and waits for its answer, as [`greet`] does.
+///
+/// # Errors
+/// Those of [`greet`].
+pub fn exchange(
+    mut wire: &UnixStream,
+    message: &[u8],
+    patience: Duration,
+    is_answer: impl Fn(&FromAgent) -> bool,
+) -> io::Result<()> {
     let nonsense = |why: String| io::Error::new(ErrorKind::InvalidData, why);
     let deadline = Instant::now() + patience;
-    let hello = encode_frame(&ToAgent::Hello { version: VERSION }.encode());
-    wire.write_all(&hello).map_err(gone)?;
+    wire.write_all(&encode_frame(message)).map_err(gone)?;
     let mut reader = FrameReader::new(MAX_FROM_AGENT_BYTES);
     let mut buffer = [0; 4096];
     let mut ready = false;
     loop {
         while let Some(payload) = reader.next().map_err(|error| nonsense(error.to_string()))? {
             match FromAgent::decode(&payload).map_err(|error| nonsense(error.to_string()))? {
-                FromAgent::Ready { version: VERSION, .. } if !ready => ready = true,
+                answer if !ready && is_answer(&answer) => ready = true,
                 FromAgent::Log(_) => {}
                 _ => return Err(nonsense("not the answer to a hello".to_owned())),
             }

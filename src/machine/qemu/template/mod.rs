@@ -13,8 +13,8 @@
 //! (`Setup`), and each copy has another generation id, at which the kernel's generator starts afresh.
 
 mod files;
-mod greeting;
-mod key;
+pub(super) mod greeting;
+pub(super) mod key;
 mod ram;
 
 use std::fs::{self, File, TryLockError};
@@ -116,7 +116,7 @@ impl Templates {
     }
 
     /// A copy of the template for `spec`, which is made where there is none. Where there can be no copy, what the user
-    /// should know of that.
+    /// should know of that. Without `with_shares` it gets them later.
     ///
     /// # Errors
     /// [`MachineError`] where the shares are to blame: a machine that boots would not have them either.
@@ -124,6 +124,7 @@ impl Templates {
         &self,
         qemu: &Qemu,
         spec: &Spec,
+        with_shares: bool,
     ) -> Result<Result<QemuMachine, Vec<String>>, MachineError> {
         let mut notes = Vec::new();
         let Ok(key) = key::of(qemu, spec) else { return Ok(Err(notes)) };
@@ -136,7 +137,11 @@ impl Templates {
                     return Ok(Err(notes));
                 }
             };
-            let devices = Devices::start(&spec.shares, spec.carrier)?;
+            let devices = match with_shares {
+                true => Devices::with_shares(spec.carrier, &spec.shares)?,
+                // They come later.
+                false => Devices::start(spec.carrier)?,
+            };
             match thaw(&template, qemu, spec, devices) {
                 Ok(mut machine) => {
                     machine.notes = notes;
@@ -227,7 +232,7 @@ impl Templates {
         let ram = ram::new(spec.memory_bytes).map_err(io("make memory for a template"))?;
         let given = ram.try_clone().map_err(io("hold a template's memory"))?;
         let state = files::new_state(folder.path()).map_err(io("make a file for a template's state"))?;
-        let devices = Devices::start(&[], spec.carrier)?;
+        let devices = Devices::start(spec.carrier)?;
         let origins = Origins::Freeze { ram: given.into(), state: state.into() };
         let (mut machine, mut qmp) = qemu.bring_up(&spec, Some(devices), origins)?;
         answer(&mut machine, BOOT_PATIENCE)?;

@@ -1,0 +1,88 @@
+//! Borrowing a machine that is ready for a step, and having another made for the next.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use kiln_digest::Digest;
+use kiln_wire::{Setup, Source, ToAgent};
+
+use super::host::Host;
+use super::prepare::Prepared;
+use crate::keeper::Registry;
+use crate::keeper::ready::{Order, order, take_failure, take_turn};
+use crate::machine::qemu::ready::Lent;
+use crate::machine::{Machine, Spec, serial};
+
+/// What a run has to do with ready machines.
+pub(super) struct Readiness {
+    key: Digest,
+    order: Order,
+    disks: Vec<OwnedFd>,
+}
+
+impl Readiness {
+    /// For machines of `spec`; none where they have to be made for their step.
+    pub fn of(host: &Host, prepared: &Prepared, spec: &Spec, setup: &Setup) -> Option<Self> {
+        let idle = host.keeper_idle()?;
+        let key = prepared.qemu.ready_key(spec).ok()??;
+        let read_only = spec.disks.iter().filter(|disk| disk.read_only);
+        let [scratch] = &spec.disks.iter().filter(|disk| !disk.read_only).collect::<Vec<_>>()[..] else {
+            return None;
+        };
+        if scratch.serial != serial::SCRATCH {
+            return None;
+        }
+        let disks = read_only.clone().map(|disk| disk.file.try_clone()).collect::<Result<_, _>>().ok()?;
+        let store = host.settings.store.value.clone();
+        let order = Order {
+            turn: take_turn(&store).ok()?,
+            key,
+            store,
+            qemu: prepared.qemu.program().to_owned(),
+            kvm: prepared.qemu.uses_kvm(),
+            kernel: spec.kernel.clone(),
+            initramfs: spec.initramfs.clone(),
+            bundle: spec.bundle,
+            memory_bytes: spec.memory_bytes,
+            cpus: spec.cpus,
+            disks: read_only.map(|disk| disk.serial.clone()).collect(),
+            scratch_bytes: scratch.size().ok()?,
+            rehearsal: rehearsal(setup)?.encode(),
+            idle_seconds: Duration::as_secs(&idle),
+        };
+        Some(Self { key, order, disks })
+    }
+
+    /// A machine that is ready for `spec`, with its shares.
+    pub fn borrow(&self, host: &Host, spec: &Spec) -> Option<Box<dyn Machine>> {
+        let loan = Registry::open(&host.store.run()).ok()?.borrow(&self.key)?;
+        let lent = Lent::new(loan.identity, loan.descriptors, loan.lender, &spec.shares).ok()?;
+        Some(Box::new(lent))
+    }
+
+    /// Why the last keeper that was to hold such a machine could not; told once.
+    pub fn failure(&self) -> Option<String> {
+        take_failure(&self.order.store)
+    }
+
+    /// Has another made for the next step. Where that fails, the next makes its own.
+    pub fn order(self) -> Option<UnixStream> {
+        order(&self.order, &self.disks).ok()
+    }
+}
+
+/// What a machine for such a step can rehearse; none where its root is a share.
+fn rehearsal(setup: &Setup) -> Option<ToAgent> {
+    let Source::Disk { .. } = setup.root else { return None };
+    let mut seed = [0; 64];
+    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).ok()?;
+    Some(ToAgent::Rehearse(Setup {
+        seed,
+        // It is swapped to once.
+        scratch_serial: String::new(),
+        mounts: Vec::new(),
+        load_modules: Vec::new(),
+        ..setup.clone()
+    }))
+}

@@ -1,0 +1,312 @@
+//! Machines that are ready before their step: each is held by a keeper, a process of kiln's own that a run starts when its
+//! own step runs, and lent to the next run that wants such a machine. The keeper ends with the machine's step, or when
+//! nobody came for its idle time. No run depends on one: whoever finds none, or one that does not answer, makes a machine.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use kiln_digest::Digest;
+use rustix::event::{PollFd, PollFlags, poll};
+use serde::{Deserialize, Serialize};
+
+use super::entry::Entry;
+use super::registration::Registration;
+use super::registry::Registry;
+use super::talk::{Answer, hear, hear_descriptors, say, say_descriptors};
+use crate::machine::qemu::Qemu;
+use crate::machine::qemu::ready::{Lender, Ready};
+use crate::machine::qemu::template::Templates;
+use crate::machine::{Accelerator, Carrier, Death, Disk, Identity, Spec, scratch};
+use crate::plan::harmless;
+use crate::store::Store;
+
+/// The first argument that makes `kiln` a keeper.
+pub const SUBCOMMAND: &str = "__ready";
+
+/// How long whoever ordered a keeper may take to say what it wants.
+const ORDER_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long a step may run before another machine is made beside it.
+const COURTESY: Duration = Duration::from_millis(300);
+
+/// How long after a run none may have begun before a machine is made: runs that follow each other without a pause are
+/// faster where nothing is made beside them.
+const QUIET: Duration = Duration::from_millis(100);
+
+/// Most machines of a store that wait for a step.
+const MOST_READY: usize = 4;
+
+/// Most that is told of a failure.
+const MOST_FAILURE_BYTES: usize = 1000;
+
+/// What a keeper is to hold.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Order {
+    /// What the run that orders it said when it began.
+    pub turn: String,
+    /// Under which key the machine is found.
+    pub key: Digest,
+    /// The store. A keeper opens it for itself, as a run's temporary folder goes when the run ends.
+    pub store: PathBuf,
+    /// QEMU.
+    pub qemu: PathBuf,
+    /// Whether it uses KVM.
+    pub kvm: bool,
+    /// What is booted, as in [`Spec`].
+    pub kernel: PathBuf,
+    /// See there.
+    pub initramfs: PathBuf,
+    /// See there.
+    pub bundle: Digest,
+    /// See there.
+    pub memory_bytes: u64,
+    /// See there.
+    pub cpus: u16,
+    /// Serials of the disks that are only read; their files come along.
+    pub disks: Vec<String>,
+    /// How large the scratch disk is.
+    pub scratch_bytes: u64,
+    /// What the agent is told to rehearse: the world of such a step, without its shares.
+    pub rehearsal: Vec<u8>,
+    /// How long the machine waits for a step.
+    pub idle_seconds: u64,
+}
+
+/// What a borrower asks.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Wish {
+    /// That the guest ends.
+    Stop,
+    /// How the machine went; it is waited for so long.
+    Death {
+        /// In milliseconds.
+        patience_ms: u64,
+    },
+    /// What the guest's kernel printed.
+    Console,
+}
+
+/// What comes to a keeper's door.
+pub(super) enum Caller {
+    /// Somebody who wants the machine, and is answered on this stream.
+    Borrower(UnixStream),
+    /// Somebody who wants it to end.
+    Stop,
+}
+
+/// Starts a keeper that carries `order` out with the files of its disks, and does not wait for it. It waits a moment
+/// before it takes time from the step that runs, or until the stream is dropped.
+///
+/// # Errors
+/// It cannot be started or spoken to.
+pub fn order(order: &Order, disks: &[OwnedFd]) -> io::Result<UnixStream> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(SUBCOMMAND).env_clear().current_dir("/").stdin(OwnedFd::from(theirs));
+    // It outlives this process, and ends by itself.
+    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    say(&ours, order)?;
+    say_descriptors(&ours, disks)?;
+    Ok(ours)
+}
+
+/// Runs a keeper, to its end.
+pub fn main() -> ExitCode {
+    match hear_order().and_then(|(order, files)| keep(order, files)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+/// Where a keeper leaves why it failed.
+fn failure_file(store: &Path) -> PathBuf {
+    store.join("run").join("keeper.failed")
+}
+
+fn turn_file(store: &Path) -> PathBuf {
+    store.join("run").join("keeper.turn")
+}
+
+/// Says that a run begins in the store at `store`: what was ordered before and is not begun is not made any more.
+///
+/// # Errors
+/// The store cannot be written to.
+pub fn take_turn(store: &Path) -> io::Result<String> {
+    let mut number = [0; 16];
+    rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty())?;
+    let turn = Digest::of(&number).to_string();
+    fs::write(turn_file(store), &turn)?;
+    Ok(turn)
+}
+
+/// Why the last keeper of the store at `store` failed, once.
+pub fn take_failure(store: &Path) -> Option<String> {
+    let path = failure_file(store);
+    let why = fs::read(&path).ok()?;
+    fs::remove_file(path).ok()?;
+    Some(harmless(&why[..why.len().min(MOST_FAILURE_BYTES)]))
+}
+
+/// What is wanted, once there is time for it.
+fn hear_order() -> io::Result<(Order, Vec<OwnedFd>)> {
+    let _ = rustix::thread::set_name(c"kiln");
+    rustix::process::setsid()?;
+    let caller = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    caller.set_read_timeout(Some(ORDER_PATIENCE))?;
+    let order: Order = hear(&caller)?;
+    let files = hear_descriptors(&caller, order.disks.len())?;
+    caller.set_read_timeout(Some(COURTESY))?;
+    let over = hear::<()>(&caller).is_err_and(|error| error.kind() == io::ErrorKind::UnexpectedEof);
+    drop(caller);
+    if over {
+        thread::sleep(QUIET);
+    }
+    rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+    Ok((order, files))
+}
+
+fn keep(order: Order, files: Vec<OwnedFd>) -> io::Result<()> {
+    let place = order.store.clone();
+    let ends = make_and_hold(order, files);
+    if let Err(error) = &ends {
+        // Nobody hears it now; the next run that finds no machine does.
+        let _ = fs::write(failure_file(&place), error.to_string());
+    }
+    ends.map_err(|error| io::Error::other(error.to_string()))
+}
+
+fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::error::Error>> {
+    let store = Store::open(&order.store)?;
+    let registry = Registry::open(&store.run())?;
+    let idle = Duration::from_secs(order.idle_seconds);
+    let making = File::create(store.run().join("keeper.lock"))?;
+    // One at a time, for the run that began last: more would take from each other's time, and from that of steps.
+    if fs::read_to_string(turn_file(&order.store))? != order.turn
+        || making.try_lock().is_err()
+        || !has_memory(order.memory_bytes)
+        || !registry.make_room(&order.key, MOST_READY)
+    {
+        return Ok(());
+    }
+    let disks = order.disks.into_iter().zip(files);
+    let mut disks: Vec<Disk> = disks.map(|(serial, file)| Disk { serial, file, read_only: true }).collect();
+    disks.push(scratch::disk(&store.temporary(), order.scratch_bytes)?);
+    let spec = Spec {
+        kernel: order.kernel,
+        initramfs: order.initramfs,
+        bundle: order.bundle,
+        memory_bytes: order.memory_bytes,
+        cpus: order.cpus,
+        shares: Vec::new(),
+        disks,
+        carrier: Carrier::Serial,
+        nested: false,
+    };
+    let accelerator = if order.kvm { Accelerator::Kvm } else { Accelerator::Tcg };
+    let program = order.qemu.to_str().ok_or("a QEMU whose path is not UTF-8")?;
+    let qemu = Qemu::find(program, "", accelerator)?
+        .with_templates(Templates::new(store.templates(), store.temporary()));
+    // The files may have changed since they were named.
+    if qemu.ready_key(&spec)? != Some(order.key) {
+        return Err("the machine would not be the one that was ordered".into());
+    }
+    let mut ready = qemu.make_ready(&spec)?;
+    ready.rehearse(&order.rehearsal)?;
+    let entry = Entry::ready(&spec, ready.identity(), &order.key, idle);
+    let (sender, callers) = channel();
+    watch(&ready, sender.clone())?;
+    let registration = registry.register_ready(entry, sender)?;
+    drop(making);
+    hold(ready, registration, &callers, idle)?;
+    Ok(())
+}
+
+/// Whether the host has memory for another machine, should its step use all that it has.
+fn has_memory(bytes: u64) -> bool {
+    let told = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = told.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kibibytes = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kibibytes.is_some_and(|available| available.saturating_mul(1024) > bytes)
+}
+
+/// Tells `owner` when the machine is gone: nothing else would, while nobody speaks to it.
+fn watch(ready: &Ready, owner: Sender<Caller>) -> io::Result<()> {
+    let [wire, _] = ready.descriptors()?;
+    let watching = thread::Builder::new().name("watch".to_owned()).stack_size(64 << 10);
+    watching.spawn(move || {
+        let mut fds = [PollFd::new(&wire, PollFlags::RDHUP)];
+        while poll(&mut fds, None).is_err_and(|errno| errno == rustix::io::Errno::INTR) {}
+        let _ = owner.send(Caller::Stop);
+    })?;
+    Ok(())
+}
+
+/// Holds `ready` until its step is over, or there is none within `idle`.
+fn hold(
+    mut ready: Ready,
+    registration: Registration,
+    callers: &Receiver<Caller>,
+    idle: Duration,
+) -> io::Result<()> {
+    let Ok(Caller::Borrower(stream)) = callers.recv_timeout(idle) else { return Ok(()) };
+    drop(registration);
+    if let Err(error) = ready.check() {
+        return say(&stream, &Answer::Refused(format!("it does not answer: {error}")));
+    }
+    say(&stream, &Answer::Granted)?;
+    say(&stream, ready.identity())?;
+    say_descriptors(&stream, &ready.descriptors()?)?;
+    stream.set_read_timeout(None)?;
+    // Ends when the borrower does, whatever ended that.
+    while let Ok(wish) = hear(&stream) {
+        match wish {
+            Wish::Stop => {
+                ready.stop();
+                say(&stream, &())?;
+            }
+            Wish::Death { patience_ms } => {
+                say(&stream, &ready.machine().death(Duration::from_millis(patience_ms)))?;
+            }
+            Wish::Console => say(&stream, &ready.machine().console())?,
+        }
+    }
+    Ok(())
+}
+
+/// The connection to the keeper of a machine that was lent.
+pub(super) struct Lifeline(pub UnixStream);
+
+impl Lender for Lifeline {
+    fn stop(&mut self) -> io::Result<()> {
+        say(&self.0, &Wish::Stop)?;
+        hear(&self.0)
+    }
+
+    fn death(&mut self, patience: Duration) -> io::Result<Death> {
+        let patience_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+        say(&self.0, &Wish::Death { patience_ms })?;
+        hear(&self.0)
+    }
+
+    fn console(&self) -> io::Result<String> {
+        say(&self.0, &Wish::Console)?;
+        hear(&self.0)
+    }
+}
+
+/// What a borrower gets of a keeper.
+pub struct Loan {
+    /// What the machine is.
+    pub identity: Identity,
+    /// The wire, and the connection to the device process.
+    pub descriptors: [OwnedFd; 2],
+    /// Its keeper.
+    pub lender: Box<dyn Lender>,
+}

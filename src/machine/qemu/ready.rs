@@ -1,0 +1,241 @@
+//! Ready machines: copies of a template that were made ahead of need, with a step's disks and none of its shares.
+//!
+//! Whoever made one holds all of it ([`Ready`]), and lends it for one step: two descriptors go to the borrower, the wire and
+//! the connection to the device process. The borrower ([`Lent`]) adds its shares and talks to the agent as with a machine of
+//! its own; what else it must know or do it asks of the lender ([`Lender`]).
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use kiln_digest::Digest;
+use kiln_virtio::control::Client;
+use kiln_virtio::fs::record::Record;
+
+use super::Qemu;
+use super::devices::give;
+use super::slots::Places;
+use super::template::greeting::{exchange, greet};
+use super::template::{key, suits};
+use super::vm::{QemuMachine, Wire};
+use crate::machine::{Death, Disk, Identity, Machine, MachineError, Origin, Share, Spec};
+
+/// How long an agent that is ready may take to say so.
+const CHECK_PATIENCE: Duration = Duration::from_millis(500);
+
+/// How long a rehearsal may take.
+const REHEARSAL_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A machine that waits for its step.
+pub struct Ready {
+    pub(super) machine: QemuMachine,
+}
+
+impl Ready {
+    /// What it is.
+    pub fn identity(&self) -> &Identity {
+        &self.machine.identity
+    }
+
+    /// What a borrower gets: the wire, and the connection to the device process.
+    ///
+    /// # Errors
+    /// What dup(2) says; `NotConnected` where the machine has no wire any more.
+    pub fn descriptors(&self) -> io::Result<[OwnedFd; 2]> {
+        match (&self.machine.wire, &self.machine.devices) {
+            (Wire::Connected(wire), Some(devices)) => {
+                Ok([wire.try_clone()?.into(), devices.socket.try_clone()?.into()])
+            }
+            _ => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// The machine itself, for what its borrower asks.
+    pub fn machine(&mut self) -> &mut dyn Machine {
+        &mut self.machine
+    }
+
+    /// Asks the agent whether it is there.
+    ///
+    /// # Errors
+    /// It does not answer.
+    pub fn check(&mut self) -> io::Result<()> {
+        match &self.machine.wire {
+            Wire::Connected(wire) => greet(wire, CHECK_PATIENCE),
+            _ => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// Lets the agent rehearse a step: `message` says which.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn rehearse(&mut self, message: &[u8]) -> io::Result<()> {
+        match &self.machine.wire {
+            Wire::Connected(wire) => exchange(wire, message, REHEARSAL_PATIENCE, |answer| {
+                matches!(answer, kiln_wire::FromAgent::SetupDone)
+            }),
+            _ => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// Ends the guest.
+    pub fn stop(&mut self) {
+        self.machine.process.stop();
+    }
+}
+
+/// Whoever holds a machine that was lent.
+pub trait Lender: Send {
+    /// Ends the guest.
+    ///
+    /// # Errors
+    /// The lender is gone, and the guest with it.
+    fn stop(&mut self) -> io::Result<()>;
+
+    /// Waits at most `patience` for the machine to be gone, and says how it went.
+    ///
+    /// # Errors
+    /// The lender is gone, and does not say.
+    fn death(&mut self, patience: Duration) -> io::Result<Death>;
+
+    /// The end of what the guest's kernel printed.
+    ///
+    /// # Errors
+    /// The lender is gone.
+    fn console(&self) -> io::Result<String>;
+}
+
+/// A machine that was lent.
+pub struct Lent {
+    identity: Identity,
+    wire: Option<UnixStream>,
+    control: Client,
+    lender: Box<dyn Lender>,
+}
+
+impl Lent {
+    /// Takes over what `lender` gave, and gives the machine its shares.
+    ///
+    /// # Errors
+    /// The device process does not take them.
+    pub fn new(
+        identity: Identity,
+        [wire, control]: [OwnedFd; 2],
+        lender: Box<dyn Lender>,
+        shares: &[Share],
+    ) -> Result<Self, MachineError> {
+        let control = Client::new(UnixStream::from(control));
+        let control = control.map_err(MachineError::io("speak to the device process"))?;
+        give(&control, shares).map_err(|error| MachineError::Device(error.to_string()))?;
+        let identity = Identity { origin: Origin::Ready, ..identity };
+        Ok(Self { identity, wire: Some(wire.into()), control, lender })
+    }
+}
+
+impl Machine for Lent {
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn wire(&mut self) -> Result<UnixStream, MachineError> {
+        self.wire.take().ok_or_else(|| MachineError::Device("the wire was taken before".to_owned()))
+    }
+
+    fn observed(&mut self) -> Result<Record, MachineError> {
+        // Where the lender is gone, so is the guest.
+        let _ = self.lender.stop();
+        self.observed_so_far()
+    }
+
+    fn observed_so_far(&mut self) -> Result<Record, MachineError> {
+        self.control.finish().map_err(|error| MachineError::Device(error.to_string()))
+    }
+
+    fn death(&mut self, patience: Duration) -> Death {
+        self.lender.death(patience).unwrap_or_else(|error| Death::Killed {
+            program: "the process that held the machine".into(),
+            status: error.to_string(),
+            said: String::new(),
+        })
+    }
+
+    fn console(&self) -> String {
+        self.lender.console().unwrap_or_default()
+    }
+}
+
+impl Qemu {
+    /// Under which key a machine for `spec` can be made ready and found; none where it has to be made for its step.
+    ///
+    /// # Errors
+    /// A program or a disk cannot be looked at.
+    pub fn ready_key(&self, spec: &Spec) -> io::Result<Option<Digest>> {
+        if self.templates.is_none() || !suits(spec) {
+            return Ok(None);
+        }
+        let mut parts = vec![key::of(self, spec)?.to_string()];
+        for (index, disk) in Places::of(&spec.disks).numbered() {
+            parts.push(format!("{index} {}", identity(disk)?));
+        }
+        Ok(Some(Digest::of(parts.join("\n").as_bytes())))
+    }
+
+    /// Makes a machine ready for a step with the disks of `spec`.
+    ///
+    /// # Errors
+    /// [`MachineError`]; there is no template for it.
+    pub fn make_ready(&self, spec: &Spec) -> Result<Ready, MachineError> {
+        let no_template = || MachineError::Device("there is no template".to_owned());
+        let templates = self.templates.as_ref().ok_or_else(no_template)?;
+        let copy = templates.copy(self, spec, false)?;
+        copy.map(|machine| Ready { machine }).map_err(|_| no_template())
+    }
+}
+
+/// Tells what is on a disk: for one that is only read, which file it is and when that changed; for another, its size, as
+/// each machine has its own.
+fn identity(disk: &Disk) -> io::Result<String> {
+    let meta = File::from(disk.file.try_clone()?).metadata()?;
+    Ok(match disk.read_only {
+        false => format!("writable {}", meta.len()),
+        true => format!(
+            "{} {} {} {}.{} {}.{}",
+            meta.dev(),
+            meta.ino(),
+            meta.len(),
+            meta.mtime(),
+            meta.mtime_nsec(),
+            meta.ctime(),
+            meta.ctime_nsec()
+        ),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn a_disk_that_is_only_read_is_known_by_its_file_and_another_by_its_size() {
+        let disk = |file: &File, read_only| Disk {
+            serial: "x".to_owned(),
+            file: file.try_clone().expect("a descriptor").into(),
+            read_only,
+        };
+        let [one, other] = [(); 2].map(|()| tempfile::tempfile().expect("a file"));
+        let shows = |file, read_only| identity(&disk(file, read_only)).expect("a file");
+        assert_eq!(shows(&one, true), shows(&one, true));
+        assert_ne!(shows(&one, true), shows(&other, true));
+        assert_eq!(shows(&one, false), shows(&other, false));
+        let before = shows(&one, true);
+        one.write_all_at(b"x", 0).expect("room");
+        assert_ne!(shows(&one, true), before);
+        assert_ne!(shows(&one, false), shows(&other, false));
+    }
+}
