@@ -8,11 +8,11 @@ use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
-use serde::Deserialize;
-
 use crate::plan::parse_duration;
+use crate::plan::recipe::{Fault, Recipe, RecipeDebian};
 
 /// The recipe's file name.
 pub const RECIPE: &str = "kiln.toml";
@@ -34,14 +34,8 @@ pub enum SettingsError {
         source: io::Error,
     },
     /// The recipe is not what kiln understands.
-    #[error("`{path}` is not a good recipe")]
-    Recipe {
-        /// The recipe.
-        path: PathBuf,
-        /// Line, column and what is wrong.
-        #[source]
-        source: Box<toml::de::Error>,
-    },
+    #[error(transparent)]
+    Recipe(Box<Fault>),
     /// A value that its setting does not take.
     #[error("setting `{name}` ({origin}) is `{value}`: {wanted}")]
     Value {
@@ -72,6 +66,16 @@ pub enum Origin {
     Host,
     /// Nowhere.
     Default,
+}
+
+impl SettingsError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Recipe(fault) => fault.hint.clone(),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Origin {
@@ -163,41 +167,28 @@ pub struct Flags {
     pub keeper_idle: Option<String>,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Recipe {
-    project: Option<String>,
-    #[serde(default)]
-    settings: RecipeSettings,
+/// A recipe that was read.
+#[derive(Debug, Clone)]
+pub struct RecipeFile {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// What errors call it.
+    pub name: String,
+    /// Its text.
+    pub text: String,
+    /// What it says.
+    pub recipe: Arc<Recipe>,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "lowercase")]
-struct RecipeSettings {
-    work: Option<PathBuf>,
-    srcdir: Option<PathBuf>,
-    secrets: Option<PathBuf>,
-    repo: Option<String>,
-    tag: Option<String>,
-    store: Option<PathBuf>,
-    backend: Option<String>,
-    qemu: Option<String>,
-    template: Option<bool>,
-    keeper: Option<bool>,
-    #[serde(rename = "keeper-idle")]
-    keeper_idle: Option<String>,
-    debian: Option<RecipeDebian>,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RecipeDebian {
-    mirror: Option<String>,
-    #[serde(rename = "security-mirror")]
-    security_mirror: Option<String>,
-    keyring: Option<PathBuf>,
-    #[serde(rename = "allow-expired", default)]
-    allow_expired: bool,
+impl RecipeFile {
+    /// Reads the recipe at `path`, which was found from `directory`.
+    fn read(path: PathBuf, directory: &Path) -> Result<Self, SettingsError> {
+        let text =
+            fs::read_to_string(&path).map_err(|source| SettingsError::Read { path: path.clone(), source })?;
+        let name = path.strip_prefix(directory).unwrap_or(&path).display().to_string();
+        let recipe = Recipe::parse(&text, &name).map_err(|fault| SettingsError::Recipe(Box::new(fault)))?;
+        Ok(Self { path, name, text, recipe: Arc::new(recipe) })
+    }
 }
 
 /// All settings.
@@ -242,7 +233,7 @@ pub struct Settings {
     /// A directory to be the toolbox; none: Debian packages.
     pub toolbox: Setting<Option<PathBuf>>,
     /// The recipe that was read.
-    pub recipe: Option<PathBuf>,
+    pub recipe: Option<RecipeFile>,
     /// PATH of the host, for finding programs.
     pub search_path: String,
     /// Where kiln was called.
@@ -320,23 +311,20 @@ impl Settings {
         let directory =
             env::current_dir().map_err(|source| SettingsError::Read { path: PathBuf::from("."), source })?;
         let recipe_path = find_recipe(&directory);
-        let recipe: Recipe = match &recipe_path {
-            Some(path) => {
-                let text = fs::read_to_string(path)
-                    .map_err(|source| SettingsError::Read { path: path.clone(), source })?;
-                toml::from_str(&text).map_err(|source| SettingsError::Recipe {
-                    path: path.clone(),
-                    source: Box::new(source),
-                })?
-            }
-            None => Recipe::default(),
-        };
+        let recipe_file = recipe_path.clone().map(|path| RecipeFile::read(path, &directory)).transpose()?;
+        let none = Arc::new(Recipe::default());
+        let recipe = recipe_file.as_ref().map_or(&none, |file| &file.recipe);
         let recipe_folder = recipe_path.as_deref().and_then(Path::parent);
         let beside_recipe = |path: PathBuf| recipe_folder.unwrap_or(&directory).join(path);
-        let file = recipe.settings;
+        let file = &recipe.settings;
         let home = variable_text("HOME").map(PathBuf::from);
-        let project =
-            pick(flags.project, "PROJECT", |text| text, recipe.project, || DEFAULT_PROJECT.to_owned());
+        let project = pick(
+            flags.project,
+            "PROJECT",
+            |text| text,
+            recipe.project.clone(),
+            || DEFAULT_PROJECT.to_owned(),
+        );
         if !is_project_name(&project.value) {
             return Err(SettingsError::Value {
                 name: "project",
@@ -349,7 +337,7 @@ impl Settings {
         let cache = variable_text("XDG_CACHE_HOME")
             .map(PathBuf::from)
             .or_else(|| home.as_ref().map(|home| home.join(".cache")));
-        let work = pick(flags.work, "WORK", PathBuf::from, file.work.map(beside_recipe), || {
+        let work = pick(flags.work, "WORK", PathBuf::from, file.work.clone().map(beside_recipe), || {
             let preferred = Path::new("/x").join(&name);
             let usable = if preferred.is_dir() { &preferred } else { Path::new("/x") };
             let usable = if usable.is_dir() { usable } else { Path::new("/") };
@@ -362,13 +350,13 @@ impl Settings {
             flags.srcdir.map(Some),
             "SRCDIR",
             |text| Some(text.into()),
-            file.srcdir.map(|p| Some(beside_recipe(p))),
+            file.srcdir.clone().map(|p| Some(beside_recipe(p))),
             || {
                 let preferred = Path::new("/ws").join(&name);
                 if preferred.is_dir() { Some(preferred) } else { recipe_folder.map(Path::to_owned) }
             },
         );
-        let secrets = pick(None, "SECRETS", PathBuf::from, file.secrets.map(beside_recipe), || {
+        let secrets = pick(None, "SECRETS", PathBuf::from, file.secrets.clone().map(beside_recipe), || {
             home.clone().unwrap_or_else(|| PathBuf::from("/")).join(".ssh").join(&name)
         });
         let store = match (
@@ -376,7 +364,7 @@ impl Settings {
                 flags.store.map(Some),
                 "KILN_STORE",
                 |text| Some(text.into()),
-                file.store.map(|p| Some(beside_recipe(p))),
+                file.store.clone().map(|p| Some(beside_recipe(p))),
                 || None,
             ),
             cache,
@@ -385,15 +373,17 @@ impl Settings {
             (Setting { origin, .. }, Some(cache)) => Setting { value: cache.join("kiln"), origin },
             _ => return Err(SettingsError::NoHome),
         };
-        let backend = pick(flags.backend, "KILN_BACKEND", |text| text, file.backend, || "auto".to_owned());
+        let backend =
+            pick(flags.backend, "KILN_BACKEND", |text| text, file.backend.clone(), || "auto".to_owned());
         let on = |on: bool| if on { "on" } else { "off" }.to_owned();
         let template = flags.no_template.then(|| on(false));
         let template = pick(template, "KILN_TEMPLATE", |text| text, file.template.map(on), || on(true));
         let keeper = flags.no_keeper.then(|| on(false));
         let keeper = pick(keeper, "KILN_KEEPER", |text| text, file.keeper.map(on), || on(true));
         let keeper_idle =
-            pick(flags.keeper_idle, "KILN_KEEPER_IDLE", |text| text, file.keeper_idle, || "60s".to_owned());
-        let debian = file.debian.unwrap_or_default();
+            pick(flags.keeper_idle, "KILN_KEEPER_IDLE", |text| text, file.keeper_idle.clone(), || "60s".to_owned());
+        let no_debian = RecipeDebian::default();
+        let debian = file.debian.as_ref().unwrap_or(&no_debian);
         Ok(Self {
             backend: match BackendChoice::parse(&backend.value) {
                 Some(value) => Setting { value, origin: backend.origin },
@@ -422,22 +412,22 @@ impl Settings {
             work: absolute(work, &directory),
             srcdir,
             secrets: absolute(secrets, &directory),
-            repo: pick(None, "REPO", Some, file.repo.map(Some), || None),
-            tag: pick(None, "TAG", |text| text, file.tag, || "latest".to_owned()),
+            repo: pick(None, "REPO", Some, file.repo.clone().map(Some), || None),
+            tag: pick(None, "TAG", |text| text, file.tag.clone(), || "latest".to_owned()),
             store: absolute(store, &directory),
-            qemu: pick(None, "KILN_QEMU", |text| text, file.qemu, || "qemu-system-x86_64".to_owned()),
+            qemu: pick(None, "KILN_QEMU", |text| text, file.qemu.clone(), || "qemu-system-x86_64".to_owned()),
             debian_mirror: pick(
                 flags.debian_mirror.map(Some),
                 "KILN_DEBIAN_MIRROR",
                 Some,
-                debian.mirror.map(Some),
+                debian.mirror.clone().map(Some),
                 || None,
             ),
             debian_security_mirror: pick(
                 flags.debian_security_mirror.map(Some),
                 "KILN_DEBIAN_SECURITY_MIRROR",
                 Some,
-                debian.security_mirror.map(Some),
+                debian.security_mirror.clone().map(Some),
                 || None,
             ),
             debian_allow_expired: flags.debian_allow_expired || debian.allow_expired,
@@ -445,13 +435,13 @@ impl Settings {
                 flags.debian_keyring.map(Some),
                 "KILN_DEBIAN_KEYRING",
                 |text| Some(text.into()),
-                debian.keyring.map(|path| Some(beside_recipe(path))),
+                debian.keyring.clone().map(|path| Some(beside_recipe(path))),
                 || None,
             ),
             lock: pick(flags.lock, "KILN_LOCK", PathBuf::from, None, || beside_recipe(LOCK.into())),
             agent: pick(None, "KILN_AGENT", |text| Some(text.into()), None, || None),
             toolbox: pick(None, "KILN_TOOLBOX", |text| Some(text.into()), None, || None),
-            recipe: recipe_path.clone(),
+            recipe: recipe_file.clone(),
             search_path: variable_text("PATH").unwrap_or_default(),
             project,
             directory,

@@ -36,7 +36,7 @@ pub(super) fn config(arguments: &ConfigArguments, settings: Settings) -> Result<
         line(&format!("{name:<22} {value:<45} ({origin})"));
     }
     match recipe {
-        Some(recipe) => line(&format!("recipe: {}", recipe.display())),
+        Some(recipe) => line(&format!("recipe: {}", recipe.path.display())),
         None => line("recipe: none"),
     }
     Ok(ExitCode::SUCCESS)

@@ -10,6 +10,7 @@ mod keep;
 mod kernel;
 mod machines;
 mod manual;
+mod recipe;
 mod root;
 mod run;
 mod show;
@@ -105,6 +106,10 @@ enum Verb {
     Stop(machines::StopArguments),
     /// Fetch, verify and lock the kernel that machines boot
     Kernel(kernel::KernelArguments),
+    /// Write a commented recipe that builds
+    Init(recipe::InitArguments),
+    /// Check the recipe, or print the schema of recipes
+    Recipe(recipe::RecipeArguments),
     /// List, show, compare and remove the roots in the store
     Root(root::RootArguments),
     /// Say what this host can do, by doing it, and how to get what is missing
@@ -153,7 +158,8 @@ impl Failure {
 
 impl From<SettingsError> for Failure {
     fn from(error: SettingsError) -> Self {
-        Self::new(&error, None, USAGE)
+        let hint = error.hint();
+        Self::new(&error, hint, USAGE)
     }
 }
 
@@ -255,6 +261,8 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         Verb::Ps(arguments) => machines::ps(&arguments, &registry(flags)?),
         Verb::Stop(arguments) => machines::stop(&arguments, &registry(flags)?),
         Verb::Kernel(arguments) => kernel::kernel(&arguments, &open(flags)?),
+        Verb::Init(arguments) => recipe::init(&arguments),
+        Verb::Recipe(arguments) => recipe::recipe(&arguments, flags),
         Verb::Root(arguments) => root::root(&arguments, open(flags)),
         Verb::Doctor(arguments) => match open(flags) {
             Ok(host) => doctor::doctor(&host, &arguments),

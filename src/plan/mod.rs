@@ -1,14 +1,19 @@
 //! What a step is, as pure data and pure functions: no file, no clock, no process, no environment.
 
 mod environment;
+pub mod graph;
 mod output;
+mod overlap;
 mod quantity;
+pub mod recipe;
 mod root;
 mod shell;
 mod text;
 
 pub use environment::{DEFAULT_SOURCE_DATE_EPOCH, EnvError, Environment, FIXED_PATH};
+pub use graph::{Plan, PlannedStep, StepId};
 pub use output::{OutputError, Outputs};
+pub use overlap::globs_meet;
 pub use quantity::{ParseQuantityError, parse_bytes, parse_duration, show_age, show_bytes, show_duration};
 pub use root::{ParseRootError, RootSpec};
 pub use shell::quote;

@@ -81,10 +81,10 @@ fn without_a_home_and_a_store_the_error_says_what_to_set() {
 fn an_unknown_key_in_the_recipe_is_named_with_line_and_column() {
     let host = Host::new();
     for (text, words) in [
-        ("project = \"lua\"\ncolour = \"red\"\n", ["line 2", "column 1", "`colour`"]),
-        ("[settings]\ntag = \"x\"\n  wrok = \"x\"\n", ["line 3", "column 3", "`wrok`"]),
-        ("[settings]\ntag = 3\n", ["line 2", "column 7", "string"]),
-        ("project = \n", ["line 1", "column 11", "value"]),
+        ("project = \"lua\"\ncolour = \"red\"\n", ["kiln.toml:2:1", "unknown key", "`colour`"]),
+        ("[settings]\ntag = \"x\"\n  wrok = \"x\"\n", ["kiln.toml:3:3", "`wrok`", "`work`"]),
+        ("[settings]\ntag = 3\n", ["kiln.toml:2:7", "tag = 3", "string"]),
+        ("project = \n", ["kiln.toml:1:11", "project =", "value"]),
     ] {
         host.file("kiln.toml", text);
         for arguments in [&["config"][..], &["run", "--", "true"]] {

@@ -1,0 +1,231 @@
+//! From a recipe to a graph of steps that can be run: what names what, in which order, and what must not be.
+//!
+//! Everything that can be refused without looking at a file is refused here, before anything starts.
+
+mod apart;
+mod reader;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use globset::GlobSet;
+use kiln_digest::Digest;
+
+use super::recipe::{ClockWord, Fault, Recipe, expand, nearest};
+use super::{Outputs, RootSpec};
+use reader::Reader;
+
+/// The root of a step where a recipe has none.
+pub const DEFAULT_ROOT: &str = "debian:bookworm";
+
+/// Which step: its place in the plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StepId(pub usize);
+
+/// What a step runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// A text for the interpreter.
+    Text(String),
+    /// A script file in SRCDIR.
+    Script(String),
+}
+
+/// A source and how it is known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Its name.
+    pub name: String,
+    /// Where it is fetched from.
+    pub url: String,
+    /// Its digest, where the recipe says it.
+    pub sha256: Option<Digest>,
+}
+
+/// What a step may use, as numbers; nothing where the recipe does not say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Memory of the machine, bytes.
+    pub memory_bytes: Option<u64>,
+    /// Processors of the machine.
+    pub cpus: Option<u16>,
+    /// Scratch disk, bytes.
+    pub scratch_bytes: Option<u64>,
+    /// Time for the command.
+    pub timeout: Option<std::time::Duration>,
+    /// What it prints, bytes.
+    pub printed_bytes: Option<u64>,
+    /// Its outputs, bytes.
+    pub outputs_bytes: Option<u64>,
+    /// Its outputs, files.
+    pub files: Option<u64>,
+    /// Its processes.
+    pub processes: Option<u32>,
+}
+
+/// A step of a plan.
+#[derive(Debug, Clone)]
+pub struct PlannedStep {
+    /// Its name.
+    pub name: String,
+    /// Its root.
+    pub root: RootSpec,
+    /// The Debian suite of its kernel, where it names one.
+    pub kernel_suite: Option<String>,
+    /// What it runs.
+    pub command: Command,
+    /// What runs that.
+    pub interpreter: Vec<String>,
+    /// The steps it needs.
+    pub needs: Vec<StepId>,
+    /// What it sees of their outputs.
+    pub inputs: Outputs,
+    /// What it puts out.
+    pub outputs: Outputs,
+    /// The sources it sees, by name.
+    pub sources: Vec<Source>,
+    /// `NAME=VALUE`, and `NAME` for what is the host's.
+    pub env: Vec<String>,
+    /// Its working directory.
+    pub directory: Option<String>,
+    /// Whether its view of SRCDIR has a writable layer.
+    pub writable_source: bool,
+    /// Its clock.
+    pub clock: ClockWord,
+    /// What it may use.
+    pub limits: Limits,
+    /// Whether hardware virtualisation and a whole jail are demanded.
+    pub untrusted: bool,
+}
+
+/// What of SRCDIR no step sees.
+#[derive(Debug, Clone, Default)]
+pub struct Ignore {
+    globs: Vec<String>,
+    set: GlobSet,
+}
+
+impl Ignore {
+    /// Whether the entry at `path`, whose folder is not ignored, is.
+    pub fn hides(&self, path: &[u8]) -> bool {
+        use std::os::unix::ffi::OsStrExt;
+        !self.globs.is_empty() && self.set.is_match(std::ffi::OsStr::from_bytes(path))
+    }
+
+    /// The globs as they were written.
+    pub fn globs(&self) -> &[String] {
+        &self.globs
+    }
+}
+
+/// Steps, each after all it needs, and what the recipe says beside them.
+#[derive(Debug, Clone, Default)]
+pub struct Plan {
+    /// The steps.
+    pub steps: Vec<PlannedStep>,
+    /// What of SRCDIR no step sees.
+    pub ignore: Ignore,
+    targets: BTreeMap<String, Vec<StepId>>,
+    families: BTreeMap<String, Vec<StepId>>,
+}
+
+/// A name that is neither a target nor a step.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("there is no step or target `{name}`")]
+pub struct UnknownTarget {
+    /// The name.
+    pub name: String,
+    /// The known name that was most likely meant.
+    pub meant: Option<String>,
+}
+
+impl Plan {
+    /// The plan of `recipe`, whose text is `text` and whose errors call it `file`.
+    ///
+    /// # Errors
+    /// [`Fault`] for the first thing that is wrong.
+    pub fn of(recipe: &Recipe, text: &str, file: &str) -> Result<Self, Fault> {
+        let reader = Reader { recipe, text, file };
+        let mut expanded = expand(recipe, text, file)?;
+        let needs = reader.order(&mut expanded)?;
+        let mut plan = Self { ignore: reader.ignore()?, ..Self::default() };
+        for (index, (step, needs)) in expanded.iter().zip(needs).enumerate() {
+            plan.families.entry(step.family.clone()).or_default().push(StepId(index));
+            plan.families.entry(step.name.clone()).or_default().push(StepId(index));
+            plan.steps.push(reader.step(step, needs)?);
+        }
+        for ids in plan.families.values_mut() {
+            ids.dedup();
+        }
+        reader.outputs_apart(&plan, &expanded)?;
+        for (name, members) in &recipe.targets {
+            let mut steps = Vec::new();
+            for member in members {
+                let ids = plan.families.get(member.get_ref());
+                steps.extend(ids.ok_or_else(|| {
+                    reader.unknown(member, "step", plan.families.keys().map(String::as_str))
+                })?);
+            }
+            if plan.families.contains_key(name.get_ref()) {
+                let message = format!("`{}` is a step and cannot be a target as well", name.get_ref());
+                return Err(reader.fault(name.span(), message));
+            }
+            plan.targets.insert(name.get_ref().clone(), steps);
+        }
+        Ok(plan)
+    }
+
+    /// The step `id`.
+    pub fn step(&self, id: StepId) -> &PlannedStep {
+        &self.steps[id.0]
+    }
+
+    /// The step of this very name.
+    pub fn named(&self, name: &str) -> Option<StepId> {
+        self.steps.iter().position(|step| step.name == name).map(StepId)
+    }
+
+    /// The steps that `names` (targets, steps, or steps with a matrix) stand for, and all they need, in order. Without
+    /// names: the target `default`, or every step.
+    ///
+    /// # Errors
+    /// [`UnknownTarget`].
+    pub fn wanted(&self, names: &[String]) -> Result<BTreeSet<StepId>, UnknownTarget> {
+        let mut open: Vec<StepId> = Vec::new();
+        if names.is_empty() {
+            match self.targets.get("default") {
+                Some(steps) => open.extend(steps),
+                None => open.extend((0..self.steps.len()).map(StepId)),
+            }
+        }
+        for name in names {
+            let Some(ids) = self.targets.get(name).or_else(|| self.families.get(name)) else {
+                let known = self.targets.keys().chain(self.families.keys()).map(String::as_str);
+                let meant = nearest(name, known).map(ToOwned::to_owned);
+                return Err(UnknownTarget { name: name.clone(), meant });
+            };
+            open.extend(ids);
+        }
+        let mut wanted = BTreeSet::new();
+        while let Some(id) = open.pop() {
+            if wanted.insert(id) {
+                open.extend(&self.step(id).needs);
+            }
+        }
+        Ok(wanted)
+    }
+
+    /// All that `id` needs, directly or through others.
+    pub fn needed_by(&self, id: StepId) -> BTreeSet<StepId> {
+        let mut needed = BTreeSet::new();
+        let mut open = self.step(id).needs.clone();
+        while let Some(id) = open.pop() {
+            if needed.insert(id) {
+                open.extend(&self.step(id).needs);
+            }
+        }
+        needed
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,117 @@
+use super::*;
+
+fn plan(text: &str) -> Result<Plan, Fault> {
+    let recipe = Recipe::parse(text, "kiln.toml")?;
+    Plan::of(&recipe, text, "kiln.toml")
+}
+
+fn names(plan: &Plan, wanted: &BTreeSet<StepId>) -> Vec<String> {
+    wanted.iter().map(|id| plan.step(*id).name.clone()).collect()
+}
+
+#[test]
+fn steps_come_after_what_they_need_and_targets_take_no_more_than_that() {
+    let plan = plan(
+        "[steps.a]\nneeds = [\"b\", \"c\"]\nrun = \"x\"\n[steps.b]\nneeds = [\"c\"]\nrun = \"x\"\n\
+         [steps.c]\nrun = \"x\"\n[steps.d]\nrun = \"x\"\n[targets]\nall = [\"b\", \"d\"]\n",
+    )
+    .expect("good");
+    for (index, step) in plan.steps.iter().enumerate() {
+        assert!(step.needs.iter().all(|need| need.0 < index), "{}", step.name);
+    }
+    let wanted =
+        |names: &[&str]| plan.wanted(&names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>());
+    assert_eq!(names(&plan, &wanted(&["b"]).expect("known")), ["c", "b"]);
+    assert_eq!(wanted(&["all"]).expect("known").len(), 3);
+    assert_eq!(wanted(&[]).expect("known").len(), 4);
+    let error = wanted(&["al"]).expect_err("unknown");
+    assert_eq!(error.meant.as_deref(), Some("all"));
+}
+
+#[test]
+fn a_circle_is_named_in_full_where_it_closes() {
+    let fault = plan(
+        "[steps.a]\nneeds = [\"b\"]\nrun = \"x\"\n[steps.b]\nneeds = [\"c\"]\nrun = \"x\"\n\
+         [steps.c]\nneeds = [\"a\"]\nrun = \"x\"\n",
+    )
+    .expect_err("a circle");
+    assert!(fault.message.contains("`a` needs `b` needs `c` needs `a`"), "{fault}");
+    assert_eq!((fault.line, fault.column), (8, 10));
+    let fault = plan("[steps.a]\nneeds = [\"a\"]\nrun = \"x\"\n").expect_err("a circle");
+    assert!(fault.message.contains("`a` needs `a`"), "{fault}");
+}
+
+#[test]
+fn what_contradicts_itself_is_refused_where_it_stands() {
+    let step = |more: &str| format!("[steps.a]\nrun = \"x\"\n{more}\n");
+    let two =
+        |one: &str, other: &str| format!("[steps.a]\nrun = \"x\"\n{one}\n[steps.b]\nrun = \"x\"\n{other}\n");
+    for (text, line, words) in [
+        (two("outputs = [\"bin\"]", "outputs = [\"bin/x\"]"), 6, "both put out"),
+        (two("outputs = [\"*.o\"]", "outputs = [\"x.o\"]"), 6, "both put out"),
+        (two("outputs = [\"x.o\"]", "outputs = [\"?.o\"]"), 6, "both put out"),
+        (two("outputs = [\"lib/x\"]", "inputs = [\"lib/*\"]"), 6, "does not need that step"),
+        (step("outputs = [\"x\"]\ninputs = [\"x\"]"), 4, "its own input"),
+        (step("outputs = [\"../x\"]"), 3, "escapes WORK"),
+        (step("outputs = [\"/x\"]"), 3, "escapes WORK"),
+        (step("outputs = [\"a[\"]"), 3, "not a glob"),
+        (step("inputs = [\"a/../../b\"]"), 3, "escapes WORK"),
+        (step("needs = [\"b\"]"), 3, "no step `b`"),
+        (step("root = \"b\""), 3, "no root `b`"),
+        (step("root = \"live:/\""), 3, "live root"),
+        (step("root = \"foo:x\""), 3, "names no root"),
+        (step("script = \"x\""), 3, "both run and script"),
+        (step("limits = { memory = \"1K\" }"), 3, "too little"),
+        (step("limits = { timeout = \"soon\" }"), 3, "not a duration"),
+        (step("limits = { cpus = 0 }"), 3, "1 to 64"),
+        (step("sources = [\"x\"]"), 3, "no source `x`"),
+        (step("kernel = \"linux\""), 3, "names no kernel"),
+        ("[steps.a]\noutputs = [\"x\"]\n".to_owned(), 1, "does nothing"),
+        ("[steps.a]\nscript = \"../x\"\n".to_owned(), 2, "no path in SRCDIR"),
+        ("ignore = [\"a/../..\"]\n".to_owned(), 1, "leaves SRCDIR"),
+        (step("[targets]\nt = [\"b\"]"), 4, "no step `b`"),
+        (step("[targets]\na = [\"a\"]"), 4, "cannot be a target"),
+        (step("[sources.x]\nurl = \"file:///etc/passwd\""), 4, "neither http nor https"),
+        (step("[sources.x]\nurl = \"http://a/b\"\nsha256 = \"12\""), 5, "not a SHA-256"),
+        (step("[roots.r]\nfrom = \"dir:x\"\npackages = [\"gcc\"]"), 5, "takes no packages"),
+        (step("[roots.r]\nfrom = \"dir:x\"\n[roots.s]\nfrom = \"dir:y\""), 1, "does not say which root"),
+    ] {
+        let fault = plan(&text).expect_err(&text);
+        assert!(fault.message.contains(words), "{text}{fault}");
+        assert_eq!(fault.line, line, "{text}{fault}");
+    }
+}
+
+#[test]
+fn a_root_is_put_together_of_its_packages() {
+    let root = |text: &str| plan(text).expect("good").steps[0].root.to_string();
+    let table =
+        "[roots.r]\nfrom = \"debian:bookworm\"\npackages = [\"gcc\", \"g++\"]\n[steps.a]\nrun = \"x\"\n";
+    assert_eq!(root(table), "debian:bookworm+gcc,g++");
+    assert_eq!(root("[steps.a]\nrun = \"x\"\n"), DEFAULT_ROOT);
+    assert_eq!(root("[steps.a]\nroot = \"dir:x\"\nrun = \"x\"\n"), "dir:x");
+}
+
+#[test]
+fn a_name_to_be_ignored_is_meant_anywhere_and_a_path_from_the_top() {
+    let plan = plan("ignore = [\".git\", \"*.o\", \"build/tmp\", \"/top\"]\n").expect("good");
+    for hidden in ["x/.git", ".git", "a/b.o", "build/tmp", "top"] {
+        assert!(plan.ignore.hides(hidden.as_bytes()), "{hidden}");
+    }
+    for shown in ["a/build/tmp", "a/top", ".github", "o"] {
+        assert!(!plan.ignore.hides(shown.as_bytes()), "{shown}");
+    }
+}
+
+#[test]
+fn a_graph_of_ten_thousand_steps_in_a_row_is_no_recursion() {
+    let mut text = String::new();
+    for step in 0..10_000 {
+        text += &format!("[steps.s{step}]\nrun = \"x\"\noutputs = [\"o/{step}\"]\n");
+        if step > 0 {
+            text += &format!("needs = [\"s{}\"]\n", step - 1);
+        }
+    }
+    let plan = plan(&text).expect("good");
+    assert_eq!(plan.steps.len(), 10_000);
+}

@@ -1,0 +1,62 @@
+use super::*;
+
+fn fault(text: &str) -> Fault {
+    Recipe::parse(text, "kiln.toml").expect_err("it is wrong")
+}
+
+#[test]
+fn an_unknown_key_is_named_with_its_place_and_the_nearest_known_one() {
+    for (text, place, meant) in [
+        ("projct = \"a\"\n", (1, 1), "`project`"),
+        ("[steps.a]\nrun = \"x\"\notuputs = [\"b\"]\n", (3, 1), "`outputs`"),
+        ("[steps.a]\nrun = \"x\"\nlimits = { memry = \"1G\" }\n", (3, 12), "`memory`"),
+        ("[roots.b]\nfrm = \"debian:bookworm\"\n", (2, 1), "`from`"),
+        ("[settings.debian]\nsecurity_mirror = \"x\"\n", (2, 1), "`security-mirror`"),
+    ] {
+        let fault = fault(text);
+        assert_eq!((fault.line, fault.column), place, "{fault}");
+        assert!(fault.hint.as_deref().is_some_and(|hint| hint.contains(meant)), "{fault:?}");
+    }
+}
+
+#[test]
+fn the_template_is_a_good_recipe() {
+    let recipe = Recipe::parse(TEMPLATE, "kiln.toml").expect("good");
+    assert_eq!(expand(&recipe, TEMPLATE, "kiln.toml").expect("good").len(), 2);
+}
+
+#[test]
+fn the_schema_knows_every_key_and_no_other() {
+    let schema = serde_json::to_value(Recipe::schema()).expect("a schema");
+    assert_eq!(schema["additionalProperties"], false);
+    let step = &schema["$defs"]["StepTable"];
+    assert!(step["properties"]["pass-env"].is_object() && step["properties"]["interpreter"].is_object());
+    assert_eq!(step["additionalProperties"], false);
+    assert!(schema["properties"]["steps"]["additionalProperties"].is_object());
+}
+
+#[test]
+fn a_matrix_makes_a_step_of_each_combination() {
+    let text = "[steps.t]\nmatrix = { py = [\"3.11\", \"3.12\"], os = [\"a\", \"b\"] }\n\
+                run = \"tox -e %{py} # ${py} %{other}\"\noutputs = [\"r/%{os}/%{py}\"]\n";
+    let recipe = Recipe::parse(text, "kiln.toml").expect("good");
+    let steps = expand(&recipe, text, "kiln.toml").expect("good");
+    let names: Vec<&str> = steps.iter().map(|step| step.name.as_str()).collect();
+    assert_eq!(names, ["t-a-3.11", "t-a-3.12", "t-b-3.11", "t-b-3.12"]);
+    assert_eq!(steps[0].table.run.as_ref().expect("set").get_ref(), "tox -e 3.11 # ${py} %{other}");
+    assert_eq!(steps[0].table.outputs[0].get_ref(), "r/a/3.11");
+}
+
+#[test]
+fn names_that_are_none_and_names_that_meet_are_refused() {
+    for text in [
+        "[steps.\"a/b\"]\nrun = \"x\"\n",
+        "[steps.\"-a\"]\nrun = \"x\"\n",
+        "[steps.a]\nrun = \"x\"\nmatrix = { v = [] }\n",
+        "[steps.a]\nrun = \"x\"\nmatrix = { v = [\"../x\"] }\n",
+        "[steps.a]\nrun = \"x\"\nmatrix = { v = [\"b\"] }\n[steps.a-b]\nrun = \"x\"\n",
+    ] {
+        let recipe = Recipe::parse(text, "kiln.toml").expect("it parses");
+        assert!(expand(&recipe, text, "kiln.toml").is_err(), "{text}");
+    }
+}
