@@ -4,6 +4,7 @@
 //!
 //! - [`cli`]: clap types, one file a verb family, and output rendering; no logic.
 //! - [`engine`]: a step's life from its description to merged outputs.
+//! - [`cache`]: traces of what steps read, and whether they still hold.
 //! - [`root`]: from a locked source (Debian packages, a directory, an archive) to a root image, and what a
 //!   machine boots.
 //! - [`fetch`]: the lock file and the HTTP client.
@@ -11,12 +12,13 @@
 //! - [`machine`]: one VM, whichever backend runs it; [`agent`]: the host side of the wire.
 //! - [`store`]: content-addressed blobs and what refers to them.
 //! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock.
-//! - [`plan`]: pure data and pure functions: a step's root, globs, environment, quantities.
+//! - [`plan`]: pure data and pure functions: recipes and their graph, a step's root, globs, environment, quantities.
 //!
 //! Crates of their own, because their target, trust or dependencies differ: `kiln-digest`, `kiln-artifact`,
 //! `kiln-openpgp`, `kiln-virtio`, `kiln-wire` and the agent.
 
 pub mod agent;
+pub mod cache;
 pub mod cli;
 pub mod clock;
 pub mod engine;

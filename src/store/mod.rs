@@ -9,7 +9,7 @@ mod record;
 mod temporary;
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -112,6 +112,26 @@ impl Store {
     /// Where frozen machines lie, named by whoever freezes them after what is in them.
     pub fn templates(&self) -> PathBuf {
         self.path.join("templates")
+    }
+
+    /// Where traces lie, named by scope and key.
+    pub fn traces(&self) -> PathBuf {
+        self.path.join("traces")
+    }
+
+    /// Writes a small file of the store's whole or not at all, in place of what was there.
+    ///
+    /// # Errors
+    /// What writing and renaming say.
+    pub fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(self.temporary.path())?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        if let Some(folder) = path.parent() {
+            fs::create_dir_all(folder)?;
+        }
+        file.persist(path).map_err(|error| error.error)?;
+        Ok(())
     }
 
     /// A place on the store's file system for files that are not finished; it goes with this process.

@@ -33,7 +33,9 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::Bitmap;
 
-pub use self::host::{Open, fingerprint_of, open_beneath};
+pub use self::host::{
+    Open, fingerprint_of, kind_of, list as list_directory, open_beneath, xattrs as xattrs_of,
+};
 pub use self::kernel::kernel_filesystem;
 pub use self::missed::MISSED_BYTES;
 use self::server::{MOST_READ_BYTES, Server};

@@ -1,0 +1,156 @@
+//! Where traces are kept: a file for each scope and key, replaced whole, and what each step did last.
+//!
+//! Plain files, because that is what measures best: a key is looked up by one open(2), several kilns need no lock to share
+//! it, and a kill at any moment leaves the old file or the new one. Of two kilns that add to one key at once, one trace may
+//! be lost; its step runs once more.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::str::FromStr;
+
+use kiln_digest::Digest;
+use serde::{Deserialize, Serialize};
+
+use super::key::Key;
+use super::trace::{Trace, read_all, write_all};
+use crate::store::Store;
+
+/// Most traces of one key.
+const MOST: usize = 8;
+
+/// Who may trust an entry: runs of one scope read each other's.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Scope(String);
+
+/// A text that names no scope.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` names no scope: write lower-case letters, digits, `-` and `_`, 40 at most")]
+pub struct ScopeError(String);
+
+impl FromStr for Scope {
+    type Err = ScopeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '-' | '_');
+        match (1..=40).contains(&text.len()) && text.chars().all(good) && !text.starts_with('-') {
+            true => Ok(Self(text.to_owned())),
+            false => Err(ScopeError(text.chars().take(80).collect())),
+        }
+    }
+}
+
+impl Default for Scope {
+    fn default() -> Self {
+        Self("trusted".to_owned())
+    }
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What a step did last in one WORK: for `kiln why`, `kiln log` and `kiln inputs`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct LastRun {
+    /// Its key then.
+    pub key: Key,
+    /// How it ended, in words; none where it succeeded.
+    pub failure: Option<String>,
+    /// Why it ran, in words.
+    pub why: String,
+    /// Digest of what it printed.
+    pub log: Option<Digest>,
+    /// Digest of its outputs' manifest.
+    pub outputs: Option<Digest>,
+    /// Why its result was not kept, in words.
+    pub not_kept: Option<String>,
+    /// How long its command ran, milliseconds.
+    pub command_ms: u64,
+}
+
+/// The traces that a run may read and write.
+#[derive(Debug, Clone)]
+pub struct Index {
+    store: Store,
+    own: Scope,
+    others: Vec<Scope>,
+}
+
+impl Index {
+    /// Those in `store` of the scope `own`, which is written, and of `others`, which are only read.
+    pub fn new(store: &Store, own: Scope, others: Vec<Scope>) -> Self {
+        Self { store: store.clone(), own, others }
+    }
+
+    /// The scope that is written.
+    pub fn scope(&self) -> &Scope {
+        &self.own
+    }
+
+    fn path(&self, scope: &Scope, key: &Digest) -> std::path::PathBuf {
+        let name = key.to_string();
+        self.store.traces().join(&scope.0).join(&name[..2]).join(&name[2..])
+    }
+
+    fn read(&self, scope: &Scope, key: &Digest) -> Vec<Trace> {
+        fs::read(self.path(scope, key)).ok().and_then(|bytes| read_all(&bytes)).unwrap_or_default()
+    }
+
+    /// The traces under `key`, the newest of the own scope first, each with its scope.
+    pub fn traces(&self, key: &Digest) -> Vec<(Scope, Trace)> {
+        let scopes = [&self.own].into_iter().chain(&self.others);
+        scopes
+            .flat_map(|scope| self.read(scope, key).into_iter().map(|trace| (scope.clone(), trace)))
+            .collect()
+    }
+
+    /// Puts `trace` before the others under `key`, in place of what was read alike. The caller has synced what it names.
+    ///
+    /// # Errors
+    /// What writing says.
+    pub fn add(&self, key: &Digest, trace: Trace) -> io::Result<()> {
+        let mut traces = self.read(&self.own, key);
+        traces.retain(|old| !read_alike(old, &trace));
+        traces.insert(0, trace);
+        traces.truncate(MOST);
+        self.store.replace(&self.path(&self.own, key), &write_all(&traces))
+    }
+
+    /// What the step `step` did last in the WORK that `work` names.
+    pub fn last_run(&self, work: &[u8], step: &str) -> Option<LastRun> {
+        self.store.records("last").get(&last_key(work, step))
+    }
+
+    /// Notes what the step `step` did in the WORK that `work` names.
+    ///
+    /// # Errors
+    /// What writing says.
+    pub fn note_run(&self, work: &[u8], step: &str, run: &LastRun) -> io::Result<()> {
+        self.store.records("last").put(&last_key(work, step), run)
+    }
+}
+
+fn last_key(work: &[u8], step: &str) -> Digest {
+    Digest::of(&[b"last run\0", work, b"\0", step.as_bytes()].concat())
+}
+
+/// Whether two traces tell of the same answers to the same questions: only the stamps may differ.
+fn read_alike(one: &Trace, other: &Trace) -> bool {
+    one.outputs == other.outputs
+        && one.shares.len() == other.shares.len()
+        && one.shares.iter().zip(&other.shares).all(|(one, other)| {
+            let digests =
+                |entry: &super::Entry| (entry.observed, entry.content, entry.listing, entry.fingerprint.mode);
+            one.name == other.name
+                && one.missed == other.missed
+                && one.entries.len() == other.entries.len()
+                && one
+                    .entries
+                    .iter()
+                    .zip(&other.entries)
+                    .all(|(a, b)| a.path == b.path && digests(a) == digests(b))
+        })
+}

@@ -1,0 +1,113 @@
+//! A step's key: what it is, in named parts, so that two keys that differ can be told apart in words.
+
+use kiln_digest::{Digest, Hasher};
+use serde::{Deserialize, Serialize};
+
+/// Counts up when a step of the same key would be shown something else by this kiln than by earlier ones.
+const CONTRACT: u32 = 1;
+
+/// What a step is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Key {
+    parts: Vec<(String, String)>,
+}
+
+impl Default for Key {
+    fn default() -> Self {
+        Self { parts: vec![("contract".to_owned(), CONTRACT.to_string())] }
+    }
+}
+
+impl Key {
+    /// Adds a part. Names are for people; their order counts.
+    pub fn add(&mut self, name: impl Into<String>, value: impl Into<String>) {
+        self.parts.push((name.into(), value.into()));
+    }
+
+    /// The digest under which traces are kept.
+    pub fn digest(&self) -> Digest {
+        let mut hasher = Hasher::default();
+        hasher.update(b"kiln step key\0");
+        for text in self.parts.iter().flat_map(|(name, value)| [name, value]) {
+            hasher.update(&(text.len() as u64).to_le_bytes());
+            hasher.update(text.as_bytes());
+        }
+        hasher.finish().0
+    }
+
+    /// The first part in which this key differs from an `earlier` one, in words.
+    pub fn difference(&self, earlier: &Self) -> Option<String> {
+        let value = |key: &Self, name: &str| {
+            key.parts.iter().find(|(part, _)| part == name).map(|(_, value)| value.clone())
+        };
+        let changed = self.parts.iter().find(|(name, now)| value(earlier, name).as_ref() != Some(now));
+        if let Some((name, now)) = changed {
+            return Some(match value(earlier, name) {
+                None => format!("{name} is new: {}", short(now)),
+                Some(was) if was.contains('\n') || now.contains('\n') => {
+                    format!("{name} changed{}", first_line(&was, now))
+                }
+                Some(was) => format!("{name} was {} and is {}", short(&was), short(now)),
+            });
+        }
+        let gone = earlier.parts.iter().find(|(name, _)| value(self, name).is_none());
+        gone.map(|(name, was)| format!("{name} is gone: it was {}", short(was)))
+    }
+}
+
+/// A value that fits on a line.
+fn short(text: &str) -> String {
+    let text = text.trim_end().replace('\n', "\\n");
+    match text.chars().count() {
+        0..=100 => format!("`{text}`"),
+        _ => format!("`{}…`", text.chars().take(99).collect::<String>()),
+    }
+}
+
+/// The first line in which two texts differ.
+fn first_line(was: &str, now: &str) -> String {
+    let (mut was, mut now) = (was.lines(), now.lines());
+    loop {
+        match (was.next(), now.next()) {
+            (None, None) => return String::new(),
+            (Some(was), Some(now)) if was == now => {}
+            (Some(was), None) => return format!(": the line {} is gone", short(was)),
+            (None, Some(now)) => return format!(": the line {} is new", short(now)),
+            (Some(was), Some(now)) => return format!(": {} was {}", short(now), short(was)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(parts: &[(&str, &str)]) -> Key {
+        let mut key = Key::default();
+        parts.iter().for_each(|(name, value)| key.add(*name, *value));
+        key
+    }
+
+    #[test]
+    fn no_two_lists_of_parts_have_one_digest() {
+        let keys = [&[("a", "bc")][..], &[("ab", "c")], &[("a", "b"), ("c", "")], &[("a", "b")], &[]];
+        let mut digests: Vec<Digest> = keys.iter().map(|parts| key(parts).digest()).collect();
+        digests.sort_unstable();
+        digests.dedup();
+        assert_eq!(digests.len(), keys.len());
+    }
+
+    #[test]
+    fn the_first_part_that_differs_is_named() {
+        let was = key(&[("command", "a\nb\nc"), ("variable CFLAGS", "-O2")]);
+        for (parts, words) in [
+            (&[("command", "a\nx\nc"), ("variable CFLAGS", "-O3")][..], "command changed: `x` was `b`"),
+            (&[("command", "a\nb\nc"), ("variable CFLAGS", "-O3")], "variable CFLAGS was `-O2` and is `-O3`"),
+            (&[("command", "a\nb\nc"), ("variable CC", "gcc")], "variable CC is new: `gcc`"),
+            (&[("command", "a\nb\nc")], "variable CFLAGS is gone: it was `-O2`"),
+        ] {
+            assert_eq!(key(parts).difference(&was).as_deref(), Some(words));
+        }
+        assert_eq!(was.difference(&was), None);
+    }
+}
