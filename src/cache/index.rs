@@ -137,6 +137,26 @@ fn last_key(work: &[u8], step: &str) -> Digest {
     Digest::of(&[b"last run\0", work, b"\0", step.as_bytes()].concat())
 }
 
+impl Index {
+    /// What the outputs of the step `step` look like in the WORK that `work` names: a trace whose one share is WORK.
+    pub fn placed(&self, work: &[u8], step: &str) -> Option<Trace> {
+        let bytes = fs::read(self.placed_path(work, step)).ok()?;
+        read_all(&bytes)?.pop()
+    }
+
+    /// Notes that.
+    ///
+    /// # Errors
+    /// What writing says.
+    pub fn note_placed(&self, work: &[u8], step: &str, placed: Trace) -> io::Result<()> {
+        self.store.replace(&self.placed_path(work, step), &write_all(&[placed]))
+    }
+
+    fn placed_path(&self, work: &[u8], step: &str) -> std::path::PathBuf {
+        self.store.placed().join(last_key(work, step).to_string())
+    }
+}
+
 /// Whether two traces tell of the same answers to the same questions: only the stamps may differ.
 fn read_alike(one: &Trace, other: &Trace) -> bool {
     one.outputs == other.outputs

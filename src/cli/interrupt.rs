@@ -147,7 +147,7 @@ fn leave(shared: &Shared, signal: i32, manner: &Manner) -> ! {
 }
 
 /// Writes what can be written at once. Whoever holds the stream's lock may be waiting for its reader for ever.
-fn write_now(stream: impl AsFd, text: &str) {
+pub(super) fn write_now(stream: impl AsFd, text: &str) {
     let soon = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
     let mut fds = [PollFd::new(&stream, PollFlags::OUT)];
     if matches!(poll(&mut fds, Some(&soon)), Ok(1..)) {

@@ -1,6 +1,8 @@
 //! The command line: clap types, one file a verb family, and output rendering. No logic.
 
 mod again;
+mod ask;
+mod build;
 mod choice;
 mod config;
 mod doctor;
@@ -11,6 +13,7 @@ mod kernel;
 mod machines;
 mod manual;
 mod recipe;
+mod report;
 mod root;
 mod run;
 mod show;
@@ -26,6 +29,8 @@ use clap::{Args, Parser, Subcommand};
 
 use choice::Choice;
 
+use crate::engine::build::BuildError;
+use crate::engine::build::sources::SourceError;
 use crate::engine::{Host, HostError, RunError};
 use crate::keeper::background::{self, Caller};
 use crate::keeper::{DoorError, Registry, RegistryError};
@@ -44,6 +49,8 @@ use crate::settings::{Flags, Settings, SettingsError};
 #[command(after_help = "\
 Examples:
   kiln doctor                                     what this host can do, and what is missing
+  kiln init && kiln build                         a recipe to begin with, built
+  kiln why compile                                why that step would run
   kiln run -- uname -a                            a command in a fresh Debian machine
   kiln run --root debian:bookworm+gcc,make,libc6-dev \\
       --src . --src-writable --work out --out lua \\
@@ -94,6 +101,16 @@ struct Global {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Run the steps of the recipe that must run
+    Build(Box<build::BuildArguments>),
+    /// Say why a step would run, or why it need not
+    Why(ask::WhyArguments),
+    /// Print what a step really read
+    Inputs(ask::InputsArguments),
+    /// Print what a step printed when it ran last
+    Log(ask::LogArguments),
+    /// Draw the steps of the recipe and what they need
+    Graph(ask::GraphArguments),
     /// Run one command in its own machine and take its outputs
     Run(Box<run::RunArguments>),
     /// Run a command in a machine that was kept
@@ -167,6 +184,7 @@ impl From<HostError> for Failure {
     fn from(error: HostError) -> Self {
         let code = match &error {
             HostError::Boundary { .. } | HostError::NoAgent { .. } => CANNOT,
+            HostError::NotLocked { .. } => USAGE,
             HostError::Root(error) if error.is_the_users() => USAGE,
             HostError::Bundle(error) if error.is_the_users() => USAGE,
             HostError::Machine(error) => return Self::of_machine(error),
@@ -187,6 +205,25 @@ impl From<DoorError> for Failure {
 impl From<RegistryError> for Failure {
     fn from(error: RegistryError) -> Self {
         Self::new(&error, None, FAILED)
+    }
+}
+
+impl From<BuildError> for Failure {
+    fn from(error: BuildError) -> Self {
+        let hint = error.hint();
+        match error {
+            BuildError::Run(error) => error.into(),
+            BuildError::Source(SourceError::Contradiction { .. } | SourceError::NotLocked { .. }) => {
+                Self::new(&error, hint, USAGE)
+            }
+            _ => Self::new(&error, hint, FAILED),
+        }
+    }
+}
+
+impl From<SourceError> for Failure {
+    fn from(error: SourceError) -> Self {
+        BuildError::from(error).into()
     }
 }
 
@@ -245,6 +282,11 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         ..Flags::default()
     };
     match cli.verb {
+        Verb::Build(arguments) => build::build(&arguments, flags),
+        Verb::Why(arguments) => ask::why(&arguments, flags),
+        Verb::Inputs(arguments) => ask::inputs(&arguments, flags),
+        Verb::Log(arguments) => ask::log(&arguments, flags),
+        Verb::Graph(arguments) => ask::graph(&arguments, flags),
         Verb::Run(arguments) => {
             flags.srcdir.clone_from(&arguments.src);
             flags.work.clone_from(&arguments.work);

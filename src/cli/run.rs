@@ -301,6 +301,8 @@ fn step(arguments: &RunArguments) -> Result<Step, Failure> {
         },
         report_reads: arguments.reads.is_some(),
         limits: limits(&arguments.limit)?,
+        sees_sources: false,
+        view: None,
     })
 }
 
@@ -485,7 +487,7 @@ fn tell(narrator: &mut Narrator, report: &Report, phases: &[(Phase, Duration)]) 
     narrator.say(&format!("{} in all: {}", show_duration(total), parts.join(", ")));
 }
 
-fn as_json(event: &Event<'_>) -> Value {
+pub(super) fn as_json(event: &Event<'_>) -> Value {
     match event {
         Event::Progress(text) => json!({"event": "progress", "text": text}),
         Event::Warning(text) => json!({"event": "warning", "text": text}),

@@ -93,6 +93,19 @@ impl Narrator {
         }
     }
 
+    /// A line that stays and is not kiln's own.
+    pub fn show(&mut self, text: &str) {
+        if !self.quiet {
+            self.show_always(text);
+        }
+    }
+
+    /// The same, also when all else is quiet.
+    pub fn show_always(&mut self, text: &str) {
+        self.clear();
+        eprintln!("{}", for_people(text));
+    }
+
     /// A line that stays, also when all else is quiet.
     pub fn warn(&mut self, text: &str) {
         self.clear();

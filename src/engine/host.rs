@@ -53,6 +53,14 @@ pub enum HostError {
         /// What KILN_AGENT names.
         named: Option<PathBuf>,
     },
+    /// It would have to be locked.
+    #[error("{what} is not in the lock file `{path}`, and --locked refuses anything else")]
+    NotLocked {
+        /// What would be.
+        what: String,
+        /// The lock file.
+        path: PathBuf,
+    },
     /// The lock cannot be written where it is.
     #[error("the lock file `{path}` cannot be written")]
     LockFolder {
@@ -89,6 +97,7 @@ impl HostError {
             }
             Self::Boundary { .. } => Some("`kiln doctor` says what is missing and how to get it".to_owned()),
             Self::Lock(error) => error.hint(),
+            Self::NotLocked { .. } => Some("build once without --locked, and keep the lock file".to_owned()),
             Self::LockFolder { .. } => Some("name another place with --lock FILE or KILN_LOCK".to_owned()),
             Self::Debian(error) => error.hint(),
             Self::Root(error) => error.hint(),
@@ -137,6 +146,8 @@ pub struct Host {
     pub settings: Settings,
     /// The store.
     pub store: Store,
+    /// Whether nothing may be locked that is not.
+    pub locked: bool,
     archive: Archive,
 }
 
@@ -175,7 +186,7 @@ impl Host {
             &store,
             crate::clock::timestamp(),
         );
-        Ok(Self { settings, store, archive })
+        Ok(Self { settings, store, locked: false, archive })
     }
 
     /// What the code-running probe says about KVM, remembered until the host boots again.
@@ -267,8 +278,11 @@ impl Host {
     }
 
     /// Whether the lock could be written, found out before anything is fetched for it.
-    fn check_lock(&self) -> Result<(), HostError> {
+    fn check_lock(&self, what: &str) -> Result<(), HostError> {
         let path = self.lock_path();
+        if self.locked {
+            return Err(HostError::NotLocked { what: what.to_owned(), path: path.to_owned() });
+        }
         let folder = path.parent().unwrap_or(Path::new("/"));
         let access = rustix::fs::access(folder, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK);
         access.map_err(|errno| HostError::LockFolder { path: path.to_owned(), source: errno.into() })
@@ -300,7 +314,7 @@ impl Host {
         let locked = match lock.kernel(&format!("debian:{suite}")) {
             Some(locked) => locked.clone(),
             None => {
-                self.check_lock()?;
+                self.check_lock(&format!("the kernel of Debian {suite}"))?;
                 progress(&format!("looking up the kernel of Debian {suite}"));
                 let locked = self.archive.resolve_kernel(suite, None)?;
                 lock.set_kernel(locked.clone());
@@ -334,7 +348,7 @@ impl Host {
         let locked = match lock.toolbox(&spec.to_string()) {
             Some(locked) => locked.clone(),
             None => {
-                self.check_lock()?;
+                self.check_lock("the toolbox")?;
                 progress("looking up the toolbox");
                 let locked = self.archive.resolve_programs(&spec, None)?;
                 lock.set_toolbox(locked.clone());
@@ -371,7 +385,7 @@ impl Host {
         let locked = match lock.root(&format!("{spec}")) {
             Some(locked) => locked.clone(),
             None => {
-                self.check_lock()?;
+                self.check_lock(&format!("root {spec}"))?;
                 progress(&format!("resolving {spec}"));
                 let locked = self.archive.resolve(&spec, None)?;
                 lock.set_root(locked.clone());

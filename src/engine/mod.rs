@@ -1,6 +1,7 @@
-//! A step's life: its inputs opened and checked, its machine started, its command run, its outputs collected and
+//! Steps and builds of them. A step's life: its inputs opened and checked, its machine started, its command run, its outputs collected and
 //! merged, its reads recorded.
 
+pub mod build;
 pub mod collect;
 mod error;
 mod event;
@@ -21,4 +22,4 @@ pub use host::{Boundary, Host, HostError, KernelChoice, Require, jail_of};
 pub use inputs::{DiskArgument, InputError, MountArgument};
 pub use reads::{ReadsError, ReadsReport, ShareReads};
 pub use run::{Collected, Ended, Report, Run, run};
-pub use step::{Clock, Keep, Step};
+pub use step::{Clock, Keep, Step, View};

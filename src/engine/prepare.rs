@@ -18,9 +18,10 @@ use super::reads::Observable;
 use super::step::{Clock, Keep, Step};
 use crate::machine::qemu::Qemu;
 use crate::machine::{Attributes, Carrier, Disk, PathBytes, Share, Spec, scratch, serial};
-use crate::plan::{Environment, RootSpec};
+use crate::plan::{EnvError, Environment, RootSpec};
 use crate::root::bundle::Bundle;
 use crate::root::{Root, image, toolbox};
+use crate::settings::Settings;
 
 /// The host name of every machine.
 const HOSTNAME: &str = "kiln";
@@ -41,6 +42,39 @@ pub(super) struct Prepared {
     pub toolbox: Option<PathBuf>,
 }
 
+/// Where a guest sees the sources of a recipe.
+pub(super) const SOURCES: &str = "/kiln/sources";
+
+/// Where a guest sees SRCDIR and WORK.
+pub(super) fn guest_places(settings: &Settings) -> (String, String) {
+    let project = &settings.project.value;
+    (format!("/ws/{project}"), format!("/x/{project}"))
+}
+
+/// The whole environment of `step`.
+///
+/// # Errors
+/// [`EnvError`].
+pub(super) fn environment(step: &Step, settings: &Settings) -> Result<Environment, EnvError> {
+    let mut environment = Environment::fixed();
+    let (source_target, work_target) = guest_places(settings);
+    if settings.srcdir.value.is_some() {
+        environment.set("SRCDIR", source_target.as_bytes());
+    }
+    environment.set("WORK", work_target.as_bytes());
+    environment.set("TAG", settings.tag.value.as_bytes());
+    if let Some(repo) = &settings.repo.value {
+        environment.set("REPO", repo.as_bytes());
+    }
+    if step.sees_sources {
+        environment.set("KILN_SOURCES", SOURCES.as_bytes());
+    }
+    for variable in &step.env {
+        environment.add(variable, crate::settings::host_variable)?;
+    }
+    Ok(environment)
+}
+
 /// Opens and finds all that `step` needs.
 ///
 /// # Errors
@@ -52,20 +86,8 @@ pub(super) fn prepare(
     events: Listener<'_>,
 ) -> Result<Prepared, RunError> {
     let settings = &host.settings;
-    let mut environment = Environment::fixed();
-    let project = &settings.project.value;
-    let (source_target, work_target) = (format!("/ws/{project}"), format!("/x/{project}"));
-    if settings.srcdir.value.is_some() {
-        environment.set("SRCDIR", source_target.as_bytes());
-    }
-    environment.set("WORK", work_target.as_bytes());
-    environment.set("TAG", settings.tag.value.as_bytes());
-    if let Some(repo) = &settings.repo.value {
-        environment.set("REPO", repo.as_bytes());
-    }
-    for variable in &step.env {
-        environment.add(variable, crate::settings::host_variable)?;
-    }
+    let environment = environment(step, settings)?;
+    let (source_target, work_target) = guest_places(settings);
     let epoch = environment.source_date_epoch()?;
     let attributes = || match step.real_attributes {
         true => Attributes::Real,
@@ -85,12 +107,23 @@ pub(super) fn prepare(
         let directory = open_share("SRCDIR", &settings.directory.join(source), secrets)?;
         let access = if step.source_layer { Access::Layered } else { Access::ReadOnly };
         mounts.push(shares.add("src", &source_target, directory, attributes(), access)?);
+        shares.hide(step.view.iter().flat_map(|view| view.hidden.iter().cloned()).collect());
     }
-    let directory = if work.exists() { open_share("WORK", work, secrets)? } else { empty_directory(host)? };
+    let directory = match &step.view {
+        Some(view) => open_share("WORK", &view.work, secrets)?,
+        None if work.exists() => open_share("WORK", work, secrets)?,
+        None => empty_directory(host)?,
+    };
     mounts.push(shares.add("work", &work_target, directory, attributes(), Access::Layered)?);
-    let mut hidden = merge::placed_by(&host.store, work, &step.name);
-    hidden.push(PathBytes(merge::STAGING.as_bytes().to_vec()));
-    shares.hide(hidden);
+    if step.view.is_none() {
+        let mut hidden = merge::placed_by(&host.store, work, &step.name);
+        hidden.push(PathBytes(merge::STAGING.as_bytes().to_vec()));
+        shares.hide(hidden);
+    }
+    if let Some(sources) = step.view.as_ref().and_then(|view| view.sources.as_ref()) {
+        let directory = open_share("sources", sources, secrets)?;
+        mounts.push(shares.add("sources", SOURCES, directory, attributes(), Access::ReadOnly)?);
+    }
     for (index, mount) in step.mounts.iter().enumerate() {
         refuse_store("mount", &settings.directory.join(&mount.host), store)?;
         let directory = open_share("mount", &settings.directory.join(&mount.host), secrets)?;

@@ -1,11 +1,12 @@
 //! A step: one command with its root, inputs, outputs, environment and limits, as it is described.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::host::{Boundary, KernelChoice};
 use super::inputs::{DiskArgument, MountArgument};
 use crate::agent::Limits;
-use crate::machine::Carrier;
+use crate::machine::{Carrier, PathBytes};
 use crate::plan::{FIXED_PATH, Outputs, RootSpec};
 
 /// The clock a step sees.
@@ -28,6 +29,17 @@ pub enum Keep {
     OnFailure,
     /// Always.
     Always,
+}
+
+/// What a step of a graph is shown in place of WORK as it stands.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// A directory with what it sees in WORK: outputs of the steps it needs.
+    pub work: PathBuf,
+    /// A directory with the sources it sees, where it sees any.
+    pub sources: Option<PathBuf>,
+    /// Paths in SRCDIR that it is not shown.
+    pub hidden: Vec<PathBytes>,
 }
 
 /// One command with its root, inputs, outputs, environment and limits.
@@ -87,6 +99,10 @@ pub struct Step {
     pub report_reads: bool,
     /// What may leave the machine.
     pub limits: Limits,
+    /// Whether it sees sources of the recipe.
+    pub sees_sources: bool,
+    /// What it is shown as a step of a graph.
+    pub view: Option<View>,
 }
 
 impl Step {

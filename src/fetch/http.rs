@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use kiln_digest::{Digest, Hasher};
+use kiln_digest::{Digest, Hasher, HashingReader};
 
 use crate::store::Blobs;
 
@@ -225,6 +225,39 @@ impl Client {
             return Ok(());
         }
         self.first_of(what, urls, |url| self.fetch_one(what, url, expected, blobs, progress))
+    }
+
+    /// Puts what the first of `urls` that answers gives into `blobs`: at most `limit_bytes`, with the digest `wanted` where
+    /// one is known. Its digest and its size.
+    ///
+    /// # Errors
+    /// [`FetchError`] of the last URL. Bytes of another digest are not kept.
+    pub fn fetch_new(
+        &self,
+        what: &str,
+        urls: &[String],
+        limit_bytes: u64,
+        wanted: Option<Digest>,
+        blobs: &Blobs,
+    ) -> Result<(Digest, u64), FetchError> {
+        self.first_of(what, urls, |url| {
+            let io = |source| FetchError::Io { what: what.into(), url: url.into(), source };
+            let reader = self.open(what, url, limit_bytes)?.reader;
+            let mut reader = HashingReader::new(reader.take(limit_bytes + 1));
+            let mut writer = blobs.writer().map_err(io)?;
+            io::copy(&mut reader, &mut writer).map_err(io)?;
+            let (found, size) = reader.finish();
+            if size > limit_bytes {
+                let (what, url) = (what.into(), url.into());
+                return Err(FetchError::Size { what, url, expected: limit_bytes, found: size });
+            }
+            match wanted {
+                Some(expected) if expected != found => {
+                    Err(FetchError::Digest { what: what.into(), url: url.into(), expected, found })
+                }
+                _ => writer.finish().map_err(io),
+            }
+        })
     }
 
     fn first_of<T>(

@@ -140,12 +140,25 @@ impl LockedKernel {
     }
 }
 
+/// A file that a recipe names.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LockedSource {
+    /// Where it is fetched from.
+    pub url: String,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Its digest.
+    pub sha256: Digest,
+}
+
 /// What a lock file says.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Lock {
     roots: BTreeMap<String, LockedRoot>,
     kernels: BTreeMap<String, LockedKernel>,
     toolboxes: BTreeMap<String, LockedRoot>,
+    sources: BTreeMap<String, LockedSource>,
 }
 
 #[derive(Deserialize)]
@@ -164,6 +177,8 @@ struct File {
     root: Vec<toml::Spanned<LockedRoot>>,
     #[serde(default)]
     toolbox: Vec<toml::Spanned<LockedRoot>>,
+    #[serde(default)]
+    source: Vec<toml::Spanned<LockedSource>>,
 }
 
 impl Lock {
@@ -225,7 +240,24 @@ impl Lock {
                 return Err(malformed(start, format!("kernel `{}` is locked twice", earlier.spec)));
             }
         }
+        for source in file.source {
+            let start = source.span().start;
+            let source = source.into_inner();
+            if let Some(earlier) = lock.sources.insert(source.url.clone(), source) {
+                return Err(malformed(start, format!("source `{}` is locked twice", earlier.url)));
+            }
+        }
         Ok(lock)
+    }
+
+    /// The source locked for `url`.
+    pub fn source(&self, url: &str) -> Option<&LockedSource> {
+        self.sources.get(url)
+    }
+
+    /// Locks `source`; what was locked for its URL is replaced.
+    pub fn set_source(&mut self, source: LockedSource) {
+        self.sources.insert(source.url.clone(), source);
     }
 
     /// The root locked for `spec`.
@@ -271,6 +303,10 @@ impl Lock {
             );
             write_indexes(&mut text, &kernel.indexes);
             let _ = writeln!(text, "package = {}", package_line(&kernel.package));
+        }
+        for LockedSource { url, size, sha256 } in self.sources.values() {
+            let url = quoted(url);
+            let _ = write!(text, "\n[[source]]\nurl = {url}\nsize = {size}\nsha256 = \"{sha256}\"\n");
         }
         let roots = self.roots.values().map(|root| ("root", root));
         let toolboxes = self.toolboxes.values().map(|toolbox| ("toolbox", toolbox));
@@ -400,6 +436,11 @@ mod tests {
             release: "6.12".into(),
             indexes: vec![index],
             package: package("linux-image"),
+        });
+        lock.set_source(LockedSource {
+            url: "https://example.org/a?b=\"c\"".into(),
+            size: 12,
+            sha256: Digest::of(b"source"),
         });
         lock
     }

@@ -119,6 +119,11 @@ impl Store {
         self.path.join("traces")
     }
 
+    /// Where it is noted what outputs look like where they were put.
+    pub fn placed(&self) -> PathBuf {
+        self.path.join("placed")
+    }
+
     /// Writes a small file of the store's whole or not at all, in place of what was there.
     ///
     /// # Errors

@@ -124,7 +124,7 @@ impl ShareReads {
     }
 
     /// The entries, those whose content was read with its digest.
-    fn entries(&self) -> impl Iterator<Item = (Entry, Option<Digest>)> {
+    pub(super) fn entries(&self) -> impl Iterator<Item = (Entry, Option<Digest>)> {
         let mut contents = self.contents.iter();
         self.record.entries.iter().map(move |entry| {
             let read = entry.observed.contains(Observed::CONTENT);

@@ -31,10 +31,10 @@ impl Reader<'_> {
             }
         }
         for (index, step) in expanded.iter().enumerate().filter(|(_, step)| !step.table.inputs.is_empty()) {
-            let needed = plan.needed_by(StepId(index));
+            let needs = &plan.step(StepId(index)).needs;
             for input in &step.table.inputs {
                 let mut meeting = all.meeting(input.get_ref());
-                let Some((other, output)) = meeting.find(|(other, _)| !needed.contains(&StepId(*other)))
+                let Some((other, output)) = meeting.find(|(other, _)| !needs.contains(&StepId(*other)))
                 else {
                     continue;
                 };

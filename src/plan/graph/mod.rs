@@ -213,18 +213,6 @@ impl Plan {
         }
         Ok(wanted)
     }
-
-    /// All that `id` needs, directly or through others.
-    pub fn needed_by(&self, id: StepId) -> BTreeSet<StepId> {
-        let mut needed = BTreeSet::new();
-        let mut open = self.step(id).needs.clone();
-        while let Some(id) = open.pop() {
-            if needed.insert(id) {
-                open.extend(&self.step(id).needs);
-            }
-        }
-        needed
-    }
 }
 
 #[cfg(test)]

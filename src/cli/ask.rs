@@ -1,0 +1,285 @@
+//! The verbs that ask about a build: why, inputs, log and graph. None of them runs a step.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::process::ExitCode;
+
+use clap::Args;
+use kiln_virtio::fs::record::{Observed, PathBytes};
+
+use super::build::{Opened, ScopeFlags, looking, open};
+use super::show::{self, line};
+use super::{FAILED, Failure, recipe};
+use crate::cache::{Index, LastRun, Trace};
+use crate::engine::build::sources::{self, Permission};
+use crate::engine::build::{Gate, Machines, News, Outcome, Timeline};
+use crate::plan::graph::UnknownTarget;
+use crate::plan::{Plan, StepId, harmless, show_bytes};
+use crate::settings::{Flags, Settings};
+
+/// Arguments of `kiln why`.
+#[derive(Debug, Args)]
+pub(super) struct WhyArguments {
+    /// The step
+    #[arg(value_name = "STEP")]
+    step: String,
+    #[command(flatten)]
+    scopes: ScopeFlags,
+}
+
+/// Arguments of `kiln inputs`.
+#[derive(Debug, Args)]
+pub(super) struct InputsArguments {
+    /// The step
+    #[arg(value_name = "STEP")]
+    step: String,
+    /// Also what it only asked about, and what it looked for in vain
+    #[arg(long, short)]
+    all: bool,
+    #[command(flatten)]
+    scopes: ScopeFlags,
+}
+
+/// Arguments of `kiln log`.
+#[derive(Debug, Args)]
+pub(super) struct LogArguments {
+    /// The step
+    #[arg(value_name = "STEP")]
+    step: String,
+}
+
+/// Arguments of `kiln graph`.
+#[derive(Debug, Args)]
+pub(super) struct GraphArguments {
+    /// Targets and steps [default: all]
+    #[arg(value_name = "TARGET")]
+    targets: Vec<String>,
+    /// In Graphviz's language
+    #[arg(long)]
+    dot: bool,
+}
+
+impl Opened {
+    /// The step of this very name.
+    fn step(&self, name: &str) -> Result<StepId, Failure> {
+        if let Some(id) = self.plan.named(name) {
+            return Ok(id);
+        }
+        let error = match self.plan.wanted(&[name.to_owned()]) {
+            Err(error) => error,
+            Ok(_) => UnknownTarget { name: name.to_owned(), meant: None },
+        };
+        Err(error.into())
+    }
+
+    fn index(&self, scopes: &ScopeFlags) -> Result<Index, Failure> {
+        let options = looking(scopes)?;
+        Ok(Index::new(&self.host.store, options.scope, options.read_scopes))
+    }
+
+    /// What the step did last here.
+    fn last_run(&self, index: &Index, step: &str) -> Result<LastRun, Failure> {
+        let work = &self.host.settings.work.value;
+        let work = std::fs::canonicalize(work).unwrap_or_else(|_| work.clone());
+        index.last_run(work.as_os_str().as_bytes(), step).ok_or_else(|| Failure {
+            text: format!("step `{step}` never ran with WORK `{}`", work.display()),
+            hint: Some(format!("`kiln build {step}` runs it")),
+            code: FAILED,
+        })
+    }
+}
+
+/// `kiln why`.
+pub(super) fn why(arguments: &WhyArguments, flags: Flags) -> Result<ExitCode, Failure> {
+    let opened = open(flags)?;
+    let id = opened.step(&arguments.step)?;
+    let wanted = opened.plan.wanted(std::slice::from_ref(&arguments.step))?;
+    let steps = wanted.iter().flat_map(|id| &opened.plan.step(*id).sources);
+    let (settings, store) = (&opened.host.settings, &opened.host.store);
+    let permission = Permission::default();
+    let locked = sources::lock(steps, settings, store, permission, &mut |text| show::note(text))?;
+    let machines = Machines::new(&opened.host);
+    let build = opened.build(&machines, locked, permission, looking(&arguments.scopes)?);
+    let mut reasons = BTreeMap::new();
+    let summary = build.run(&wanted, &Gate::default(), &mut Timeline::default(), &mut |news| {
+        if let News::Starts(step, why) = news {
+            reasons.insert(step.to_owned(), why.to_owned());
+        }
+        Ok(())
+    })?;
+    for (name, outcome) in summary.outcomes {
+        if let Outcome::Failed(error) = outcome {
+            return Err(Failure::from(*error).about(&format!("check step `{name}`")));
+        }
+    }
+    // What has to run before comes before.
+    let plan = &opened.plan;
+    let mut needed: Vec<StepId> = wanted.into_iter().filter(|other| *other != id).collect();
+    needed.push(id);
+    let mut any = false;
+    for id in needed {
+        let name = &plan.step(id).name;
+        if let Some(why) = reasons.get(name) {
+            any = true;
+            line(&harmless(format!("{name}: {why}").as_bytes()));
+        }
+    }
+    if !any {
+        line(&format!("{}: up to date", arguments.step));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `kiln log`.
+pub(super) fn log(arguments: &LogArguments, flags: Flags) -> Result<ExitCode, Failure> {
+    let opened = open(flags)?;
+    opened.step(&arguments.step)?;
+    let last = opened.last_run(&opened.index(&ScopeFlags::trusted())?, &arguments.step)?;
+    let failure = |error: io::Error| Failure {
+        text: format!("the log of step `{}` cannot be read: {error}", arguments.step),
+        hint: None,
+        code: FAILED,
+    };
+    if let Some(log) = last.log {
+        let mut file = opened.host.store.blobs().file(&log).map_err(failure)?;
+        let mut output = show::GuestOutput::new(None);
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            match io::Read::read(&mut file, &mut buffer).map_err(failure)? {
+                0 => break,
+                count => output.write(kiln_wire::Stream::Stdout, &buffer[..count]).map_err(failure)?,
+            }
+        }
+        output.finish().map_err(failure)?;
+    }
+    if let Some(how) = last.failure {
+        show::note(&format!("step `{}` {how}", arguments.step));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `kiln inputs`.
+pub(super) fn inputs(arguments: &InputsArguments, flags: Flags) -> Result<ExitCode, Failure> {
+    let opened = open(flags)?;
+    let id = opened.step(&arguments.step)?;
+    let index = opened.index(&arguments.scopes)?;
+    let last = opened.last_run(&index, &arguments.step)?;
+    let trace = index.traces(&last.key.digest()).into_iter().map(|(_, trace)| trace).next();
+    let trace = trace.ok_or_else(|| Failure {
+        text: format!("nothing is kept of what step `{}` read", arguments.step),
+        hint: last.not_kept.or(last.failure),
+        code: FAILED,
+    })?;
+    let mut out = io::stdout().lock();
+    let printed = print_inputs(&mut out, &trace, arguments.all).and_then(|()| out.flush());
+    if printed.is_err() {
+        // Who reads it has enough.
+        return Ok(ExitCode::SUCCESS);
+    }
+    drop(out);
+    let (files, bytes) = trace.contents();
+    show::note(&format!("it read {files} files ({})", show_bytes(bytes)));
+    unread(&opened.plan, id, &trace);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_inputs(out: &mut impl Write, trace: &Trace, all: bool) -> io::Result<()> {
+    for share in &trace.shares {
+        let shown = |path: &[u8]| match path.is_empty() {
+            true => share.guest.clone(),
+            false => harmless(format!("{}/{}", share.guest, PathBytes(path.to_vec())).as_bytes()),
+        };
+        for entry in &share.entries {
+            let content = entry.content.map(|digest| digest.to_string());
+            let how = match (&content, entry.observed.contains(Observed::LISTING)) {
+                (Some(digest), _) => digest,
+                (None, true) => "listed",
+                (None, false) if all => "asked about",
+                (None, false) => continue,
+            };
+            writeln!(out, "{how:64}  {}", shown(&entry.path))?;
+        }
+        for path in share.missed.iter().filter(|_| all) {
+            writeln!(out, "{:64}  {}", "looked for in vain", shown(path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Says what the step declares to need and did not read.
+fn unread(plan: &Plan, id: StepId, trace: &Trace) {
+    let step = plan.step(id);
+    let read = |share: &str| -> BTreeSet<&[u8]> {
+        let shares = trace.shares.iter().filter(|found| found.name == share);
+        let entries = shares.flat_map(|share| &share.entries).filter(|entry| entry.content.is_some());
+        entries.map(|entry| entry.path.as_slice()).collect()
+    };
+    let sources = read("sources");
+    for source in step.sources.iter().filter(|source| !sources.contains(source.name.as_bytes())) {
+        show::note(&format!("it sees source `{}` and did not read it", source.name));
+    }
+    let work = read("work");
+    for need in &step.needs {
+        let need = plan.step(*need);
+        let is_read = |path: &&[u8]| {
+            kiln_artifact::tree::TreePath::new(path).is_ok_and(|path| need.outputs.declare(&path))
+        };
+        if !need.outputs.is_empty() && !work.iter().any(|path| is_read(path)) {
+            show::note(&format!("it needs step `{}` and read no content of its outputs", need.name));
+        }
+    }
+}
+
+/// `kiln graph`.
+pub(super) fn graph(arguments: &GraphArguments, flags: Flags) -> Result<ExitCode, Failure> {
+    let settings = Settings::read(flags)?;
+    let plan = recipe::plan(recipe::found(&settings)?)?;
+    let wanted = match arguments.targets.is_empty() {
+        true => (0..plan.steps.len()).map(StepId).collect(),
+        false => plan.wanted(&arguments.targets)?,
+    };
+    let text = if arguments.dot { dot(&plan, &wanted) } else { drawing(&plan, &wanted) };
+    let _ = show::try_line(text.trim_end());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn dot(plan: &Plan, wanted: &BTreeSet<StepId>) -> String {
+    let mut text = "digraph kiln {\n  rankdir = LR;\n  node [shape = box];\n".to_owned();
+    for id in wanted {
+        let step = plan.step(*id);
+        text += &format!("  \"{}\";\n", step.name);
+        for need in &step.needs {
+            text += &format!("  \"{}\" -> \"{}\";\n", plan.step(*need).name, step.name);
+        }
+    }
+    text + "}\n"
+}
+
+/// Each step that no other needs, and below it what it needs; what was drawn before is only named.
+fn drawing(plan: &Plan, wanted: &BTreeSet<StepId>) -> String {
+    let needed: BTreeSet<StepId> = wanted.iter().flat_map(|id| plan.step(*id).needs.clone()).collect();
+    let mut text = String::new();
+    let mut drawn = BTreeSet::new();
+    for top in wanted.iter().filter(|id| !needed.contains(id)) {
+        // A step, what is drawn before it, and what before those below it.
+        let mut open = vec![(*top, String::new(), String::new())];
+        while let Some((id, before, below)) = open.pop() {
+            let step = plan.step(id);
+            let is_new = drawn.insert(id);
+            let more = if is_new || step.needs.is_empty() { "" } else { " …" };
+            text += &format!("{before}{}{more}\n", step.name);
+            if !is_new {
+                continue;
+            }
+            for (number, need) in step.needs.iter().enumerate().rev() {
+                let (branch, bar) = match number + 1 == step.needs.len() {
+                    true => ("└─ ", "   "),
+                    false => ("├─ ", "│  "),
+                };
+                open.push((*need, format!("{below}{branch}"), format!("{below}{bar}")));
+            }
+        }
+    }
+    text
+}

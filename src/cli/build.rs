@@ -1,0 +1,224 @@
+//! `kiln build`: its flags, and the recipe opened for it and for the verbs that ask about a build.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread;
+
+use clap::Args;
+use signal_hook::iterator::Signals;
+
+use super::interrupt::{heeded_signals, write_now};
+use super::report::Reporter;
+use super::{FAILED, Failure, USAGE, recipe, show};
+use crate::cache::Scope;
+use crate::engine::Host;
+use crate::engine::build::sources::{self, Locked, Permission};
+use crate::engine::build::{Build, Gate, Machines, Options, Outcome, Timeline};
+use crate::plan::Plan;
+use crate::plan::graph::UnknownTarget;
+use crate::settings::{Flags, Settings};
+
+/// Arguments of `kiln build`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A step runs when something that it read the last time is another now, or when it is another step: its command, root,
+kernel or environment. `kiln why STEP` says what. Its outputs are merged into WORK when it succeeds.
+
+Examples:
+  kiln build                  the target `default`, or every step
+  kiln build -n package       what would run for that step, and why
+  kiln build -k -j 4          go on after a failure; four steps at once
+  kiln build --locked         refuse what kiln.lock does not name")]
+pub(super) struct BuildArguments {
+    /// Targets and steps
+    #[arg(value_name = "TARGET")]
+    targets: Vec<String>,
+    /// Most steps that run at once [default: as many as processors]
+    #[arg(long, short, value_name = "N")]
+    jobs: Option<usize>,
+    /// When a step fails, still run those that do not need it
+    #[arg(long, short)]
+    keep_going: bool,
+    /// Run nothing: say what would run, and why. Roots and sources are fetched where they are not there yet
+    #[arg(long, short = 'n')]
+    dry_run: bool,
+    /// Where outputs go [env: WORK] [default: /x/PROJECT, else $HOME/.cache/PROJECT]
+    #[arg(long, value_name = "DIR")]
+    pub work: Option<PathBuf>,
+    /// Refuse what kiln.lock does not name
+    #[arg(long)]
+    locked: bool,
+    /// Refuse to fetch sources
+    #[arg(long)]
+    offline: bool,
+    /// Let outputs replace files in WORK that kiln did not put there
+    #[arg(long)]
+    overwrite: bool,
+    #[command(flatten)]
+    scopes: ScopeFlags,
+    /// Write events as JSON, one a line, to standard output (docs/events.md)
+    #[arg(long)]
+    json: bool,
+    /// Write a timeline that trace viewers open
+    #[arg(long, value_name = "FILE")]
+    trace_out: Option<PathBuf>,
+    /// Boot machines, rather than copy one that was booted before [env: KILN_TEMPLATE=off]
+    #[arg(long)]
+    pub no_template: bool,
+    /// Say nothing but errors and what failed steps printed
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// Whose results may be used.
+#[derive(Debug, Args, Default, Clone)]
+pub(super) struct ScopeFlags {
+    /// The scope whose results this run reads and writes
+    #[arg(long, value_name = "NAME", default_value = "trusted")]
+    scope: String,
+    /// Another scope whose results it may read
+    #[arg(long, value_name = "NAME")]
+    read_scope: Vec<String>,
+}
+
+impl ScopeFlags {
+    /// As without flags.
+    pub fn trusted() -> Self {
+        Self { scope: Scope::default().to_string(), read_scope: Vec::new() }
+    }
+}
+
+/// A recipe opened for a build.
+pub(super) struct Opened {
+    pub host: Host,
+    pub plan: Plan,
+    folder: PathBuf,
+}
+
+impl From<UnknownTarget> for Failure {
+    fn from(error: UnknownTarget) -> Self {
+        let hint = error.meant.as_ref().map(|meant| format!("did you mean `{meant}`?"));
+        Self::new(&error, hint, USAGE)
+    }
+}
+
+/// Reads the recipe, and opens the store.
+pub(super) fn open(flags: Flags) -> Result<Opened, Failure> {
+    let settings = Settings::read(flags)?;
+    let file = recipe::found(&settings)?;
+    let plan = recipe::plan(file)?;
+    let folder = file.path.parent().unwrap_or(Path::new("/")).to_owned();
+    Ok(Opened { host: Host::open(settings)?, plan, folder })
+}
+
+/// The options of a build that only looks.
+pub(super) fn looking(scopes: &ScopeFlags) -> Result<Options, Failure> {
+    let scope = |text: &String| text.parse::<Scope>().map_err(|error| Failure::new(&error, None, USAGE));
+    Ok(Options {
+        jobs: thread::available_parallelism().map_or(1, usize::from),
+        keep_going: true,
+        dry_run: true,
+        overwrite: false,
+        scope: scope(&scopes.scope)?,
+        read_scopes: scopes.read_scope.iter().map(scope).collect::<Result<_, _>>()?,
+    })
+}
+
+impl Opened {
+    /// The build of this recipe.
+    pub fn build<'a>(
+        &'a self,
+        machines: &'a Machines<'a>,
+        sources: Locked,
+        permission: Permission,
+        options: Options,
+    ) -> Build<'a, Machines<'a>> {
+        Build {
+            plan: &self.plan,
+            settings: &self.host.settings,
+            store: &self.host.store,
+            runner: machines,
+            folder: self.folder.clone(),
+            sources,
+            permission,
+            options,
+        }
+    }
+}
+
+/// `kiln build`.
+pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<ExitCode, Failure> {
+    flags.work.clone_from(&arguments.work);
+    flags.no_template = arguments.no_template;
+    let mut opened = open(flags)?;
+    opened.host.locked = arguments.locked || arguments.offline;
+    if arguments.jobs == Some(0) {
+        return Err(Failure { text: "--jobs takes 1 or more".to_owned(), hint: None, code: USAGE });
+    }
+    let mut options = looking(&arguments.scopes)?;
+    options.jobs = arguments.jobs.unwrap_or(options.jobs);
+    options.keep_going = arguments.keep_going || arguments.dry_run;
+    options.dry_run = arguments.dry_run;
+    options.overwrite = arguments.overwrite;
+    let wanted = opened.plan.wanted(&arguments.targets)?;
+    let trace_out = arguments.trace_out.as_deref().map(|path| File::create(path).map(|file| (path, file)));
+    let trace_out = trace_out.transpose().map_err(|error| Failure {
+        text: format!("cannot write the timeline: {error}"),
+        hint: None,
+        code: USAGE,
+    })?;
+
+    let gate = Gate::default();
+    watch(&gate, &opened.host, arguments.json)?;
+    let mut reporter = Reporter::new(arguments.quiet, arguments.json, wanted.len());
+    let permission = Permission { locked: opened.host.locked, offline: arguments.offline };
+    let steps = wanted.iter().flat_map(|id| &opened.plan.step(*id).sources);
+    let (settings, store) = (&opened.host.settings, &opened.host.store);
+    let sources = sources::lock(steps, settings, store, permission, &mut |text| reporter.progress(text))?;
+    let machines = Machines::new(&opened.host);
+    let build = opened.build(&machines, sources, permission, options);
+    let mut timeline = Timeline::default();
+    let summary = build.run(&wanted, &gate, &mut timeline, &mut |news| reporter.tell(&news))?;
+    if let Some((path, file)) = trace_out {
+        let mut out = BufWriter::new(file);
+        let written = timeline.write(&mut out).and_then(|()| out.flush());
+        written.map_err(|error| Failure {
+            text: format!("cannot write the timeline to `{}`: {error}", path.display()),
+            hint: None,
+            code: FAILED,
+        })?;
+    }
+    let failed_to_start = summary.outcomes.iter().find_map(|(_, outcome)| match outcome {
+        Outcome::Failed(error) => Some(super::report::code_of(error)),
+        _ => None,
+    });
+    let code = if summary.is_good() { 0 } else { failed_to_start.unwrap_or(FAILED) };
+    reporter.end(&summary, code, settings);
+    Ok(ExitCode::from(code))
+}
+
+/// Ends the build on Ctrl-C and its like: between two merges, and with a word on what stays.
+fn watch(gate: &Gate, host: &Host, json: bool) -> Result<(), Failure> {
+    let mut signals = Signals::new(heeded_signals()).map_err(|error| Failure::new(&error, None, FAILED))?;
+    let gate = gate.clone();
+    let (temporary, work) = (host.store.temporary(), host.settings.work.value.clone());
+    thread::spawn(move || {
+        let Some(signal) = signals.forever().next() else { return };
+        gate.shut();
+        let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
+        let text = format!(
+            "interrupted by {name}; what ended before is done and its outputs are in WORK `{}`, nothing else is",
+            work.display()
+        );
+        let _ = std::fs::remove_dir_all(&temporary);
+        if json {
+            let event = serde_json::json!({"event": "error", "text": text, "hint": null});
+            write_now(io::stdout(), &format!("{event}\n"));
+        }
+        write_now(io::stderr(), &format!("\n{}", show::error_line(&text)));
+        std::process::exit(128 + signal)
+    });
+    Ok(())
+}

@@ -1,0 +1,322 @@
+//! Whether a step has to run, and what is kept of it when it did.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::UNIX_EPOCH;
+
+use kiln_artifact::tree::{Kind as NodeKind, Tree};
+use kiln_digest::Digest;
+use kiln_virtio::fs::fingerprint_of;
+use kiln_virtio::fs::record::{Kind, Observed};
+use rustix::fs::AtFlags;
+
+use super::runner::{Ran, failure};
+use super::{Build, BuildError, view};
+use crate::cache::verify::{Hashed, Verdict, verify};
+use crate::cache::{Entry, Hidden, Index, Key, LastRun, Place, Places, Scope, ShareTrace, Trace};
+use crate::engine::merge::Merge;
+use crate::plan::{PlannedStep, StepId};
+
+/// How a step stands.
+#[derive(Debug)]
+pub enum Standing {
+    /// A trace holds.
+    Holds {
+        /// Digest of its outputs' manifest.
+        outputs: Digest,
+        /// Outputs that WORK lacked, and has now.
+        restored: usize,
+        /// What holds.
+        trace: Box<Trace>,
+        /// Whose it is.
+        scope: Scope,
+    },
+    /// It has to run: why, in words.
+    Must(String),
+}
+
+/// How a step stands, for people.
+pub type Explained = Standing;
+
+/// The time of day, nanoseconds since 1970.
+pub(super) fn now_nanos() -> i64 {
+    let since = crate::clock::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// What all checks of a build share.
+pub(super) struct Checker<'a, R> {
+    pub build: &'a Build<'a, R>,
+    pub index: Index,
+    pub hashed: Hashed,
+    pub hidden: Hidden,
+    nothing_hidden: Hidden,
+    source: Option<OwnedFd>,
+    work: Vec<u8>,
+    // Protects the manifests that were read; held only to look one up or put one in.
+    trees: Mutex<BTreeMap<Digest, Arc<Tree>>>,
+}
+
+impl<'a, R> Checker<'a, R> {
+    pub fn new(build: &'a Build<'a, R>, hidden: Hidden) -> Self {
+        let settings = build.settings;
+        let source = settings.srcdir.value.as_ref().map(|source| settings.directory.join(source));
+        let work = &settings.work.value;
+        Self {
+            build,
+            index: build.index(),
+            hashed: Hashed::default(),
+            hidden,
+            nothing_hidden: Hidden::default(),
+            source: source.and_then(|source| File::open(source).ok()).map(OwnedFd::from),
+            work: std::fs::canonicalize(work).as_ref().unwrap_or(work).as_os_str().as_bytes().to_vec(),
+            trees: Mutex::default(),
+        }
+    }
+
+    /// SRCDIR, where there is one.
+    pub fn source(&self) -> Option<&OwnedFd> {
+        self.source.as_ref()
+    }
+
+    fn io(what: &'static str, path: PathBuf) -> impl FnOnce(std::io::Error) -> BuildError {
+        move |source| BuildError::Io { what, path, source }
+    }
+
+    /// The outputs that a manifest says; none where the store does not have it as it was.
+    pub fn tree(&self, manifest: &Digest) -> Option<Arc<Tree>> {
+        if let Some(tree) = self.trees.lock().unwrap_or_else(PoisonError::into_inner).get(manifest) {
+            return Some(Arc::clone(tree));
+        }
+        let bytes = std::fs::read(self.build.store.blobs().path(manifest)).ok()?;
+        if Digest::of(&bytes) != *manifest {
+            return None;
+        }
+        let tree = Arc::new(Tree::parse_manifest(&bytes).ok()?);
+        let mut trees = self.trees.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(Arc::clone(trees.entry(*manifest).or_insert(tree)))
+    }
+
+    /// What the step sees in WORK, where `needs` are the steps it needs with their outputs.
+    pub fn view(&self, step: &PlannedStep, needs: &[(StepId, Digest)]) -> Result<Arc<Tree>, BuildError> {
+        let mut trees = Vec::with_capacity(needs.len());
+        for (id, manifest) in needs {
+            let name = self.build.plan.step(*id).name.as_str();
+            let tree = self.tree(manifest).ok_or_else(|| BuildError::Lost {
+                step: name.to_owned(),
+                path: "the manifest of its outputs".to_owned(),
+                digest: *manifest,
+            })?;
+            trees.push((name, tree));
+        }
+        view::union(&trees, &step.inputs)
+    }
+
+    /// What the step sees of sources.
+    pub fn sources(&self, step: &PlannedStep) -> Tree {
+        self.build.sources.tree(step.sources.iter().map(|source| source.name.as_str()))
+    }
+
+    /// How the step stands. What `merges` gives is held while WORK is changed.
+    pub fn check<G>(
+        &self,
+        step: &PlannedStep,
+        key: &Key,
+        needs: &[(StepId, Digest)],
+        merges: &dyn Fn() -> G,
+    ) -> Result<Standing, BuildError> {
+        let digest = key.digest();
+        let traces = self.index.traces(&digest);
+        if traces.is_empty() {
+            return Ok(Standing::Must(self.why_unknown(step, key)));
+        }
+        let reads = |name: &str| {
+            let mut shares = traces.iter().flat_map(|(_, trace)| &trace.shares);
+            shares.any(|share| share.name == name && !(share.entries.is_empty() && share.missed.is_empty()))
+        };
+        let view = if reads("work") { self.view(step, needs)? } else { Arc::default() };
+        let sources = if reads("sources") { self.sources(step) } else { Tree::default() };
+        let mut places = Places::new();
+        places.insert("work".to_owned(), Place::Tree(&view));
+        places.insert("sources".to_owned(), Place::Tree(&sources));
+        if let Some(source) = &self.source {
+            let directory = source.try_clone().map_err(Self::io("open", PathBuf::from("SRCDIR")))?;
+            places.insert("src".to_owned(), Place::Live { directory, hidden: &self.hidden });
+        }
+        let mut first = None;
+        for (scope, trace) in traces {
+            match verify(&trace, &places, &self.hashed, now_nanos()) {
+                Verdict::Differs(difference) => {
+                    first.get_or_insert(difference);
+                }
+                Verdict::Holds(renewed) => {
+                    let restored = match self.restore(step, &trace.outputs, merges) {
+                        Ok(restored) => restored,
+                        Err(BuildError::Lost { path, .. }) => {
+                            return Ok(Standing::Must(format!("the store has lost its output `{path}`")));
+                        }
+                        Err(error) => return Err(error),
+                    };
+                    let outputs = trace.outputs;
+                    let trace = match renewed {
+                        Some(renewed) => {
+                            // Not to have it costs the next build some hashing.
+                            if scope == *self.index.scope() && !self.build.options.dry_run {
+                                let _ = self.index.add(&digest, Trace::clone(&renewed));
+                            }
+                            renewed
+                        }
+                        None => Box::new(trace),
+                    };
+                    return Ok(Standing::Holds { outputs, restored, trace, scope });
+                }
+            }
+        }
+        let why = first.map_or_else(|| self.why_unknown(step, key), |difference| difference.to_string());
+        Ok(Standing::Must(why))
+    }
+
+    /// Why there is no trace under a key.
+    fn why_unknown(&self, step: &PlannedStep, key: &Key) -> String {
+        let Some(last) = self.index.last_run(&self.work, &step.name) else {
+            return "it never ran here".to_owned();
+        };
+        let failure = last.failure.as_ref().map(|how| format!("it failed the last time: it {how}"));
+        let not_kept = || last.not_kept.as_ref().map(|why| format!("its last result was not kept: {why}"));
+        key.difference(&last.key)
+            .or(failure)
+            .or_else(not_kept)
+            .unwrap_or_else(|| format!("the store has no trace of it in scope `{}`", self.index.scope()))
+    }
+
+    /// Gives WORK what it lacks of a step's outputs, and says how much that was.
+    fn restore<G>(
+        &self,
+        step: &PlannedStep,
+        manifest: &Digest,
+        merges: &dyn Fn() -> G,
+    ) -> Result<usize, BuildError> {
+        let work = &self.build.settings.work.value;
+        let lost = |path: String, digest: Digest| BuildError::Lost { step: step.name.clone(), path, digest };
+        if step.outputs.is_empty() {
+            return Ok(0);
+        }
+        if let Some(placed) =
+            self.index.placed(&self.work, &step.name).filter(|placed| placed.outputs == *manifest)
+            && let Ok(directory) = File::open(work)
+        {
+            let place = Place::Live { directory: directory.into(), hidden: &self.nothing_hidden };
+            let places = [("work".to_owned(), place)].into();
+            match verify(&placed, &places, &self.hashed, now_nanos()) {
+                Verdict::Holds(None) => return Ok(0),
+                Verdict::Holds(Some(renewed)) => {
+                    let _ = self.index.note_placed(&self.work, &step.name, *renewed);
+                    return Ok(0);
+                }
+                Verdict::Differs(_) => {}
+            }
+        }
+        let tree = self.tree(manifest).ok_or_else(|| lost("the manifest".to_owned(), *manifest))?;
+        if self.build.options.dry_run {
+            return Ok(0);
+        }
+        for (path, node) in tree.iter() {
+            let NodeKind::File { digest, .. } = &node.kind else { continue };
+            let whole = self.build.store.blobs().file(digest).and_then(Digest::of_reader);
+            if !whole.is_ok_and(|(found, _)| found == *digest) {
+                // It would stand in the way of the blob as it should be.
+                let _ = std::fs::remove_file(self.build.store.blobs().path(digest));
+                return Err(lost(path.to_string(), *digest));
+            }
+        }
+        let overwrite = self.build.options.overwrite;
+        let _passed = merges();
+        let changed = Merge { store: self.build.store, work, step: &step.name, overwrite }.run(&tree)?;
+        self.note_placed(step, manifest, &tree);
+        Ok(changed.len())
+    }
+
+    /// Notes what WORK looks like where a step's outputs are. Without it they are read again next time.
+    fn note_placed(&self, step: &PlannedStep, manifest: &Digest, tree: &Tree) {
+        let stamped_nanos = now_nanos();
+        let Ok(work) = File::open(&self.build.settings.work.value) else { return };
+        let entry = |path: &kiln_artifact::tree::TreePath| {
+            let (kind, content) = match &tree.shown(path)?.kind {
+                NodeKind::File { digest, .. } => (Kind::Regular, *digest),
+                NodeKind::Symlink(text) => (Kind::Link, Digest::of(text)),
+                _ => return None,
+            };
+            let stat = rustix::fs::statat(&work, path.as_bytes(), AtFlags::SYMLINK_NOFOLLOW).ok()?;
+            Some(Entry {
+                path: path.as_bytes().to_vec(),
+                kind,
+                observed: Observed::METADATA | Observed::CONTENT,
+                fingerprint: fingerprint_of(&stat),
+                content: Some(content),
+                listing: None,
+                xattrs: None,
+            })
+        };
+        let entries = tree.iter().filter_map(|(path, _)| entry(path)).collect();
+        let share =
+            ShareTrace { name: "work".to_owned(), guest: "WORK".to_owned(), entries, missed: Vec::new() };
+        let (log, command_ms, machine) = (None, 0, String::new());
+        let placed =
+            Trace { stamped_nanos, shares: vec![share], outputs: *manifest, log, command_ms, machine };
+        let _ = self.index.note_placed(&self.work, &step.name, placed);
+    }
+
+    /// What a step's run left behind, kept: a trace where it may be believed. Gives why it may not, and whether its outputs
+    /// are those of the last time.
+    pub fn keep(
+        &self,
+        step: &PlannedStep,
+        key: &Key,
+        ran: &Ran,
+        log: Option<Digest>,
+        why: &str,
+        stamped_nanos: i64,
+    ) -> Result<(Option<String>, bool), BuildError> {
+        let store = || self.build.settings.store.value.clone();
+        let before = self.index.last_run(&self.work, &step.name);
+        let command_ms = u64::try_from(ran.command.as_millis()).unwrap_or(u64::MAX);
+        let mut not_kept = ran.spoiled.clone();
+        let failure = failure(ran);
+        if let (Some(outputs), None) = (ran.outputs, &failure) {
+            if let Some(tree) = self.tree(&outputs) {
+                self.note_placed(step, &outputs, &tree);
+            }
+            if not_kept.is_none() {
+                let synced = self.build.store.sync();
+                synced.map_err(|error| Self::io("sync", store())(std::io::Error::other(error)))?;
+                let trace = Trace {
+                    stamped_nanos,
+                    shares: ran.shares.clone(),
+                    outputs,
+                    log,
+                    command_ms,
+                    machine: ran.machine.clone(),
+                };
+                self.index.add(&key.digest(), trace).map_err(Self::io("write a trace to", store()))?;
+            }
+        } else {
+            not_kept = Some("it failed".to_owned());
+        }
+        let run = LastRun {
+            key: key.clone(),
+            failure,
+            why: why.to_owned(),
+            log,
+            outputs: ran.outputs,
+            not_kept: not_kept.clone(),
+            command_ms,
+        };
+        self.index.note_run(&self.work, &step.name, &run).map_err(Self::io("write a record to", store()))?;
+        let same = ran.outputs.is_some() && before.is_some_and(|before| before.outputs == ran.outputs);
+        Ok((not_kept, same))
+    }
+}

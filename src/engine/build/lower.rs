@@ -1,0 +1,163 @@
+//! From a step of a plan to one that [`crate::engine::run`] takes, and to its key.
+
+use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::time::Duration;
+
+use kiln_digest::Digest;
+use kiln_virtio::fs::record::PathBytes;
+
+use super::sources::Locked;
+use crate::agent::Limits;
+use crate::cache::{Hidden, Key};
+use crate::engine::host::{Boundary, KernelChoice};
+use crate::engine::prepare::{environment, guest_places};
+use crate::engine::step::{Clock, Keep, Step};
+use crate::machine::Carrier;
+use crate::plan::graph::{Command, Ignore};
+use crate::plan::recipe::ClockWord;
+use crate::plan::{EnvError, PlannedStep, RootSpec};
+use crate::root::debian::DEFAULT_KERNEL_SUITE;
+use crate::settings::Settings;
+
+/// Memory of a machine, where the recipe does not say.
+const MEMORY_BYTES: u64 = 2 << 30;
+/// Scratch disk, where the recipe does not say.
+const SCRATCH_BYTES: u64 = 16 << 30;
+/// From SIGTERM to SIGKILL.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// A step, lowered.
+#[derive(Debug)]
+pub struct Lowered {
+    /// What is run, without its view.
+    pub step: Step,
+    /// What it is.
+    pub key: Key,
+}
+
+/// The step `planned` as it is run, without its view. Paths of roots are relative to `folder`.
+pub(super) fn lower(planned: &PlannedStep, settings: &Settings, folder: &Path, overwrite: bool) -> Step {
+    let last = match &planned.command {
+        Command::Text(text) => text.clone(),
+        Command::Script(path) => format!("{}/{path}", guest_places(settings).0),
+    };
+    let words = planned.interpreter.iter().cloned().chain([last]);
+    let limits = &planned.limits;
+    let standard = Limits::default();
+    Step {
+        name: planned.name.clone(),
+        root: match &planned.root {
+            RootSpec::Directory(path) => RootSpec::Directory(folder.join(path)),
+            RootSpec::File(path) => RootSpec::File(folder.join(path)),
+            RootSpec::Live(path) => RootSpec::Live(folder.join(path)),
+            RootSpec::Debian(spec) => RootSpec::Debian(spec.clone()),
+        },
+        kernel: KernelChoice::Debian(
+            planned.kernel_suite.clone().unwrap_or_else(|| DEFAULT_KERNEL_SUITE.to_owned()),
+        ),
+        argv: words.map(String::into_bytes).collect(),
+        env: planned.env.clone(),
+        directory: planned.directory.clone(),
+        source_layer: planned.writable_source,
+        mounts: Vec::new(),
+        disks: Vec::new(),
+        outputs: planned.outputs.clone(),
+        overwrite,
+        memory_bytes: limits.memory_bytes.unwrap_or(MEMORY_BYTES).next_multiple_of(1 << 20),
+        cpus: limits.cpus.unwrap_or(0),
+        scratch_bytes: limits.scratch_bytes.unwrap_or(SCRATCH_BYTES).next_multiple_of(4096),
+        timeout: limits.timeout,
+        grace: GRACE,
+        clock: match planned.clock {
+            ClockWord::Host => Clock::Host,
+            ClockWord::Fixed => Clock::Fixed,
+        },
+        carrier: Carrier::default(),
+        modules: Vec::new(),
+        module_tree: false,
+        nested: false,
+        real_attributes: false,
+        toolbox: false,
+        keep: Keep::Never,
+        boundary: Boundary { require: Vec::new(), untrusted: planned.untrusted },
+        report_reads: true,
+        limits: Limits {
+            entries: limits.files.map_or(standard.entries, |files| u32::try_from(files).unwrap_or(u32::MAX)),
+            total_bytes: limits.outputs_bytes.unwrap_or(standard.total_bytes),
+            printed_bytes: limits.printed_bytes.unwrap_or(standard.printed_bytes),
+            processes: limits.processes.unwrap_or(standard.processes),
+        },
+        sees_sources: !planned.sources.is_empty(),
+        view: None,
+    }
+}
+
+/// The key of `step`, which `planned` became. `host` are the parts that only the host knows.
+///
+/// # Errors
+/// [`EnvError`] where its environment cannot be made.
+pub(super) fn key(
+    planned: &PlannedStep,
+    step: &Step,
+    settings: &Settings,
+    ignore: &Ignore,
+    sources: &Locked,
+    host: Vec<(String, String)>,
+) -> Result<Key, EnvError> {
+    let mut key = Key::default();
+    // Escaped, so that no two commands are one text.
+    let text = |bytes: &[u8]| PathBytes(bytes.to_vec()).to_string();
+    for (number, word) in step.argv.iter().enumerate() {
+        let is_last = number + 1 == step.argv.len();
+        key.add(
+            if is_last { "the command".to_owned() } else { format!("word {number} of the interpreter") },
+            text(word),
+        );
+    }
+    for (name, value) in host {
+        key.add(format!("the {name}"), value);
+    }
+    let passed: BTreeSet<&str> =
+        planned.env.iter().filter(|variable| !variable.contains('=')).map(String::as_str).collect();
+    for line in environment(step, settings)?.lines() {
+        let line = text(&line);
+        let (name, value) = line.split_once('=').unwrap_or((&line, ""));
+        // What is the host's own may be nothing to be kept in a file.
+        let value = match passed.contains(name) {
+            true => format!("sha256:{}", Digest::of(value.as_bytes())),
+            false => value.to_owned(),
+        };
+        key.add(format!("variable {name}"), value);
+    }
+    let (source, work) = guest_places(settings);
+    key.add("the place of SRCDIR", if settings.srcdir.value.is_some() { source } else { "none".to_owned() });
+    key.add("the place of WORK", work);
+    key.add("the working directory", step.directory.clone().unwrap_or_default());
+    key.add("writable-source", step.source_layer.to_string());
+    key.add("the clock", if step.clock == Clock::Fixed { "fixed" } else { "host" });
+    key.add("the network", "none");
+    key.add("what is ignored", ignore.globs().join("\n"));
+    key.add("the declared outputs", step.outputs.globs().collect::<Vec<_>>().join("\n"));
+    key.add("the declared inputs", planned.inputs.globs().collect::<Vec<_>>().join("\n"));
+    for source in &planned.sources {
+        let digest = sources.get(&source.name).map(|locked| locked.sha256.to_string());
+        key.add(format!("source {}", source.name), digest.unwrap_or_default());
+    }
+    Ok(key)
+}
+
+/// What of SRCDIR steps are not shown: what the recipe ignores, and WORK where it lies in there.
+pub(super) fn hidden(settings: &Settings, ignore: &Ignore) -> Hidden {
+    let mut hidden = Hidden { ignore: ignore.clone(), ..Hidden::default() };
+    let real = |path: &Path| std::fs::canonicalize(path).ok();
+    let source = settings.srcdir.value.as_ref().and_then(|source| real(&settings.directory.join(source)));
+    if let (Some(source), Some(work)) = (source, real(&settings.work.value))
+        && let Ok(inner) = work.strip_prefix(&source)
+        && !inner.as_os_str().is_empty()
+    {
+        hidden.paths.insert(inner.as_os_str().as_bytes().to_vec());
+    }
+    hidden
+}

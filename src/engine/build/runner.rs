@@ -1,0 +1,184 @@
+//! What runs the steps of a build: machines of this host, or what a test puts in their place.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use kiln_artifact::tree::TreePath;
+use kiln_digest::Digest;
+use kiln_virtio::fs::Attributes;
+use kiln_wire::Outcome;
+
+use crate::cache::{Entry, ShareTrace};
+use crate::engine::error::RunError;
+use crate::engine::event::{Event, Listener};
+use crate::engine::host::Host;
+use crate::engine::reads::ReadsReport;
+use crate::engine::run::{Ended, run};
+use crate::engine::step::Step;
+
+/// What a run of a step came to.
+#[derive(Debug)]
+pub struct Ran {
+    /// How the command ended.
+    pub ended: Ended,
+    /// Digest of the manifest of what it put out, where it succeeded. It is in WORK.
+    pub outputs: Option<Digest>,
+    /// What it read.
+    pub shares: Vec<ShareTrace>,
+    /// Why what it read does not say all, in words.
+    pub spoiled: Option<String>,
+    /// Paths in WORK that it wrote and nobody declared.
+    pub undeclared: Vec<TreePath>,
+    /// Paths in WORK that changed.
+    pub changed: usize,
+    /// How long the command ran.
+    pub command: Duration,
+    /// What ran it, in words.
+    pub machine: String,
+}
+
+/// Runs steps.
+pub trait Runner: Sync {
+    /// What only a host knows of a step and its key has: names and digests of its root and kernel. What is not there yet
+    /// is fetched or made.
+    ///
+    /// # Errors
+    /// [`RunError`].
+    fn identify(
+        &self,
+        step: &Step,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<Vec<(String, String)>, RunError>;
+
+    /// Runs it, and merges its outputs into WORK where it succeeds.
+    ///
+    /// # Errors
+    /// [`RunError`] where it could not be carried through; a command that fails is a [`Ran`].
+    fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError>;
+}
+
+/// Machines of this host.
+pub struct Machines<'a> {
+    host: &'a Host,
+    // Protects what was found out of roots and kernels, each once: held while it is found out.
+    known: Mutex<BTreeMap<String, Vec<(String, String)>>>,
+}
+
+impl<'a> Machines<'a> {
+    /// Those of `host`.
+    pub fn new(host: &'a Host) -> Self {
+        Self { host, known: Mutex::default() }
+    }
+}
+
+impl Runner for Machines<'_> {
+    fn identify(
+        &self,
+        step: &Step,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<Vec<(String, String)>, RunError> {
+        let name = format!("{:?} {}", step.kernel, step.root);
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(parts) = known.get(&name) {
+            return Ok(parts.clone());
+        }
+        let qemu = self.host.backend(&step.boundary)?;
+        let bundle = self.host.bundle(&step.kernel, step.carrier, progress)?;
+        let cpus =
+            std::thread::available_parallelism().ok().and_then(|n| u16::try_from(n.get()).ok()).unwrap_or(1);
+        let root = self.host.root(&step.root, &qemu, &bundle, cpus, progress)?;
+        let digest = root.digest().map_or_else(|| "live".to_owned(), |digest| digest.to_string());
+        let modules = bundle.modules.map_or_else(|| "none".to_owned(), |modules| modules.to_string());
+        let parts = vec![
+            ("root".to_owned(), format!("{} {digest}", step.root)),
+            ("kernel".to_owned(), format!("{} {} modules {modules}", bundle.release, bundle.kernel)),
+        ];
+        known.insert(name, parts.clone());
+        Ok(parts)
+    }
+
+    fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError> {
+        let started = Instant::now();
+        let mut machine = String::new();
+        let mut note = |event: Event<'_>| {
+            if let Event::Machine(identity) = event {
+                machine = identity.to_string();
+            }
+            events(event)
+        };
+        let report = run(step, self.host, None, &mut note).result?;
+        let command = match &report.ended {
+            Ended::Ran(_, usage) => Duration::from_micros(usage.wall_us),
+            Ended::NotStarted { .. } => started.elapsed(),
+        };
+        let unrecorded = report.reads.beside.unrecorded.first();
+        let not_fixed = || {
+            let shares = &mut report.reads.shares.iter();
+            let real = shares.find(|share| !matches!(share.attributes, Attributes::Fixed { .. }))?;
+            Some(format!("`{}` shows the host's own owners and times", real.guest))
+        };
+        let unknown = unrecorded.map(|what| format!("nothing says what it read of {what}"));
+        let (outputs, changed, undeclared) = match report.collected {
+            Some(collected) => (Some(collected.manifest), collected.changed.len(), collected.undeclared),
+            None => (None, 0, Vec::new()),
+        };
+        Ok(Ran {
+            ended: report.ended,
+            outputs,
+            spoiled: report.reads.spoiled().or(unknown).or_else(not_fixed),
+            shares: shares(&report.reads),
+            undeclared,
+            changed,
+            command,
+            machine,
+        })
+    }
+}
+
+/// What was read, as a trace keeps it.
+fn shares(reads: &ReadsReport) -> Vec<ShareTrace> {
+    let share = |share: &super::super::reads::ShareReads| ShareTrace {
+        name: share.record.name.to_string(),
+        guest: share.guest.clone(),
+        entries: share
+            .entries()
+            .map(|(entry, content)| Entry {
+                path: entry.path.0,
+                kind: entry.kind,
+                observed: entry.observed,
+                fingerprint: entry.fingerprint,
+                content,
+                listing: entry.listing,
+                xattrs: entry.xattrs,
+            })
+            .collect(),
+        missed: share.record.missed.iter().map(|path| path.0).collect(),
+    };
+    reads.shares.iter().map(share).collect()
+}
+
+/// How a command ended, in words; nothing where it succeeded.
+pub(super) fn failure(ran: &Ran) -> Option<String> {
+    Some(match &ran.ended {
+        Ended::Ran(Outcome::Exit(0), _) => return None,
+        Ended::Ran(Outcome::Exit(code), usage) if usage.oom_kills > 0 => {
+            format!("exited with status {code}; its machine ran out of memory")
+        }
+        Ended::Ran(Outcome::Exit(code), _) => format!("exited with status {code}"),
+        Ended::Ran(Outcome::Signal(signal), usage) if usage.oom_kills > 0 => {
+            format!("was killed by signal {signal}; its machine ran out of memory")
+        }
+        Ended::Ran(Outcome::Signal(signal), _) => format!("was killed by signal {signal}"),
+        Ended::Ran(Outcome::TimedOut, _) => "was stopped: it took longer than its timeout".to_owned(),
+        Ended::NotStarted { error, why } if why.is_empty() => format!("could not be started: {error}"),
+        Ended::NotStarted { why, .. } => format!("could not be started: {why}"),
+    })
+}
+
+impl Ran {
+    /// How its command failed, in words; nothing where it succeeded.
+    pub fn failure(&self) -> Option<String> {
+        failure(self)
+    }
+}

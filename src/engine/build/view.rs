@@ -1,0 +1,151 @@
+//! What a step sees in WORK: the outputs of the steps it needs, and of these what it takes as inputs, in a directory of its
+//! own. A step that ends meanwhile changes WORK and not this.
+
+use std::ffi::OsStr;
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kiln_artifact::tree::{Kind, Tree};
+use kiln_digest::{Digest, HashingReader};
+
+use super::BuildError;
+use crate::cache::verify::shown;
+use crate::plan::Outputs;
+use crate::store::Store;
+
+/// The outputs of the steps `needs`, each with the step's name, as one tree: what of it `inputs` names, or all.
+///
+/// # Errors
+/// [`BuildError::SamePath`].
+pub(super) fn union(needs: &[(&str, Arc<Tree>)], inputs: &Outputs) -> Result<Arc<Tree>, BuildError> {
+    if let ([(_, tree)], true) = (needs, inputs.is_empty()) {
+        return Ok(Arc::clone(tree));
+    }
+    let mut union = Tree::new();
+    for (number, (name, tree)) in needs.iter().enumerate() {
+        for (path, node) in tree.iter() {
+            let is_folder = node.kind == Kind::Directory;
+            if path.is_root() || !inputs.is_empty() && !inputs.declare(path) {
+                continue;
+            }
+            match union.get(path) {
+                // The first says what a folder is like that several put something into.
+                Some(there) if is_folder && there.kind == Kind::Directory => continue,
+                Some(_) => {
+                    let owner = needs[..number].iter().find(|(_, tree)| tree.get(path).is_some());
+                    return Err(BuildError::SamePath {
+                        one: owner.map_or("", |(name, _)| *name).to_owned(),
+                        other: (*name).to_owned(),
+                        path: path.to_string(),
+                    });
+                }
+                None => {}
+            }
+            let mut above = path.parent();
+            while let Some(folder) = above.filter(|folder| union.get(folder).is_none()) {
+                if let Some(node) = tree.get(&folder) {
+                    union.insert(folder.clone(), node.clone());
+                }
+                above = folder.parent();
+            }
+            // A further name of a file stands for itself here: its holder may not be among the inputs.
+            if let Some(node) = tree.shown(path) {
+                union.insert(path.clone(), node.clone());
+            }
+        }
+    }
+    Ok(Arc::new(union))
+}
+
+/// A directory that goes when this is dropped.
+#[derive(Debug)]
+pub(super) struct Directory(PathBuf);
+
+impl Directory {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// An empty one.
+    fn new(store: &Store) -> Result<Self, BuildError> {
+        let area = store.temporary();
+        let folder = tempfile::Builder::new().prefix("view-").tempdir_in(&area);
+        let folder =
+            folder.map_err(|source| BuildError::Io { what: "make a folder in", path: area, source })?;
+        Ok(Self(folder.keep()))
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Writes `tree` into a directory of its own, as a step is shown it. `owner` names the step that put out a path.
+///
+/// # Errors
+/// [`BuildError::Lost`] where the store lacks a content or has another in its place; [`BuildError::Io`].
+pub(super) fn write(
+    tree: &Tree,
+    store: &Store,
+    owner: impl Fn(&kiln_artifact::tree::TreePath) -> String,
+) -> Result<Directory, BuildError> {
+    let directory = Directory::new(store)?;
+    for (path, node) in tree.iter().filter(|(path, _)| !path.is_root()) {
+        let place = directory.0.join(OsStr::from_bytes(path.as_bytes()));
+        let node = tree.shown(path).unwrap_or(node);
+        let Some((_, mode, _)) = shown(node) else { continue };
+        let done = match &node.kind {
+            Kind::Directory => DirBuilder::new().mode(0o700).create(&place),
+            Kind::Symlink(text) => symlink(OsStr::from_bytes(text), &place),
+            Kind::File { digest, .. } => match copy(store, digest, &place, mode) {
+                Ok(true) => Ok(()),
+                Ok(false) => {
+                    let (step, path) = (owner(path), path.to_string());
+                    return Err(BuildError::Lost { step, path, digest: *digest });
+                }
+                Err(error) => Err(error),
+            },
+            _ => Ok(()),
+        };
+        done.map_err(|source| BuildError::Io { what: "write", path: place, source })?;
+    }
+    // Folders last: nobody may be kept from writing into them before.
+    for (path, node) in tree.iter().filter(|(path, node)| !path.is_root() && node.kind == Kind::Directory) {
+        let place = directory.0.join(OsStr::from_bytes(path.as_bytes()));
+        if let Some((_, mode, _)) = shown(node) {
+            let set = fs::set_permissions(&place, Permissions::from_mode(mode));
+            set.map_err(|source| BuildError::Io { what: "set the mode of", path: place, source })?;
+        }
+    }
+    let top =
+        tree.get(&kiln_artifact::tree::TreePath::root()).and_then(shown).map_or(0o755, |(_, mode, _)| mode);
+    let set = fs::set_permissions(&directory.0, Permissions::from_mode(top));
+    set.map_err(|source| BuildError::Io { what: "set the mode of", path: directory.0.clone(), source })?;
+    Ok(directory)
+}
+
+/// Copies a blob, by cloning where the file system can. False where the store does not have it as it was.
+fn copy(store: &Store, digest: &Digest, place: &Path, mode: u32) -> io::Result<bool> {
+    let source = match store.blobs().file(digest) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        source => source?,
+    };
+    let mut target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(place)?;
+    let is_whole = if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
+        // What was cloned is what is read here, and nobody can write it any more.
+        Digest::of_reader(File::open(place)?)?.0 == *digest
+    } else {
+        let mut reader = HashingReader::new(source);
+        io::copy(&mut reader, &mut target)?;
+        reader.finish().0 == *digest
+    };
+    target.set_permissions(Permissions::from_mode(mode))?;
+    Ok(is_whole)
+}

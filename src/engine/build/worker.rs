@@ -1,0 +1,184 @@
+//! What is done for a step on a thread of its own: the check, and the run from its view to its trace.
+
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use kiln_artifact::tree::TreePath;
+use kiln_digest::Digest;
+use kiln_virtio::fs::record::Kind;
+use kiln_virtio::fs::{Open, list_directory, open_beneath};
+use kiln_wire::Stream;
+
+use super::check::{Checker, Standing, now_nanos};
+use super::gate::Gate;
+use super::runner::{Ran, Runner};
+use super::{BuildError, lower, sources, view};
+use crate::cache::{Hidden, Key};
+use crate::engine::event::{Event, Phase};
+use crate::engine::step::View;
+use crate::machine::{Identity, PathBytes};
+use crate::plan::StepId;
+use std::collections::BTreeMap;
+
+/// An event of a step, on its way to the thread that tells it.
+pub(super) enum Told {
+    Progress(String),
+    Warning(String),
+    Machine(Identity),
+    Output(Stream, Vec<u8>),
+    Phase(Phase, Duration),
+}
+
+pub(super) enum Message {
+    Checked(StepId, Result<Standing, BuildError>),
+    Event(StepId, Told),
+    Ran(StepId, Result<Kept, BuildError>),
+}
+
+/// A run and what became of it.
+pub(super) struct Kept {
+    pub ran: Ran,
+    pub not_kept: Option<String>,
+    pub same: bool,
+}
+
+pub(super) enum Task {
+    Check(StepId, Vec<(StepId, Digest)>),
+    Run(StepId, Vec<(StepId, Digest)>, String),
+}
+
+/// One that does tasks until there are no more.
+pub(super) struct Worker<'b, 'a, R> {
+    pub checker: &'b Checker<'a, R>,
+    pub keys: &'b BTreeMap<StepId, Key>,
+    pub gate: &'b Gate,
+    pub messages: SyncSender<Message>,
+    /// What of SRCDIR no step is shown, found by whoever needs it first.
+    pub hidden: &'b OnceLock<Vec<PathBytes>>,
+}
+
+impl<R: Runner> Worker<'_, '_, R> {
+    /// Does them.
+    pub fn work(&self, tasks: &Mutex<Receiver<Task>>) {
+        loop {
+            // Who waits for a task holds the lock; who has one has let go of it.
+            let task = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let message = match task {
+                Err(_) => return,
+                Ok(Task::Check(id, needs)) => Message::Checked(id, self.check(id, &needs)),
+                Ok(Task::Run(id, needs, why)) => {
+                    let kept = self.run(id, &needs, &why);
+                    self.gate.leave(id);
+                    Message::Ran(id, kept)
+                }
+            };
+            if self.messages.send(message).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn check(&self, id: StepId, needs: &[(StepId, Digest)]) -> Result<Standing, BuildError> {
+        let Some(key) = self.keys.get(&id) else { return Ok(Standing::Must("it has no key".to_owned())) };
+        let merges = || {
+            self.gate.enter(id);
+            Passed(self.gate, id)
+        };
+        self.checker.check(self.checker.build.plan.step(id), key, needs, &merges)
+    }
+
+    fn run(&self, id: StepId, needs: &[(StepId, Digest)], why: &str) -> Result<Kept, BuildError> {
+        let build = self.checker.build;
+        let planned = build.plan.step(id);
+        let stamped_nanos = now_nanos();
+        let names = || planned.sources.iter().map(|source| source.name.as_str());
+        sources::fetch(names(), &build.sources, build.store, build.permission)?;
+        let tree = self.checker.view(planned, needs)?;
+        let owner = |path: &TreePath| {
+            let puts_out = |(need, manifest): &&(StepId, Digest)| {
+                let _ = need;
+                self.checker.tree(manifest).is_some_and(|tree| tree.get(path).is_some())
+            };
+            let need = needs.iter().find(puts_out);
+            need.map_or_else(String::new, |(need, _)| build.plan.step(*need).name.clone())
+        };
+        let work = view::write(&tree, build.store, owner)?;
+        let sources = match planned.sources.is_empty() {
+            true => None,
+            false => Some(view::write(&self.checker.sources(planned), build.store, TreePath::to_string)?),
+        };
+        let hidden = self.hidden.get_or_init(|| {
+            self.checker.source().map_or_else(Vec::new, |source| walk(source, &self.checker.hidden))
+        });
+        let mut step = lower::lower(planned, build.settings, &build.folder, build.options.overwrite);
+        step.view = Some(View {
+            work: work.path().to_owned(),
+            sources: sources.as_ref().map(|sources| sources.path().to_owned()),
+            hidden: hidden.clone(),
+        });
+
+        let io = |source| BuildError::Io { what: "write a log in", path: build.store.temporary(), source };
+        let mut log = build.store.blobs().writer().map_err(io)?;
+        let mut log_error = None;
+        let mut listen = |event: Event<'_>| {
+            let told = match event {
+                Event::Progress(text) => Told::Progress(text.to_owned()),
+                Event::Warning(text) => Told::Warning(text.to_owned()),
+                Event::Machine(identity) => Told::Machine(identity.clone()),
+                Event::Output(stream, data) => {
+                    log_error = log_error.take().or(log.write_all(data).err());
+                    Told::Output(stream, data.to_vec())
+                }
+                Event::Phase(phase, time) => {
+                    if phase == Phase::Record {
+                        self.gate.enter(id);
+                    }
+                    Told::Phase(phase, time)
+                }
+            };
+            self.messages.send(Message::Event(id, told)).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        };
+        let ran = build.runner.run(&step, &mut listen)?;
+        if let Some(error) = log_error {
+            return Err(io(error));
+        }
+        let (log, _) = log.finish().map_err(io)?;
+        let key = self.keys.get(&id).cloned().unwrap_or_default();
+        let (not_kept, same) = self.checker.keep(planned, &key, &ran, Some(log), why, stamped_nanos)?;
+        Ok(Kept { ran, not_kept, same })
+    }
+}
+
+/// Somebody who is inside the gate.
+pub(super) struct Passed<'a>(&'a Gate, StepId);
+
+impl Drop for Passed<'_> {
+    fn drop(&mut self) {
+        self.0.leave(self.1);
+    }
+}
+
+/// The paths beneath `source` that are hidden, each without what is in it. What cannot be listed a step cannot list either.
+fn walk(source: &OwnedFd, hidden: &Hidden) -> Vec<PathBytes> {
+    let mut found: Vec<PathBytes> = hidden.paths.iter().cloned().map(PathBytes).collect();
+    if hidden.ignore.globs().is_empty() {
+        return found;
+    }
+    let mut open = vec![Vec::new()];
+    while let Some(folder) = open.pop() {
+        let Ok(directory) = open_beneath(source, &folder, Open::Directory) else { continue };
+        let _ = list_directory(directory.as_fd(), |name, kind, _| {
+            let path = if folder.is_empty() { name.to_vec() } else { [&folder, &b"/"[..], name].concat() };
+            if hidden.hides(&path) {
+                found.push(PathBytes(path));
+            } else if kind == Kind::Directory {
+                open.push(path);
+            }
+            Ok(())
+        });
+    }
+    found
+}
