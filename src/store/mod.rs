@@ -14,6 +14,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use kiln_digest::Digest;
+
 pub use blob::{BlobWriter, Blobs};
 pub use record::Records;
 use temporary::Temporary;
@@ -147,6 +149,27 @@ impl Store {
     /// Where running machines keep what must have a name.
     pub fn run(&self) -> PathBuf {
         self.path.join("run")
+    }
+
+    /// Makes the blobs `digests` survive a power failure, and nothing else.
+    ///
+    /// # Errors
+    /// What fsync(2) says.
+    pub fn sync_blobs(&self, digests: &[Digest]) -> Result<(), StoreError> {
+        for digest in digests {
+            let path = self.blobs.path(digest);
+            let folder = path.parent().unwrap_or(&self.path);
+            for path in [&path, folder] {
+                fs::File::open(path).and_then(|file| file.sync_all()).map_err(StoreError::at(path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the store lies on the file system that `path` does.
+    pub fn is_beside(&self, path: &Path) -> bool {
+        let device = |path: &Path| fs::metadata(path).map(|meta| meta.dev()).ok();
+        device(&self.path).is_some_and(|own| device(path) == Some(own))
     }
 
     /// Makes everything written so far survive a power failure. Called before a record names it.

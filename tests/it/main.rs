@@ -4,6 +4,7 @@
 #![allow(clippy::panic, reason = "a test fails by panicking")]
 
 mod boundary;
+mod build;
 mod debian;
 mod doctor;
 #[path = "../folder/mod.rs"]

@@ -270,6 +270,20 @@ impl<'a, R> Checker<'a, R> {
         let _ = self.index.note_placed(&self.work, &step.name, placed);
     }
 
+    /// Makes what a trace names survive a power failure. The merge has synced the outputs, where they and WORK are on one
+    /// file system.
+    fn sync(&self, outputs: &Digest, log: Option<&Digest>) -> Result<(), BuildError> {
+        let store = self.build.store;
+        let synced = match store.is_beside(&self.build.settings.work.value) {
+            true => {
+                store.sync_blobs(&[Some(outputs), log].into_iter().flatten().copied().collect::<Vec<_>>())
+            }
+            false => store.sync(),
+        };
+        let path = self.build.settings.store.value.clone();
+        synced.map_err(|error| Self::io("sync", path)(std::io::Error::other(error)))
+    }
+
     /// What a step's run left behind, kept: a trace where it may be believed. Gives why it may not, and whether its outputs
     /// are those of the last time.
     pub fn keep(
@@ -291,8 +305,7 @@ impl<'a, R> Checker<'a, R> {
                 self.note_placed(step, &outputs, &tree);
             }
             if not_kept.is_none() {
-                let synced = self.build.store.sync();
-                synced.map_err(|error| Self::io("sync", store())(std::io::Error::other(error)))?;
+                self.sync(&outputs, log.as_ref())?;
                 let trace = Trace {
                     stamped_nanos,
                     shares: ran.shares.clone(),

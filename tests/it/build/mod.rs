@@ -1,0 +1,346 @@
+//! Builds of recipes without machines: which steps run, which do not, and what is left where something fails.
+
+mod world;
+
+use std::fs;
+use std::time::{Duration, SystemTime};
+
+use kiln::cache::Scope;
+use kiln::engine::build::{BuildError, Outcome};
+use world::{World, settle};
+
+/// Two objects, a program of both, and a step that reads nothing of SRCDIR.
+const RECIPE: &str = r#"
+[steps.a]
+run = """
+stat include/missing.h
+read include/a.h
+copy a.o a.c
+"""
+outputs = ["a.o"]
+[steps.b]
+run = """
+list parts
+copy b.o b.c
+"""
+outputs = ["b.o"]
+[steps.link]
+needs = ["a", "b"]
+run = "copy bin/program work:a.o work:b.o"
+outputs = ["bin"]
+[steps.report]
+needs = ["link"]
+run = """
+use bin/program
+write report fine
+"""
+outputs = ["report"]
+"#;
+
+fn world() -> World {
+    let world = World::new();
+    for (name, text) in
+        [("a.c", "a"), ("b.c", "b"), ("include/a.h", "h"), ("parts/one", "1"), ("unread", "x")]
+    {
+        world.source(name, text);
+    }
+    settle(&world);
+    world
+}
+
+fn sorted(mut names: Vec<String>) -> Vec<String> {
+    names.sort();
+    names
+}
+
+#[test]
+fn a_second_build_runs_nothing() {
+    let world = world();
+    let first = world.build(RECIPE);
+    assert!(first.summary.is_good());
+    assert_eq!(sorted(first.ran.clone()), ["a", "b", "link", "report"]);
+    assert!(first.reasons.values().all(|why| why == "it never ran here"), "{:?}", first.reasons);
+    assert_eq!(world.work("bin/program").as_deref(), Some("ab"));
+    for _ in 0..2 {
+        let again = world.build(RECIPE);
+        assert!(again.ran.is_empty(), "{:?}", again.reasons);
+        assert_eq!(again.summary.count(|outcome| matches!(outcome, Outcome::UpToDate { .. })), 4);
+    }
+}
+
+#[test]
+fn what_runs_again_is_what_read_something_that_changed() {
+    type Deed = fn(&World);
+    let deeds: [(Deed, &[&str], &str); 11] = [
+        (|w| w.source("a.c", "A"), &["a", "link", "report"], "`/ws/p/a.c` changed: content"),
+        (|w| w.source("unread", "y"), &[], ""),
+        (|w| w.source("a.c", "a"), &[], ""),
+        (
+            |w| {
+                let file = fs::File::options().write(true).open(w.path("src/a.c")).expect("there");
+                file.set_modified(SystemTime::UNIX_EPOCH + Duration::from_secs(1)).expect("ours");
+            },
+            &[],
+            "",
+        ),
+        (|w| w.source("include/other.h", ""), &[], ""),
+        // It shadows nothing, but the step would find it now. What it puts out is the same, so nothing follows.
+        (
+            |w| w.source("include/missing.h", ""),
+            &["a"],
+            "`/ws/p/include/missing.h`, which it looked for in vain",
+        ),
+        (|w| w.source("include/a.h", "H"), &["a"], "`/ws/p/include/a.h` changed"),
+        (|w| w.source("parts/two", ""), &["b"], "`/ws/p/parts`, which it listed"),
+        (
+            |w| fs::rename(w.path("src/parts/one"), w.path("src/parts/uno")).expect("there"),
+            &["b"],
+            "`/ws/p/parts`, which it listed",
+        ),
+        (
+            |w| fs::remove_file(w.path("src/b.c")).expect("there"),
+            &["b", "link", "report"],
+            "`/ws/p/b.c` is gone",
+        ),
+        (
+            |w| {
+                // Another file of the same size and time in its place.
+                let time = fs::metadata(w.path("src/a.c")).and_then(|meta| meta.modified()).expect("there");
+                w.source("new", "c");
+                fs::rename(w.path("src/new"), w.path("src/a.c")).expect("there");
+                fs::File::open(w.path("src/a.c")).and_then(|file| file.set_modified(time)).expect("ours");
+            },
+            &["a", "link", "report"],
+            "`/ws/p/a.c` changed: content",
+        ),
+    ];
+    for (number, (deed, runs, why)) in deeds.into_iter().enumerate() {
+        let world = world();
+        world.build(RECIPE);
+        deed(&world);
+        let built = world.build(RECIPE);
+        assert_eq!(sorted(built.ran.clone()), runs, "deed {number}: {:?}", built.reasons);
+        if let Some(first) = runs.first() {
+            assert!(built.reasons[*first].contains(why), "{:?}", built.reasons);
+        }
+        assert!(world.build(RECIPE).ran.is_empty(), "deed {number}");
+    }
+}
+
+#[test]
+fn another_command_root_or_variable_is_another_step_and_said_so() {
+    let world = world();
+    let recipe = |more: &str, line: &str| {
+        format!("[steps.s]\n{more}\nrun = \"copy o a.c\\n{line}\"\noutputs = [\"o\"]\n")
+    };
+    world.build(&recipe("env = { LEVEL = \"1\" }", ""));
+    for (more, line, why) in [
+        ("env = { LEVEL = \"2\" }", "", "variable LEVEL was `1` and is `2`"),
+        ("", "", "variable LEVEL is gone"),
+        ("", "read b.c", "the command changed: the line `read b.c` is new"),
+        ("root = \"dir:x\"", "read b.c", "the root was `debian:bookworm`"),
+        ("root = \"dir:x\"\nclock = \"fixed\"", "read b.c", "the clock was `host` and is `fixed`"),
+        ("root = \"dir:x\"\nclock = \"fixed\"\ninputs = [\"x\"]", "read b.c", "the declared inputs"),
+    ] {
+        let built = world.build(&recipe(more, line));
+        assert!(built.reasons["s"].contains(why), "{:?}", built.reasons);
+        assert!(world.build(&recipe(more, line)).ran.is_empty());
+    }
+    // What it was at first is still known.
+    assert!(world.build(&recipe("env = { LEVEL = \"1\" }", "")).ran.is_empty());
+}
+
+#[test]
+fn going_back_to_what_was_built_before_runs_nothing() {
+    let world = world();
+    world.build(RECIPE);
+    world.source("a.c", "other");
+    assert_eq!(sorted(world.build(RECIPE).ran), ["a", "link", "report"]);
+    world.source("a.c", "a");
+    let back = world.build(RECIPE);
+    assert!(back.ran.is_empty(), "{:?}", back.reasons);
+    assert_eq!(world.work("bin/program").as_deref(), Some("ab"));
+    assert_eq!(world.work("a.o").as_deref(), Some("a"));
+}
+
+#[test]
+fn work_gets_back_what_it_lacks_and_keeps_what_a_person_changed() {
+    let world = world();
+    world.build(RECIPE);
+    fs::remove_dir_all(world.path("work")).expect("there");
+    let built = world.build(RECIPE);
+    assert!(built.ran.is_empty() && built.summary.is_good());
+    assert_eq!(world.work("bin/program").as_deref(), Some("ab"));
+    fs::write(world.path("work/a.o"), "mine").expect("room");
+    let built = world.build(RECIPE);
+    assert!(matches!(built.outcome("a"), Outcome::Failed(error) if matches!(**error, BuildError::Merge(_))));
+    assert!(matches!(built.outcome("link"), Outcome::Skipped));
+    assert_eq!(world.work("a.o").as_deref(), Some("mine"));
+}
+
+#[test]
+fn a_step_sees_in_work_what_the_steps_it_needs_put_out_and_nothing_else() {
+    let world = world();
+    fs::write(world.path("work/stray"), "a person's").expect("room");
+    let recipe = |inputs: &str| {
+        format!(
+            "[steps.a]\nrun = \"write out/a 1\\nwrite out/b 2\"\noutputs = [\"out\"]\n\
+             [steps.z]\nrun = \"write z 3\"\noutputs = [\"z\"]\n\
+             [steps.s]\nneeds = [\"a\"]\n{inputs}\nrun = \"copy s work:out/a work:out/b work:z work:stray\"\noutputs = [\"s\"]\n"
+        )
+    };
+    world.build(&recipe(""));
+    assert_eq!(world.work("s").as_deref(), Some("12"));
+    world.build(&recipe("inputs = [\"out/b\"]"));
+    assert_eq!(world.work("s").as_deref(), Some("2"));
+}
+
+#[test]
+fn a_failure_stops_the_build_or_what_needs_the_step_with_keep_going() {
+    let mut world = world();
+    let recipe = "[steps.bad]\nrun = \"fail\"\n[steps.after]\nneeds = [\"bad\"]\nrun = \"write x 1\"\noutputs = [\"x\"]\n\
+                  [steps.last]\nneeds = [\"after\"]\nrun = \"read a.c\"\n[steps.good]\nrun = \"wait\"\n\
+                  [steps.next]\nneeds = [\"good\"]\nrun = \"read a.c\"\n";
+    let many: String = (0..40).map(|n| format!("[steps.many{n}]\nrun = \"wait\"\n")).collect();
+    let built = world.build(&format!("{recipe}{many}"));
+    assert_eq!(built.summary.outcomes.len(), 45);
+    assert!(built.ran.len() < 20 && built.ran.contains(&"bad".to_owned()), "{:?}", built.ran);
+    assert!(["after", "last"].iter().all(|step| !built.ran.contains(&(*step).to_owned())));
+    world.options.keep_going = true;
+    let built = world.build(recipe);
+    assert_eq!(built.ran.iter().filter(|step| *step == "bad").count(), 1);
+    assert!(built.ran.contains(&"next".to_owned()));
+    assert_eq!(built.reasons["bad"], "it failed the last time: it exited with status 3");
+    assert!(matches!(built.outcome("last"), Outcome::Skipped) && !built.summary.is_good());
+    assert_eq!(world.build(recipe).ran, ["bad"]);
+}
+
+#[test]
+fn a_result_is_not_kept_where_a_file_changed_meanwhile() {
+    let world = world();
+    let recipe = "[steps.s]\nrun = \"copy o a.c\\nchange a.c\"\noutputs = [\"o\"]\n";
+    let built = world.build(recipe);
+    assert!(matches!(built.outcome("s"), Outcome::Ran { not_kept: Some(why), .. } if why.contains("a.c")));
+    assert_eq!(world.work("o").as_deref(), Some("a"));
+    let again = world.build(recipe);
+    assert_eq!(again.ran, ["s"]);
+    assert!(again.reasons["s"].contains("its last result was not kept"), "{:?}", again.reasons);
+}
+
+#[test]
+fn what_one_scope_made_another_does_not_use_unless_it_reads_it() {
+    let mut world = world();
+    let scope = |name: &str| name.parse::<Scope>().expect("a good name");
+    world.options.scope = scope("pull-request");
+    world.build(RECIPE);
+    world.options.scope = Scope::default();
+    assert_eq!(world.build(RECIPE).ran.len(), 4);
+    world.source("a.c", "reviewed");
+    assert_eq!(world.build(RECIPE).ran.len(), 3);
+    world.options.scope = scope("other");
+    world.options.read_scopes = vec![Scope::default()];
+    assert!(world.build(RECIPE).ran.is_empty());
+    // It wrote nothing into the scope that it reads.
+    world.source("a.c", "unreviewed");
+    assert_eq!(world.build(RECIPE).ran.len(), 3);
+    world.options.scope = Scope::default();
+    world.options.read_scopes.clear();
+    assert_eq!(world.build(RECIPE).ran.len(), 3);
+    for bad in ["", "../x", "A", "a b", "-x"] {
+        assert!(bad.parse::<Scope>().is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn a_blob_that_is_damaged_or_gone_costs_a_run_and_no_more() {
+    for damage in [
+        |path: &std::path::Path| fs::remove_file(path).expect("there"),
+        |path: &std::path::Path| {
+            fs::remove_file(path).expect("there");
+            fs::write(path, "flipped").expect("room");
+        },
+    ] {
+        let world = world();
+        world.build(RECIPE);
+        let digest = kiln_digest::Digest::of(b"ab");
+        damage(&world.store.blobs().path(&digest));
+        fs::remove_file(world.path("work/bin/program")).expect("there");
+        let built = world.build(RECIPE);
+        assert_eq!(built.ran, ["link"], "{:?}", built.reasons);
+        assert!(
+            built.reasons["link"].contains("the store has lost its output `bin/program`"),
+            "{:?}",
+            built.reasons
+        );
+        assert_eq!(world.work("bin/program").as_deref(), Some("ab"));
+        assert!(world.build(RECIPE).ran.is_empty());
+    }
+}
+
+#[test]
+fn damaged_traces_cost_runs_and_no_more() {
+    let world = world();
+    world.build(RECIPE);
+    let mut files = vec![world.path("store/traces")];
+    let mut damaged = 0;
+    while let Some(path) = files.pop() {
+        if path.is_dir() {
+            files.extend(fs::read_dir(path).expect("a folder").flatten().map(|entry| entry.path()));
+        } else {
+            let mut bytes = fs::read(&path).expect("a file");
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            fs::write(&path, bytes).expect("room");
+            damaged += 1;
+        }
+    }
+    assert_eq!(damaged, 4);
+    assert_eq!(world.build(RECIPE).ran.len(), 4);
+    assert!(world.build(RECIPE).ran.is_empty());
+}
+
+#[test]
+fn a_dry_run_says_what_would_run_and_changes_nothing() {
+    let mut world = world();
+    world.build(RECIPE);
+    world.source("a.c", "A");
+    fs::remove_file(world.path("work/b.o")).expect("there");
+    world.options.dry_run = true;
+    let built = world.build(RECIPE);
+    assert!(built.ran.is_empty());
+    assert!(built.reasons["a"].contains("a.c") && built.reasons["link"].contains("`a`, which it needs"));
+    assert!(!built.reasons.contains_key("b"), "{:?}", built.reasons);
+    assert_eq!((world.work("b.o"), world.work("a.o").as_deref()), (None, Some("a")));
+}
+
+#[test]
+fn no_more_steps_run_at_once_than_jobs_and_as_many_as_those() {
+    let mut world = world();
+    let recipe: String = (0..12).map(|n| format!("[steps.s{n}]\nrun = \"wait\"\n")).collect();
+    for jobs in [1, 3] {
+        world.options.jobs = jobs;
+        world.options.scope = format!("jobs-{jobs}").parse().expect("a good name");
+        let built = world.build(&recipe);
+        assert_eq!((built.ran.len(), built.most), (12, jobs));
+    }
+}
+
+#[test]
+fn a_target_builds_what_it_needs_and_no_more() {
+    let world = world();
+    let built = world.build_targets(RECIPE, &["link"]);
+    assert_eq!(sorted(built.ran), ["a", "b", "link"]);
+    let built = world.build_targets(&format!("{RECIPE}[targets]\nall = [\"report\"]\n"), &["all"]);
+    assert_eq!(built.ran, ["report"]);
+}
+
+#[test]
+fn what_is_ignored_is_no_input() {
+    let world = world();
+    let recipe = "ignore = [\"*.tmp\"]\n[steps.s]\nrun = \"list parts\"\n";
+    world.build(recipe);
+    world.source("parts/x.tmp", "");
+    assert!(world.build(recipe).ran.is_empty());
+    world.source("parts/x", "");
+    assert_eq!(world.build(recipe).ran, ["s"]);
+}

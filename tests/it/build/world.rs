@@ -1,0 +1,338 @@
+//! A recipe, a SRCDIR, a WORK and a store of a test's own, and a runner that plays steps without a machine: it reads and
+//! writes real files, and reports what it read as the fs device does.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use kiln::cache::{Entry, ShareTrace};
+use kiln::engine::build::sources::{Locked, Permission};
+use kiln::engine::build::{Build, Gate, News, Options, Outcome, Ran, Runner, Summary, Timeline};
+use kiln::engine::merge::Merge;
+use kiln::engine::{Ended, Event, Listener, Phase, RunError, Step};
+use kiln::plan::Plan;
+use kiln::plan::recipe::Recipe;
+use kiln::settings::{Flags, Settings};
+use kiln::store::Store;
+use kiln_artifact::tree::{Kind, Meta, Node, Tree, TreePath};
+use kiln_digest::{Digest, Hasher};
+use kiln_virtio::fs::record::{Kind as FileKind, Observed};
+use kiln_virtio::fs::{fingerprint_of, kind_of};
+use kiln_wire::{Outcome as Exit, Stream, Usage};
+
+/// All of it.
+pub struct World {
+    folder: tempfile::TempDir,
+    pub settings: Settings,
+    pub store: Store,
+    pub options: Options,
+}
+
+/// What a build came to, as tests look at it.
+pub struct Built {
+    pub summary: Summary,
+    /// Steps that ran, in the order in which they began.
+    pub ran: Vec<String>,
+    /// Why.
+    pub reasons: BTreeMap<String, String>,
+    /// Most that ran at once.
+    pub most: usize,
+}
+
+impl Built {
+    pub fn outcome(&self, step: &str) -> &Outcome {
+        let found = self.summary.outcomes.iter().find(|(name, _)| name == step);
+        &found.unwrap_or_else(|| panic!("no outcome of {step}")).1
+    }
+}
+
+impl World {
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        for name in ["src", "work"] {
+            fs::create_dir(path(name)).expect("a folder");
+        }
+        let settings = Settings::read(Flags {
+            project: Some("p".to_owned()),
+            work: Some(path("work")),
+            srcdir: Some(path("src")),
+            store: Some(path("store")),
+            lock: Some(path("kiln.lock")),
+            ..Flags::default()
+        });
+        let store = Store::open(&path("store")).expect("a store");
+        let options = Options {
+            jobs: 2,
+            keep_going: false,
+            dry_run: false,
+            overwrite: false,
+            scope: kiln::cache::Scope::default(),
+            read_scopes: Vec::new(),
+        };
+        Self { settings: settings.expect("good settings"), folder, store, options }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// A file of SRCDIR.
+    pub fn source(&self, name: &str, text: &str) {
+        let path = self.path("src").join(name);
+        fs::create_dir_all(path.parent().expect("below src")).expect("a folder");
+        fs::write(path, text).expect("room");
+    }
+
+    /// A file of WORK.
+    pub fn work(&self, name: &str) -> Option<String> {
+        fs::read_to_string(self.path("work").join(name)).ok()
+    }
+
+    /// Builds what `recipe` says.
+    pub fn build(&self, recipe: &str) -> Built {
+        self.build_targets(recipe, &[])
+    }
+
+    pub fn build_targets(&self, text: &str, targets: &[&str]) -> Built {
+        let recipe = Recipe::parse(text, "kiln.toml").unwrap_or_else(|fault| panic!("{fault}"));
+        let plan = Plan::of(&recipe, text, "kiln.toml").unwrap_or_else(|fault| panic!("{fault}"));
+        let targets: Vec<String> = targets.iter().map(|name| (*name).to_owned()).collect();
+        let wanted = plan.wanted(&targets).expect("known targets");
+        let runner = Player::new(self);
+        let build = Build {
+            plan: &plan,
+            settings: &self.settings,
+            store: &self.store,
+            runner: &runner,
+            folder: self.folder.path().to_owned(),
+            sources: Locked::default(),
+            permission: Permission::default(),
+            options: self.options.clone(),
+        };
+        let mut reasons = BTreeMap::new();
+        let mut news = |news: News<'_>| {
+            if let News::Starts(step, why) = news {
+                reasons.insert(step.to_owned(), why.to_owned());
+            }
+            Ok(())
+        };
+        let summary =
+            build.run(&wanted, &Gate::default(), &mut Timeline::default(), &mut news).expect("it goes");
+        let ran = runner.ran.into_inner().expect("no panic");
+        Built { summary, ran, reasons, most: runner.most.into_inner() }
+    }
+}
+
+/// Plays steps: their commands are lines of `read PATH`, `stat PATH`, `list FOLDER`, `use PATH` (of WORK), `write PATH TEXT`,
+/// `copy PATH FROM…` (all of SRCDIR, or of WORK with `work:` before), `change PATH` (of SRCDIR, as a person does meanwhile),
+/// `wait` and `fail`.
+pub struct Player<'a> {
+    world: &'a World,
+    ran: Mutex<Vec<String>>,
+    now: AtomicUsize,
+    most: AtomicUsize,
+}
+
+/// What a step has seen of a share.
+struct Seen {
+    name: &'static str,
+    top: PathBuf,
+    entries: BTreeMap<Vec<u8>, Observed>,
+    missed: BTreeSet<Vec<u8>>,
+}
+
+impl Seen {
+    /// Looks a path up, as a kernel does: each folder on the way to it.
+    fn look(&mut self, path: &str, observed: Observed) -> bool {
+        let mut so_far = String::new();
+        self.entries.entry(Vec::new()).or_insert(Observed::METADATA);
+        for part in path.split('/').filter(|part| !part.is_empty()) {
+            if !so_far.is_empty() {
+                so_far.push('/');
+            }
+            so_far += part;
+            if fs::symlink_metadata(self.top.join(&so_far)).is_err() {
+                self.missed.insert(so_far.into_bytes());
+                return false;
+            }
+            self.entries.entry(so_far.clone().into_bytes()).or_insert(Observed::METADATA);
+        }
+        *self.entries.entry(so_far.into_bytes()).or_insert(observed) |= observed;
+        true
+    }
+
+    fn read(&mut self, path: &str) -> Option<Vec<u8>> {
+        self.look(path, Observed::METADATA | Observed::CONTENT)
+            .then(|| fs::read(self.top.join(path)).expect("a file"))
+    }
+
+    fn share(&self) -> ShareTrace {
+        let entry = |(path, observed): (&Vec<u8>, &Observed)| {
+            let place = self.top.join(OsStr::from_bytes(path));
+            let stat = rustix::fs::lstat(&place).expect("it was there");
+            let kind = kind_of(stat.st_mode).expect("a kind");
+            let observed = match kind {
+                FileKind::Regular if stat.st_size == 0 => *observed | Observed::CONTENT,
+                _ => *observed,
+            };
+            Entry {
+                path: path.clone(),
+                kind,
+                observed,
+                fingerprint: fingerprint_of(&stat),
+                content: observed
+                    .contains(Observed::CONTENT)
+                    .then(|| Digest::of(&fs::read(&place).expect("a file"))),
+                listing: observed.contains(Observed::LISTING).then(|| listing(&place)),
+                xattrs: None,
+            }
+        };
+        ShareTrace {
+            name: self.name.to_owned(),
+            guest: if self.name == "src" { "/ws/p" } else { "/x/p" }.to_owned(),
+            entries: self.entries.iter().map(entry).collect(),
+            missed: self.missed.iter().cloned().collect(),
+        }
+    }
+}
+
+fn listing(folder: &Path) -> Digest {
+    let entries = fs::read_dir(folder).expect("a folder").flatten();
+    let mut names: Vec<(char, Vec<u8>)> = entries
+        .map(|entry| {
+            let is_folder = entry.file_type().expect("a type").is_dir();
+            (if is_folder { 'd' } else { 'f' }, entry.file_name().as_bytes().to_vec())
+        })
+        .collect();
+    names.sort();
+    let mut hasher = Hasher::default();
+    for (letter, name) in names {
+        hasher.update(letter.to_string().as_bytes());
+        hasher.update(&name);
+        hasher.update(b"\0");
+    }
+    hasher.finish().0
+}
+
+impl<'a> Player<'a> {
+    pub fn new(world: &'a World) -> Self {
+        Self { world, ran: Mutex::default(), now: AtomicUsize::new(0), most: AtomicUsize::new(0) }
+    }
+
+    fn play(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError> {
+        let view = step.view.as_ref().expect("a step of a build has a view");
+        let seen = |name, top: &Path| Seen {
+            name,
+            top: top.to_owned(),
+            entries: BTreeMap::new(),
+            missed: BTreeSet::new(),
+        };
+        let mut source = seen("src", &self.world.path("src"));
+        let mut work = seen("work", &view.work);
+        let mut outputs: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+        let (mut spoiled, mut code) = (None, 0);
+        let script = String::from_utf8(step.argv.last().expect("a command").clone()).expect("text");
+        for line in script.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words[..] {
+                ["read", path] => drop(source.read(path)),
+                ["stat", path] => drop(source.look(path, Observed::METADATA)),
+                ["list", path] => drop(source.look(path, Observed::METADATA | Observed::LISTING)),
+                ["use", path] => drop(work.read(path)),
+                ["write", path, ref text @ ..] => {
+                    drop(outputs.insert(path.to_owned(), text.join(" ").into_bytes()))
+                }
+                ["copy", path, ref from @ ..] => {
+                    let read = from.iter().map(|from| match from.strip_prefix("work:") {
+                        Some(from) => work.read(from),
+                        None => source.read(from),
+                    });
+                    outputs.insert(
+                        path.to_owned(),
+                        read.map(Option::unwrap_or_default).collect::<Vec<_>>().concat(),
+                    );
+                }
+                ["change", path] => {
+                    fs::write(self.world.path("src").join(path), "changed meanwhile").expect("room");
+                    spoiled = Some(format!("`/ws/p/{path}` was modified while the step ran"));
+                }
+                ["wait"] => std::thread::sleep(Duration::from_millis(30)),
+                ["fail"] => code = 3,
+                [] => {}
+                _ => panic!("what is `{line}`?"),
+            }
+        }
+        let told = events(Event::Output(Stream::Stdout, format!("{} speaks\n", step.name).as_bytes()));
+        told.map_err(|source| RunError::Io { what: "tell", source })?;
+        let _ = events(Event::Phase(Phase::Record, Duration::ZERO));
+        let mut manifest = None;
+        let mut changed = 0;
+        if code == 0 {
+            let tree = self.tree(&outputs);
+            let merge = Merge {
+                store: &self.world.store,
+                work: &self.world.settings.work.value,
+                step: &step.name,
+                overwrite: step.overwrite,
+            };
+            changed = if step.outputs.is_empty() { 0 } else { merge.run(&tree)?.len() };
+            let io = |source: io::Error| RunError::Io { what: "keep the manifest", source };
+            manifest = Some(self.world.store.blobs().put(&tree.manifest()[..]).map_err(io)?.0);
+        }
+        Ok(Ran {
+            ended: Ended::Ran(Exit::Exit(code), Usage::default()),
+            outputs: manifest,
+            shares: vec![source.share(), work.share()],
+            spoiled,
+            undeclared: Vec::new(),
+            changed,
+            command: Duration::from_millis(1),
+            machine: "a player".to_owned(),
+        })
+    }
+
+    fn tree(&self, outputs: &BTreeMap<String, Vec<u8>>) -> Tree {
+        let mut tree = Tree::new();
+        for (path, bytes) in outputs {
+            let path = TreePath::new(path.as_bytes()).expect("a good path");
+            let mut above = path.parent();
+            while let Some(folder) = above.filter(|folder| tree.get(folder).is_none()) {
+                above = folder.parent();
+                let meta = Meta { mode: 0o755, ..Meta::default() };
+                tree.insert(folder, Node { kind: Kind::Directory, meta });
+            }
+            let (digest, size) = self.world.store.blobs().put(&bytes[..]).expect("room");
+            let meta = Meta { mode: 0o644, ..Meta::default() };
+            tree.insert(path, Node { kind: Kind::File { digest, size }, meta });
+        }
+        tree
+    }
+}
+
+impl Runner for Player<'_> {
+    fn identify(&self, step: &Step, _: &mut dyn FnMut(&str)) -> Result<Vec<(String, String)>, RunError> {
+        Ok(vec![("root".to_owned(), step.root.to_string())])
+    }
+
+    fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError> {
+        self.ran.lock().unwrap_or_else(PoisonError::into_inner).push(step.name.clone());
+        let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most.fetch_max(now, Ordering::SeqCst);
+        let ran = self.play(step, events);
+        self.now.fetch_sub(1, Ordering::SeqCst);
+        ran
+    }
+}
+
+/// Makes all files older than any tick: what happens to them next shows in their times.
+pub fn settle(world: &World) {
+    let _ = File::open(world.path("src"));
+    std::thread::sleep(Duration::from_millis(30));
+}
