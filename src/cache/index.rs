@@ -7,6 +7,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use kiln_digest::Digest;
@@ -90,7 +91,7 @@ impl Index {
         &self.own
     }
 
-    fn path(&self, scope: &Scope, key: &Digest) -> std::path::PathBuf {
+    fn path(&self, scope: &Scope, key: &Digest) -> PathBuf {
         let name = key.to_string();
         self.store.traces().join(&scope.0).join(&name[..2]).join(&name[2..])
     }
@@ -121,7 +122,7 @@ impl Index {
 
     /// What the step `step` did last in the WORK that `work` names.
     pub fn last_run(&self, work: &[u8], step: &str) -> Option<LastRun> {
-        self.store.records("last").get(&last_key(work, step))
+        serde_json::from_slice(&fs::read(self.last_path(work, step)).ok()?).ok()
     }
 
     /// Notes what the step `step` did in the WORK that `work` names.
@@ -129,7 +130,21 @@ impl Index {
     /// # Errors
     /// What writing says.
     pub fn note_run(&self, work: &[u8], step: &str, run: &LastRun) -> io::Result<()> {
-        self.store.records("last").put(&last_key(work, step), run)
+        self.store.replace(&self.last_path(work, step), &serde_json::to_vec(run)?)
+    }
+
+    fn last_path(&self, work: &[u8], step: &str) -> PathBuf {
+        self.store.last_runs().join(last_key(work, step).to_string())
+    }
+
+    /// Takes the traces under `key` away whose outputs are `outputs`: the store does not have them any more.
+    ///
+    /// # Errors
+    /// What writing says.
+    pub fn forget(&self, key: &Digest, outputs: &Digest) -> io::Result<()> {
+        let mut traces = self.read(&self.own, key);
+        traces.retain(|trace| trace.outputs != *outputs);
+        self.store.replace(&self.path(&self.own, key), &write_all(&traces))
     }
 }
 
@@ -152,7 +167,7 @@ impl Index {
         self.store.replace(&self.placed_path(work, step), &write_all(&[placed]))
     }
 
-    fn placed_path(&self, work: &[u8], step: &str) -> std::path::PathBuf {
+    fn placed_path(&self, work: &[u8], step: &str) -> PathBuf {
         self.store.placed().join(last_key(work, step).to_string())
     }
 }

@@ -121,20 +121,25 @@ impl Store {
         self.path.join("traces")
     }
 
+    /// Where it is noted what steps did last.
+    pub fn last_runs(&self) -> PathBuf {
+        self.path.join("last")
+    }
+
     /// Where it is noted what outputs look like where they were put.
     pub fn placed(&self) -> PathBuf {
         self.path.join("placed")
     }
 
-    /// Writes a small file of the store's whole or not at all, in place of what was there.
+    /// Writes a small file of the store's in place of what was there: whole or not at all, but for a power failure, after
+    /// which it may be empty or as it was. So it is for what can be told from a damaged one.
     ///
     /// # Errors
     /// What writing and renaming say.
     pub fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let mut file = tempfile::NamedTempFile::new_in(self.temporary.path())?;
         file.write_all(bytes)?;
-        file.as_file().sync_all()?;
-        if let Some(folder) = path.parent() {
+        if let Some(folder) = path.parent().filter(|folder| !folder.is_dir()) {
             fs::create_dir_all(folder)?;
         }
         file.persist(path).map_err(|error| error.error)?;

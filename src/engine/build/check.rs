@@ -270,14 +270,12 @@ impl<'a, R> Checker<'a, R> {
         let _ = self.index.note_placed(&self.work, &step.name, placed);
     }
 
-    /// Makes what a trace names survive a power failure. The merge has synced the outputs, where they and WORK are on one
-    /// file system.
-    fn sync(&self, outputs: &Digest, log: Option<&Digest>) -> Result<(), BuildError> {
+    /// Makes what a trace names survive a power failure, but for a log. The merge has synced the outputs, where they and
+    /// WORK are on one file system.
+    fn sync(&self, outputs: &Digest) -> Result<(), BuildError> {
         let store = self.build.store;
         let synced = match store.is_beside(&self.build.settings.work.value) {
-            true => {
-                store.sync_blobs(&[Some(outputs), log].into_iter().flatten().copied().collect::<Vec<_>>())
-            }
+            true => store.sync_blobs(&[*outputs]),
             false => store.sync(),
         };
         let path = self.build.settings.store.value.clone();
@@ -305,7 +303,7 @@ impl<'a, R> Checker<'a, R> {
                 self.note_placed(step, &outputs, &tree);
             }
             if not_kept.is_none() {
-                self.sync(&outputs, log.as_ref())?;
+                self.sync(&outputs)?;
                 let trace = Trace {
                     stamped_nanos,
                     shares: ran.shares.clone(),

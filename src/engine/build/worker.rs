@@ -68,15 +68,31 @@ impl<R: Runner> Worker<'_, '_, R> {
             let task = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let message = match task {
                 Err(_) => return,
-                Ok(Task::Check(id, needs)) => Message::Checked(id, self.check(id, &needs)),
+                Ok(Task::Check(id, needs)) => {
+                    let standing = self.check(id, &needs);
+                    Message::Checked(id, standing.inspect_err(|error| self.forget(error, &needs)))
+                }
                 Ok(Task::Run(id, needs, why)) => {
                     let kept = self.run(id, &needs, &why);
                     self.gate.leave(id);
-                    Message::Ran(id, kept)
+                    Message::Ran(id, kept.inspect_err(|error| self.forget(error, &needs)))
                 }
             };
             if self.messages.send(message).is_err() {
                 return;
+            }
+        }
+    }
+
+    /// Where outputs of a needed step are lost, that step runs again next time, and puts them back.
+    fn forget(&self, error: &BuildError, needs: &[(StepId, Digest)]) {
+        let BuildError::Lost { step, digest, .. } = error else { return };
+        let _ = std::fs::remove_file(self.checker.build.store.blobs().path(digest));
+        for (need, manifest) in
+            needs.iter().filter(|(need, _)| self.checker.build.plan.step(*need).name == *step)
+        {
+            if let Some(key) = self.keys.get(need) {
+                let _ = self.checker.index.forget(&key.digest(), manifest);
             }
         }
     }

@@ -278,6 +278,24 @@ fn a_blob_that_is_damaged_or_gone_costs_a_run_and_no_more() {
 }
 
 #[test]
+fn what_a_needed_step_put_out_and_the_store_has_lost_comes_back_with_the_next_build() {
+    let world = world();
+    world.build(RECIPE);
+    let path = world.store.blobs().path(&kiln_digest::Digest::of(b"ab"));
+    fs::remove_file(&path).expect("there");
+    fs::write(&path, "ax").expect("room");
+    // WORK is as it should be, and another step wants to see what it has.
+    let recipe = format!("{RECIPE}[steps.more]\nneeds = [\"link\"]\nrun = \"use bin/program\"\n");
+    let built = world.build(&recipe);
+    assert!(
+        matches!(built.outcome("more"), Outcome::Failed(error) if matches!(**error, BuildError::Lost { .. }))
+    );
+    let built = world.build(&recipe);
+    assert_eq!(sorted(built.ran), ["link", "more"]);
+    assert!(world.build(&recipe).ran.is_empty());
+}
+
+#[test]
 fn damaged_traces_cost_runs_and_no_more() {
     let world = world();
     world.build(RECIPE);
