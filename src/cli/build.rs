@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use clap::Args;
@@ -171,7 +173,7 @@ pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<Exit
     })?;
 
     let gate = Gate::default();
-    watch(&gate, &opened.host, arguments.json)?;
+    let is_interrupted = watch(&gate, &opened.host, arguments.json)?;
     let mut reporter = Reporter::new(arguments.quiet, arguments.json, wanted.len());
     let permission = Permission { locked: opened.host.locked, offline: arguments.offline };
     let steps = wanted.iter().flat_map(|id| &opened.plan.step(*id).sources);
@@ -180,7 +182,14 @@ pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<Exit
     let machines = Machines::new(&opened.host);
     let build = opened.build(&machines, sources, permission, options);
     let mut timeline = Timeline::default();
-    let summary = build.run(&wanted, &gate, &mut timeline, &mut |news| reporter.tell(&news))?;
+    let summary = build.run(&wanted, &gate, &mut timeline, &mut |news| {
+        // A terminal sends its signal to the machines as well: what ends because of that is not news, and the watcher
+        // ends all of it.
+        while is_interrupted.load(Ordering::SeqCst) {
+            thread::park();
+        }
+        reporter.tell(&news)
+    })?;
     if let Some((path, file)) = trace_out {
         let mut out = BufWriter::new(file);
         let written = timeline.write(&mut out).and_then(|()| out.flush());
@@ -200,8 +209,15 @@ pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<Exit
 }
 
 /// Ends the build on Ctrl-C and its like: between two merges, and with a word on what stays.
-fn watch(gate: &Gate, host: &Host, json: bool) -> Result<(), Failure> {
-    let mut signals = Signals::new(heeded_signals()).map_err(|error| Failure::new(&error, None, FAILED))?;
+/// Gives what the signal's handler itself sets: whatever fails because of the signal fails after that.
+fn watch(gate: &Gate, host: &Host, json: bool) -> Result<Arc<AtomicBool>, Failure> {
+    let failure = |error: io::Error| Failure::new(&error, None, FAILED);
+    let is_interrupted = Arc::<AtomicBool>::default();
+    let heeded = heeded_signals();
+    let mut signals = Signals::new(&heeded).map_err(failure)?;
+    for signal in heeded {
+        signal_hook::flag::register(signal, Arc::clone(&is_interrupted)).map_err(failure)?;
+    }
     let gate = gate.clone();
     let (temporary, work) = (host.store.temporary(), host.settings.work.value.clone());
     thread::spawn(move || {
@@ -220,5 +236,5 @@ fn watch(gate: &Gate, host: &Host, json: bool) -> Result<(), Failure> {
         write_now(io::stderr(), &format!("\n{}", show::error_line(&text)));
         std::process::exit(128 + signal)
     });
-    Ok(())
+    Ok(is_interrupted)
 }

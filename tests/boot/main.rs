@@ -3,6 +3,7 @@
 //! `ci/test boot` runs them with the kiln of `target/dist`. Most boot a root of nothing but busybox, because a machine
 //! under emulation takes seconds and there are many. All share one store, so that the kernel is fetched once.
 
+mod build;
 mod command;
 mod contract;
 mod debian;

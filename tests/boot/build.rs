@@ -1,0 +1,145 @@
+//! `kiln build` in real machines: what runs again is what the fs device saw read something that changed.
+
+use std::fs;
+use std::process::Stdio;
+
+use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+
+use super::host::{Host, Running, Told, busybox};
+
+/// A recipe in the host's folder, with SRCDIR and WORK below it.
+fn recipe(host: &Host, steps: &str) {
+    let root = busybox().display();
+    host.file(
+        "kiln.toml",
+        format!("project = \"p\"\n[settings]\nsrcdir = \"src\"\n[roots.b]\nfrom = \"dir:{root}\"\n{steps}"),
+    );
+}
+
+const STEPS: &str = r#"
+[steps.compile]
+run = """
+[ ! -e include/b.h ] || exec cat include/b.h > $WORK/lib/object
+cat main.c > /tmp/object
+mkdir $WORK/lib && mv /tmp/object $WORK/lib/object
+echo compiled
+"""
+outputs = ["lib"]
+[steps.link]
+needs = ["compile"]
+run = """
+ls -R $WORK
+tr a-z A-Z < $WORK/lib/object > $WORK/program
+chmod 755 $WORK/program
+"""
+outputs = ["program"]
+[steps.test]
+needs = ["link"]
+script = "test.sh"
+"#;
+
+fn build(host: &Host, arguments: &[&str]) -> Told {
+    host.end(host.kiln().arg("build").args(arguments), &[])
+}
+
+/// The steps that ran, by the events of a build with `--json`.
+fn ran(told: &Told) -> Vec<String> {
+    let events = told.ends(0, &[]).events();
+    let run = events.iter().filter(|event| event["event"] == "step" && event["outcome"] == "run");
+    run.map(|event| event["step"].as_str().expect("a name").to_owned()).collect()
+}
+
+#[test]
+fn steps_run_again_where_what_they_read_changed_and_not_where_it_did_not() {
+    let host = Host::new();
+    recipe(&host, STEPS);
+    host.file("src/main.c", "int main\n");
+    host.file("src/unread", "x");
+    host.file("src/include/a.h", "x");
+    host.file("src/test.sh", "test -x $WORK/program && cat $WORK/program\n");
+    let told = build(&host, &[]);
+    told.ends(0, &["compile: it never ran here", "compile | compiled", "test | INT MAIN", "3 run"]);
+    assert_eq!(host.read("work/program"), "INT MAIN\n");
+    build(&host, &[]).ends(0, &["3 up to date"]);
+    for (path, text, runs, why) in [
+        ("src/unread", "y", &[][..], "test: up to date"),
+        ("src/test.sh", "cat $WORK/program $WORK/program >&2\n", &["test"], "`/ws/p/test.sh` changed"),
+        // What comes of it is the same.
+        ("src/main.c", "int main\n", &[], "test: up to date"),
+        ("src/main.c", "int MAIN\n", &["compile", "link"], "compile: `/ws/p/main.c` changed: content"),
+        ("src/include/c.h", "", &[], "test: up to date"),
+        ("src/include/b.h", "INT main\n", &["compile"], "`/ws/p/include/b.h`, which it looked for in vain"),
+    ] {
+        host.file(path, text);
+        let told = host.end(host.kiln().args(["why", "test"]), &[]);
+        assert!(told.ends(0, &[]).text().contains(why), "{path}: {told:?}");
+        if path == "src/include/b.h" {
+            // The script writes into a folder that is not there.
+            let told = build(&host, &[]);
+            told.ends(1, &["step `compile` exited with status 1", "1 failed, 2 skipped"]);
+            assert_eq!(host.read("work/lib/object"), "int MAIN\n");
+            let told = host.end(host.kiln().args(["log", "compile"]), &[]);
+            assert!(
+                told.ends(0, &["exited with status 1"]).text().contains("nonexistent directory"),
+                "{told:?}"
+            );
+            fs::remove_file(host.path(path)).expect("there");
+            build(&host, &[]).ends(0, &["3 up to date"]);
+            continue;
+        }
+        assert_eq!(ran(&build(&host, &["--json"])), runs, "{path}");
+        build(&host, &[]).ends(0, &["3 up to date"]);
+    }
+    let told = host.end(host.kiln().args(["inputs", "--all", "compile"]), &[]);
+    let text = told.ends(0, &[]).text();
+    assert!(text.contains("looked for in vain") && text.contains("/ws/p/include/b.h"), "{text}");
+    assert!(!text.contains("unread"), "{text}");
+}
+
+#[test]
+fn a_build_that_is_interrupted_keeps_what_is_done_and_goes_on_from_there() {
+    let host = Host::new();
+    recipe(
+        &host,
+        "[steps.first]\nrun = \"echo 1 > $WORK/first\"\noutputs = [\"first\"]\n\
+         [steps.second]\nneeds = [\"first\"]\nrun = \"echo begun; [ ! -e slow ] || sleep 100; echo 2 > $WORK/second\"\n\
+         outputs = [\"second\"]\n",
+    );
+    host.file("src/slow", "");
+    // As `kill` does, and as a terminal does.
+    for send in [kill_process, kill_process_group] {
+        let mut command = host.kiln();
+        command.args(["build", "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut running = Running::start(&mut command);
+        let group = running.id();
+        running.read_until("begun");
+        send(Pid::from_child(&running), Signal::INT).expect("it is ours");
+        let told = running.end();
+        told.ends(130, &["interrupted by SIGINT"]);
+        assert_eq!(told.stderr.matches("kiln: error: ").count(), 1, "{told:?}");
+        host.is_clean(group);
+    }
+    assert_eq!(host.read("work/first"), "1\n");
+    assert!(!host.path("work/second").exists());
+    fs::remove_file(host.path("src/slow")).expect("there");
+    assert_eq!(ran(&build(&host, &["--json"])), ["second"]);
+}
+
+#[test]
+fn a_recipe_that_was_just_begun_builds() {
+    let host = Host::new();
+    host.end(host.kiln().arg("init"), &[]).ends(0, &["kiln build"]);
+    let text = host.read("kiln.toml").replace("debian:bookworm", &format!("dir:{}", busybox().display()));
+    host.file("kiln.toml", text);
+    let trace = host.path("trace.json");
+    let told = build(&host, &["--trace-out", &trace.display().to_string()]);
+    told.ends(0, &["2 run"]);
+    assert!(host.read("work/hello.txt").contains("hello from a machine"));
+    let trace: serde_json::Value = serde_json::from_str(&host.read("trace.json")).expect("JSON");
+    let spans = trace["traceEvents"].as_array().expect("a list");
+    assert!(
+        spans
+            .iter()
+            .any(|span| span["ph"] == "X" && span["name"] == "command" && span["args"]["step"] == "hello")
+    );
+}
