@@ -380,8 +380,13 @@ impl Settings {
         let template = pick(template, "KILN_TEMPLATE", |text| text, file.template.map(on), || on(true));
         let keeper = flags.no_keeper.then(|| on(false));
         let keeper = pick(keeper, "KILN_KEEPER", |text| text, file.keeper.map(on), || on(true));
-        let keeper_idle =
-            pick(flags.keeper_idle, "KILN_KEEPER_IDLE", |text| text, file.keeper_idle.clone(), || "60s".to_owned());
+        let keeper_idle = pick(
+            flags.keeper_idle,
+            "KILN_KEEPER_IDLE",
+            |text| text,
+            file.keeper_idle.clone(),
+            || "60s".to_owned(),
+        );
         let no_debian = RecipeDebian::default();
         let debian = file.debian.as_ref().unwrap_or(&no_debian);
         Ok(Self {
