@@ -53,11 +53,14 @@ pub enum Place<'a> {
 /// The shares of a step by name.
 pub type Places<'a> = BTreeMap<String, Place<'a>>;
 
+/// The fingerprint under which contents were hashed, when that was, and their digest.
+type Known = (Fingerprint, i64, Digest);
+
 /// Contents that were hashed while this process runs: no file is read twice for two steps.
 #[derive(Debug, Default)]
 pub struct Hashed {
     // Protects the digests; held only to look one up or put one in.
-    digests: Mutex<BTreeMap<(u64, u64), (Fingerprint, i64, Digest)>>,
+    digests: Mutex<BTreeMap<(u64, u64), Known>>,
 }
 
 /// How a trace holds.

@@ -225,7 +225,7 @@ fn unread(plan: &Plan, id: StepId, trace: &Trace) {
         let is_read = |path: &&[u8]| {
             kiln_artifact::tree::TreePath::new(path).is_ok_and(|path| need.outputs.declare(&path))
         };
-        if !need.outputs.is_empty() && !work.iter().any(|path| is_read(path)) {
+        if !need.outputs.is_empty() && !work.iter().any(is_read) {
             show::note(&format!("it needs step `{}` and read no content of its outputs", need.name));
         }
     }

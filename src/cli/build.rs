@@ -60,7 +60,7 @@ pub(super) struct BuildArguments {
     overwrite: bool,
     #[command(flatten)]
     scopes: ScopeFlags,
-    /// Write events as JSON, one a line, to standard output (docs/events.md)
+    /// Write events as JSON, one a line, to standard output
     #[arg(long)]
     json: bool,
     /// Write a timeline that trace viewers open
