@@ -22,7 +22,7 @@ use super::prepare::{Prepared, describe, prepare, seconds, toolbox_mount};
 use super::reads::{self, Beside, ReadsReport};
 use super::ready::Readiness;
 use super::step::{Keep, Step};
-use crate::agent::{ExecEnd, Session, SessionError};
+use crate::agent::{ExecEnd, RUNNING, Session, SessionError};
 use crate::keeper::{Entry, Kept, Registration, Registry};
 use crate::machine::{Backend, Identity};
 use crate::root::bundle::NEEDED;
@@ -338,7 +338,7 @@ impl Talk<'_> {
         input: Option<OwnedFd>,
         events: Listener<'_>,
     ) -> Result<Conversation, RunError> {
-        self.doing = "running the command";
+        self.doing = RUNNING;
         exec.stdin = input.is_some();
         let limit = self.step.limits.printed_bytes;
         let mut printed: u64 = 0;
