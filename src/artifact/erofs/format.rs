@@ -157,11 +157,6 @@ pub(super) fn file_type(kind: &Kind) -> (u16, u8) {
     }
 }
 
-/// `new_encode_dev` (`kdev_t.h`): twenty bits of minor number round twelve of major.
-pub(super) fn device(major: u32, minor: u32) -> u32 {
-    minor & 0xff | (major & 0xfff) << 8 | (minor & !0xff) << 12
-}
-
 /// `struct erofs_dirent`.
 pub(super) const DIRENT_BYTES: usize = 12;
 
@@ -268,13 +263,6 @@ mod tests {
         // RFC 3720 §B.4, undone the final inversion.
         assert_eq!(!crc32c(&[0; 32]), 0x8a91_36aa);
         assert_eq!(!crc32c(b"123456789"), 0xe306_9283);
-    }
-
-    #[test]
-    fn device_numbers_are_encoded_as_the_kernel_does() {
-        assert_eq!(device(1, 3), 0x103);
-        assert_eq!(device(259, 70_000), 0x1111_0370);
-        assert_eq!(device(0xfff, 0xf_ffff), 0xffff_ffff);
     }
 
     #[test]
