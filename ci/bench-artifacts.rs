@@ -1,6 +1,7 @@
 //! What `ci/bench artifacts` times of kiln's: one artifact from a folder or a file, and the seconds it took.
 //!
 //! usage: bench-artifacts squashfs FOLDER IMAGE CODEC LEVEL BLOCK_BYTES
+//!        bench-artifacts verity DATA HASHES
 #![expect(clippy::print_stdout, reason = "what it is for")]
 
 use std::collections::BTreeMap;
@@ -13,6 +14,7 @@ use std::time::Instant;
 
 use kiln_artifact::squashfs::{self, Codec};
 use kiln_artifact::tree::{Contents, Kind, Meta, Node, Timestamp, Tree, TreePath};
+use kiln_artifact::verity;
 use kiln_digest::Digest;
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
@@ -31,9 +33,20 @@ fn main() -> Outcome<()> {
             };
             let mut found = Found { tree: Tree::new(), files: Files::default() };
             found.folder(Path::new(folder), &TreePath::root())?;
-            let options =
-                squashfs::Options { codec, block_bytes: block_bytes.parse()?, ..squashfs::Options::default() };
-            timed(|| Ok(squashfs::write(&found.tree, &found.files, File::create(image)?, &options).map(drop)?))
+            let options = squashfs::Options {
+                codec,
+                block_bytes: block_bytes.parse()?,
+                ..squashfs::Options::default()
+            };
+            timed(
+                || Ok(squashfs::write(&found.tree, &found.files, File::create(image)?, &options).map(drop)?),
+            )
+        }
+        ["verity", data, hashes] => {
+            let data = File::open(data)?;
+            // What the data is, the store knows.
+            let parameters = verity::Parameters::derived(&Digest::of(b"bench"));
+            timed(|| Ok(verity::write(&data, &parameters, File::create(hashes)?).map(drop)?))
         }
         _ => Err("see the head of ci/bench-artifacts.rs".into()),
     }

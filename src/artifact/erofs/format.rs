@@ -1,8 +1,6 @@
 //! What lies on disk, field by field (`Documentation/filesystems/erofs.rst` and `fs/erofs/erofs_fs.h`), and nothing of
 //! where it lies. All numbers are little-endian.
 
-use kiln_digest::Digest;
-
 use crate::tree::{Kind, Timestamp};
 
 /// Block size; the kernel maps smaller than its pages only since 6.4, and x86's pages have this size.
@@ -62,15 +60,6 @@ impl Superblock {
         block[SUPERBLOCK_AT + 4..SUPERBLOCK_AT + 8].copy_from_slice(&checksum.to_le_bytes());
         block
     }
-}
-
-/// A UUID of version 8 (RFC 9562 §5.8) from a tree's digest.
-pub(super) fn uuid(tree: &Digest) -> [u8; 16] {
-    let mut uuid = [0; 16];
-    uuid.copy_from_slice(&tree.as_bytes()[..16]);
-    uuid[6] = uuid[6] & 0x0f | 0x80;
-    uuid[8] = uuid[8] & 0x3f | 0x80;
-    uuid
 }
 
 /// CRC-32C (Castagnoli, reflected polynomial 0x82f63b78), seeded with all ones and not inverted at the end, as

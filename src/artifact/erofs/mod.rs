@@ -25,6 +25,7 @@ use self::layout::Plan;
 use crate::content::{self, ContentError, Expected};
 use crate::image as disk;
 use crate::tree::{Contents, Kind, Meta, Tree, TreeError, TreePath};
+use crate::uuid;
 
 /// Contents are read in pieces of this; a multiple of the block size.
 const PIECE_BYTES: usize = 256 << 10;
@@ -78,7 +79,7 @@ pub fn write(tree: &Tree, contents: &dyn Contents, out: impl Write + Seek) -> Re
         inodes: plan.inode_count,
         time: plan.time,
         blocks: plan.blocks,
-        uuid: format::uuid(&tree.digest()),
+        uuid: uuid::of(&tree.digest()),
     };
     let bytes = u64::from(plan.blocks) * BLOCK;
     let mut image = writer.image;

@@ -17,6 +17,8 @@ mod metadata;
 mod nodes;
 mod owners;
 mod pool;
+#[cfg(test)]
+mod tests;
 
 use std::io::{self, Seek, SeekFrom, Write};
 use std::num::NonZero;

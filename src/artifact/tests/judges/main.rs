@@ -4,4 +4,5 @@ mod cpio;
 mod erofs;
 mod images;
 mod judge;
+mod squashfs;
 mod tar;
