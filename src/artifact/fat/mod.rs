@@ -264,3 +264,51 @@ fn information_sector(layout: &Layout) -> [u8; SECTOR_BYTES] {
     sector[510..].copy_from_slice(&[0x55, 0xaa]);
     sector
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::tree::sample::trees_with_contents;
+
+    fn written(tree: &Tree, contents: &dyn Contents) -> Result<Vec<u8>, FatError> {
+        let mut out = Cursor::new(Vec::new());
+        let bytes = write(tree, contents, &mut out, &Options::default())?;
+        assert_eq!(out.get_ref().len() as u64, bytes);
+        Ok(out.into_inner())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn any_tree_is_written_or_refused_by_path((mut tree, contents) in trees_with_contents()) {
+            match written(&tree, &contents) {
+                Ok(_) => {}
+                Err(FatError::Name { path, .. } | FatError::Node { path, .. } | FatError::SameName { path, .. }) => {
+                    prop_assert!(tree.get(&path).is_some());
+                }
+                Err(other) => prop_assert!(false, "{other}"),
+            }
+            // What is left of it when what FAT cannot hold is taken out.
+            while let Err(FatError::Name { path, .. } | FatError::Node { path, .. } | FatError::SameName { path, .. }) =
+                least_bytes(&tree)
+            {
+                tree.remove_subtree(&path);
+            }
+            let image = written(&tree, &contents).expect("nothing is left that FAT cannot hold");
+            for (path, node) in tree.iter() {
+                let holder = if let Kind::HardLink(holder) = &node.kind { holder } else { path };
+                if let Some(Kind::File { digest, size }) = tree.get(holder).map(|node| &node.kind) {
+                    let content = &contents[digest];
+                    let is_there = *size == 0
+                        || image.chunks(SECTOR_BYTES).enumerate().any(|(sector, _)| image[sector * SECTOR_BYTES..].starts_with(content));
+                    prop_assert!(is_there, "{path}");
+                }
+            }
+        }
+    }
+}

@@ -140,7 +140,7 @@ mod tests {
             assert_eq!(short(text), None, "{text}");
         }
         assert_eq!(numbered(stem("long name.conf"), 1), *b"LONGNA~1CON");
-        assert_eq!(numbered(stem(".hidden"), 12), *b"HIDD~12    ");
+        assert_eq!(numbered(stem(".hidden"), 12), *b"HIDDE~12   ");
         assert_eq!(numbered(stem("\u{fc}\u{20ac}.x"), 1), *b"__~1    X  ");
         assert_eq!(numbered(stem("a+b.tar.gz"), 1_234_567), *b"~1234567GZ ");
     }

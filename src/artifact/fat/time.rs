@@ -21,7 +21,7 @@ pub(super) fn words(time: Timestamp) -> (u16, u16) {
     let month = if month < 10 { month + 3 } else { month - 9 };
     let year = era * 400 + year_of_era + i64::from(month <= 2);
     let date = (year - 1980) << 9 | month << 5 | day;
-    let time = (second / 3600) << 11 | (second / 60 % 60) << 5 | second % 60 / 2;
+    let time = (second / 3600) << 11 | (second / 60 % 60) << 5 | (second % 60 / 2);
     // Both are within sixteen bits for the times that are left.
     (u16::try_from(time).unwrap_or_default(), u16::try_from(date).unwrap_or_default())
 }

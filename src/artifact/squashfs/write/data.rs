@@ -133,9 +133,9 @@ impl Data {
                 // The reader learns that it may stop, the caller below why.
                 if failed.is_ok() { Ok(()) } else { Err(std::io::ErrorKind::Interrupted.into()) }
             })
-            .or_else(|error| match std::mem::replace(&mut failed, Ok(())) {
-                Ok(()) => Err(SquashfsError::from(error)),
-                Err(first) => Err(first),
+            .map_err(|error| match std::mem::replace(&mut failed, Ok(())) {
+                Ok(()) => SquashfsError::from(error),
+                Err(first) => first,
             })?;
             data.contents.insert(*digest, file);
         }
