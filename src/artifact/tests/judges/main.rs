@@ -2,6 +2,9 @@
 
 mod cpio;
 mod erofs;
+mod fat;
 mod images;
 mod judge;
+mod squashfs;
 mod tar;
+mod verity;
