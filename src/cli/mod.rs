@@ -24,6 +24,7 @@ mod verdict;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -260,6 +261,9 @@ pub fn main_that_can_stay() -> ExitCode {
 }
 
 fn obey(arguments: impl Iterator<Item = OsString>, caller: Option<Caller>) -> ExitCode {
+    // A file that would outgrow `ulimit -f` is an error then, with a name, and not the end of kiln. Where this fails, it is
+    // as it was.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     match dispatch(Cli::parse_from(arguments), caller) {
         Ok(code) => code,
         Err(failure) => {

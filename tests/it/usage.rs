@@ -179,3 +179,15 @@ fn text_from_arguments_reaches_no_terminal_as_control_characters() {
     assert_eq!(told.code, Some(2));
     assert!(!told.stderr.contains('\u{1b}'), "{:?}", told.stderr);
 }
+
+#[test]
+fn a_file_that_outgrows_the_limit_of_the_shell_is_named_and_not_left_in_part() {
+    let host = Host::new();
+    let limited = host.script("limited", "ulimit -f 1\nexec \"$@\"");
+    let kiln = host.kiln();
+    let told = Told::by(host.program(&limited).arg(kiln.get_program()).arg("init"));
+    told.fails(1, &["kiln.toml", "File too large"]);
+    assert!(!host.path("kiln.toml").exists());
+    Told::by(host.kiln().arg("init")).succeeds();
+    assert!(host.path("kiln.toml").exists());
+}
