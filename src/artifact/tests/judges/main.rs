@@ -5,3 +5,4 @@ mod erofs;
 mod images;
 mod judge;
 mod tar;
+mod uefi;
