@@ -10,6 +10,7 @@
 //! - [`fetch`]: the lock file and the HTTP client.
 //! - [`keeper`]: machines by name: which there are, and the way into those that were kept.
 //! - [`machine`]: one VM, whichever backend runs it; [`agent`]: the host side of the wire.
+//! - [`sign`]: keys and signatures of boot images.
 //! - [`store`]: content-addressed blobs and what refers to them.
 //! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock.
 //! - [`plan`]: pure data and pure functions: recipes and their graph, a step's root, globs, environment, quantities.
@@ -28,4 +29,5 @@ pub mod machine;
 pub mod plan;
 pub mod root;
 pub mod settings;
+pub mod sign;
 pub mod store;

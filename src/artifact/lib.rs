@@ -14,6 +14,7 @@ pub mod kernel;
 pub mod squashfs;
 pub mod swap;
 pub mod tree;
+pub mod uefi;
 mod uuid;
 pub mod verity;
 

@@ -17,6 +17,7 @@ mod report;
 mod root;
 mod run;
 mod show;
+mod sign;
 mod signals;
 mod terminal;
 mod verdict;
@@ -122,6 +123,8 @@ enum Verb {
     Ps(machines::PsArguments),
     /// End machines
     Stop(machines::StopArguments),
+    /// Make signing keys, or sign the boot images that a build left in WORK
+    Sign(sign::SignArguments),
     /// Fetch, verify and lock the kernel that machines boot
     Kernel(kernel::KernelArguments),
     /// Write a commented recipe that builds
@@ -306,6 +309,10 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         Verb::Shell(arguments) => Ok(enter::shell(&arguments, flags)),
         Verb::Ps(arguments) => machines::ps(&arguments, &registry(flags)?),
         Verb::Stop(arguments) => machines::stop(&arguments, &registry(flags)?),
+        Verb::Sign(arguments) => {
+            flags.work.clone_from(&arguments.work);
+            sign::sign(&arguments, &Settings::read(flags)?)
+        }
         Verb::Kernel(arguments) => kernel::kernel(&arguments, &open(flags)?),
         Verb::Init(arguments) => recipe::init(&arguments),
         Verb::Recipe(arguments) => recipe::recipe(&arguments, flags),

@@ -19,5 +19,6 @@ mod merge;
 mod qemu;
 mod roots;
 mod settings;
+mod sign;
 mod usage;
 mod wire;

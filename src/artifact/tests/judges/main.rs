@@ -7,4 +7,5 @@ mod images;
 mod judge;
 mod squashfs;
 mod tar;
+mod uefi;
 mod verity;
