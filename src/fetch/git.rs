@@ -308,7 +308,7 @@ impl Git {
             arguments: settings.chain(arguments.iter().copied()).map(str::to_owned).collect(),
             environment,
             place: place.to_owned(),
-            reads: repository.local.iter().cloned().collect(),
+            reads: repository.local.as_deref().map(folders_of).unwrap_or_default(),
             most_file_bytes: MOST_BYTES,
         };
         fetcher.run(patience).map_err(|error| match error.kind() {
@@ -337,6 +337,20 @@ impl Repository {
     fn failed(&self, what: &'static str, said: String) -> GitError {
         GitError::Failed { what, url: self.url.clone(), said: said.trim_start_matches("fatal: ").to_owned() }
     }
+}
+
+/// The folders that hold a repository of this host: its own and, of a linked worktree (gitrepository-layout(5), "gitdir"
+/// and "commondir"), those of the repository that it belongs to.
+fn folders_of(local: &Path) -> Vec<PathBuf> {
+    let mut folders = vec![local.to_owned()];
+    let text = fs::read_to_string(local.join(".git")).unwrap_or_default();
+    if let Some(path) = text.trim_end().strip_prefix("gitdir: ") {
+        let own = local.join(path);
+        let common = fs::read_to_string(own.join("commondir")).unwrap_or_default();
+        folders.push(own.join(common.trim_end()));
+        folders.push(own);
+    }
+    folders
 }
 
 /// Writes the members of the archive at `from` to `to` as kiln writes them. Gives a path that cannot be, where there is one.

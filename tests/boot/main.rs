@@ -16,6 +16,7 @@ mod host;
 mod jail;
 mod keep;
 mod leftovers;
+mod offline;
 mod outputs;
 mod reads;
 mod ready;

@@ -45,9 +45,10 @@ fn rules(fetcher: &Fetcher) -> Result<(), Box<dyn std::error::Error>> {
         Ruleset::default().set_compatibility(CompatLevel::BestEffort).handle_access(all)?.create()?;
     let real = std::fs::canonicalize(&fetcher.program)?;
     // A git that lies elsewhere has its parts beside it: PREFIX/bin, PREFIX/libexec/git-core.
-    let prefix = real.parent().and_then(Path::parent).filter(|prefix| *prefix != Path::new("/"));
+    let folder = real.parent().unwrap_or(Path::new("/"));
+    let beside = ["lib", "lib64", "libexec", "share/git-core"].map(|name| folder.join("..").join(name));
     let system = SYSTEM_FOLDERS.iter().chain(&CLOSURES).chain(&CONFIGURATION).map(PathBuf::from);
-    let reads = system.chain(prefix.map(Path::to_owned)).chain(fetcher.reads.iter().cloned());
+    let reads = system.chain(beside).chain([folder.to_owned()]).chain(fetcher.reads.iter().cloned());
     let rights = reads
         .map(|path| (path, read))
         .chain(DEVICES.iter().map(|path| (PathBuf::from(path), AccessFs::ReadFile | AccessFs::WriteFile)))

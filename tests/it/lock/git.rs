@@ -277,6 +277,41 @@ fn a_server_that_leads_to_another_protocol_is_not_followed() {
 }
 
 #[test]
+fn a_linked_worktree_is_a_repository_too() {
+    let repository = Repository::new();
+    let linked = repository.host.path("linked").display().to_string();
+    repository.git(&["worktree", "add", "-q", "--detach", &linked]);
+    repository.recipe("file:linked", "v1");
+    repository.update().succeeds();
+    assert!(repository.lock().contains(&repository.head()));
+}
+
+#[test]
+fn what_git_may_reach_is_its_place_and_the_repository() {
+    // As a program of the host's that looks around in the same jail.
+    let repository = Repository::new();
+    let secret = repository.host.file("home/secret", "s");
+    let script = format!(
+        "cat {0} && echo READ; echo x > {1}/written && echo WROTE; echo y > inside && echo INSIDE; exit 3",
+        secret.display(),
+        repository.host.root().display()
+    );
+    let bin = repository.host.folder("bin");
+    repository.host.script("bin/git", &format!("({script}) >&2"));
+    repository.recipe("git://127.0.0.1:1/r", &repository.head());
+    let mut command = repository.host.kiln();
+    let told = Told::by(
+        command.env("PATH", format!("{}:/usr/bin:/bin", bin.display())).args(["lock", "update", "s"]),
+    );
+    told.fails(1, &["INSIDE"]);
+    let jail = repository.host.run(&["doctor"]).stdout;
+    if jail.contains("landlock") && !jail.contains("no landlock") {
+        assert!(!told.stderr.contains("WROTE") && !told.stderr.contains("READ"), "{}", told.stderr);
+        assert!(!repository.host.path("written").exists());
+    }
+}
+
+#[test]
 fn offline_a_commit_comes_from_vendored_bytes_and_git_is_not_asked() {
     let repository = Repository::new();
     repository.recipe("file:r", "v1");
