@@ -14,7 +14,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("cache", &["plan", "store"]),
     ("root", &["agent", "clock", "fetch", "machine", "plan", "store"]),
     ("keeper", &["agent", "clock", "machine", "plan", "store"]),
-    ("fetch", &["store"]),
+    ("fetch", &["machine", "plan", "store"]),
     ("sign", &[]),
     ("machine", &[]),
     ("agent", &["store"]),

@@ -10,6 +10,7 @@ mod enter;
 mod interrupt;
 mod keep;
 mod kernel;
+mod lock;
 mod machines;
 mod manual;
 mod recipe;
@@ -96,9 +97,22 @@ struct Global {
     /// Take indexes after their Valid-Until
     #[arg(long, global = true)]
     debian_allow_expired: bool,
+    /// Archive of old packages, for locked ones that mirrors dropped; with {archive} and {time} in it, or a mirror's
+    /// [env: KILN_DEBIAN_SNAPSHOT] [default: none]
+    #[arg(long, global = true, value_name = "URL")]
+    debian_snapshot: Option<String>,
     /// Keyring that signs it [env: KILN_DEBIAN_KEYRING] [default: what the APT sources name]
     #[arg(long, global = true, value_name = "FILE")]
     debian_keyring: Option<PathBuf>,
+    /// Refuse what the lock file does not name [env: KILN_LOCKED=on]
+    #[arg(long, global = true)]
+    locked: bool,
+    /// Fetch nothing: only what is in the store, or vendored; implies --locked [env: KILN_OFFLINE=on]
+    #[arg(long, global = true)]
+    offline: bool,
+    /// Take bytes from what `kiln lock vendor` made before any server is asked [env: KILN_VENDOR]
+    #[arg(long, global = true, value_name = "DIR|FILE")]
+    vendor: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -131,6 +145,8 @@ enum Verb {
     Init(recipe::InitArguments),
     /// Check the recipe, or print the schema of recipes
     Recipe(recipe::RecipeArguments),
+    /// Show, update and prune the lock file, and take along the bytes that it names
+    Lock(lock::LockArguments),
     /// List, show, compare and remove the roots in the store
     Root(root::RootArguments),
     /// Say what this host can do, by doing it, and how to get what is missing
@@ -188,7 +204,7 @@ impl From<HostError> for Failure {
     fn from(error: HostError) -> Self {
         let code = match &error {
             HostError::Boundary { .. } | HostError::NoAgent { .. } => CANNOT,
-            HostError::NotLocked { .. } => USAGE,
+            HostError::NotLocked { .. } | HostError::Contradiction { .. } => USAGE,
             HostError::Root(error) if error.is_the_users() => USAGE,
             HostError::Bundle(error) if error.is_the_users() => USAGE,
             HostError::Machine(error) => return Self::of_machine(error),
@@ -217,9 +233,7 @@ impl From<BuildError> for Failure {
         let hint = error.hint();
         match error {
             BuildError::Run(error) => error.into(),
-            BuildError::Source(SourceError::Contradiction { .. } | SourceError::NotLocked { .. }) => {
-                Self::new(&error, hint, USAGE)
-            }
+            BuildError::Source(ref source) if source.is_the_users() => Self::new(&error, hint, USAGE),
             _ => Self::new(&error, hint, FAILED),
         }
     }
@@ -286,6 +300,10 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         debian_security_mirror: cli.global.debian_security_mirror,
         debian_allow_expired: cli.global.debian_allow_expired,
         debian_keyring: cli.global.debian_keyring,
+        debian_snapshot: cli.global.debian_snapshot,
+        locked: cli.global.locked,
+        offline: cli.global.offline,
+        vendor: cli.global.vendor,
         ..Flags::default()
     };
     match cli.verb {
@@ -316,6 +334,7 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         Verb::Kernel(arguments) => kernel::kernel(&arguments, &open(flags)?),
         Verb::Init(arguments) => recipe::init(&arguments),
         Verb::Recipe(arguments) => recipe::recipe(&arguments, flags),
+        Verb::Lock(arguments) => lock::lock(&arguments, flags),
         Verb::Root(arguments) => root::root(&arguments, open(flags)),
         Verb::Doctor(arguments) => match open(flags) {
             Ok(host) => doctor::doctor(&host, &arguments),

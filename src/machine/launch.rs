@@ -19,6 +19,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlag
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 
+use super::fetcher::Fetcher;
 use super::jail::attempt::Trial;
 use super::jail::{self, Held, Profile};
 
@@ -56,6 +57,8 @@ pub(super) enum Become {
         /// The guest's vsock address, where it has the device.
         vsock_cid: Option<u64>,
     },
+    /// A program that fetches, in its jail.
+    Fetcher(Fetcher),
     /// The code-running test of /dev/kvm, which prints its figure.
     KvmProbe,
     /// Something that a jail must not let happen, tried in one.
@@ -122,6 +125,12 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             drop(anywhere);
             reply(&held)?;
             serve_devices(descriptors, vsock_cid)
+        }
+        Become::Fetcher(fetcher) => {
+            jail::fetcher::enter(&fetcher)?;
+            let mut command = Command::new(&fetcher.program);
+            command.args(&fetcher.arguments).env_clear().envs(fetcher.environment);
+            Err(command.current_dir(&fetcher.place).stdin(Stdio::null()).exec().into())
         }
         Become::KvmProbe => {
             let speed = super::probe::measure_here()?;

@@ -17,6 +17,7 @@ mod jail;
 mod keep;
 mod leftovers;
 mod made;
+mod offline;
 mod outputs;
 mod reads;
 mod ready;

@@ -14,6 +14,7 @@ mod hub;
 mod inputs;
 mod jail;
 mod keeper;
+mod lock;
 mod manual;
 mod merge;
 mod qemu;

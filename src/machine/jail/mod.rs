@@ -17,6 +17,7 @@
 
 pub mod attempt;
 mod capability;
+pub(super) mod fetcher;
 mod filter;
 mod namespace;
 mod rules;
