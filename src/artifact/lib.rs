@@ -12,5 +12,6 @@ pub mod kernel;
 pub mod squashfs;
 pub mod swap;
 pub mod tree;
+pub mod variables;
 
 pub use content::ContentError;

@@ -5,6 +5,7 @@
 
 mod argv;
 mod devices;
+pub mod firmware;
 mod qmp;
 pub mod ready;
 mod slots;
@@ -78,7 +79,13 @@ impl Qemu {
     /// The jail of its process, which opens `files` by name.
     pub fn profile(&self, files: Vec<(String, PathBuf)>) -> Profile {
         let program = std::path::absolute(&self.program).unwrap_or_else(|_| self.program.clone());
-        Profile::Qemu { program, kvm: self.accelerator == Accelerator::Kvm, files, memory: None }
+        Profile::Qemu {
+            program,
+            kvm: self.accelerator == Accelerator::Kvm,
+            files,
+            network: false,
+            memory: None,
+        }
     }
 
     /// Copies machines from `templates` from now on, where it can.
