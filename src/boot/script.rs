@@ -52,6 +52,14 @@ pub struct Statement {
     pub text: String,
 }
 
+impl Statement {
+    /// Whether it can be met or not; `within` only says how long others wait.
+    #[must_use]
+    pub fn is_judged(&self) -> bool {
+        !matches!(self.step, Step::Within(_))
+    }
+}
+
 /// What is wrong with a line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {

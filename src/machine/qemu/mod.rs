@@ -44,6 +44,21 @@ const OLDEST_VERSION: Version = Version { major: 8, minor: 2, micro: 0 };
 const VERSION_PATIENCE: Duration = Duration::from_secs(10);
 const MOST_VERSION_BYTES: u64 = 4096;
 
+/// Where `program` lies: a path, or a name in the folders of `search_path`.
+#[must_use]
+pub fn find_program(program: &str, search_path: &str) -> Option<PathBuf> {
+    let runs = |path: &Path| {
+        path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    };
+    let candidates: Vec<PathBuf> = if program.contains('/') {
+        vec![program.into()]
+    } else {
+        let folders = search_path.split(':').filter(|folder| !folder.is_empty());
+        folders.map(|folder| Path::new(folder).join(program)).collect()
+    };
+    candidates.into_iter().find(|path| runs(path))
+}
+
 /// Starts machines with QEMU.
 #[derive(Debug, Clone)]
 pub struct Qemu {
@@ -58,19 +73,7 @@ impl Qemu {
     /// # Errors
     /// [`MachineError::Missing`] where there is no such program.
     pub fn find(program: &str, search_path: &str, accelerator: Accelerator) -> Result<Self, MachineError> {
-        let runs = |path: &Path| {
-            path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
-        };
-        let candidates: Vec<PathBuf> = if program.contains('/') {
-            vec![program.into()]
-        } else {
-            search_path
-                .split(':')
-                .filter(|folder| !folder.is_empty())
-                .map(|f| Path::new(f).join(program))
-                .collect()
-        };
-        match candidates.into_iter().find(|path| runs(path)) {
+        match find_program(program, search_path) {
             Some(program) => Ok(Self { program, accelerator, templates: None }),
             None => Err(MachineError::Missing { program: program.to_owned() }),
         }
