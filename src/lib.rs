@@ -9,6 +9,7 @@
 //!   machine boots.
 //! - [`fetch`]: the lock file and the HTTP client.
 //! - [`keeper`]: machines by name: which there are, and the way into those that were kept.
+//! - [`boot`]: systems on real firmware, held against what they should print.
 //! - [`machine`]: one VM, whichever backend runs it; [`agent`]: the host side of the wire.
 //! - [`sign`]: keys and signatures of boot images.
 //! - [`store`]: content-addressed blobs and what refers to them.
@@ -19,6 +20,7 @@
 //! `kiln-openpgp`, `kiln-virtio`, `kiln-wire` and the agent.
 
 pub mod agent;
+pub mod boot;
 pub mod cache;
 pub mod cli;
 pub mod clock;

@@ -16,6 +16,7 @@ pub mod swap;
 pub mod tree;
 pub mod uefi;
 mod uuid;
+pub mod variables;
 pub mod verity;
 
 pub use content::ContentError;

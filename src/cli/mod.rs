@@ -2,6 +2,7 @@
 
 mod again;
 mod ask;
+mod boot;
 mod build;
 mod choice;
 mod config;
@@ -60,6 +61,7 @@ Examples:
       -- sh -c 'make && cp lua $WORK/'            build a source tree, take one file out
   kiln run --keep -- make                         keep the machine where the command fails
   kiln shell make-7f3a                            look into it
+  kiln boot disk.img -e 'expect login:'           an image on real firmware
   kiln config                                     every setting and where it was set
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 this host cannot do it. `kiln run`, `exec` and `shell` give the
@@ -129,6 +131,8 @@ enum Verb {
     Graph(ask::GraphArguments),
     /// Run one command in its own machine and take its outputs
     Run(Box<run::RunArguments>),
+    /// Boot an image on real firmware, and judge what it prints
+    Boot(Box<boot::BootArguments>),
     /// Run a command in a machine that was kept
     Exec(enter::ExecArguments),
     /// Open a shell in a machine that was kept
@@ -322,6 +326,10 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
                 return Ok(stay_in_background());
             }
             Ok(run::run(&arguments, flags, caller))
+        }
+        Verb::Boot(arguments) => {
+            let wanted = boot::read(&arguments)?;
+            boot::run(&arguments, wanted, &open(flags)?)
         }
         Verb::Exec(arguments) => Ok(enter::exec(&arguments, flags)),
         Verb::Shell(arguments) => Ok(enter::shell(&arguments, flags)),

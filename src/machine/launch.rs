@@ -11,6 +11,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 use rustix::fs::{Mode, OFlags, open};
@@ -46,6 +47,14 @@ pub(super) enum Become {
     /// descriptor or the path of the file of that name, and `{machine}` for the name by which people find the
     /// machine's processes. The guest's memory, where it is the descriptor `ram`, is the file `{memory}`.
     Qemu {
+        /// Its jail, which names the program.
+        profile: Profile,
+        /// Its arguments, the program's name left out.
+        arguments: Vec<String>,
+    },
+    /// An emulated TPM in its jail, with an empty environment. In an argument `{NAME}` stands for the number of the
+    /// descriptor of that name, and `{state}` for the folder of its state.
+    Tpm {
         /// Its jail, which names the program.
         profile: Profile,
         /// Its arguments, the program's name left out.
@@ -110,13 +119,18 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             let names = files.iter().map(|(name, _)| name.as_str()).chain([jail::MEMORY]);
             let paths = names.filter_map(|name| Some((name.to_owned(), profile.path_of(name, &held)?)));
             words.extend(paths.map(|(name, path)| (name, path.display().to_string())));
-            let arguments: Vec<String> = arguments.iter().map(|text| substitute(text, &words)).collect();
-            reply(&held)?;
-            for descriptor in descriptors.values() {
-                rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
-            }
-            let mut command = Command::new(program);
-            Err(command.args(arguments).env_clear().stdin(Stdio::null()).exec().into())
+            become_program(program, &arguments, &words, &held, descriptors.values())
+        }
+        Become::Tpm { profile, arguments } => {
+            let Profile::Tpm { program, .. } = &profile else {
+                return Err("this is no jail for a TPM".into());
+            };
+            let held = jail::enter(&profile, &[], &[])?;
+            let mut words: Vec<(String, String)> =
+                descriptors.iter().map(|(name, file)| (name.clone(), file.as_raw_fd().to_string())).collect();
+            let state = profile.path_of(jail::STATE, &held).unwrap_or_default();
+            words.push((jail::STATE.to_owned(), state.display().to_string()));
+            become_program(program, &arguments, &words, &held, descriptors.values())
         }
         Become::Devices { vsock_cid } => {
             // It sees no file of the host by name; what it is handed may lie anywhere.
@@ -143,6 +157,23 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             trial.carry_out()
         }
     }
+}
+
+/// Tells the parent what holds and executes `program`, which keeps `descriptors`. Returns only to say why not.
+fn become_program<'a>(
+    program: &Path,
+    arguments: &[String],
+    words: &[(String, String)],
+    held: &Held,
+    descriptors: impl Iterator<Item = &'a OwnedFd>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = arguments.iter().map(|text| substitute(text, words)).collect();
+    reply(held)?;
+    for descriptor in descriptors {
+        rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
+    }
+    let mut command = Command::new(program);
+    Err(command.args(arguments).env_clear().stdin(Stdio::null()).exec().into())
 }
 
 /// Tells the parent which layers of the jail hold.

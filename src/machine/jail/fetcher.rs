@@ -28,7 +28,13 @@ pub(in crate::machine) fn enter(fetcher: &Fetcher) -> io::Result<()> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     // Away from the terminal, at which it could ask for passwords, and in a group that can be ended as one.
     rustix::process::setsid()?;
-    let none = Profile::Qemu { program: PathBuf::new(), kvm: false, files: Vec::new(), memory: None };
+    let none = Profile::Qemu {
+        program: PathBuf::new(),
+        kvm: false,
+        files: Vec::new(),
+        memory: None,
+        network: false,
+    };
     capability::drop_all(&none)?;
     rustix::thread::set_no_new_privs(true)?;
     rules(fetcher).map_err(|error| io::Error::other(error.to_string()))?;
