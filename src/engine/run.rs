@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kiln_artifact::tree::{Kind, TreePath};
@@ -24,7 +25,7 @@ use super::ready::Readiness;
 use super::step::{Keep, Step};
 use crate::agent::{ExecEnd, RUNNING, Session, SessionError};
 use crate::keeper::{Entry, Kept, Registration, Registry};
-use crate::machine::{Backend, Identity};
+use crate::machine::{Backend, Identity, Machine};
 use crate::root::bundle::NEEDED;
 use crate::root::{Filesystem, Image, Root, toolbox};
 
@@ -32,6 +33,10 @@ use crate::root::{Filesystem, Image, Root, toolbox};
 const BOOT_PATIENCE: Duration = Duration::from_secs(90);
 /// How long a machine that closed its wire may take to be gone.
 const DEATH_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the console may be behind the wire.
+const CONSOLE_PATIENCE: Duration = Duration::from_secs(1);
+/// How often to look whether it is not any more.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// How the command ended.
 #[derive(Debug)]
 pub enum Ended {
@@ -179,9 +184,7 @@ fn carry_through(
     }
     if let Err(RunError::Root { filesystem, .. }) = &conversation {
         // What errno leaves out, some file systems say on the console only.
-        let console = machine.console();
-        let about = |line: &&str| line.to_ascii_lowercase().contains(filesystem.name());
-        quote_console(&console.lines().filter(about).collect::<Vec<_>>().join("\n"), events);
+        quote_console(&console_about(&*machine, filesystem.name()), events);
     }
     let can_stay = !is_off && conversation.as_ref().err().is_none_or(RunError::leaves_session_usable);
     let identity = machine.identity().clone();
@@ -291,6 +294,21 @@ struct Talk<'a> {
     step: &'a Step,
     host: &'a Host,
     prepared: &'a Prepared,
+/// The lines of the console that have `word` in them. The console is slower than the wire, and its reader may not have had
+/// its turn yet: where there is no such line, one is waited for.
+fn console_about(machine: &dyn Machine, word: &str) -> String {
+    let give_up = Instant::now() + CONSOLE_PATIENCE;
+    loop {
+        let console = machine.console();
+        let about = |line: &&str| line.ends_with('\n') && line.to_ascii_lowercase().contains(word);
+        let lines: String = console.split_inclusive('\n').filter(about).collect();
+        if !lines.is_empty() || Instant::now() >= give_up {
+            return lines;
+        }
+        thread::sleep(LOOK_AGAIN);
+    }
+}
+
     stopwatch: &'a mut Stopwatch,
     /// What is going on, for the case that the machine dies.
     doing: &'static str,
