@@ -21,7 +21,7 @@ use super::host::Host;
 use super::merge::{self, Merge};
 use super::prepare::{Prepared, describe, prepare, seconds, toolbox_mount};
 use super::reads::{self, Beside, ReadsReport};
-use super::ready::Readiness;
+use super::ready::{Readiness, Series};
 use super::step::{Keep, Step};
 use crate::agent::{ExecEnd, RUNNING, Session, SessionError};
 use crate::keeper::{Entry, Kept, Registration, Registry};
@@ -98,8 +98,19 @@ pub struct Run {
 
 /// Runs `step` on `host`, telling `events` what happens. `input` is the command's standard input.
 pub fn run(step: &Step, host: &Host, input: Option<OwnedFd>, events: Listener<'_>) -> Run {
+    run_among(step, host, input, &Series::new(1), events)
+}
+
+/// Does what [`run`] does, as one run of `series`.
+pub fn run_among(
+    step: &Step,
+    host: &Host,
+    input: Option<OwnedFd>,
+    series: &Series,
+    events: Listener<'_>,
+) -> Run {
     let mut standing = None;
-    let result = carry_through(step, host, input, events, &mut standing);
+    let result = carry_through(step, host, input, series, events, &mut standing);
     let failed = !result.as_ref().is_ok_and(|report| report.ended.is_success());
     let standing = standing.filter(|_| step.keeps(!failed));
     Run { result, kept: standing.map(|kept| with_toolbox(kept, step, events)) }
@@ -129,6 +140,7 @@ fn carry_through(
     step: &Step,
     host: &Host,
     input: Option<OwnedFd>,
+    series: &Series,
     events: Listener<'_>,
     standing: &mut Option<Kept>,
 ) -> Result<Report, RunError> {
@@ -141,7 +153,7 @@ fn carry_through(
     let (environment, directory) = (exec.env.clone(), exec.cwd.clone());
     let _ = events(Event::Phase(Phase::Prepare, stopwatch.lap()));
 
-    let readiness = Readiness::of(host, &prepared, &spec, &setup);
+    let readiness = Readiness::of(host, series, &prepared, &spec, &setup);
     let borrowed = readiness.as_ref().and_then(|readiness| readiness.borrow(host, &spec));
     let mut machine = match borrowed {
         Some(machine) => machine,
@@ -282,18 +294,6 @@ fn quote_console(console: &str, events: Listener<'_>) {
     }
 }
 
-fn last_lines(text: &str, count: usize) -> String {
-    let lines: Vec<&str> = text.trim_end().lines().collect();
-    lines[lines.len().saturating_sub(count)..].join("\n")
-}
-
-type Conversation = (Ended, Option<Collection>);
-
-/// A conversation with one agent, from its first word to the end of the collection.
-struct Talk<'a> {
-    step: &'a Step,
-    host: &'a Host,
-    prepared: &'a Prepared,
 /// The lines of the console that have `word` in them. The console is slower than the wire, and its reader may not have had
 /// its turn yet: where there is no such line, one is waited for.
 fn console_about(machine: &dyn Machine, word: &str) -> String {
@@ -309,6 +309,18 @@ fn console_about(machine: &dyn Machine, word: &str) -> String {
     }
 }
 
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.trim_end().lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
+
+type Conversation = (Ended, Option<Collection>);
+
+/// A conversation with one agent, from its first word to the end of the collection.
+struct Talk<'a> {
+    step: &'a Step,
+    host: &'a Host,
+    prepared: &'a Prepared,
     stopwatch: &'a mut Stopwatch,
     /// What is going on, for the case that the machine dies.
     doing: &'static str,
