@@ -58,6 +58,7 @@ Examples:
       -- sh -c 'make && cp lua $WORK/'            build a source tree, take one file out
   kiln run --keep -- make                         keep the machine where the command fails
   kiln shell make-7f3a                            look into it
+  kiln lock update -n                             what newer packages there are
   kiln config                                     every setting and where it was set
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 this host cannot do it. `kiln run`, `exec` and `shell` give the
@@ -141,7 +142,7 @@ enum Verb {
     Init(recipe::InitArguments),
     /// Check the recipe, or print the schema of recipes
     Recipe(recipe::RecipeArguments),
-    /// Show, update and prune the lock file, and take along the bytes that it names
+    /// Show, update and prune the lock file, or take along its bytes
     Lock(lock::LockArguments),
     /// List, show, compare and remove the roots in the store
     Root(root::RootArguments),
