@@ -62,6 +62,7 @@ Examples:
   kiln run --keep -- make                         keep the machine where the command fails
   kiln shell make-7f3a                            look into it
   kiln boot disk.img -e 'expect login:'           an image on real firmware
+  kiln lock update -n                             what newer packages there are
   kiln config                                     every setting and where it was set
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 this host cannot do it. `kiln run`, `exec` and `shell` give the
@@ -149,7 +150,7 @@ enum Verb {
     Init(recipe::InitArguments),
     /// Check the recipe, or print the schema of recipes
     Recipe(recipe::RecipeArguments),
-    /// Show, update and prune the lock file, and take along the bytes that it names
+    /// Show, update and prune the lock file, or take along its bytes
     Lock(lock::LockArguments),
     /// List, show, compare and remove the roots in the store
     Root(root::RootArguments),

@@ -24,7 +24,8 @@ fn lines(change: &EntryChange) -> Vec<String> {
     }];
     lines.extend(change.details.iter().map(|detail| format!("    {}", one(detail))));
     if change.unchanged > 0 {
-        lines.push(format!("    = {} packages as before", change.unchanged));
+        let packages = if change.unchanged == 1 { "package" } else { "packages" };
+        lines.push(format!("    = {} {packages} as before", change.unchanged));
     }
     lines
 }

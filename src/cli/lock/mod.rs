@@ -41,7 +41,7 @@ enum LockVerb {
         #[arg(long)]
         json: bool,
     },
-    /// Lock anew, by what archives, URLs and tags give now, and say what changed
+    /// Lock anew what archives, URLs and tags give now
     Update {
         /// Roots, kernels and sources [default: all that is locked or that the recipe names]
         #[arg(value_name = "NAME")]
@@ -56,9 +56,9 @@ enum LockVerb {
         #[arg(long, short = 'n')]
         dry_run: bool,
     },
-    /// Put all the bytes that the lock names into a directory, or into an archive whose name ends in .tar
+    /// Put all the bytes that the lock names into a directory or archive
     Vendor {
-        /// Where to
+        /// A directory; or an archive, where the name ends in .tar
         #[arg(value_name = "DIR|FILE.tar")]
         path: PathBuf,
     },

@@ -28,7 +28,9 @@ pub struct Archive {
 impl Archive {
     pub fn new() -> Self {
         let date = Timestamp::now().as_second() - 10 * 24 * 3600;
-        Self { folder: Folder::new(), key: TestKey::generate(), packages: BTreeMap::new(), date }
+        let (folder, key) = (Folder::new(), TestKey::generate());
+        folder.file("keyring.gpg", key.public());
+        Self { folder, key, packages: BTreeMap::new(), date }
     }
 
     pub fn root(&self) -> &Path {
@@ -37,7 +39,7 @@ impl Archive {
 
     /// The file of keys that it is signed by.
     pub fn keyring(&self) -> PathBuf {
-        self.folder.file("keyring.gpg", self.key.public())
+        self.folder.path("keyring.gpg")
     }
 
     /// Puts `name` in `version` into the pool, in place of another version of it in the index. The pool keeps that.

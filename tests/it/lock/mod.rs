@@ -83,7 +83,7 @@ fn an_update_says_package_by_package_what_became_of_it() {
         "    + libgc 8 (2 B)".to_owned(),
         "    ~ make 4.3-1 -> 4.4-1 (4 B -> 10 B)".to_owned(),
         "    ! libc6 2.40-1 has OTHER BYTES UNDER THE SAME VERSION: sha256 ".to_owned(),
-        "    = 1 packages as before".to_owned(),
+        "    = 1 package as before".to_owned(),
     ] {
         assert!(told.stdout.lines().any(|found| found.starts_with(&line)), "no `{line}` in\n{}", told.stdout);
     }
