@@ -20,6 +20,7 @@ mod outputs;
 mod reads;
 mod ready;
 mod roots;
+mod secure;
 mod strace;
 mod stress;
 mod template;
