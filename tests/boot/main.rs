@@ -22,6 +22,7 @@ mod outputs;
 mod reads;
 mod ready;
 mod roots;
+mod secure;
 mod squashfs;
 mod strace;
 mod stress;

@@ -5,7 +5,9 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use kiln::sign::make;
 use kiln::sign::record::{File, Record, Unified, VERSION};
 use kiln_artifact::uefi::uki::{self, Parts};
 use kiln_digest::Digest;
@@ -340,39 +342,24 @@ fn keys_that_others_could_read_change_or_mix_up_are_refused() {
 }
 
 #[test]
+#[expect(clippy::disallowed_methods, reason = "the certificates are judged by the real clock")]
 fn certificates_are_refused_after_their_time_and_said_to_expire_before_it() {
-    for (days, words) in [("-1", &["db.crt", "expired"][..]), ("20", &["db.crt", "expires in"][..])] {
-        let signing = Signing::with_keys();
-        let folder = signing.host.path("secrets/uefi-keys");
-        let extend = [
-            "req",
-            "-new",
-            "-x509",
-            "-key",
-            "db.key",
-            "-subj",
-            "/CN=mesh.internal (db)",
-            "-days",
-            days,
-            "-out",
-            "db.crt",
-        ];
-        judge("openssl", &extend, &folder);
-        judge("openssl", &["x509", "-in", "db.crt", "-outform", "DER", "-out", "db.cer"], &folder);
-        judge("cert-to-efi-sig-list", &["db.crt", "db.esl"], &folder);
-        judge(
-            "sign-efi-sig-list",
-            &["-a", "-k", "KEK.key", "-c", "KEK.crt", "db", "db.esl", "db.auth"],
-            &folder,
-        );
-        let told = signing.sign(&[]);
-        if days == "-1" {
-            told.fails(1, words);
-            signing.has_signed_nothing();
-        } else {
-            told.succeeds();
-            assert!(words.iter().all(|word| told.stderr.contains(word)), "{}", told.stderr);
-        }
+    let day = Duration::from_secs(24 * 3600);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
+    let signing_at = |begin: Duration| {
+        let signing = Signing::new();
+        make::make(&signing.host.path("secrets"), "mesh.internal", begin).expect("keys");
+        signing
+    };
+    for (begin, word) in [(now - 3651 * day, "expired"), (now + day, "later than this host's clock")] {
+        let signing = signing_at(begin);
+        signing.sign(&[]).fails(1, &["PK.crt", word]);
+        signing.has_signed_nothing();
+    }
+    for (begin, warned) in [(now - 3600 * day, true), (now - 3500 * day, false)] {
+        let told = signing_at(begin).sign(&[]);
+        told.succeeds();
+        assert_eq!(told.stderr.contains("`db.crt` expires in"), warned, "{}", told.stderr);
     }
 }
 

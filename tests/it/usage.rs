@@ -20,7 +20,7 @@ fn without_a_verb_the_usage_is_shown() {
 #[test]
 fn help_has_examples_and_goes_to_standard_output() {
     let host = Host::new();
-    let verbs = ["run", "exec", "shell", "ps", "stop", "kernel", "lock"];
+    let verbs = ["run", "exec", "shell", "ps", "stop", "sign", "kernel", "lock"];
     for arguments in std::iter::once(vec!["--help"]).chain(verbs.map(|verb| vec![verb, "--help"])) {
         let told = host.run(&arguments);
         assert_eq!((told.code, told.stderr.as_str()), (Some(0), ""));

@@ -234,3 +234,29 @@ fn enrolment_files_are_what_efitools_and_virt_firmware_make_and_read() {
     run("sig-list-to-certs", ["PK.esl", "out"], folder.path(), b"");
     assert_eq!(fs::read(folder.path().join("out-0.der")).expect("written"), pk.signer.der());
 }
+
+#[test]
+fn a_flipped_byte_of_what_is_signed_is_noticed_wherever_it_is() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let db = Someone::new(folder.path(), "db");
+    let program =
+        fs::read("/usr/lib/efitools/x86_64-linux-gnu/HelloWorld.efi").expect("efitools is installed");
+    let signed = db.sign_image(&program, Others::Keep);
+    let pe = goblin::pe::PE::parse(&signed).expect("goblin reads it");
+    let optional = pe.header.optional_header.expect("an image has one");
+    let table = optional.data_directories.get_certificate_table().expect("signed").virtual_address;
+    let header = usize::try_from(pe.header.dos_header.pe_pointer).expect("small") + 24;
+    let (checksum, table) = (header + 64..header + 68, usize::try_from(table).expect("small"));
+    let mut flipped = 0;
+    for at in (0..table).filter(|at| *at < 1024 || at % 23 == 0 || at + 64 > table) {
+        let mut bytes = signed.clone();
+        bytes[at] ^= 1;
+        let verified = match Image::parse(&bytes) {
+            Ok(image) => authenticode::verify(&image, &db.signer).is_ok(),
+            Err(_) => false,
+        };
+        assert_eq!(verified, checksum.contains(&at), "byte {at:#x}");
+        flipped += 1;
+    }
+    assert!(flipped > 2000, "{flipped}");
+}

@@ -485,3 +485,8 @@ fn tile(bytes: &[u8], places: &Places, sections: &[Section]) -> Result<usize, Pe
     }
     Ok(end)
 }
+
+#[cfg(test)]
+pub(in crate::uefi) mod sample;
+#[cfg(test)]
+mod tests;
