@@ -34,6 +34,8 @@ struct Table {
 struct State {
     /// The last number given.
     last_id: u32,
+    /// The machine was asked to power off.
+    ending: bool,
     closed: bool,
     lines: BTreeMap<u32, Line>,
 }
@@ -93,7 +95,7 @@ impl Hub {
         thread::Builder::new().name("agent".to_owned()).spawn(move || {
             let end = loop {
                 match session.wait() {
-                    Ok(FromAgent::Bye) => break Ok(()),
+                    Ok(FromAgent::Bye) if table.lock().ending => break Ok(()),
                     Ok(message) => {
                         if let Err(error) = table.hand_out(message, &writer) {
                             break Err(error);
@@ -146,6 +148,7 @@ impl Hub {
     /// # Errors
     /// What sending says.
     pub fn power_off(&self) -> Result<(), SessionError> {
+        self.table.lock().ending = true;
         self.writer.send(&ToAgent::PowerOff)
     }
 }
@@ -166,6 +169,7 @@ impl Table {
             FromAgent::Started { .. } => !std::mem::replace(&mut line.started, true),
             FromAgent::Output { data, .. } => line.output.spend(data.len()),
             FromAgent::Credit { bytes, .. } => line.input.regain(*bytes),
+            FromAgent::ExecFailed { .. } => !line.started,
             _ => true,
         };
         if !good {

@@ -240,11 +240,11 @@ impl Session {
             Some(input) => Some(Feeder::start(self.writer.clone(), id, input).map_err(SessionError::Io)?),
             None => None,
         };
-        let (mut credit, mut taken) = (Credit::default(), Taken::default());
+        let (mut credit, mut taken, mut started) = (Credit::default(), Taken::default(), false);
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             match self.receive(RUNNING, left.or(limit))? {
-                FromAgent::Started { id: other } if other == id => {}
+                FromAgent::Started { id: other } if other == id && !started => started = true,
                 FromAgent::Output { id: other, stream, data } if other == id => {
                     if !credit.spend(data.len()) {
                         return Err(SessionError::violation("more output than there was credit for"));
@@ -268,7 +268,7 @@ impl Session {
                 FromAgent::Exited { id: other, outcome, usage } if other == id => {
                     return Ok(ExecEnd::Ran(outcome, usage));
                 }
-                FromAgent::ExecFailed { id: other, what, errno, why } if other == id => {
+                FromAgent::ExecFailed { id: other, what, errno, why } if other == id && !started => {
                     let error = io::Error::from_raw_os_error(errno.into());
                     // Not the program's fault: what it was to run in could not be made.
                     return match what.is_empty() {

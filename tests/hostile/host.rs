@@ -26,6 +26,7 @@ use kiln_wire::{Clock, Exec, Outcome, Setup, Source, Stream};
 
 use super::changes::change;
 use super::folder::Folder;
+use super::hub::Shared;
 use super::script::{Step, Target};
 use super::value::Value;
 use super::wire::{From, frame, is_entry};
@@ -54,6 +55,8 @@ pub struct HostTarget {
     store: Store,
     liar: Liar,
     session: Option<Session>,
+    /// The conversation once several commands share it.
+    shared: Option<Shared>,
     /// How many entries the agent has listed.
     entries: u32,
     limits: Limits,
@@ -190,6 +193,7 @@ impl HostTarget {
             store,
             liar: Liar::new()?,
             session: None,
+            shared: None,
             entries: 0,
             limits: Limits::default(),
             listing: None,
@@ -226,6 +230,16 @@ impl HostTarget {
         if step.verb == "open" {
             let patience = if patience == 0 { PATIENCE } else { Duration::from_millis(patience) };
             return self.open(patience).map(Some);
+        }
+        if let Some(shared) = &mut self.shared {
+            return Ok(Some(match step.verb.as_str() {
+                "start" => shared.start(exec()).map_or_else(|error| session_end(&error), |()| OK),
+                "hears" => shared.hear(step)?,
+                "leave" => shared.leave(step).map(|()| OK)?,
+                "ends" => shared.end()?.map_or_else(|error| session_end(&error), |()| OK),
+                "power_off" => shared.power_off().map_or_else(|error| session_end(&error), |()| OK),
+                _ => return Ok(None),
+            }));
         }
         let (limits, store) = (self.limits, &self.store);
         let session = self.session.as_mut().ok_or("no conversation is open");
@@ -285,7 +299,7 @@ impl HostTarget {
     /// Hangs up, and waits for what the host had said.
     fn close(&mut self) -> Result<&[u8], String> {
         if self.heard.is_none() {
-            self.session = None;
+            (self.session, self.shared) = (None, None);
             let liar = std::mem::replace(&mut self.liar, Liar::new()?);
             let _ = liar.say.send(Say::HangUp);
             drop((liar.say, liar.host));
@@ -350,6 +364,11 @@ impl Target for HostTarget {
                     ("ok", _) => Ok(()),
                     (word, text) => Err(format!("a good agent is `{word}`: {text}")),
                 };
+            }
+            "share" => {
+                let session = self.session.take().ok_or("no conversation is open")?;
+                self.shared = Some(Shared::new(session)?);
+                return Ok(());
             }
             "limits" => {
                 self.limits.entries = step.number("entries", self.limits.entries)?;

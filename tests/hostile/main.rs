@@ -21,6 +21,7 @@ mod folder;
 mod fs;
 mod fuse;
 mod host;
+mod hub;
 mod layout;
 mod oracle;
 mod process;
