@@ -260,7 +260,10 @@ fn information_sector(layout: &Layout) -> [u8; SECTOR_BYTES] {
     sector[..4].copy_from_slice(b"RRaA");
     sector[484..488].copy_from_slice(b"rrAa");
     sector[488..492].copy_from_slice(&(layout.clusters - layout.used_clusters).to_le_bytes());
-    sector[492..496].copy_from_slice(&(layout::ROOT_CLUSTER + layout.used_clusters).to_le_bytes());
+    // All ones: nobody knows where the next free one is.
+    let is_full = layout.used_clusters == layout.clusters;
+    let next = if is_full { u32::MAX } else { layout::ROOT_CLUSTER + layout.used_clusters };
+    sector[492..496].copy_from_slice(&next.to_le_bytes());
     sector[510..].copy_from_slice(&[0x55, 0xaa]);
     sector
 }

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::num::NonZero;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::Scope;
@@ -29,6 +30,14 @@ struct Job {
 struct Done {
     job: Job,
     is_stored: io::Result<bool>,
+}
+
+impl Done {
+    /// What the caller is told of a thread that panics, lest it wait for the block for ever.
+    fn failed(number: usize) -> Self {
+        let job = Job { number, block: Vec::new(), room: Vec::new() };
+        Self { job, is_stored: Err(io::ErrorKind::BrokenPipe.into()) }
+    }
 }
 
 /// What the threads share. The lock guards the receiving end, which each holds only until it has a job.
@@ -85,8 +94,18 @@ impl Pool {
             let results = results.clone();
             scope.spawn(move || {
                 while let Some(job) = queue.next() {
+                    let number = job.number;
+                    let done = catch_unwind(AssertUnwindSafe(|| compressed(&mut compressor, job)));
+                    let (done, panic) = match done {
+                        Ok(done) => (done, None),
+                        Err(panic) => (Done::failed(number), Some(panic)),
+                    };
                     // Nobody listens any more where the caller has failed.
-                    if results.send(compressed(&mut compressor, job)).is_err() {
+                    let is_over = results.send(done).is_err();
+                    if let Some(panic) = panic {
+                        resume_unwind(panic);
+                    }
+                    if is_over {
                         return;
                     }
                 }
@@ -113,7 +132,7 @@ impl Pool {
         copy.extend_from_slice(block);
         let number = self.given;
         self.given += 1;
-        // A thread ends before the queue does only when it panics, which `write_next` then finds out.
+        // It fails where all threads have panicked, of which `write_next` hears.
         let _ = self.jobs.send(Job { number, block: copy, room });
         Ok(number)
     }
