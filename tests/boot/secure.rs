@@ -28,7 +28,7 @@ const INIT: &str = "#!/busybox sh
 
 fn run(program: &str, arguments: &[&str], folder: &Path) -> String {
     let output = Command::new(program).args(arguments).current_dir(folder).stdin(Stdio::null()).output();
-    let output = output.unwrap_or_else(|error| panic!("this test needs `{program}`: {error}"));
+    let output = output.unwrap_or_else(|error| unreachable!("this test needs `{program}`: {error}"));
     assert!(
         output.status.success(),
         "`{program}` {arguments:?}: {}",
