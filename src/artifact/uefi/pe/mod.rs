@@ -298,7 +298,7 @@ impl Headers {
             return Err(PeError::Kind(magic));
         }
         let directories = le32(bytes, optional + 108, OPTIONAL)?;
-        if directories > DIRECTORIES_MAX || directories < 5 {
+        if !(5..=DIRECTORIES_MAX).contains(&directories) {
             return Err(field("NumberOfRvaAndSizes", directories, "it must be from 5 to 16"));
         }
         let directories = usize::try_from(directories).map_err(|_| PeError::Truncated(OPTIONAL))?;
