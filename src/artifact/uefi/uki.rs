@@ -150,11 +150,11 @@ pub fn write(stub: &[u8], parts: &Parts<'_>) -> Result<Vec<u8>, UkiError> {
 fn check_parts(parts: &Parts<'_>) -> Result<(), UkiError> {
     let part = |part, fault| UkiError::Part { part, fault };
     command_line(parts.command_line.as_bytes())?;
-    if let Some(release) = parts.release
-        && (release.is_empty()
-            || release.len() > RELEASE_BYTES_MAX
-            || !release.bytes().all(|b| b.is_ascii_graphic()))
-    {
+    let plain = |release: &str| {
+        (1..=RELEASE_BYTES_MAX).contains(&release.len())
+            && release.bytes().all(|byte| byte.is_ascii_graphic())
+    };
+    if !parts.release.is_none_or(plain) {
         return Err(part("kernel release", "is not one to 64 printable bytes without spaces"));
     }
     if parts.os_release.is_some_and(|text| text.is_empty() || text.contains(&0)) {
