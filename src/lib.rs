@@ -9,7 +9,9 @@
 //!   machine boots.
 //! - [`fetch`]: the lock file and the HTTP client.
 //! - [`keeper`]: machines by name: which there are, and the way into those that were kept.
+//! - [`boot`]: systems on real firmware, held against what they should print.
 //! - [`machine`]: one VM, whichever backend runs it; [`agent`]: the host side of the wire.
+//! - [`sign`]: keys and signatures of boot images.
 //! - [`store`]: content-addressed blobs and what refers to them.
 //! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock.
 //! - [`plan`]: pure data and pure functions: recipes and their graph, a step's root, globs, environment, quantities.
@@ -18,6 +20,7 @@
 //! `kiln-openpgp`, `kiln-virtio`, `kiln-wire` and the agent.
 
 pub mod agent;
+pub mod boot;
 pub mod cache;
 pub mod cli;
 pub mod clock;
@@ -28,4 +31,5 @@ pub mod machine;
 pub mod plan;
 pub mod root;
 pub mod settings;
+pub mod sign;
 pub mod store;

@@ -157,6 +157,14 @@ pub struct Flags {
     pub debian_security_mirror: Option<String>,
     /// `--debian-allow-expired`.
     pub debian_allow_expired: bool,
+    /// `--debian-snapshot`.
+    pub debian_snapshot: Option<String>,
+    /// `--locked`.
+    pub locked: bool,
+    /// `--offline`.
+    pub offline: bool,
+    /// `--vendor`.
+    pub vendor: Option<PathBuf>,
     /// `--lock`.
     pub lock: Option<PathBuf>,
     /// `--no-template`.
@@ -226,8 +234,16 @@ pub struct Settings {
     pub debian_allow_expired: bool,
     /// Debian keyring; none: what the APT sources name, else the host's.
     pub debian_keyring: Setting<Option<PathBuf>>,
+    /// An archive of old packages, asked for what is locked and the mirrors lack.
+    pub debian_snapshot: Setting<Option<String>>,
     /// The lock file.
     pub lock: Setting<PathBuf>,
+    /// Whether nothing may be locked that is not.
+    pub locked: Setting<bool>,
+    /// Whether nothing may be fetched.
+    pub offline: Setting<bool>,
+    /// Vendored bytes: a directory or an archive that `kiln lock vendor` made.
+    pub vendor: Setting<Option<PathBuf>>,
     /// The agent, where the environment names it.
     pub agent: Setting<Option<PathBuf>>,
     /// A directory to be the toolbox; none: Debian packages.
@@ -267,7 +283,7 @@ pub fn host_variable(name: &str) -> Option<Vec<u8>> {
 }
 
 /// Every variable that is a setting.
-const VARIABLES: [&str; 18] = [
+const VARIABLES: [&str; 22] = [
     "PROJECT",
     "WORK",
     "SRCDIR",
@@ -283,7 +299,11 @@ const VARIABLES: [&str; 18] = [
     "KILN_DEBIAN_MIRROR",
     "KILN_DEBIAN_SECURITY_MIRROR",
     "KILN_DEBIAN_KEYRING",
+    "KILN_DEBIAN_SNAPSHOT",
     "KILN_LOCK",
+    "KILN_LOCKED",
+    "KILN_OFFLINE",
+    "KILN_VENDOR",
     "KILN_AGENT",
     "KILN_TOOLBOX",
 ];
@@ -387,6 +407,27 @@ impl Settings {
             file.keeper_idle.clone(),
             || "60s".to_owned(),
         );
+        let locked = pick(
+            flags.locked.then(|| on(true)),
+            "KILN_LOCKED",
+            |text| text,
+            file.locked.map(on),
+            || on(false),
+        );
+        let offline = pick(
+            flags.offline.then(|| on(true)),
+            "KILN_OFFLINE",
+            |text| text,
+            file.offline.map(on),
+            || on(false),
+        );
+        let vendor = pick(
+            flags.vendor.map(Some),
+            "KILN_VENDOR",
+            |text| Some(text.into()),
+            file.vendor.clone().map(|path| Some(beside_recipe(path))),
+            || None,
+        );
         let no_debian = RecipeDebian::default();
         let debian = file.debian.as_ref().unwrap_or(&no_debian);
         Ok(Self {
@@ -443,6 +484,19 @@ impl Settings {
                 debian.keyring.clone().map(|path| Some(beside_recipe(path))),
                 || None,
             ),
+            debian_snapshot: pick(
+                flags.debian_snapshot.map(Some),
+                "KILN_DEBIAN_SNAPSHOT",
+                Some,
+                debian.snapshot.clone().map(Some),
+                || None,
+            ),
+            locked: on_or_off("locked", locked)?,
+            offline: on_or_off("offline", offline)?,
+            vendor: Setting {
+                value: vendor.value.map(|path: PathBuf| directory.join(path)),
+                origin: vendor.origin,
+            },
             lock: pick(flags.lock, "KILN_LOCK", PathBuf::from, None, || beside_recipe(LOCK.into())),
             agent: pick(None, "KILN_AGENT", |text| Some(text.into()), None, || None),
             toolbox: pick(None, "KILN_TOOLBOX", |text| Some(text.into()), None, || None),

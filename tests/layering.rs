@@ -6,15 +6,23 @@ use std::path::{Path, PathBuf};
 
 /// Each room and the rooms it may import. Folders that are crates of their own are not part of the root crate.
 const ALLOWED: &[(&str, &[&str])] = &[
-    ("cli", &["agent", "cache", "clock", "engine", "keeper", "machine", "plan", "root", "settings"]),
+    (
+        "cli",
+        &[
+            "agent", "boot", "cache", "clock", "engine", "keeper", "machine", "plan", "root", "settings",
+            "sign",
+        ],
+    ),
     (
         "engine",
         &["agent", "cache", "clock", "fetch", "keeper", "machine", "plan", "root", "settings", "store"],
     ),
+    ("boot", &["machine", "plan"]),
     ("cache", &["plan", "store"]),
     ("root", &["agent", "clock", "fetch", "machine", "plan", "store"]),
     ("keeper", &["agent", "clock", "machine", "plan", "store"]),
-    ("fetch", &["store"]),
+    ("fetch", &["machine", "plan", "store"]),
+    ("sign", &[]),
     ("machine", &[]),
     ("agent", &["store"]),
     ("store", &[]),

@@ -10,5 +10,5 @@ mod session;
 mod transfer;
 
 pub use hub::{Hub, Misplaced, Remote};
-pub use session::{Controls, ExecEnd, Session, SessionError};
+pub use session::{Controls, ExecEnd, RUNNING, Session, SessionError};
 pub use transfer::{Limits, Listing, TransferError};

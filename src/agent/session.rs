@@ -17,6 +17,9 @@ use super::input::Feeder;
 /// How long an agent may take for anything that is not a command.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// What is being done while a command runs, in the words of [`SessionError::Silent`].
+pub const RUNNING: &str = "running the command";
+
 /// Why a session is over.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
@@ -240,7 +243,7 @@ impl Session {
         let (mut credit, mut taken, mut started) = (Credit::default(), Taken::default(), false);
         loop {
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            match self.receive("running the command", left.or(limit))? {
+            match self.receive(RUNNING, left.or(limit))? {
                 FromAgent::Started { id: other } if other == id && !started => started = true,
                 FromAgent::Output { id: other, stream, data } if other == id => {
                     if !credit.spend(data.len()) {

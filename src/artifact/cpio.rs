@@ -5,7 +5,7 @@
 //! for nanoseconds, which are dropped, nor for extended attributes, which are an error unless the caller says.
 
 use std::collections::BTreeMap;
-use std::io::Write;
+use std::io::{Read, Write};
 
 use crate::content::{self, ContentError, Expected};
 use crate::tree::{Contents, Kind, Meta, Node, Tree, TreeError, TreePath};
@@ -23,6 +23,23 @@ pub struct Options {
     pub drop_xattrs: bool,
 }
 
+/// How an archive is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encoding {
+    /// Not at all.
+    Plain,
+    /// One gzip member, without a name or a time.
+    Gzip {
+        /// 0 to 9.
+        level: u32,
+    },
+    /// One zstd frame.
+    Zstd {
+        /// 1 to 19: beyond, a frame's window is larger than the kernel's decompressor takes at boot.
+        level: i32,
+    },
+}
+
 /// Why an archive could not be written.
 #[derive(Debug, thiserror::Error)]
 pub enum CpioError {
@@ -32,6 +49,9 @@ pub enum CpioError {
     /// Content that is missing or not what the tree says, or a failing output.
     #[error(transparent)]
     Content(#[from] ContentError),
+    /// A level that the compressor does not have, or the kernel not.
+    #[error("there is no such compression of an initramfs: {0:?}")]
+    Level(Encoding),
     /// Something that `newc` has no field for.
     #[error("cpio (newc) cannot hold the {what} of `{path}`")]
     Unrepresentable {
@@ -76,6 +96,61 @@ pub fn write(
         archive.entry(path, node, sets.get_mut(holder))?;
     }
     archive.header(TRAILER, &Header { links: 1, ..Header::default() })
+}
+
+/// As [`write`], compressed. `out` is an archive to which [`pad`] may be applied for another one to follow.
+///
+/// # Errors
+/// [`CpioError`]; `out` then holds a part of the archive.
+pub fn write_encoded(
+    tree: &Tree,
+    contents: &dyn Contents,
+    mut out: impl Write,
+    options: Options,
+    encoding: Encoding,
+) -> Result<(), CpioError> {
+    match encoding {
+        Encoding::Plain => write(tree, contents, out, options),
+        Encoding::Gzip { level } if level <= 9 => {
+            let mut encoder = flate2::write::GzEncoder::new(out, flate2::Compression::new(level));
+            write(tree, contents, &mut encoder, options)?;
+            Ok(encoder.finish().map(drop).map_err(ContentError::Write)?)
+        }
+        Encoding::Zstd { level } if (1..=19).contains(&level) => {
+            let mut encoder = zstd::Encoder::new(&mut out, level).map_err(ContentError::Write)?;
+            write(tree, contents, &mut encoder, options)?;
+            Ok(encoder.finish().map(drop).map_err(ContentError::Write)?)
+        }
+        Encoding::Gzip { .. } | Encoding::Zstd { .. } => Err(CpioError::Level(encoding)),
+    }
+}
+
+/// Writes the NULs that bring `length` bytes of archives to where another may begin (`buffer-format.rst`: each starts at
+/// a multiple of four), and returns how many bytes there are then.
+///
+/// # Errors
+/// What writing says.
+pub fn pad(length: u64, out: &mut impl Write) -> std::io::Result<u64> {
+    let padded = length.next_multiple_of(4);
+    let count = usize::try_from(padded - length).unwrap_or_default();
+    out.write_all(&[0; 3][..count.min(3)])?;
+    Ok(padded)
+}
+
+/// Writes `archives`, compressed or not, one after the other, so that the kernel unpacks them in this order.
+///
+/// # Errors
+/// What reading or writing says.
+pub fn concatenate<R: Read>(
+    archives: impl IntoIterator<Item = R>,
+    out: &mut impl Write,
+) -> std::io::Result<u64> {
+    let mut length = 0;
+    for mut archive in archives {
+        length = pad(length, out)?;
+        length += std::io::copy(&mut archive, out)?;
+    }
+    Ok(length)
 }
 
 /// The names of one inode, on the way through the archive.
@@ -174,13 +249,7 @@ impl<W: Write> Archive<'_, W> {
 
     /// Fills up to a multiple of four after `length` bytes.
     fn pad(&mut self, length: u64) -> Result<(), CpioError> {
-        let padding: &[u8] = match length % 4 {
-            0 => &[],
-            1 => &[0; 3],
-            2 => &[0; 2],
-            _ => &[0; 1],
-        };
-        self.bytes(padding)
+        Ok(pad(length, &mut self.out).map(drop).map_err(ContentError::Write)?)
     }
 
     fn bytes(&mut self, bytes: &[u8]) -> Result<(), CpioError> {

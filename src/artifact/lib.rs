@@ -7,10 +7,16 @@ pub mod archive;
 mod content;
 pub mod cpio;
 pub mod erofs;
+pub mod fat;
+pub mod gpt;
 pub mod image;
 pub mod kernel;
 pub mod squashfs;
 pub mod swap;
 pub mod tree;
+pub mod uefi;
+mod uuid;
+pub mod variables;
+pub mod verity;
 
 pub use content::ContentError;

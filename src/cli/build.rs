@@ -49,12 +49,6 @@ pub(super) struct BuildArguments {
     /// Where outputs go [env: WORK] [default: /x/PROJECT, else $HOME/.cache/PROJECT]
     #[arg(long, value_name = "DIR")]
     pub work: Option<PathBuf>,
-    /// Refuse what kiln.lock does not name
-    #[arg(long)]
-    locked: bool,
-    /// Refuse to fetch sources
-    #[arg(long)]
-    offline: bool,
     /// Let outputs replace files in WORK that kiln did not put there
     #[arg(long)]
     overwrite: bool,
@@ -154,8 +148,7 @@ impl Opened {
 pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<ExitCode, Failure> {
     flags.work.clone_from(&arguments.work);
     flags.no_template = arguments.no_template;
-    let mut opened = open(flags)?;
-    opened.host.locked = arguments.locked || arguments.offline;
+    let opened = open(flags)?;
     if arguments.jobs == Some(0) {
         return Err(Failure { text: "--jobs takes 1 or more".to_owned(), hint: None, code: USAGE });
     }
@@ -175,10 +168,10 @@ pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<Exit
     let gate = Gate::default();
     let is_interrupted = watch(&gate, &opened.host, arguments.json)?;
     let mut reporter = Reporter::new(arguments.quiet, arguments.json, wanted.len());
-    let permission = Permission { locked: opened.host.locked, offline: arguments.offline };
+    let permission = opened.host.permission();
     let steps = wanted.iter().flat_map(|id| &opened.plan.step(*id).sources);
     let (settings, store) = (&opened.host.settings, &opened.host.store);
-    let sources = sources::lock(steps, settings, store, permission, &mut |text| reporter.progress(text))?;
+    let sources = sources::lock(steps, settings, store, &permission, &mut |text| reporter.progress(text))?;
     let machines = Machines::new(&opened.host);
     let build = opened.build(&machines, sources, permission, options);
     let mut timeline = Timeline::default();

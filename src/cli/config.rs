@@ -72,11 +72,15 @@ fn rows(settings: Settings) -> Vec<Row> {
         row("KILN_AGENT", &settings.agent, file("beside kiln")),
         row("KILN_TOOLBOX", &settings.toolbox, file("Debian packages")),
         row("KILN_LOCK", &settings.lock, path),
+        row("KILN_LOCKED", &settings.locked, on_or_off),
+        row("KILN_OFFLINE", &settings.offline, on_or_off),
+        row("KILN_VENDOR", &settings.vendor, file("none")),
         row(
             "debian.security-mirror",
             &settings.debian_security_mirror,
             text("what the host's APT sources name"),
         ),
+        row("debian.snapshot", &settings.debian_snapshot, text("none")),
         row("debian.keyring", &settings.debian_keyring, file("what the host's APT sources name")),
     ];
     let origin = settings.debian_mirror.origin.clone();

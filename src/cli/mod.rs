@@ -2,6 +2,7 @@
 
 mod again;
 mod ask;
+mod boot;
 mod build;
 mod choice;
 mod config;
@@ -10,6 +11,7 @@ mod enter;
 mod interrupt;
 mod keep;
 mod kernel;
+mod lock;
 mod machines;
 mod manual;
 mod recipe;
@@ -17,6 +19,7 @@ mod report;
 mod root;
 mod run;
 mod show;
+mod sign;
 mod signals;
 mod terminal;
 mod verdict;
@@ -24,6 +27,7 @@ mod verdict;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -57,6 +61,8 @@ Examples:
       -- sh -c 'make && cp lua $WORK/'            build a source tree, take one file out
   kiln run --keep -- make                         keep the machine where the command fails
   kiln shell make-7f3a                            look into it
+  kiln boot disk.img -e 'expect login:'           an image on real firmware
+  kiln lock update -n                             what newer packages there are
   kiln config                                     every setting and where it was set
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 this host cannot do it. `kiln run`, `exec` and `shell` give the
@@ -94,9 +100,22 @@ struct Global {
     /// Take indexes after their Valid-Until
     #[arg(long, global = true)]
     debian_allow_expired: bool,
+    /// Archive of old packages, for locked ones that mirrors dropped; with {archive} and {time} in it, or a mirror's
+    /// [env: KILN_DEBIAN_SNAPSHOT] [default: none]
+    #[arg(long, global = true, value_name = "URL")]
+    debian_snapshot: Option<String>,
     /// Keyring that signs it [env: KILN_DEBIAN_KEYRING] [default: what the APT sources name]
     #[arg(long, global = true, value_name = "FILE")]
     debian_keyring: Option<PathBuf>,
+    /// Refuse what the lock file does not name [env: KILN_LOCKED=on]
+    #[arg(long, global = true)]
+    locked: bool,
+    /// Fetch nothing: only what is in the store, or vendored; implies --locked [env: KILN_OFFLINE=on]
+    #[arg(long, global = true)]
+    offline: bool,
+    /// Take bytes from what `kiln lock vendor` made before any server is asked [env: KILN_VENDOR]
+    #[arg(long, global = true, value_name = "DIR|FILE")]
+    vendor: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -113,6 +132,8 @@ enum Verb {
     Graph(ask::GraphArguments),
     /// Run one command in its own machine and take its outputs
     Run(Box<run::RunArguments>),
+    /// Boot an image on real firmware, and judge what it prints
+    Boot(Box<boot::BootArguments>),
     /// Run a command in a machine that was kept
     Exec(enter::ExecArguments),
     /// Open a shell in a machine that was kept
@@ -121,12 +142,16 @@ enum Verb {
     Ps(machines::PsArguments),
     /// End machines
     Stop(machines::StopArguments),
+    /// Make signing keys, or sign the boot images that a build left in WORK
+    Sign(sign::SignArguments),
     /// Fetch, verify and lock the kernel that machines boot
     Kernel(kernel::KernelArguments),
     /// Write a commented recipe that builds
     Init(recipe::InitArguments),
     /// Check the recipe, or print the schema of recipes
     Recipe(recipe::RecipeArguments),
+    /// Show, update and prune the lock file, or take along its bytes
+    Lock(lock::LockArguments),
     /// List, show, compare and remove the roots in the store
     Root(root::RootArguments),
     /// Say what this host can do, by doing it, and how to get what is missing
@@ -184,7 +209,7 @@ impl From<HostError> for Failure {
     fn from(error: HostError) -> Self {
         let code = match &error {
             HostError::Boundary { .. } | HostError::NoAgent { .. } => CANNOT,
-            HostError::NotLocked { .. } => USAGE,
+            HostError::NotLocked { .. } | HostError::Contradiction { .. } => USAGE,
             HostError::Root(error) if error.is_the_users() => USAGE,
             HostError::Bundle(error) if error.is_the_users() => USAGE,
             HostError::Machine(error) => return Self::of_machine(error),
@@ -213,9 +238,7 @@ impl From<BuildError> for Failure {
         let hint = error.hint();
         match error {
             BuildError::Run(error) => error.into(),
-            BuildError::Source(SourceError::Contradiction { .. } | SourceError::NotLocked { .. }) => {
-                Self::new(&error, hint, USAGE)
-            }
+            BuildError::Source(ref source) if source.is_the_users() => Self::new(&error, hint, USAGE),
             _ => Self::new(&error, hint, FAILED),
         }
     }
@@ -260,6 +283,9 @@ pub fn main_that_can_stay() -> ExitCode {
 }
 
 fn obey(arguments: impl Iterator<Item = OsString>, caller: Option<Caller>) -> ExitCode {
+    // A file that would outgrow `ulimit -f` is an error then, with a name, and not the end of kiln. Where this fails, it is
+    // as it was.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGXFSZ, Arc::default());
     match dispatch(Cli::parse_from(arguments), caller) {
         Ok(code) => code,
         Err(failure) => {
@@ -279,6 +305,10 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         debian_security_mirror: cli.global.debian_security_mirror,
         debian_allow_expired: cli.global.debian_allow_expired,
         debian_keyring: cli.global.debian_keyring,
+        debian_snapshot: cli.global.debian_snapshot,
+        locked: cli.global.locked,
+        offline: cli.global.offline,
+        vendor: cli.global.vendor,
         ..Flags::default()
     };
     match cli.verb {
@@ -298,13 +328,22 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
             }
             Ok(run::run(&arguments, flags, caller))
         }
+        Verb::Boot(arguments) => {
+            let wanted = boot::read(&arguments)?;
+            boot::run(&arguments, wanted, &open(flags)?)
+        }
         Verb::Exec(arguments) => Ok(enter::exec(&arguments, flags)),
         Verb::Shell(arguments) => Ok(enter::shell(&arguments, flags)),
         Verb::Ps(arguments) => machines::ps(&arguments, &registry(flags)?),
         Verb::Stop(arguments) => machines::stop(&arguments, &registry(flags)?),
+        Verb::Sign(arguments) => {
+            flags.work.clone_from(&arguments.work);
+            sign::sign(&arguments, &Settings::read(flags)?)
+        }
         Verb::Kernel(arguments) => kernel::kernel(&arguments, &open(flags)?),
         Verb::Init(arguments) => recipe::init(&arguments),
         Verb::Recipe(arguments) => recipe::recipe(&arguments, flags),
+        Verb::Lock(arguments) => lock::lock(&arguments, flags),
         Verb::Root(arguments) => root::root(&arguments, open(flags)),
         Verb::Doctor(arguments) => match open(flags) {
             Ok(host) => doctor::doctor(&host, &arguments),

@@ -1,7 +1,8 @@
 //! `kiln init` and `kiln recipe`: a recipe to begin with, the schema that editors use, and a look whether one is good.
 
-use std::fs::File;
-use std::io::Write;
+use std::fs::Permissions;
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -72,14 +73,22 @@ pub(super) fn init(arguments: &InitArguments) -> Result<ExitCode, Failure> {
         "project".clone_into(&mut name);
     }
     let text = TEMPLATE.replace("\"PROJECT\"", &format!("\"{name}\""));
-    let written = File::create_new(&path).and_then(|mut file| file.write_all(text.as_bytes()));
-    written.map_err(|error| Failure {
+    write_new(folder, &path, text.as_bytes()).map_err(|error| Failure {
         text: format!("cannot write `{}`: {error}", path.display()),
         hint: None,
         code: FAILED,
     })?;
     note(&format!("wrote {}: `kiln build` builds it", path.display()));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a file where there is none: whole or not at all.
+fn write_new(folder: &Path, path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mode = Permissions::from_mode(0o666);
+    let mut file = tempfile::Builder::new().permissions(mode).tempfile_in(folder)?;
+    file.write_all(bytes)?;
+    file.persist_noclobber(path).map_err(|error| error.error)?;
+    Ok(())
 }
 
 /// `kiln recipe`.

@@ -7,7 +7,7 @@ use kiln_virtio::fs::MISSED_BYTES;
 use super::host::HostError;
 use super::inputs::InputError;
 use super::merge::MergeError;
-use crate::agent::{SessionError, TransferError};
+use crate::agent::{RUNNING, SessionError, TransferError};
 use crate::keeper::RegistryError;
 use crate::machine::{Death, MachineError};
 use crate::plan::{EnvError, OutputError, show_bytes};
@@ -150,6 +150,9 @@ impl RunError {
             Self::Died { death: Death::Panicked(line), .. } if line.to_lowercase().contains("memory") => {
                 Some("--memory gives the machine more memory".to_owned())
             }
+            Self::Session(SessionError::Silent { doing: RUNNING, .. }) => Some(
+                "its machine hung, or was kept from answering; its last console lines, if any, are above".to_owned(),
+            ),
             Self::Session(SessionError::Silent { .. }) => Some(
                 "the machine's last console lines are above; fewer --cpus boot faster under emulation"
                     .to_owned(),

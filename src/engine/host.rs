@@ -7,6 +7,8 @@ use std::time::Duration;
 use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
 
+use super::build::sources::Permission;
+use crate::fetch::http::Client;
 use crate::fetch::lock::{Lock, LockError};
 use crate::keeper::Registry;
 use crate::machine::jail::attempt::Targets;
@@ -54,12 +56,24 @@ pub enum HostError {
         named: Option<PathBuf>,
     },
     /// It would have to be locked.
-    #[error("{what} is not in the lock file `{path}`, and --locked refuses anything else")]
+    #[error("{what} is not in the lock file `{path}`, and {flag} refuses anything else")]
     NotLocked {
         /// What would be.
         what: String,
         /// The lock file.
         path: PathBuf,
+        /// What refuses it.
+        flag: &'static str,
+    },
+    /// The lock has other packages for a root than its name says.
+    #[error("the lock file `{path}` has no {package} in {spec}")]
+    Contradiction {
+        /// The lock file.
+        path: PathBuf,
+        /// The root.
+        spec: String,
+        /// What its name says.
+        package: String,
     },
     /// The lock cannot be written where it is.
     #[error("the lock file `{path}` cannot be written")]
@@ -97,7 +111,11 @@ impl HostError {
             }
             Self::Boundary { .. } => Some("`kiln doctor` says what is missing and how to get it".to_owned()),
             Self::Lock(error) => error.hint(),
-            Self::NotLocked { .. } => Some("build once without --locked, and keep the lock file".to_owned()),
+            Self::NotLocked { .. } => Some(
+                "lock it where there is a network, with `kiln lock update` or by building once, and keep the lock file"
+                    .to_owned(),
+            ),
+            Self::Contradiction { spec, .. } => Some(format!("lock it anew: `kiln lock update {spec}`")),
             Self::LockFolder { .. } => Some("name another place with --lock FILE or KILN_LOCK".to_owned()),
             Self::Debian(error) => error.hint(),
             Self::Root(error) => error.hint(),
@@ -146,8 +164,7 @@ pub struct Host {
     pub settings: Settings,
     /// The store.
     pub store: Store,
-    /// Whether nothing may be locked that is not.
-    pub locked: bool,
+    client: Client,
     archive: Archive,
 }
 
@@ -175,18 +192,27 @@ impl Host {
         let store = Store::open(&settings.store.value)?;
         // Sweeps what killed kilns left. Whoever needs the registry hears of what is wrong with it.
         let _ = Registry::open(&store.run());
+        let mut client = Client::new();
+        if let Some(path) = &settings.vendor.value {
+            client = client.with_vendor(path);
+        }
+        if settings.offline.value {
+            client = client.offline();
+        }
         let archive = Archive::new(
             ArchiveSettings {
                 mirror: settings.debian_mirror.value.clone(),
                 security_mirror: settings.debian_security_mirror.value.clone(),
+                snapshot: settings.debian_snapshot.value.clone(),
                 keyring: settings.debian_keyring.value.clone(),
                 allow_expired: settings.debian_allow_expired,
                 ..ArchiveSettings::default()
             },
+            client.clone(),
             &store,
             crate::clock::timestamp(),
         );
-        Ok(Self { settings, store, locked: false, archive })
+        Ok(Self { settings, store, client, archive })
     }
 
     /// What the code-running probe says about KVM, remembered until the host boots again.
@@ -273,19 +299,57 @@ impl Host {
         Ok(bundle::store_agent(&self.store, &path)?)
     }
 
-    fn lock(&self) -> Result<Lock, HostError> {
-        Ok(Lock::load(&self.settings.lock.value)?)
+    /// The flag that refuses what is not locked, where one does.
+    pub fn refusing(&self) -> Option<&'static str> {
+        match (self.settings.locked.value, self.settings.offline.value) {
+            (true, _) => Some("--locked"),
+            (false, true) => Some("--offline"),
+            (false, false) => None,
+        }
+    }
+
+    /// What may be done to have sources.
+    pub fn permission(&self) -> Permission {
+        Permission { locked: self.refusing(), client: self.client.clone() }
+    }
+
+    /// Debian's archives, as this host reaches them.
+    pub fn archive(&self) -> &Archive {
+        &self.archive
     }
 
     /// Whether the lock could be written, found out before anything is fetched for it.
     fn check_lock(&self, what: &str) -> Result<(), HostError> {
         let path = self.lock_path();
-        if self.locked {
-            return Err(HostError::NotLocked { what: what.to_owned(), path: path.to_owned() });
+        if let Some(flag) = self.refusing() {
+            return Err(HostError::NotLocked { what: what.to_owned(), path: path.to_owned(), flag });
         }
         let folder = path.parent().unwrap_or(Path::new("/"));
         let access = rustix::fs::access(folder, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK);
         access.map_err(|errno| HostError::LockFolder { path: path.to_owned(), source: errno.into() })
+    }
+
+    /// What the lock has of `what`, as `find` finds it; where it has nothing, what `look_up` gives, which is locked, and
+    /// whether that was done. Of two kilns that lock it at once the first to write decides.
+    fn locked<T: Clone>(
+        &self,
+        what: &str,
+        find: impl Fn(&Lock) -> Option<&T>,
+        set: impl FnOnce(&mut Lock, T),
+        look_up: impl FnOnce() -> Result<T, HostError>,
+    ) -> Result<(T, bool), HostError> {
+        if let Some(found) = find(&Lock::load(self.lock_path())?) {
+            return Ok((found.clone(), false));
+        }
+        self.check_lock(what)?;
+        let new = look_up()?;
+        let locked = Lock::change(self.lock_path(), |lock| {
+            if find(lock).is_none() {
+                set(lock, new.clone());
+            }
+            find(lock).cloned()
+        })?;
+        Ok((locked.unwrap_or(new), true))
     }
 
     /// Where the lock file lies.
@@ -310,19 +374,19 @@ impl Host {
             }
             KernelChoice::Debian(suite) => suite,
         };
-        let mut lock = self.lock()?;
-        let locked = match lock.kernel(&format!("debian:{suite}")) {
-            Some(locked) => locked.clone(),
-            None => {
-                self.check_lock(&format!("the kernel of Debian {suite}"))?;
+        let spec = format!("debian:{suite}");
+        let (locked, is_new) = self.locked(
+            &format!("the kernel of Debian {suite}"),
+            |lock| lock.kernel(&spec),
+            Lock::set_kernel,
+            || {
                 progress(&format!("looking up the kernel of Debian {suite}"));
-                let locked = self.archive.resolve_kernel(suite, None)?;
-                lock.set_kernel(locked.clone());
-                lock.save(self.lock_path())?;
-                progress(&format!("locked {} in {}", locked.package.name, self.lock_path().display()));
-                locked
-            }
-        };
+                Ok(self.archive.resolve_kernel(suite, None)?)
+            },
+        )?;
+        if is_new {
+            progress(&format!("locked {} in {}", locked.package.name, self.lock_path().display()));
+        }
         let key = locked.package.sha256;
         if let Some(bundle) = bundle::remembered(&self.store, &key, &agent, carrier) {
             return Ok(bundle);
@@ -344,19 +408,19 @@ impl Host {
             return Ok(toolbox::of_directory(&self.store, &self.settings.directory.join(path))?);
         }
         let spec = toolbox::spec(crate::root::debian::DEFAULT_KERNEL_SUITE)?;
-        let mut lock = self.lock()?;
-        let locked = match lock.toolbox(&spec.to_string()) {
-            Some(locked) => locked.clone(),
-            None => {
-                self.check_lock("the toolbox")?;
+        let name = spec.to_string();
+        let (locked, is_new) = self.locked(
+            "the toolbox",
+            |lock| lock.toolbox(&name),
+            Lock::set_toolbox,
+            || {
                 progress("looking up the toolbox");
-                let locked = self.archive.resolve_programs(&spec, None)?;
-                lock.set_toolbox(locked.clone());
-                lock.save(self.lock_path())?;
-                progress(&format!("locked the toolbox in {}", self.lock_path().display()));
-                locked
-            }
-        };
+                Ok(self.archive.resolve_programs(&spec, None)?)
+            },
+        )?;
+        if is_new {
+            progress(&format!("locked the toolbox in {}", self.lock_path().display()));
+        }
         Ok(toolbox::of_packages(&self.store, &self.archive, &locked, progress)?)
     }
 
@@ -381,23 +445,24 @@ impl Host {
             return Ok(root::import(&self.store, spec)?);
         };
         let spec: DebianSpec = spec.to_string().parse().map_err(RootError::from)?;
-        let mut lock = self.lock()?;
-        let locked = match lock.root(&format!("{spec}")) {
-            Some(locked) => locked.clone(),
-            None => {
-                self.check_lock(&format!("root {spec}"))?;
+        let name = spec.to_string();
+        let (locked, is_new) = self.locked(
+            &format!("root {spec}"),
+            |lock| lock.root(&name),
+            Lock::set_root,
+            || {
                 progress(&format!("resolving {spec}"));
-                let locked = self.archive.resolve(&spec, None)?;
-                lock.set_root(locked.clone());
-                lock.save(self.lock_path())?;
-                progress(&format!(
-                    "locked {} packages in {}",
-                    locked.packages.len(),
-                    self.lock_path().display()
-                ));
-                locked
-            }
-        };
+                Ok(self.archive.resolve(&spec, None)?)
+            },
+        )?;
+        if is_new {
+            let count = locked.packages.len();
+            progress(&format!("locked {count} packages in {}", self.lock_path().display()));
+        }
+        if let Some(package) = spec.lacks(&locked.packages) {
+            let path = self.lock_path().to_owned();
+            return Err(HostError::Contradiction { path, spec: name, package });
+        }
         let workshop = Workshop { store: &self.store, archive: &self.archive, backend: qemu, bundle, cpus };
         Ok(workshop.debian(&locked, progress)?)
     }

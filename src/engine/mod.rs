@@ -7,6 +7,7 @@ mod error;
 mod event;
 mod host;
 mod inputs;
+pub mod lock;
 pub mod merge;
 mod mounts;
 mod prepare;

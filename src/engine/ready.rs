@@ -14,6 +14,23 @@ use crate::keeper::ready::{Order, order, take_failure, take_turn};
 use crate::machine::qemu::ready::Lent;
 use crate::machine::{Machine, Spec, serial};
 
+/// Runs that belong together, as the steps of a build do: of none are machines that are made ready taken from another.
+pub struct Series {
+    /// What it says when one of its runs begins; drawn once.
+    turn: String,
+    at_once: usize,
+}
+
+impl Series {
+    /// Runs of which so many go on at once.
+    pub fn new(at_once: usize) -> Self {
+        let mut number = [0; 16];
+        // A turn that is another's makes more or fewer machines ready, and nothing else.
+        let _ = rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty());
+        Self { turn: Digest::of(&number).to_string(), at_once: at_once.max(1) }
+    }
+}
+
 /// What a run has to do with ready machines.
 pub(super) struct Readiness {
     key: Digest,
@@ -23,7 +40,7 @@ pub(super) struct Readiness {
 
 impl Readiness {
     /// For machines of `spec`; none where they have to be made for their step.
-    pub fn of(host: &Host, prepared: &Prepared, spec: &Spec, setup: &Setup) -> Option<Self> {
+    pub fn of(host: &Host, series: &Series, prepared: &Prepared, spec: &Spec, setup: &Setup) -> Option<Self> {
         let idle = host.keeper_idle()?;
         let key = prepared.qemu.ready_key(spec).ok()??;
         let read_only = spec.disks.iter().filter(|disk| disk.read_only);
@@ -35,8 +52,9 @@ impl Readiness {
         }
         let disks = read_only.clone().map(|disk| disk.file.try_clone()).collect::<Result<_, _>>().ok()?;
         let store = host.settings.store.value.clone();
+        take_turn(&store, &series.turn).ok()?;
         let order = Order {
-            turn: take_turn(&store).ok()?,
+            turn: series.turn.clone(),
             key,
             store,
             qemu: prepared.qemu.program().to_owned(),
@@ -50,6 +68,7 @@ impl Readiness {
             scratch_bytes: scratch.size().ok()?,
             rehearsal: rehearsal(setup)?.encode(),
             idle_seconds: Duration::as_secs(&idle),
+            alike: series.at_once,
         };
         Some(Self { key, order, disks })
     }

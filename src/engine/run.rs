@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use kiln_artifact::tree::{Kind, TreePath};
@@ -20,11 +21,11 @@ use super::host::Host;
 use super::merge::{self, Merge};
 use super::prepare::{Prepared, describe, prepare, seconds, toolbox_mount};
 use super::reads::{self, Beside, ReadsReport};
-use super::ready::Readiness;
+use super::ready::{Readiness, Series};
 use super::step::{Keep, Step};
-use crate::agent::{ExecEnd, Session, SessionError};
+use crate::agent::{ExecEnd, RUNNING, Session, SessionError};
 use crate::keeper::{Entry, Kept, Registration, Registry};
-use crate::machine::{Backend, Identity};
+use crate::machine::{Backend, Identity, Machine};
 use crate::root::bundle::NEEDED;
 use crate::root::{Filesystem, Image, Root, toolbox};
 
@@ -32,6 +33,10 @@ use crate::root::{Filesystem, Image, Root, toolbox};
 const BOOT_PATIENCE: Duration = Duration::from_secs(90);
 /// How long a machine that closed its wire may take to be gone.
 const DEATH_PATIENCE: Duration = Duration::from_secs(5);
+/// How long the console may be behind the wire.
+const CONSOLE_PATIENCE: Duration = Duration::from_secs(1);
+/// How often to look whether it is not any more.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// How the command ended.
 #[derive(Debug)]
 pub enum Ended {
@@ -93,8 +98,19 @@ pub struct Run {
 
 /// Runs `step` on `host`, telling `events` what happens. `input` is the command's standard input.
 pub fn run(step: &Step, host: &Host, input: Option<OwnedFd>, events: Listener<'_>) -> Run {
+    run_among(step, host, input, &Series::new(1), events)
+}
+
+/// Does what [`run`] does, as one run of `series`.
+pub fn run_among(
+    step: &Step,
+    host: &Host,
+    input: Option<OwnedFd>,
+    series: &Series,
+    events: Listener<'_>,
+) -> Run {
     let mut standing = None;
-    let result = carry_through(step, host, input, events, &mut standing);
+    let result = carry_through(step, host, input, series, events, &mut standing);
     let failed = !result.as_ref().is_ok_and(|report| report.ended.is_success());
     let standing = standing.filter(|_| step.keeps(!failed));
     Run { result, kept: standing.map(|kept| with_toolbox(kept, step, events)) }
@@ -124,6 +140,7 @@ fn carry_through(
     step: &Step,
     host: &Host,
     input: Option<OwnedFd>,
+    series: &Series,
     events: Listener<'_>,
     standing: &mut Option<Kept>,
 ) -> Result<Report, RunError> {
@@ -136,7 +153,7 @@ fn carry_through(
     let (environment, directory) = (exec.env.clone(), exec.cwd.clone());
     let _ = events(Event::Phase(Phase::Prepare, stopwatch.lap()));
 
-    let readiness = Readiness::of(host, &prepared, &spec, &setup);
+    let readiness = Readiness::of(host, series, &prepared, &spec, &setup);
     let borrowed = readiness.as_ref().and_then(|readiness| readiness.borrow(host, &spec));
     let mut machine = match borrowed {
         Some(machine) => machine,
@@ -179,9 +196,7 @@ fn carry_through(
     }
     if let Err(RunError::Root { filesystem, .. }) = &conversation {
         // What errno leaves out, some file systems say on the console only.
-        let console = machine.console();
-        let about = |line: &&str| line.to_ascii_lowercase().contains(filesystem.name());
-        quote_console(&console.lines().filter(about).collect::<Vec<_>>().join("\n"), events);
+        quote_console(&console_about(&*machine, filesystem.name()), events);
     }
     let can_stay = !is_off && conversation.as_ref().err().is_none_or(RunError::leaves_session_usable);
     let identity = machine.identity().clone();
@@ -279,6 +294,21 @@ fn quote_console(console: &str, events: Listener<'_>) {
     }
 }
 
+/// The lines of the console that have `word` in them. The console is slower than the wire, and its reader may not have had
+/// its turn yet: where there is no such line, one is waited for.
+fn console_about(machine: &dyn Machine, word: &str) -> String {
+    let give_up = Instant::now() + CONSOLE_PATIENCE;
+    loop {
+        let console = machine.console();
+        let about = |line: &&str| line.ends_with('\n') && line.to_ascii_lowercase().contains(word);
+        let lines: String = console.split_inclusive('\n').filter(about).collect();
+        if !lines.is_empty() || Instant::now() >= give_up {
+            return lines;
+        }
+        thread::sleep(LOOK_AGAIN);
+    }
+}
+
 fn last_lines(text: &str, count: usize) -> String {
     let lines: Vec<&str> = text.trim_end().lines().collect();
     lines[lines.len().saturating_sub(count)..].join("\n")
@@ -338,7 +368,7 @@ impl Talk<'_> {
         input: Option<OwnedFd>,
         events: Listener<'_>,
     ) -> Result<Conversation, RunError> {
-        self.doing = "running the command";
+        self.doing = RUNNING;
         exec.stdin = input.is_some();
         let limit = self.step.limits.printed_bytes;
         let mut printed: u64 = 0;

@@ -187,13 +187,17 @@ impl Door {
     /// Ends the machine, and whoever holds it; by force where it does not answer.
     ///
     /// # Errors
-    /// [`DoorError::Endless`], [`DoorError::Io`].
+    /// [`DoorError::Endless`], [`DoorError::Io`]; [`DoorError::Refused`] of one that was ready and has a step meanwhile.
     pub fn stop(self) -> Result<(), DoorError> {
+        let mut refused = None;
         let asked = match &self.stream {
             Ok((stream, greeting)) if greeting.version == VERSION => {
-                let ends = || -> io::Result<()> {
+                let mut ends = || -> io::Result<()> {
                     say(stream, &Request::Stop)?;
-                    hear::<Answer>(stream)?;
+                    if let Answer::Refused(why) = hear(stream)? {
+                        refused = Some(why);
+                        return Ok(());
+                    }
                     stream.set_read_timeout(Some(END_PATIENCE))?;
                     // Nothing more is said; the stream ends with the process.
                     hear::<Answer>(stream).map(drop)
@@ -202,6 +206,9 @@ impl Door {
             }
             _ => false,
         };
+        if let Some(why) = refused {
+            return Err(DoorError::Refused { name: self.entry.name, why });
+        }
         if asked || !place::is_alive(&self.area, &self.entry.name) {
             return Ok(());
         }

@@ -40,7 +40,7 @@ const COURTESY: Duration = Duration::from_millis(300);
 /// faster where nothing is made beside them.
 const QUIET: Duration = Duration::from_millis(100);
 
-/// Most machines of a store that wait for a step.
+/// Most machines of a store that wait for a step, where no build has more steps at once.
 const MOST_READY: usize = 4;
 
 /// Most that is told of a failure.
@@ -77,6 +77,8 @@ pub struct Order {
     pub rehearsal: Vec<u8>,
     /// How long the machine waits for a step.
     pub idle_seconds: u64,
+    /// How many such machines may wait: as many as there are steps at once.
+    pub alike: usize,
 }
 
 /// What a borrower asks.
@@ -134,16 +136,27 @@ fn turn_file(store: &Path) -> PathBuf {
     store.join("run").join("keeper.turn")
 }
 
-/// Says that a run begins in the store at `store`: what was ordered before and is not begun is not made any more.
+/// Says that a run begins in the store at `store`: what others ordered before and is not begun is not made any more. Runs
+/// that belong together say the same.
 ///
 /// # Errors
 /// The store cannot be written to.
-pub fn take_turn(store: &Path) -> io::Result<String> {
-    let mut number = [0; 16];
-    rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty())?;
-    let turn = Digest::of(&number).to_string();
-    fs::write(turn_file(store), &turn)?;
-    Ok(turn)
+pub fn take_turn(store: &Path, turn: &str) -> io::Result<()> {
+    fs::write(turn_file(store), turn)
+}
+
+/// A seat for one that makes a machine, where there are `most`, and how many others are taken; none where all are.
+fn take_seat(run: &Path, most: usize) -> io::Result<Option<(File, usize)>> {
+    let (mut ours, mut others) = (None, 0);
+    for number in 0..most {
+        let seat = File::create(run.join(format!("keeper.{number}.lock")))?;
+        match (seat.try_lock(), &ours) {
+            (Ok(()), None) => ours = Some(seat),
+            (Ok(()), Some(_)) => {}
+            (Err(_), _) => others += 1,
+        }
+    }
+    Ok(ours.map(|seat| (seat, others)))
 }
 
 /// Why the last keeper of the store at `store` failed, once.
@@ -186,12 +199,13 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
     let store = Store::open(&order.store)?;
     let registry = Registry::open(&store.run())?;
     let idle = Duration::from_secs(order.idle_seconds);
-    let making = File::create(store.run().join("keeper.lock"))?;
-    // One at a time, for the run that began last: more would take from each other's time, and from that of steps.
+    // For the run that began last, and as many at a time as have steps at once: more would take from each other's time,
+    // and from that of steps.
+    let Some((making, others)) = take_seat(&store.run(), order.alike)? else { return Ok(()) };
+    let alike = order.alike.saturating_sub(others);
     if fs::read_to_string(turn_file(&order.store))? != order.turn
-        || making.try_lock().is_err()
-        || !has_memory(order.memory_bytes)
-        || !registry.make_room(&order.key, MOST_READY)
+        || !has_memory(registry.promised_bytes().saturating_add(order.memory_bytes))
+        || !registry.make_room(&order.key, alike, MOST_READY.max(order.alike))
     {
         return Ok(());
     }
@@ -228,7 +242,7 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
     Ok(())
 }
 
-/// Whether the host has memory for another machine, should its step use all that it has.
+/// Whether the host has so much memory, which machines that are ready may grow to.
 fn has_memory(bytes: u64) -> bool {
     let told = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = told.lines().find_map(|line| line.strip_prefix("MemAvailable:"));

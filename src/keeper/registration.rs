@@ -152,18 +152,17 @@ fn answer(caller: &UnixStream, inside: &Inside) -> io::Result<()> {
                     let caller = caller.try_clone()?;
                     owner.send(Caller::Borrower(caller)).map_err(|_| io::ErrorKind::NotConnected.into())
                 }
-                (Request::Stop, owner) => {
+                (Request::Stop, Some(owner)) => {
                     say(caller, &Answer::Granted)?;
-                    if let Some(owner) = owner {
-                        let _ = owner.send(Caller::Stop);
-                    }
+                    let _ = owner.send(Caller::Stop);
                     loop {
                         thread::park();
                     }
                 }
+                (_, None) => say(caller, &Answer::Refused("a step has it, or it ends".to_owned())),
                 (_, owner_left) => {
                     *owner = owner_left;
-                    say(caller, &Answer::Refused("it waits for a step, or has one".to_owned()))
+                    say(caller, &Answer::Refused("it waits for a step".to_owned()))
                 }
             };
         }

@@ -109,17 +109,22 @@ impl Registry {
         ready.filter_map(|entry| Door::open_soon(&self.path, entry).ok()?.borrow().ok()).next()
     }
 
+    /// The memory that the machines that wait for a step may grow to.
+    pub(super) fn promised_bytes(&self) -> u64 {
+        self.ready().iter().map(|entry| entry.memory_bytes).fold(0, u64::saturating_add)
+    }
+
     /// The machines that wait for a step, the oldest first.
     fn ready(&self) -> Vec<Entry> {
         let machines = self.machines().unwrap_or_default();
         machines.into_iter().filter(|entry| entry.state == State::Ready).collect()
     }
 
-    /// Makes room for a machine that is ready for steps of this key, where there may be `most` in all: those of other
-    /// versions of kiln go, then the oldest. Whether there is room: not beside one of the same key.
-    pub(super) fn make_room(&self, key: &Digest, most: usize) -> bool {
+    /// Makes room for a machine that is ready for steps of this key, where there may be `alike` of the key and `most` in
+    /// all: those of other versions of kiln go, then the oldest. Whether there is room: not beside so many of the key.
+    pub(super) fn make_room(&self, key: &Digest, alike: usize, most: usize) -> bool {
         let mut ready = self.ready();
-        if ready.iter().any(|entry| entry.key.as_ref() == Some(key)) {
+        if ready.iter().filter(|entry| entry.key.as_ref() == Some(key)).count() >= alike {
             return false;
         }
         let mut stop = |entry: Entry| {
@@ -153,6 +158,11 @@ impl Registry {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::sync::mpsc::channel;
+    use std::thread;
+
+    use super::super::talk::{Answer, say};
     use super::*;
     use crate::machine::jail::Held;
     use crate::machine::{Accelerator, Identity, Origin};
@@ -216,6 +226,74 @@ mod tests {
         fs::remove_dir(&path).expect("it is empty");
         std::os::unix::fs::symlink("/tmp", &path).expect("a link");
         assert!(Registry::open(run.path()).is_err());
+    }
+
+    /// One that waits for steps of a key.
+    fn ready(key: &Digest) -> Entry {
+        Entry { state: State::Ready, key: Some(*key), ..entry() }
+    }
+
+    #[test]
+    fn a_machine_that_a_step_has_taken_is_not_ended_by_whoever_took_it_for_ready() {
+        let run = tempfile::tempdir().expect("a folder");
+        let registry = Registry::open(run.path()).expect("a registry");
+        let key = Digest::of(b"key");
+        let (sender, callers) = channel();
+        let registration = registry.register_ready(ready(&key), sender).expect("registered");
+        let borrowing = registry.clone();
+        let borrower = thread::spawn(move || borrowing.borrow(&key).is_some());
+        let Ok(Caller::Borrower(stream)) = callers.recv() else { panic!("nobody borrows it") };
+        let stopped = registry.door(&registration.entry().name).expect("it is there").stop();
+        assert!(
+            matches!(&stopped, Err(DoorError::Refused { why, .. }) if why.contains("a step has it")),
+            "{stopped:?}"
+        );
+        assert!(callers.try_recv().is_err(), "it was told to end");
+        say(&stream, &Answer::Refused(String::new())).expect("it listens");
+        assert!(!borrower.join().expect("no panic"));
+    }
+
+    #[test]
+    fn there_is_room_for_as_many_machines_of_a_key_as_are_wanted() {
+        let run = tempfile::tempdir().expect("a folder");
+        let registry = Registry::open(run.path()).expect("a registry");
+        let [key, other] = [&b"key"[..], b"other"].map(Digest::of);
+        let (sender, _callers) = channel();
+        let _first = registry.register_ready(ready(&key), sender.clone()).expect("registered");
+        assert!(!registry.make_room(&key, 1, 4));
+        assert!(registry.make_room(&key, 2, 4) && registry.make_room(&other, 1, 4));
+        let _second = registry.register_ready(ready(&key), sender).expect("registered");
+        assert!(!registry.make_room(&key, 2, 4));
+        assert_eq!(registry.promised_bytes(), 2 << 30);
+    }
+
+    #[test]
+    fn a_socket_that_is_another_users_gets_nothing() {
+        if !rustix::process::geteuid().is_root() {
+            // Nobody else can be played.
+            return;
+        }
+        let run = tempfile::tempdir().expect("a folder");
+        let registry = Registry::open(run.path()).expect("a registry");
+        let key = Digest::of(b"key");
+        let (sender, callers) = channel();
+        let registration = registry.register_ready(ready(&key), sender).expect("registered");
+        let name = registration.entry().name.clone();
+        let open = tempfile::tempdir().expect("a folder");
+        fs::set_permissions(open.path(), fs::Permissions::from_mode(0o777)).expect("it is ours");
+        let theirs = open.path().join("socket");
+        let path = theirs.clone();
+        // The credentials of a thread, as the system has them.
+        let listener = thread::spawn(move || {
+            let nobody = rustix::fs::Uid::from_raw(65534);
+            rustix::thread::set_thread_uid(nobody).expect("root may");
+            UnixListener::bind(path).expect("everybody may")
+        });
+        let _listener = listener.join().expect("no panic");
+        fs::rename(theirs, run.path().join("machines").join(&name).join("socket")).expect("one file system");
+        assert!(registry.borrow(&key).is_none());
+        assert!(matches!(registry.door(&name), Err(DoorError::NotOurs { .. })));
+        assert!(callers.try_recv().is_err());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 use rustix::fs::{Mode, OFlags, open};
@@ -19,6 +20,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlag
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 
+use super::fetcher::Fetcher;
 use super::jail::attempt::Trial;
 use super::jail::{self, Held, Profile};
 
@@ -50,12 +52,22 @@ pub(super) enum Become {
         /// Its arguments, the program's name left out.
         arguments: Vec<String>,
     },
+    /// An emulated TPM in its jail, with an empty environment. In an argument `{NAME}` stands for the number of the
+    /// descriptor of that name, and `{state}` for the folder of its state.
+    Tpm {
+        /// Its jail, which names the program.
+        profile: Profile,
+        /// Its arguments, the program's name left out.
+        arguments: Vec<String>,
+    },
     /// The device process of a machine, in its jail: descriptors `fs`, `control` and, with a CID, `vsock`. It gets shares
     /// over `control`, and is narrowed to them then.
     Devices {
         /// The guest's vsock address, where it has the device.
         vsock_cid: Option<u64>,
     },
+    /// A program that fetches, in its jail.
+    Fetcher(Fetcher),
     /// The code-running test of /dev/kvm, which prints its figure.
     KvmProbe,
     /// Something that a jail must not let happen, tried in one.
@@ -107,13 +119,18 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             let names = files.iter().map(|(name, _)| name.as_str()).chain([jail::MEMORY]);
             let paths = names.filter_map(|name| Some((name.to_owned(), profile.path_of(name, &held)?)));
             words.extend(paths.map(|(name, path)| (name, path.display().to_string())));
-            let arguments: Vec<String> = arguments.iter().map(|text| substitute(text, &words)).collect();
-            reply(&held)?;
-            for descriptor in descriptors.values() {
-                rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
-            }
-            let mut command = Command::new(program);
-            Err(command.args(arguments).env_clear().stdin(Stdio::null()).exec().into())
+            become_program(program, &arguments, &words, &held, descriptors.values())
+        }
+        Become::Tpm { profile, arguments } => {
+            let Profile::Tpm { program, .. } = &profile else {
+                return Err("this is no jail for a TPM".into());
+            };
+            let held = jail::enter(&profile, &[], &[])?;
+            let mut words: Vec<(String, String)> =
+                descriptors.iter().map(|(name, file)| (name.clone(), file.as_raw_fd().to_string())).collect();
+            let state = profile.path_of(jail::STATE, &held).unwrap_or_default();
+            words.push((jail::STATE.to_owned(), state.display().to_string()));
+            become_program(program, &arguments, &words, &held, descriptors.values())
         }
         Become::Devices { vsock_cid } => {
             // It sees no file of the host by name; what it is handed may lie anywhere.
@@ -122,6 +139,12 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             drop(anywhere);
             reply(&held)?;
             serve_devices(descriptors, vsock_cid)
+        }
+        Become::Fetcher(fetcher) => {
+            jail::fetcher::enter(&fetcher)?;
+            let mut command = Command::new(&fetcher.program);
+            command.args(&fetcher.arguments).env_clear().envs(fetcher.environment);
+            Err(command.current_dir(&fetcher.place).stdin(Stdio::null()).exec().into())
         }
         Become::KvmProbe => {
             let speed = super::probe::measure_here()?;
@@ -134,6 +157,23 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             trial.carry_out()
         }
     }
+}
+
+/// Tells the parent what holds and executes `program`, which keeps `descriptors`. Returns only to say why not.
+fn become_program<'a>(
+    program: &Path,
+    arguments: &[String],
+    words: &[(String, String)],
+    held: &Held,
+    descriptors: impl Iterator<Item = &'a OwnedFd>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = arguments.iter().map(|text| substitute(text, words)).collect();
+    reply(held)?;
+    for descriptor in descriptors {
+        rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
+    }
+    let mut command = Command::new(program);
+    Err(command.args(arguments).env_clear().stdin(Stdio::null()).exec().into())
 }
 
 /// Tells the parent which layers of the jail hold.

@@ -12,6 +12,7 @@
 //! stands above.
 
 pub mod fake;
+pub mod fetcher;
 pub mod jail;
 pub mod launch;
 pub mod probe;

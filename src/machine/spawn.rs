@@ -63,6 +63,16 @@ impl Process {
     }
 }
 
+impl Process {
+    /// Kills all that is in the process group that it leads, and reaps it. It must still run.
+    pub fn stop_group(&mut self) {
+        if let Some(group) = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw) {
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        }
+        self.stop();
+    }
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         self.stop();
@@ -129,7 +139,7 @@ fn start(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Result<(Process
         .current_dir("/")
         .stdin(OwnedFd::from(theirs))
         .stderr(Stdio::piped());
-    command.stdout(if matches!(what, Become::KvmProbe | Become::Attempt(_)) {
+    command.stdout(if matches!(what, Become::KvmProbe | Become::Attempt(_) | Become::Fetcher(_)) {
         Stdio::piped()
     } else {
         Stdio::null()

@@ -11,10 +11,11 @@ mod shell;
 mod text;
 
 pub use environment::{DEFAULT_SOURCE_DATE_EPOCH, EnvError, Environment, FIXED_PATH};
-pub use graph::{Plan, PlannedStep, StepId};
+pub use graph::{Plan, PlannedStep, StepId, is_commit};
 pub use output::{OutputError, Outputs};
 pub use overlap::globs_meet;
 pub use quantity::{ParseQuantityError, parse_bytes, parse_duration, show_age, show_bytes, show_duration};
+pub use recipe::nearest;
 pub use root::{ParseRootError, RootSpec};
 pub use shell::quote;
 pub use text::{harmless, harmless_bytes, without_commands};

@@ -20,7 +20,7 @@ fn without_a_verb_the_usage_is_shown() {
 #[test]
 fn help_has_examples_and_goes_to_standard_output() {
     let host = Host::new();
-    let verbs = ["run", "exec", "shell", "ps", "stop", "kernel"];
+    let verbs = ["run", "exec", "shell", "ps", "stop", "sign", "kernel", "lock"];
     for arguments in std::iter::once(vec!["--help"]).chain(verbs.map(|verb| vec![verb, "--help"])) {
         let told = host.run(&arguments);
         assert_eq!((told.code, told.stderr.as_str()), (Some(0), ""));
@@ -178,4 +178,16 @@ fn text_from_arguments_reaches_no_terminal_as_control_characters() {
     let told = run(&Host::new(), &["--root", "moon\u{1b}[31m"]);
     assert_eq!(told.code, Some(2));
     assert!(!told.stderr.contains('\u{1b}'), "{:?}", told.stderr);
+}
+
+#[test]
+fn a_file_that_outgrows_the_limit_of_the_shell_is_named_and_not_left_in_part() {
+    let host = Host::new();
+    let limited = host.script("limited", "ulimit -f 1\nexec \"$@\"");
+    let kiln = host.kiln();
+    let told = Told::by(host.program(&limited).arg(kiln.get_program()).arg("init"));
+    told.fails(1, &["kiln.toml", "File too large"]);
+    assert!(!host.path("kiln.toml").exists());
+    Told::by(host.kiln().arg("init")).succeeds();
+    assert!(host.path("kiln.toml").exists());
 }

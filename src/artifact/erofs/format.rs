@@ -1,8 +1,6 @@
 //! What lies on disk, field by field (`Documentation/filesystems/erofs.rst` and `fs/erofs/erofs_fs.h`), and nothing of
 //! where it lies. All numbers are little-endian.
 
-use kiln_digest::Digest;
-
 use crate::tree::{Kind, Timestamp};
 
 /// Block size; the kernel maps smaller than its pages only since 6.4, and x86's pages have this size.
@@ -62,15 +60,6 @@ impl Superblock {
         block[SUPERBLOCK_AT + 4..SUPERBLOCK_AT + 8].copy_from_slice(&checksum.to_le_bytes());
         block
     }
-}
-
-/// A UUID of version 8 (RFC 9562 §5.8) from a tree's digest.
-pub(super) fn uuid(tree: &Digest) -> [u8; 16] {
-    let mut uuid = [0; 16];
-    uuid.copy_from_slice(&tree.as_bytes()[..16]);
-    uuid[6] = uuid[6] & 0x0f | 0x80;
-    uuid[8] = uuid[8] & 0x3f | 0x80;
-    uuid
 }
 
 /// CRC-32C (Castagnoli, reflected polynomial 0x82f63b78), seeded with all ones and not inverted at the end, as
@@ -155,11 +144,6 @@ pub(super) fn file_type(kind: &Kind) -> (u16, u8) {
         Kind::Socket => (0o140_000, 6),
         Kind::Symlink(_) => (0o120_000, 7),
     }
-}
-
-/// `new_encode_dev` (`kdev_t.h`): twenty bits of minor number round twelve of major.
-pub(super) fn device(major: u32, minor: u32) -> u32 {
-    minor & 0xff | (major & 0xfff) << 8 | (minor & !0xff) << 12
 }
 
 /// `struct erofs_dirent`.
@@ -268,13 +252,6 @@ mod tests {
         // RFC 3720 §B.4, undone the final inversion.
         assert_eq!(!crc32c(&[0; 32]), 0x8a91_36aa);
         assert_eq!(!crc32c(b"123456789"), 0xe306_9283);
-    }
-
-    #[test]
-    fn device_numbers_are_encoded_as_the_kernel_does() {
-        assert_eq!(device(1, 3), 0x103);
-        assert_eq!(device(259, 70_000), 0x1111_0370);
-        assert_eq!(device(0xfff, 0xf_ffff), 0xffff_ffff);
     }
 
     #[test]

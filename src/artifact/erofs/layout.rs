@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use super::ErofsError;
 use super::directory;
 use super::format::{self, BLOCK, BLOCK_BYTES, Inode, Layout, SLOT_BYTES};
-use crate::tree::{Kind, Node, Timestamp, Tree, TreePath};
+use crate::tree::{Entries, Entry, Kind, Timestamp, Tree};
 
 /// The most that a file's inode, attributes and end may be together for the end to be inline.
 const MAX_FILE_INLINE_BYTES: usize = BLOCK_BYTES / 2;
@@ -24,16 +24,6 @@ const MAX_FILE_INLINE_BYTES: usize = BLOCK_BYTES / 2;
 const OPEN_BLOCKS: usize = 8;
 /// Directory entries of the folder itself and of its parent.
 const DOTS: [&[u8]; 2] = [b".", b".."];
-
-/// A name of the tree.
-pub(super) struct Entry<'a> {
-    pub path: &'a TreePath,
-    pub node: &'a Node,
-    /// Index of the folder it is in; the root's is its own.
-    pub parent: usize,
-    /// Index of the entry that holds the node: its own but for hard links.
-    pub holder: usize,
-}
 
 /// An inode's place. Those of hard links stay empty.
 #[derive(Clone, Default)]
@@ -70,7 +60,7 @@ impl Place {
 /// The whole plan.
 pub(super) struct Plan<'a> {
     /// In path order.
-    pub entries: Vec<Entry<'a>>,
+    pub entries: Entries<'a>,
     /// By the index of the entry.
     pub places: Vec<Place>,
     /// The time of compact inodes.
@@ -79,16 +69,12 @@ pub(super) struct Plan<'a> {
     pub inodes_in_block: Vec<u16>,
     pub inode_count: u64,
     pub blocks: u32,
-    children: Vec<usize>,
-    /// Where in `children` those of an entry begin.
-    children_at: Vec<usize>,
 }
 
 impl<'a> Plan<'a> {
     /// Plans the image of a tree that is well formed.
     pub(super) fn new(tree: &'a Tree) -> Result<Self, ErofsError> {
-        let entries = entries(tree);
-        let (children_at, children) = children(&entries);
+        let entries = Entries::new(tree);
         let mut plan = Self {
             places: vec![Place::default(); entries.len()],
             time: commonest_time(&entries),
@@ -96,8 +82,6 @@ impl<'a> Plan<'a> {
             inodes_in_block: Vec::new(),
             inode_count: 0,
             blocks: 0,
-            children,
-            children_at,
         };
         plan.count_links();
         plan.place_inodes()?;
@@ -105,20 +89,14 @@ impl<'a> Plan<'a> {
         Ok(plan)
     }
 
-    /// Whether the entry is an inode's first name.
-    pub(super) fn holds_inode(&self, index: usize) -> bool {
-        self.entries[index].holder == index
-    }
-
-    /// Indices of what is in a folder, by name.
-    pub(super) fn children(&self, index: usize) -> &[usize] {
-        &self.children[self.children_at[index]..self.children_at[index + 1]]
-    }
-
     /// The names in a folder in order, each with the entry it leads to.
     pub(super) fn names(&self, index: usize) -> Vec<(&'a [u8], usize)> {
-        let mut names: Vec<_> =
-            self.children(index).iter().map(|&child| (self.entries[child].path.name(), child)).collect();
+        let mut names: Vec<_> = self
+            .entries
+            .children(index)
+            .iter()
+            .map(|&child| (self.entries[child].path.name(), child))
+            .collect();
         for (dot, target) in DOTS.into_iter().zip([index, self.entries[index].parent]) {
             let at = names.partition_point(|(name, _)| *name < dot);
             names.insert(at, (dot, target));
@@ -127,22 +105,15 @@ impl<'a> Plan<'a> {
     }
 
     fn count_links(&mut self) {
-        for (index, entry) in self.entries.iter().enumerate() {
-            self.places[entry.holder].links += 1;
-            if matches!(entry.node.kind, Kind::Directory) {
-                // Its own `.`, and its `..` in its parent; the root is no entry of anything.
-                self.places[index].links += 1;
-                if index > 0 {
-                    self.places[entry.parent].links += 1;
-                }
-            }
+        for (place, links) in self.places.iter_mut().zip(self.entries.links()) {
+            place.links = links;
         }
     }
 
     fn place_inodes(&mut self) -> Result<(), ErofsError> {
         let mut space = MetadataSpace::default();
         for index in 0..self.entries.len() {
-            if !self.holds_inode(index) {
+            if !self.entries.holds_inode(index) {
                 continue;
             }
             let Entry { path, node, .. } = &self.entries[index];
@@ -212,53 +183,11 @@ impl<'a> Plan<'a> {
     }
 }
 
-fn entries(tree: &Tree) -> Vec<Entry<'_>> {
-    let mut entries: Vec<Entry<'_>> = Vec::with_capacity(tree.len());
-    // In path order a folder's subtree follows it, so its ancestors are a stack.
-    let mut folders: Vec<usize> = Vec::new();
-    for (path, node) in tree.iter() {
-        let index = entries.len();
-        while folders.last().is_some_and(|&folder| !path.is_within(entries[folder].path)) {
-            folders.pop();
-        }
-        let parent = folders.last().copied().unwrap_or(index);
-        if matches!(node.kind, Kind::Directory) {
-            folders.push(index);
-        }
-        let holder = match &node.kind {
-            Kind::HardLink(holder) => entries
-                .binary_search_by(|entry| entry.path.cmp(holder))
-                .expect("a well-formed tree has a link's holder before it"),
-            _ => index,
-        };
-        entries.push(Entry { path, node, parent, holder });
-    }
-    entries
-}
-
-/// The children of all folders one after the other, in path order, and where those of each entry begin.
-fn children(entries: &[Entry<'_>]) -> (Vec<usize>, Vec<usize>) {
-    let mut starts = vec![0; entries.len() + 1];
-    for entry in &entries[1..] {
-        starts[entry.parent + 1] += 1;
-    }
-    for index in 1..starts.len() {
-        starts[index] += starts[index - 1];
-    }
-    let mut next = starts.clone();
-    let mut children = vec![0; entries.len() - 1];
-    for (index, entry) in entries.iter().enumerate().skip(1) {
-        children[next[entry.parent]] = index;
-        next[entry.parent] += 1;
-    }
-    (starts, children)
-}
-
 /// The commonest modification time, the earliest of several: its inodes can be compact.
-fn commonest_time(entries: &[Entry<'_>]) -> Timestamp {
+fn commonest_time(entries: &Entries<'_>) -> Timestamp {
     let mut counts: BTreeMap<Timestamp, usize> = BTreeMap::new();
     for (index, entry) in entries.iter().enumerate() {
-        if entry.holder == index {
+        if entries.holds_inode(index) {
             *counts.entry(entry.node.meta.mtime).or_default() += 1;
         }
     }

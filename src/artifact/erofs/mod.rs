@@ -23,7 +23,9 @@ use self::format::{BLOCK, BLOCK_BYTES, Inode, Superblock};
 use self::image::Image;
 use self::layout::Plan;
 use crate::content::{self, ContentError, Expected};
+use crate::image as disk;
 use crate::tree::{Contents, Kind, Meta, Tree, TreeError, TreePath};
+use crate::uuid;
 
 /// Contents are read in pieces of this; a multiple of the block size.
 const PIECE_BYTES: usize = 256 << 10;
@@ -69,7 +71,7 @@ pub fn write(tree: &Tree, contents: &dyn Contents, out: impl Write + Seek) -> Re
         piece: vec![0; PIECE_BYTES],
         contents,
     };
-    for index in (0..plan.entries.len()).filter(|&index| plan.holds_inode(index)) {
+    for index in (0..plan.entries.len()).filter(|&index| plan.entries.holds_inode(index)) {
         writer.inode(&plan, index)?;
     }
     let superblock = Superblock {
@@ -77,7 +79,7 @@ pub fn write(tree: &Tree, contents: &dyn Contents, out: impl Write + Seek) -> Re
         inodes: plan.inode_count,
         time: plan.time,
         blocks: plan.blocks,
-        uuid: format::uuid(&tree.digest()),
+        uuid: uuid::of(&tree.digest()),
     };
     let bytes = u64::from(plan.blocks) * BLOCK;
     let mut image = writer.image;
@@ -103,7 +105,7 @@ impl<W: Write + Seek> Writer<'_, W> {
         let Meta { mode, uid, gid, mtime, xattrs } = &entry.node.meta;
         let block_or_device = match entry.node.kind {
             Kind::CharDevice { major, minor } | Kind::BlockDevice { major, minor } => {
-                format::device(major, minor)
+                disk::encode_device(major, minor)
             }
             _ => place.first_block,
         };

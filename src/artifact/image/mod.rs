@@ -176,3 +176,22 @@ impl Fields<'_> {
 pub(crate) fn device(number: u32) -> (u32, u32) {
     (number >> 8 & 0xfff, number & 0xff | number >> 12 & 0xf_ff00)
 }
+
+/// The inverse of [`device`] (`new_encode_dev()`): twenty bits of minor number round twelve of major.
+pub(crate) fn encode_device(major: u32, minor: u32) -> u32 {
+    minor & 0xff | (major & 0xfff) << 8 | (minor & !0xff) << 12
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_numbers_are_encoded_as_the_kernel_does() {
+        for (major, minor, number) in [(1, 3, 0x103), (259, 70_000, 0x1111_0370), (0xfff, 0xf_ffff, u32::MAX)]
+        {
+            assert_eq!(encode_device(major, minor), number);
+            assert_eq!(device(number), (major, minor));
+        }
+    }
+}

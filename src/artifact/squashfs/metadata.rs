@@ -10,7 +10,7 @@ use crate::image::{ImageError, ReadAt};
 /// The length of a metadata block before compression.
 pub(super) const BLOCK_BYTES: usize = 8192;
 /// The bit of a block's length that says it is stored as it is.
-const STORED: u16 = 1 << 15;
+pub(super) const STORED: u16 = 1 << 15;
 /// Blocks that are kept, 16 MiB of them.
 const KEPT: usize = 2048;
 

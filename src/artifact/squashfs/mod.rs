@@ -1,4 +1,5 @@
-//! Reading squashfs 4.0 images: what is in them, for showing and comparing. The guest's kernel mounts them by itself.
+//! squashfs 4.0 images: reading what is in them, for showing and comparing, and writing ([`write`](write()) says how). The
+//! guest's kernel mounts them by itself.
 //!
 //! Contents with gzip, xz, lz4 and zstd are decompressed; images with lzo or lzma are refused by name. Unlike
 //! libraries for the format this reader keeps hard links and extended attributes, without which two roots that
@@ -12,9 +13,11 @@ mod metadata;
 mod superblock;
 mod tables;
 mod walk;
+mod write;
 
 pub use compression::Compression;
 pub use superblock::Superblock;
+pub use write::{Codec, Options, SquashfsError, Written, write};
 
 use crate::image::{Image, ImageError, Limits, ReadAt};
 

@@ -6,7 +6,7 @@ use crate::image::{Fields, ImageError, ReadAt};
 /// `hsqs`, the first bytes of every image.
 pub(super) const MAGIC: &[u8; 4] = b"hsqs";
 /// Length of `struct squashfs_super_block`.
-const BYTES: usize = 96;
+pub(super) const BYTES: usize = 96;
 /// What stands for a table that is not there.
 pub(super) const NONE: u64 = u64::MAX;
 

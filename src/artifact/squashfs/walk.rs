@@ -8,9 +8,9 @@ use crate::image::{Collector, ContentHasher, Image, ImageError, Limits, ReadAt};
 use crate::tree::{Kind, Meta, Timestamp, TreePath};
 
 /// The bit of a data block's length that says it is stored as it is.
-const STORED: u32 = 1 << 24;
+pub(super) const STORED: u32 = 1 << 24;
 /// SQUASHFS_DIR_COUNT: most entries behind one header of a listing.
-const MOST_ENTRIES: u32 = 256;
+pub(super) const MOST_ENTRIES: u32 = 256;
 
 pub(super) struct Walk<'a> {
     metadata: Metadata<'a>,

@@ -7,6 +7,7 @@
 mod builder;
 mod check;
 mod difference;
+mod entries;
 mod layer;
 mod links;
 mod manifest;
@@ -22,6 +23,7 @@ use kiln_digest::Digest;
 pub use builder::Builder;
 pub use check::TreeError;
 pub use difference::{Aspect, Difference};
+pub(crate) use entries::{Entries, Entry};
 pub use layer::Layer;
 pub use manifest::ManifestError;
 pub use path::{MAX_NAME_BYTES, MAX_PATH_BYTES, PathError, TreePath};

@@ -14,7 +14,8 @@ use crate::engine::error::RunError;
 use crate::engine::event::{Event, Listener};
 use crate::engine::host::Host;
 use crate::engine::reads::ReadsReport;
-use crate::engine::run::{Ended, run};
+use crate::engine::ready::Series;
+use crate::engine::run::{Ended, run_among};
 use crate::engine::step::Step;
 
 /// What a run of a step came to.
@@ -63,12 +64,15 @@ pub struct Machines<'a> {
     host: &'a Host,
     // Protects what was found out of roots and kernels, each once: held while it is found out.
     known: Mutex<BTreeMap<String, Vec<(String, String)>>>,
+    /// All steps that it runs.
+    series: Series,
 }
 
 impl<'a> Machines<'a> {
     /// Those of `host`.
     pub fn new(host: &'a Host) -> Self {
-        Self { host, known: Mutex::default() }
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { host, known: Mutex::default(), series: Series::new(processors) }
     }
 }
 
@@ -107,7 +111,7 @@ impl Runner for Machines<'_> {
             }
             events(event)
         };
-        let report = run(step, self.host, None, &mut note).result?;
+        let report = run_among(step, self.host, None, &self.series, &mut note).result?;
         let command = match &report.ended {
             Ended::Ran(_, usage) => Duration::from_micros(usage.wall_us),
             Ended::NotStarted { .. } => started.elapsed(),

@@ -111,7 +111,7 @@ impl<R: Runner> Worker<'_, '_, R> {
         let planned = build.plan.step(id);
         let stamped_nanos = now_nanos();
         let names = || planned.sources.iter().map(|source| source.name.as_str());
-        sources::fetch(names(), &build.sources, build.store, build.permission)?;
+        sources::fetch(names(), &build.sources, build.settings, build.store, &build.permission.client)?;
         let tree = self.checker.view(planned, needs)?;
         let owner = |path: &TreePath| {
             let puts_out = |(need, manifest): &&(StepId, Digest)| {

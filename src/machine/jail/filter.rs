@@ -267,6 +267,30 @@ const QEMU: &[Allowed] = &[
     (libc::SYS_socketpair, Any),
 ];
 
+/// What QEMU needs beside [`QEMU`] to serve its guest's network with sockets of its own.
+const NETWORK: &[Allowed] = &[
+    (libc::SYS_socket, Any),
+    (libc::SYS_bind, Any),
+    (libc::SYS_listen, Any),
+    (libc::SYS_accept, Any),
+    (libc::SYS_accept4, Any),
+    (libc::SYS_connect, Any),
+];
+
+/// What an emulated TPM does beside what QEMU does: it keeps its state in files that it replaces.
+const TPM: &[Allowed] = &[
+    (libc::SYS_rename, Any),
+    (libc::SYS_renameat, Any),
+    (libc::SYS_renameat2, Any),
+    (libc::SYS_unlink, Any),
+    (libc::SYS_unlinkat, Any),
+    (libc::SYS_flock, Any),
+    (libc::SYS_chmod, Any),
+    (libc::SYS_fchmod, Any),
+    (libc::SYS_mlock, Any),
+    (libc::SYS_munlock, Any),
+];
+
 /// ioctl(2) without KVM: what streams, terminals and disks are asked.
 const QEMU_IOCTL: Allowed = (
     libc::SYS_ioctl,
@@ -305,9 +329,14 @@ pub(super) fn enter(profile: &Profile) -> io::Result<()> {
             let all = [COMMON, THREADS, STREAMS, FILES, LANDLOCK, DOOR, PAIRS].concat();
             install(&program(&all, SeccompAction::Allow, SeccompAction::KillProcess)?)
         }
-        Profile::Qemu { kvm, .. } => {
+        Profile::Tpm { .. } => {
+            let mut all = [COMMON, QEMU, TPM].concat();
+            all.push(QEMU_IOCTL);
+            install(&program(&all, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?)
+        }
+        Profile::Qemu { kvm, network, .. } => {
             let ioctl = if *kvm { (libc::SYS_ioctl, Any) } else { QEMU_IOCTL };
-            let mut all = [COMMON, QEMU].concat();
+            let mut all = [COMMON, QEMU, if *network { NETWORK } else { &[] }].concat();
             all.push(ioctl);
             install(&program(&all, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?)
         }

@@ -17,6 +17,7 @@
 
 pub mod attempt;
 mod capability;
+pub(super) mod fetcher;
 mod filter;
 mod namespace;
 mod rules;
@@ -158,11 +159,23 @@ pub enum Profile {
         kvm: bool,
         /// Files that it has to open by a name, which is the first of each pair.
         files: Vec<(String, PathBuf)>,
+        /// Whether it serves its guest's network itself. It then keeps the host's network, with your user's rights.
+        network: bool,
         /// The descriptor of the guest's memory, where it comes as one: QEMU takes that by a name only, [`MEMORY`].
         #[serde(skip)]
         memory: Option<RawFd>,
     },
+    /// An emulated TPM.
+    Tpm {
+        /// Its program.
+        program: PathBuf,
+        /// The folder of its state, which it finds as [`STATE`].
+        state: PathBuf,
+    },
 }
+
+/// The name of a TPM's state in its jail.
+pub(super) const STATE: &str = "state";
 
 /// The name of the guest's memory among the files of QEMU's jail.
 pub(super) const MEMORY: &str = "memory";
@@ -183,6 +196,8 @@ enum ReachKind {
     Files,
     /// A device that may be written and controlled.
     Device,
+    /// A folder whose files may be made, written and removed.
+    Writable,
     /// One of the process's own descriptors: a link of /proc, which leads to what the descriptor stands for.
     Descriptor,
 }
@@ -191,6 +206,10 @@ impl Reach {
     fn read(path: impl Into<PathBuf>) -> Self {
         let path = path.into();
         Self { from: path.clone(), at: path, kind: ReachKind::Files }
+    }
+
+    fn device(path: impl Into<PathBuf>) -> Self {
+        Self { kind: ReachKind::Device, ..Self::read(path) }
     }
 }
 
@@ -202,7 +221,14 @@ const CLOSURES: [&str; 2] = ["/nix/store", "/gnu/store"];
 impl Profile {
     /// The path at which it finds the file `name`: in its own root, or on the host.
     pub(super) fn path_of(&self, name: &str, held: &Held) -> Option<PathBuf> {
-        let Self::Qemu { files, memory, .. } = self else { return None };
+        let (files, memory) = match self {
+            Self::Qemu { files, memory, .. } => (files, memory),
+            Self::Tpm { state, .. } if name == STATE => {
+                let inside = held.layers.contains(&Layer::Namespaces);
+                return Some(if inside { Path::new("/").join(STATE) } else { state.clone() });
+            }
+            _ => return None,
+        };
         let path = match memory {
             Some(memory) if name == MEMORY => &own_descriptor(*memory),
             _ => &files.iter().find(|(known, _)| known == name)?.1,
@@ -212,9 +238,19 @@ impl Profile {
 
     /// What of the host's files the process may reach by name.
     fn reach(&self) -> Vec<Reach> {
-        let Self::Qemu { program, kvm, files, memory } = self else { return Vec::new() };
         let mut list: Vec<Reach> = SYSTEM_FOLDERS.iter().chain(&CLOSURES).map(Reach::read).collect();
         list.push(Reach::read("/etc/ld.so.cache"));
+        let (program, kvm, files, memory) = match self {
+            Self::Devices => return Vec::new(),
+            Self::Qemu { program, kvm, files, memory, .. } => (program, *kvm, files, *memory),
+            Self::Tpm { state, .. } => {
+                let at = Path::new("/").join(STATE);
+                list.push(Reach { at, kind: ReachKind::Writable, ..Reach::read(state) });
+                list.extend(["/dev/null", "/dev/urandom"].map(Reach::device));
+                list.retain(|reach| reach.from.exists());
+                return list;
+            }
+        };
         // A QEMU that lies elsewhere has its libraries and ROMs beside it, as `make install` puts them.
         let real = std::fs::canonicalize(program).unwrap_or_else(|_| program.clone());
         for program in [program.as_path(), &real] {
@@ -229,7 +265,7 @@ impl Profile {
             }
         }
         let devices = ["/dev/null", "/dev/zero", "/dev/urandom"].into_iter().chain(kvm.then_some("/dev/kvm"));
-        list.extend(devices.map(|path| Reach { kind: ReachKind::Device, ..Reach::read(path) }));
+        list.extend(devices.map(Reach::device));
         list.extend(
             files.iter().map(|(name, path)| Reach { at: Path::new("/").join(name), ..Reach::read(path) }),
         );
@@ -259,7 +295,7 @@ pub(super) fn enter(profile: &Profile, beneath: &[&OwnedFd], without: &[Layer]) 
     let reach = profile.reach();
     let wanted = |layer| !without.contains(&layer);
     if wanted(Layer::Namespaces) {
-        match namespace::enter(&reach) {
+        match namespace::enter(&reach, matches!(profile, Profile::Qemu { network: true, .. })) {
             Ok(()) => held.layers.push(Layer::Namespaces),
             Err(error) => held.missing.push((Layer::Namespaces, error.to_string())),
         }
@@ -272,7 +308,8 @@ pub(super) fn enter(profile: &Profile, beneath: &[&OwnedFd], without: &[Layer]) 
     rustix::thread::set_no_new_privs(true)?;
     if wanted(Layer::Landlock) {
         let inside = held.layers.contains(&Layer::Namespaces);
-        match rules::enter(&reach, beneath, inside) {
+        let network = matches!(profile, Profile::Qemu { network: true, .. });
+        match rules::enter(&reach, beneath, inside, network) {
             Ok(abi) => {
                 held.landlock_abi = Some(abi);
                 held.layers.push(Layer::Landlock);

@@ -21,12 +21,13 @@ use super::{Reach, ReachKind, sys};
 /// Where the new root is put together: it must exist on every host, and is seen there by nobody else.
 const SITE: &str = "/tmp";
 
-/// Leaves the host's namespaces for a root that holds `reach`.
+/// Leaves the host's namespaces for a root that holds `reach`; its network stays where `network` says so.
 ///
 /// # Errors
 /// What the host does not grant; the process may then be in some of the namespaces, but has the host's files.
-pub(super) fn enter(reach: &[Reach]) -> io::Result<()> {
-    let others = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+pub(super) fn enter(reach: &[Reach], network: bool) -> io::Result<()> {
+    let mut others = UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
+    others.set(UnshareFlags::NEWNET, !network);
     let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
     if user.is_root() {
         sys::unshare(others).map_err(in_words("unshare namespaces as root"))?;
@@ -85,7 +86,8 @@ fn part(reach: &Reach) -> io::Result<Part> {
     }
     // Of a descriptor the link itself is taken: a file without a name has no mount that could be.
     let tree = clone_of(&reach.from, meta.is_dir(), reach.kind != ReachKind::Descriptor)?;
-    sys::seal_mount(&tree, reach.kind == ReachKind::Device).map_err(in_words("seal a mount"))?;
+    let writable = matches!(reach.kind, ReachKind::Device | ReachKind::Writable);
+    sys::seal_mount(&tree, writable).map_err(in_words("seal a mount"))?;
     Ok(Part::Mount { tree, directory: meta.is_dir() })
 }
 

@@ -16,23 +16,30 @@ use super::{Reach, ReachKind};
 const NEWEST: ABI = ABI::V6;
 
 /// Restricts this thread, and all it will start, to `reach` (where it lies inside a jail's root, or on the host) and to
-/// reading beneath the directories `beneath`. Gives the version of the interface.
+/// reading beneath the directories `beneath`; TCP stays where `network` says so. Gives the version of the interface.
 ///
 /// # Errors
 /// The kernel has no landlock, or refuses.
-pub(super) fn enter(reach: &[Reach], beneath: &[&OwnedFd], inside: bool) -> io::Result<i32> {
+pub(super) fn enter(reach: &[Reach], beneath: &[&OwnedFd], inside: bool, network: bool) -> io::Result<i32> {
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let rules = || -> Result<RestrictionStatus, Box<dyn std::error::Error>> {
-        let mut rules = Ruleset::default()
-            .handle_access(AccessFs::from_all(NEWEST))?
-            .handle_access(AccessNet::from_all(NEWEST))?
-            .scope(Scope::from_all(NEWEST))?
-            .create()?;
+        let mut handled = Ruleset::default().handle_access(AccessFs::from_all(NEWEST))?;
+        if !network {
+            handled = handled.handle_access(AccessNet::from_all(NEWEST))?;
+        }
+        let mut rules = handled.scope(Scope::from_all(NEWEST))?.create()?;
         for reach in reach {
             let path = if inside { &reach.at } else { &reach.from };
             let access: BitFlags<AccessFs> = match reach.kind {
                 ReachKind::Files => read | AccessFs::Execute,
                 ReachKind::Device => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev,
+                ReachKind::Writable => {
+                    read | AccessFs::WriteFile
+                        | AccessFs::MakeReg
+                        | AccessFs::RemoveFile
+                        | AccessFs::Truncate
+                        | AccessFs::Refer
+                }
                 // Of files that were never in a file system landlock knows nothing, and lets them be opened.
                 ReachKind::Descriptor => continue,
             };
@@ -96,7 +103,7 @@ mod tests {
 
     #[test]
     fn a_narrowed_thread_reads_beneath_what_it_was_given_and_nowhere_else() {
-        if thread::spawn(|| enter(&[], &[], false)).join().expect("no panic").is_err() {
+        if thread::spawn(|| enter(&[], &[], false, false)).join().expect("no panic").is_err() {
             // This kernel has no landlock; the tests of the jail say so.
             return;
         }

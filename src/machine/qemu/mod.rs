@@ -5,6 +5,7 @@
 
 mod argv;
 mod devices;
+pub mod firmware;
 mod qmp;
 pub mod ready;
 mod slots;
@@ -43,6 +44,21 @@ const OLDEST_VERSION: Version = Version { major: 8, minor: 2, micro: 0 };
 const VERSION_PATIENCE: Duration = Duration::from_secs(10);
 const MOST_VERSION_BYTES: u64 = 4096;
 
+/// Where `program` lies: a path, or a name in the folders of `search_path`.
+#[must_use]
+pub fn find_program(program: &str, search_path: &str) -> Option<PathBuf> {
+    let runs = |path: &Path| {
+        path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+    };
+    let candidates: Vec<PathBuf> = if program.contains('/') {
+        vec![program.into()]
+    } else {
+        let folders = search_path.split(':').filter(|folder| !folder.is_empty());
+        folders.map(|folder| Path::new(folder).join(program)).collect()
+    };
+    candidates.into_iter().find(|path| runs(path))
+}
+
 /// Starts machines with QEMU.
 #[derive(Debug, Clone)]
 pub struct Qemu {
@@ -57,19 +73,7 @@ impl Qemu {
     /// # Errors
     /// [`MachineError::Missing`] where there is no such program.
     pub fn find(program: &str, search_path: &str, accelerator: Accelerator) -> Result<Self, MachineError> {
-        let runs = |path: &Path| {
-            path.metadata().is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
-        };
-        let candidates: Vec<PathBuf> = if program.contains('/') {
-            vec![program.into()]
-        } else {
-            search_path
-                .split(':')
-                .filter(|folder| !folder.is_empty())
-                .map(|f| Path::new(f).join(program))
-                .collect()
-        };
-        match candidates.into_iter().find(|path| runs(path)) {
+        match find_program(program, search_path) {
             Some(program) => Ok(Self { program, accelerator, templates: None }),
             None => Err(MachineError::Missing { program: program.to_owned() }),
         }
@@ -78,7 +82,13 @@ impl Qemu {
     /// The jail of its process, which opens `files` by name.
     pub fn profile(&self, files: Vec<(String, PathBuf)>) -> Profile {
         let program = std::path::absolute(&self.program).unwrap_or_else(|_| self.program.clone());
-        Profile::Qemu { program, kvm: self.accelerator == Accelerator::Kvm, files, memory: None }
+        Profile::Qemu {
+            program,
+            kvm: self.accelerator == Accelerator::Kvm,
+            files,
+            network: false,
+            memory: None,
+        }
     }
 
     /// Copies machines from `templates` from now on, where it can.

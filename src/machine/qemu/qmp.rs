@@ -4,7 +4,7 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::net::Shutdown;
 use std::ops::Deref;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -74,11 +74,8 @@ impl Qmp {
             let mut answer = read_line(&mut self.stream)?;
             if answer.get("event").is_some() {
                 self.keep(answer);
-            } else if let Some(error) = answer.get("error") {
-                let text = error["desc"].as_str().unwrap_or("no reason given");
-                return Err(io::Error::other(format!("QEMU refused {command}: {text}")));
             } else {
-                return Ok(answer["return"].take());
+                return taken(command, &mut answer);
             }
         }
     }
@@ -115,6 +112,30 @@ impl Qmp {
         }
     }
 
+    /// From now on takes commands and gives `told` every event, in a thread that ends with the connection; then `told`
+    /// is dropped.
+    ///
+    /// # Errors
+    /// What duplicating the connection says.
+    pub fn split(mut self, mut told: impl FnMut(Value) + Send + 'static) -> io::Result<Commands> {
+        let writer = self.stream.get_ref().try_clone()?;
+        self.stream.get_ref().set_read_timeout(None)?;
+        let (sender, answers) = mpsc::channel();
+        thread::spawn(move || {
+            for event in self.events {
+                told(event);
+            }
+            while let Ok(line) = read_line(&mut self.stream) {
+                if line.get("event").is_some() {
+                    told(line);
+                } else if sender.send(line).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Commands { writer, answers })
+    }
+
     /// From now on only listens, in a thread that ends with the connection.
     pub fn watch(mut self) -> Watch {
         let watch = Watch::default();
@@ -139,6 +160,39 @@ impl Qmp {
             self.events.remove(0);
         }
         self.events.push(event);
+    }
+}
+
+/// Commands to a QEMU whose events somebody else reads.
+#[derive(Debug)]
+pub(super) struct Commands {
+    writer: UnixStream,
+    answers: mpsc::Receiver<Value>,
+}
+
+impl Commands {
+    /// Runs `command` and gives what it returns.
+    ///
+    /// # Errors
+    /// Those of [`Qmp::execute`].
+    pub fn execute(&mut self, command: &str, arguments: &Value) -> io::Result<Value> {
+        let mut line = json!({"execute": command, "arguments": arguments}).to_string();
+        line.push('\n');
+        self.writer.write_all(line.as_bytes())?;
+        let mut answer =
+            self.answers.recv_timeout(PATIENCE).map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?;
+        taken(command, &mut answer)
+    }
+}
+
+/// What an answer to `command` returns.
+fn taken(command: &str, answer: &mut Value) -> io::Result<Value> {
+    match answer.get("error") {
+        Some(error) => {
+            let text = error["desc"].as_str().unwrap_or("no reason given");
+            Err(io::Error::other(format!("QEMU refused {command}: {text}")))
+        }
+        None => Ok(answer["return"].take()),
     }
 }
 

@@ -3,6 +3,11 @@
 //! A template is frozen before a step is known, so it has an empty disk for each purpose, and a copy names a file in its
 //! place. The guest's driver keeps the size that it saw then, which is more than any file's: what reads a disk goes by
 //! what is written there. A machine that boots has the same slots, so that a step sees no difference.
+//!
+//! Measured with QEMU 10.0.2 and Linux 6.12 under emulation, from the first order over QMP until the guest has read from the
+//! disk, three machines each: a virtio-blk device that is plugged into a root port 33 to 56 ms (28 to 51 until it is there),
+//! a medium put into a SCSI drive 26 to 32 ms, a block node reopened behind a device that is there (blockdev-reopen) 7 to
+//! 18 ms, of which 1 ms is QEMU's. A slot spares that one too, as the copy's command line names the file.
 
 use std::fs::File;
 

@@ -4,6 +4,7 @@
 
 mod apart;
 mod reader;
+mod sources;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -35,10 +36,34 @@ pub enum Command {
 pub struct Source {
     /// Its name.
     pub name: String,
-    /// Where it is fetched from.
-    pub url: String,
+    /// Where it comes from.
+    pub origin: SourceOrigin,
     /// Its digest, where the recipe says it.
     pub sha256: Option<Digest>,
+}
+
+/// Where a source comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SourceOrigin {
+    /// A file.
+    Url {
+        /// Where it is fetched from, and what it is locked under.
+        url: String,
+        /// Where else it may be had, in this order.
+        mirrors: Vec<String>,
+    },
+    /// The tree of a commit.
+    Git {
+        /// The repository: a URL, or `file:` and a path relative to the recipe.
+        url: String,
+        /// A commit or a tag.
+        rev: String,
+    },
+}
+
+/// Whether `text` is the whole name of a commit, in SHA-1 or SHA-256.
+pub fn is_commit(text: &str) -> bool {
+    matches!(text.len(), 40 | 64) && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// What a step may use, as numbers; nothing where the recipe does not say.
@@ -124,6 +149,10 @@ pub struct Plan {
     pub steps: Vec<PlannedStep>,
     /// What of SRCDIR no step sees.
     pub ignore: Ignore,
+    /// The roots that have a name, whether or not a step has them.
+    pub roots: BTreeMap<String, RootSpec>,
+    /// The sources, whether or not a step sees them.
+    pub sources: Vec<Source>,
     targets: BTreeMap<String, Vec<StepId>>,
     families: BTreeMap<String, Vec<StepId>>,
 }
@@ -147,7 +176,10 @@ impl Plan {
         let reader = Reader { recipe, text, file };
         let mut expanded = expand(recipe, text, file)?;
         let needs = reader.order(&mut expanded)?;
-        let mut plan = Self { ignore: reader.ignore()?, ..Self::default() };
+        let mut plan = Self { ignore: reader.ignore()?, sources: reader.all_sources()?, ..Self::default() };
+        for (name, table) in &recipe.roots {
+            plan.roots.insert(name.get_ref().clone(), reader.named_root(table)?);
+        }
         for (index, (step, needs)) in expanded.iter().zip(needs).enumerate() {
             plan.families.entry(step.family.clone()).or_default().push(StepId(index));
             plan.families.entry(step.name.clone()).or_default().push(StepId(index));

@@ -4,10 +4,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use globset::{GlobBuilder, GlobSetBuilder};
-use kiln_digest::Digest;
 
-use super::{Command, DEFAULT_ROOT, Ignore, Limits, PlannedStep, Source, StepId};
-use crate::plan::recipe::{Expanded, Fault, LimitsTable, Recipe, StepTable, Text, nearest};
+use super::{Command, DEFAULT_ROOT, Ignore, Limits, PlannedStep, StepId};
+use crate::plan::recipe::{Expanded, Fault, LimitsTable, Recipe, RootTable, Text, nearest};
 use crate::plan::{Outputs, RootSpec, parse_bytes, parse_duration, show_bytes};
 
 /// A recipe being read.
@@ -143,28 +142,30 @@ impl Reader<'_> {
             .map_err(|error| self.fault(0..0, error.to_string()))
     }
 
+    fn root_spec(&self, text: &str, span: Range<usize>) -> Result<RootSpec, Fault> {
+        let spec = text.parse::<RootSpec>().map_err(|error| self.fault(span.clone(), error.to_string()))?;
+        match spec {
+            RootSpec::Live(_) => Err(self
+                .fault(span, "a live root has no digest that a step could be known by".to_owned())
+                .hint("import it: dir:PATH")),
+            spec => Ok(spec),
+        }
+    }
+
     fn root(&self, step: &Expanded) -> Result<RootSpec, Fault> {
-        let spec = |text: &str, span: Range<usize>| {
-            let spec =
-                text.parse::<RootSpec>().map_err(|error| self.fault(span.clone(), error.to_string()))?;
-            match spec {
-                RootSpec::Live(_) => Err(self
-                    .fault(span, "a live root has no digest that a step could be known by".to_owned())
-                    .hint("import it: dir:PATH")),
-                spec => Ok(spec),
-            }
-        };
         let roots = &self.recipe.roots;
-        let (name, table) = match &step.table.root {
-            Some(text) if text.get_ref().contains(':') => return spec(text.get_ref(), text.span()),
-            Some(text) => match roots.get_key_value(text.get_ref().as_str()) {
+        let table = match &step.table.root {
+            Some(text) if text.get_ref().contains(':') => {
+                return self.root_spec(text.get_ref(), text.span());
+            }
+            Some(text) => match roots.get(text.get_ref().as_str()) {
                 Some(found) => found,
                 None => {
                     let known = roots.keys().map(|name| name.get_ref().as_str());
                     return Err(self.unknown(text, "root", known));
                 }
             },
-            None if roots.is_empty() => return spec(DEFAULT_ROOT, step.span.clone()),
+            None if roots.is_empty() => return self.root_spec(DEFAULT_ROOT, step.span.clone()),
             None if roots.len() > 1 => {
                 let names: Vec<&str> = roots.keys().map(|name| name.get_ref().as_str()).collect();
                 let message = format!("step `{}` does not say which root it has", step.name);
@@ -172,15 +173,19 @@ impl Reader<'_> {
                     .fault(step.span.clone(), message)
                     .hint(format!("root = one of {}", names.join(", "))));
             }
-            None => match roots.iter().next() {
+            None => match roots.values().next() {
                 Some(found) => found,
-                None => return spec(DEFAULT_ROOT, step.span.clone()),
+                None => return self.root_spec(DEFAULT_ROOT, step.span.clone()),
             },
         };
-        let _ = name;
+        self.named_root(table)
+    }
+
+    /// The root that `table` describes.
+    pub fn named_root(&self, table: &RootTable) -> Result<RootSpec, Fault> {
         let from = table.from.get_ref();
         if table.packages.is_empty() {
-            return spec(from, table.from.span());
+            return self.root_spec(from, table.from.span());
         }
         if !from.starts_with("debian:") {
             let message = format!("`{from}` takes no packages: only debian: does");
@@ -195,7 +200,7 @@ impl Reader<'_> {
             return Err(self.fault(bad.span(), format!("`{}` is not the name of one package", bad.get_ref())));
         }
         let separator = if from.contains('+') { "," } else { "+" };
-        spec(&format!("{from}{separator}{}", names.join(",")), table.from.span())
+        self.root_spec(&format!("{from}{separator}{}", names.join(",")), table.from.span())
     }
 
     fn limits(&self, table: &LimitsTable) -> Result<Limits, Fault> {
@@ -230,44 +235,6 @@ impl Reader<'_> {
             files: table.files,
             processes: table.processes.filter(|count| *count > 0),
         })
-    }
-
-    fn sources(&self, table: &StepTable) -> Result<Vec<Source>, Fault> {
-        let known = &self.recipe.sources;
-        let mut chosen = Vec::new();
-        match &table.sources {
-            None => chosen.extend(known.iter()),
-            Some(names) => {
-                for name in names {
-                    let found = known.get_key_value(name.get_ref().as_str());
-                    let names = known.keys().map(|name| name.get_ref().as_str());
-                    chosen.push(found.ok_or_else(|| self.unknown(name, "source", names))?);
-                }
-            }
-        }
-        let mut sources = Vec::new();
-        for (name, source) in chosen {
-            let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '+');
-            if !name.get_ref().starts_with(|c: char| c.is_ascii_alphanumeric())
-                || !name.get_ref().chars().all(good)
-            {
-                let message = format!("`{}` is no name for a file", name.get_ref().escape_debug());
-                return Err(self.fault(name.span(), message));
-            }
-            let url = source.url.get_ref();
-            if !url.starts_with("https://") && !url.starts_with("http://") {
-                return Err(self.fault(source.url.span(), format!("`{url}` is neither http nor https")));
-            }
-            let sha256 = source.sha256.as_ref().map(|text| {
-                text.get_ref().parse::<Digest>().map_err(|error| self.fault(text.span(), error.to_string()))
-            });
-            sources.push(Source {
-                name: name.get_ref().clone(),
-                url: url.clone(),
-                sha256: sha256.transpose()?,
-            });
-        }
-        Ok(sources)
     }
 
     pub fn step(&self, step: &Expanded, needs: Vec<StepId>) -> Result<PlannedStep, Fault> {

@@ -71,8 +71,37 @@ fn what_contradicts_itself_is_refused_where_it_stands() {
         ("ignore = [\"a/../..\"]\n".to_owned(), 1, "leaves SRCDIR"),
         (step("[targets]\nt = [\"b\"]"), 4, "no step `b`"),
         (step("[targets]\na = [\"a\"]"), 4, "cannot be a target"),
-        (step("[sources.x]\nurl = \"file:///etc/passwd\""), 4, "neither http nor https"),
+        (step("[sources.x]\nurl = \"file:///etc/passwd\""), 4, "no URL of https or http"),
         (step("[sources.x]\nurl = \"http://a/b\"\nsha256 = \"12\""), 5, "not a SHA-256"),
+        (step("[sources.x]\nurl = \"http://a/b\""), 4, "anybody on the way"),
+        (step("[sources.x]\nurl = \"https://me:secret@a/b\""), 4, "has a user in it"),
+        (step("[sources.x]\nurl = \"https://a/b c\""), 4, "no URL of https or http"),
+        (step("[sources.x]\nurl = \"https://a/b\"\nmirrors = [\"http://c/b\"]"), 5, "anybody on the way"),
+        (step("[sources.x]\nurl = \"https://a/b\"\nrev = \"v1\""), 5, "rev without git"),
+        (step("[sources.x]\nsha256 = \"12\""), 4, "not a SHA-256"),
+        (step("[sources.x]"), 3, "comes from nowhere"),
+        (step("[sources.x]\ngit = \"https://a/b\""), 4, "which commit"),
+        (step("[sources.x]\ngit = \"https://a/b\"\nurl = \"https://a/b\""), 4, "both url and git"),
+        (
+            step("[sources.x]\ngit = \"https://a/b\"\nrev = \"v1\"\nmirrors = [\"https://c\"]"),
+            6,
+            "mirrors without url",
+        ),
+        (step("[sources.x]\ngit = \"http://a/b\"\nrev = \"v1\""), 4, "anybody on the way"),
+        (step("[sources.x]\ngit = \"git://a/b\"\nrev = \"v1\""), 4, "anybody on the way"),
+        (step("[sources.x]\ngit = \"ext::sh -c id\"\nrev = \"v1\""), 4, "no URL of https, http or git"),
+        (step("[sources.x]\ngit = \"ssh://a/b\"\nrev = \"v1\""), 4, "no URL of https, http or git"),
+        (step("[sources.x]\ngit = \"--upload-pack=id\"\nrev = \"v1\""), 4, "no URL of https, http or git"),
+        (
+            step("[sources.x]\ngit = \"https://-oProxyCommand=id/b\"\nrev = \"v1\""),
+            4,
+            "no URL of https, http or git",
+        ),
+        (step("[sources.x]\ngit = \"file:///srv/r\"\nrev = \"v1\""), 4, "relative to the recipe"),
+        (step("[sources.x]\ngit = \"https://a/b\"\nrev = \"--all\""), 5, "names no commit or tag"),
+        (step("[sources.x]\ngit = \"https://a/b\"\nrev = \"v1..v2\""), 5, "names no commit or tag"),
+        (step("[sources.x]\ngit = \"https://a/b\"\nrev = \"v1^{tree}\""), 5, "names no commit or tag"),
+        (step("[sources.x]\ngit = \"https://a/b\"\nrev = \"12345ab\""), 5, "a part of a commit's id"),
         (step("[roots.r]\nfrom = \"dir:x\"\npackages = [\"gcc\"]"), 5, "takes no packages"),
         (step("[roots.r]\nfrom = \"dir:x\"\n[roots.s]\nfrom = \"dir:y\""), 1, "does not say which root"),
     ] {
@@ -114,4 +143,40 @@ fn a_graph_of_ten_thousand_steps_in_a_row_is_no_recursion() {
     }
     let plan = plan(&text).expect("good");
     assert_eq!(plan.steps.len(), 10_000);
+}
+
+#[test]
+fn a_source_is_a_file_that_may_be_elsewhere_too_or_a_commit() {
+    let commit = "0123456789abcdef0123456789abcdef01234567";
+    let text = format!(
+        r#"
+[sources.file]
+url = "http://a/b"
+mirrors = ["https://c/b", "http://d/b"]
+sha256 = "{}"
+[sources.here]
+url = "http://127.0.0.1:8000/b"
+[sources.tag]
+git = "https://a/r.git"
+rev = "v1.0"
+[sources.commit]
+git = "git://a/r.git"
+rev = "{commit}"
+[sources.near]
+git = "file:../r"
+rev = "release/1"
+[steps.a]
+run = "x"
+sources = ["tag"]
+"#,
+        "7".repeat(64)
+    );
+    let plan = plan(&text).expect("good");
+    assert_eq!(plan.steps[0].sources.len(), 1);
+    let find = |name: &str| plan.sources.iter().find(|source| source.name == name).expect("a source");
+    let SourceOrigin::Url { url, mirrors } = &find("file").origin else { panic!("a file") };
+    assert_eq!((url.as_str(), mirrors.len()), ("http://a/b", 2));
+    for (name, rev) in [("tag", "v1.0"), ("commit", commit), ("near", "release/1")] {
+        assert!(matches!(&find(name).origin, SourceOrigin::Git { rev: found, .. } if found == rev), "{name}");
+    }
 }

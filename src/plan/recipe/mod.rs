@@ -16,7 +16,7 @@ use toml::Spanned;
 
 pub use expand::{Expanded, expand};
 pub use fault::Fault;
-pub(super) use nearest::nearest;
+pub use nearest::nearest;
 
 /// A recipe that `kiln init` writes: it builds, and says what else there is.
 pub const TEMPLATE: &str = include_str!("template.toml");
@@ -75,6 +75,12 @@ pub struct RecipeSettings {
     pub keeper: Option<bool>,
     /// How long a ready machine waits for a run.
     pub keeper_idle: Option<String>,
+    /// Refuse what kiln.lock does not name.
+    pub locked: Option<bool>,
+    /// Fetch nothing.
+    pub offline: Option<bool>,
+    /// Vendored bytes: what `kiln lock vendor` made.
+    pub vendor: Option<PathBuf>,
     /// Debian's archive.
     pub debian: Option<RecipeDebian>,
 }
@@ -87,6 +93,8 @@ pub struct RecipeDebian {
     pub mirror: Option<String>,
     /// The mirror of the security archive.
     pub security_mirror: Option<String>,
+    /// An archive that keeps old packages, asked for locked ones that the mirror lacks.
+    pub snapshot: Option<String>,
     /// The keyring that signs it.
     pub keyring: Option<PathBuf>,
     /// Take indexes after their Valid-Until.
@@ -111,9 +119,19 @@ pub struct RootTable {
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct SourceTable {
-    /// Where it is fetched from: http or https.
-    #[schemars(with = "String")]
-    pub url: Text,
+    /// Where it is fetched from: https; or http, with its sha256.
+    #[schemars(with = "Option<String>")]
+    pub url: Option<Text>,
+    /// Where else it may be had; asked in this order when the URL does not have it.
+    #[serde(default)]
+    #[schemars(with = "Vec<String>")]
+    pub mirrors: Vec<Text>,
+    /// In place of url: a git repository, whose tree at `rev` the step gets as a tar archive.
+    #[schemars(with = "Option<String>")]
+    pub git: Option<Text>,
+    /// The commit's whole id, or a tag, which kiln.lock then pins to a commit.
+    #[schemars(with = "Option<String>")]
+    pub rev: Option<Text>,
     /// Its SHA-256. Where it is left out, the first fetch writes it into kiln.lock.
     #[schemars(with = "Option<String>")]
     pub sha256: Option<Text>,

@@ -19,7 +19,7 @@ fn distance(one: &str, other: &str) -> usize {
 }
 
 /// The name among `known` that is nearest to `word`, where one is near enough to be meant.
-pub(in crate::plan) fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let near = known.into_iter().map(|name| (distance(&word.to_lowercase(), &name.to_lowercase()), name));
     let (distance, name) = near.min_by_key(|(distance, _)| *distance)?;
     (distance <= 1 + word.chars().count() / 4).then_some(name)

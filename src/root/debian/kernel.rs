@@ -140,7 +140,7 @@ impl Archive {
     /// # Errors
     /// As [`Archive::fetch`].
     pub fn fetch_kernel(&self, locked: &LockedKernel, progress: Progress<'_>) -> Result<(), ArchiveError> {
-        self.fetch_packages(std::slice::from_ref(&locked.package), progress)
+        self.fetch_packages(std::slice::from_ref(&locked.package), &locked.indexes, progress)
     }
 
     /// The kernel of `locked`, whose package the store has; contents go into the store.

@@ -20,6 +20,7 @@ mod packages;
 mod relation;
 mod release;
 mod resolve;
+mod snapshot;
 mod sources;
 mod spec;
 #[cfg(test)]
@@ -44,6 +45,7 @@ pub use kernel::{DEFAULT_KERNEL_SUITE, KernelError, KernelTree, module_infos};
 pub use packages::PackagesError;
 pub use release::ReleaseError;
 pub use resolve::ResolveError;
+pub use snapshot::SnapshotError;
 pub use sources::SourcesError;
 pub use spec::{DebianSpec, SpecError};
 pub use unpack::UnpackError;
@@ -72,6 +74,8 @@ pub struct ArchiveSettings {
     pub mirror: Option<String>,
     /// A mirror of the security archive beside it (`--debian-security-mirror`).
     pub security_mirror: Option<String>,
+    /// An archive of old packages, asked for what is locked and the mirrors lack (`--debian-snapshot`).
+    pub snapshot: Option<String>,
     /// A file of keys instead of the host's (`--debian-keyring`).
     pub keyring: Option<PathBuf>,
     /// Whether a Release may be used after its `Valid-Until` (`--debian-allow-expired`).
@@ -85,6 +89,7 @@ impl Default for ArchiveSettings {
         Self {
             mirror: None,
             security_mirror: None,
+            snapshot: None,
             keyring: None,
             allow_expired: false,
             host_root: PathBuf::from("/"),
@@ -101,6 +106,9 @@ pub enum ArchiveError {
     /// No archive or no key is known.
     #[error(transparent)]
     Sources(#[from] SourcesError),
+    /// What is named as a snapshot archive is none.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// A suite's indexes cannot be used.
     #[error(transparent)]
     Index(#[from] IndexError),
@@ -124,6 +132,7 @@ impl ArchiveError {
         match self {
             Self::Spec(error) => error.hint(),
             Self::Sources(error) => error.hint(),
+            Self::Snapshot(error) => error.hint(),
             Self::Index(error) => error.hint(),
             Self::Resolve(error) => error.hint(),
             Self::Fetch(error) => error.hint(),
@@ -143,10 +152,10 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// The archives that `settings` and the host name. Nothing is read before it is needed. Signatures and dates
-    /// are judged at the moment `now`.
-    pub fn new(settings: ArchiveSettings, store: &Store, now: Timestamp) -> Self {
-        Self { settings, client: Client::new(), store: store.clone(), now }
+    /// The archives that `settings` and the host name, as `client` reaches them. Nothing is read before it is needed.
+    /// Signatures and dates are judged at the moment `now`.
+    pub fn new(settings: ArchiveSettings, client: Client, store: &Store, now: Timestamp) -> Self {
+        Self { settings, client, store: store.clone(), now }
     }
 
     /// The packages of a root for `spec`, for the lock. Fetches the suite's indexes. An index older than the one
@@ -202,7 +211,7 @@ impl Archive {
     /// # Errors
     /// [`ArchiveError::Fetch`], or [`ArchiveError::Sources`] where something is to be fetched.
     pub fn fetch(&self, locked: &LockedRoot, progress: Progress<'_>) -> Result<(), ArchiveError> {
-        self.fetch_packages(&locked.packages, progress)
+        self.fetch_packages(&locked.packages, &locked.indexes, progress)
     }
 
     /// The packages of `locked`, which the store has, as one tree; contents go into the store.
@@ -289,21 +298,29 @@ impl Archive {
         work(&universe, &locate, indexes.iter().map(|index| index.locked.clone()).collect())
     }
 
-    fn fetch_packages(&self, packages: &[LockedPackage], progress: Progress<'_>) -> Result<(), ArchiveError> {
+    /// Fetches those of `packages`, which `indexes` named, that the store lacks.
+    fn fetch_packages(
+        &self,
+        packages: &[LockedPackage],
+        indexes: &[LockedIndex],
+        progress: Progress<'_>,
+    ) -> Result<(), ArchiveError> {
         let mut missing = Vec::new();
         for package in packages {
-            if self.store.blobs().contains(&package.sha256) {
-                progress(package.size);
-            } else {
-                missing.push((package, self.urls(package)?));
-            }
+            // Where nothing is fetched, no mirror has to be known.
+            let blobs = self.store.blobs();
+            let urls = match self.client.needs_no_url(&package.to_string(), &package.sha256, blobs)? {
+                true => Vec::new(),
+                false => self.urls(package, indexes)?,
+            };
+            missing.push((package, urls));
         }
         // Protects the first failure.
         let failure = Mutex::new(None);
         let next = AtomicUsize::new(0);
         let fetch_some = || {
             while let Some((package, urls)) = missing.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let what = format!("package {} {}", package.name, package.version);
+                let what = package.to_string();
                 let expected = Expected { size: package.size, sha256: package.sha256 };
                 if let Err(error) = self.client.fetch(&what, urls, expected, self.store.blobs(), progress) {
                     next.store(missing.len(), Ordering::Relaxed);
@@ -323,8 +340,18 @@ impl Archive {
         }
     }
 
-    /// Where `package` may be fetched from.
-    fn urls(&self, package: &LockedPackage) -> Result<Vec<String>, SourcesError> {
+    /// Where `package`, which `indexes` named, may be fetched from: mirrors, and then the snapshot archive.
+    fn urls(&self, package: &LockedPackage, indexes: &[LockedIndex]) -> Result<Vec<String>, ArchiveError> {
+        let snapshot = self.settings.snapshot.as_ref();
+        let old = snapshot.map(|template| snapshot::urls(template, package, indexes)).transpose()?;
+        match (self.mirror_urls(package), old) {
+            (Ok(urls), old) => Ok(urls.into_iter().chain(old.into_iter().flatten()).collect()),
+            (Err(SourcesError::NoMirror { .. }), Some(old)) => Ok(old),
+            (Err(error), _) => Err(error.into()),
+        }
+    }
+
+    fn mirror_urls(&self, package: &LockedPackage) -> Result<Vec<String>, SourcesError> {
         // `bookworm-security` is a pocket of `bookworm`, `bookworm-backports` one of its own.
         let release = ["-security", "-updates", "/updates"]
             .iter()

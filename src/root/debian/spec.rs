@@ -5,6 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::{relation, version};
+use crate::fetch::lock::LockedPackage;
 
 /// A suite and the packages wanted beside the essential ones.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -104,6 +105,18 @@ impl DebianSpec {
     /// The suite.
     pub fn suite(&self) -> &str {
         &self.suite
+    }
+
+    /// A package that this names with a version and that `locked` does not have in it, for people.
+    pub fn lacks(&self, locked: &[LockedPackage]) -> Option<String> {
+        let pinned = self.packages.iter().filter_map(|(name, version)| Some((name, version.as_ref()?)));
+        let is_there = |name: &str, version: &str| {
+            locked.iter().any(|package| package.name == name && package.version == version)
+        };
+        pinned
+            .filter(|(name, version)| !is_there(name, version))
+            .map(|(name, version)| format!("{name} {version}"))
+            .next()
     }
 
     /// The packages by name, each with the version that it must have.

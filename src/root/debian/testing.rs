@@ -11,6 +11,7 @@ use kiln_openpgp::testing::{SignOptions, TestKey};
 use tempfile::TempDir;
 
 use super::{Archive, ArchiveError, ArchiveSettings, DebianSpec};
+use crate::fetch::http::Client;
 use crate::store::Store;
 
 /// An ar archive of `members`.
@@ -193,6 +194,6 @@ impl TestArchive {
             host_root: self.folder.path().to_owned(),
             ..ArchiveSettings::default()
         };
-        Archive::new(settings, &self.store(), Timestamp::from_second(now()).expect("a time"))
+        Archive::new(settings, Client::new(), &self.store(), Timestamp::from_second(now()).expect("a time"))
     }
 }

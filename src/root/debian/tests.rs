@@ -156,6 +156,7 @@ fn what_is_in_the_store_needs_no_archive() {
     fs::remove_dir_all(test.path("")).expect("gone");
     let nowhere = Archive::new(
         ArchiveSettings { host_root: "/nonexistent".into(), ..ArchiveSettings::default() },
+        Client::new(),
         &test.store(),
         Timestamp::now(),
     );

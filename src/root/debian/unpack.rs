@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use kiln_artifact::archive::ContentSink;
+use kiln_artifact::archive::tar::TarError;
 use kiln_artifact::tree::{Builder, Kind, Meta, Node, PathError, Timestamp, Tree, TreeError, TreePath};
 use kiln_digest::Digest;
 
@@ -107,6 +108,10 @@ impl UnpackError {
         match self {
             Self::Overwrite { first, second, .. } => Some(format!("leave out `{first}` or `{second}`")),
             Self::Missing { .. } => Some("fetch it again".into()),
+            // The package is well; the store is not.
+            Self::Deb { source: DebError::Tar { source: TarError::Store { .. }, .. }, .. } => {
+                Some("--store or KILN_STORE names another place for the store".into())
+            }
             Self::Identity { .. } | Self::Deb { .. } => {
                 Some("lock the root again, perhaps from another mirror".into())
             }

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 
 use super::judge::{Made, path, run};
-use kiln_artifact::cpio::{self, CpioError, Options};
+use kiln_artifact::cpio::{self, CpioError, Encoding, Options};
 use kiln_artifact::tree::Kind;
 
 fn written(made: &Made) -> Vec<u8> {
@@ -120,4 +120,53 @@ fn what_newc_cannot_hold_is_an_error_and_never_cut() {
     made.contents.insert(digest, b"another".into());
     let lied = cpio::write(&made.tree, &made.contents, std::io::sink(), options);
     assert!(matches!(lied, Err(CpioError::Content(_))));
+}
+
+/// The tree's archive in an encoding, alone.
+fn encoded(made: &Made, encoding: Encoding) -> Vec<u8> {
+    let mut archive = Vec::new();
+    cpio::write_encoded(&made.tree, &made.contents, &mut archive, Options::default(), encoding)
+        .expect("a good tree");
+    archive
+}
+
+#[test]
+fn gzip_and_zstd_unpack_what_was_encoded() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let made = Made::of_every_kind();
+    let plain = encoded(&made, Encoding::Plain);
+    assert_eq!(plain, written(&made));
+    for (tool, encoding) in [("gzip", Encoding::Gzip { level: 9 }), ("zstd", Encoding::Zstd { level: 19 })] {
+        let archive = encoded(&made, encoding);
+        assert!(archive.len() < plain.len());
+        assert_eq!(archive, encoded(&made, encoding), "equal trees give equal bytes");
+        assert!(run(tool, ["-dc"], folder.path(), &archive) == plain, "{tool}");
+    }
+    for encoding in [Encoding::Gzip { level: 10 }, Encoding::Zstd { level: 20 }, Encoding::Zstd { level: 0 }]
+    {
+        let result =
+            cpio::write_encoded(&made.tree, &made.contents, std::io::sink(), Options::default(), encoding);
+        assert!(matches!(result, Err(CpioError::Level(_))), "{encoding:?}");
+    }
+}
+
+#[test]
+fn archives_of_any_encoding_follow_one_another_at_multiples_of_four() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let made = Made::of_every_kind();
+    let parts = [Encoding::Zstd { level: 3 }, Encoding::Plain, Encoding::Gzip { level: 1 }, Encoding::Plain]
+        .map(|encoding| encoded(&made, encoding));
+    let mut whole = Vec::new();
+    let length = cpio::concatenate(parts.iter().map(|part| &part[..]), &mut whole).expect("room");
+    assert_eq!(length, whole.len() as u64);
+    let mut rest = &whole[..];
+    for (part, tool) in parts.iter().zip([Some("zstd"), None, Some("gzip"), None]) {
+        let (here, later) = rest.split_at(part.len());
+        let archive = tool.map_or_else(|| here.to_vec(), |tool| run(tool, ["-dc"], folder.path(), here));
+        let listing = run("cpio", ["-it", "--quiet"], folder.path(), &archive);
+        assert_eq!(listing.split(|byte| *byte == b'\n').count() - 1, made.tree.len());
+        let padding = (4 - part.len() % 4) % 4;
+        rest = later.get(padding..).unwrap_or_default();
+        assert!(later.iter().take(padding).all(|byte| *byte == 0));
+    }
 }

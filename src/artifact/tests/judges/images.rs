@@ -11,19 +11,15 @@ use kiln_artifact::image::{Image, ImageError, Limits};
 use kiln_artifact::tree::{Kind, Timestamp};
 use kiln_artifact::{erofs, squashfs};
 
-use super::judge::{Made, path, run};
+use super::judge::{Made, is_root, path, run};
 
 /// Who runs the test.
 fn user() -> u32 {
     fs::metadata("/proc/self").expect("procfs").uid()
 }
 
-fn is_root() -> bool {
-    user() == 0
-}
-
 /// A tree of every kind, of contents around the sizes at which images cut them, and of many names.
-fn made() -> Made {
+pub fn made() -> Made {
     let mut made = Made::of_every_kind();
     for size in [1, 4095, 4096, 4097, 131_071, 131_072, 131_073, 300_000] {
         let content: Vec<u8> =
@@ -64,7 +60,7 @@ fn made() -> Made {
 }
 
 /// Writes the tree to disk as it is.
-fn unpack(made: &Made, top: &Path) {
+pub fn unpack(made: &Made, top: &Path) {
     fs::create_dir(top).expect("a folder");
     for (path, node) in made.tree.iter() {
         let on_disk = top.join(OsStr::from_bytes(path.as_bytes()));

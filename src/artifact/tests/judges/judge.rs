@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fs;
 use std::io::Write as _;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -17,7 +20,10 @@ pub fn run(
     folder: &Path,
     input: &[u8],
 ) -> Vec<u8> {
-    let mut child = Command::new(tool)
+    // Where a user's PATH need not lead.
+    let for_root = Path::new("/usr/sbin").join(tool);
+    let program = if for_root.exists() { for_root.as_os_str() } else { OsStr::new(tool) };
+    let mut child = Command::new(program)
         .args(arguments)
         .current_dir(folder)
         .env("LC_ALL", "C")
@@ -27,7 +33,7 @@ pub fn run(
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|error| {
-            unreachable!("this test needs `{tool}` to judge by: {error} (Debian: cpio, tar, attr, erofs-utils, squashfs-tools)")
+            unreachable!("this test needs `{tool}` to judge by: {error} (Debian: cpio, tar, attr, erofs-utils, squashfs-tools, cryptsetup-bin, dosfstools, mtools, gdisk, fdisk, zstd)")
         });
     let mut stdin = child.stdin.take().expect("piped");
     let output = std::thread::scope(|scope| {
@@ -99,4 +105,63 @@ impl Made {
         made.file("empty.txt", b"");
         made
     }
+
+    /// One node of every kind that whoever runs the test may make: only root makes devices.
+    pub fn that_we_may_unpack() -> Self {
+        let mut made = Self::of_every_kind();
+        if !is_root() {
+            made.tree.retain(|path, _| !matches!(path.as_bytes(), b"null" | b"sda17"));
+        }
+        made
+    }
+
+    /// Compares what a tool unpacked to `folder` with the tree: all but attributes.
+    pub fn compare(&self, folder: &Path) {
+        let privileged = is_root();
+        for (path, node) in self.tree.iter() {
+            let holder = if let Kind::HardLink(holder) = &node.kind { holder } else { path };
+            let node = self.tree.get(holder).expect("held");
+            let on_disk = folder.join(OsStr::from_bytes(path.as_bytes()));
+            let metadata = fs::symlink_metadata(&on_disk).expect("unpacked");
+            let file_type = metadata.file_type();
+            match &node.kind {
+                Kind::File { digest, .. } => {
+                    assert!(fs::read(&on_disk).expect("readable") == self.contents[digest], "{path}")
+                }
+                Kind::Directory => assert!(file_type.is_dir(), "{path}"),
+                Kind::Symlink(text) => {
+                    let found = fs::read_link(&on_disk).expect("a link");
+                    assert_eq!(found.as_os_str().as_bytes(), &text[..], "{path}");
+                }
+                Kind::Fifo => assert!(file_type.is_fifo(), "{path}"),
+                Kind::Socket => assert!(file_type.is_socket(), "{path}"),
+                Kind::CharDevice { major, minor } | Kind::BlockDevice { major, minor } => {
+                    assert_eq!(metadata.rdev(), device_number(*major, *minor), "{path}");
+                }
+                Kind::HardLink(_) => unreachable!("resolved"),
+            }
+            assert_eq!(
+                (metadata.mtime(), metadata.mtime_nsec()),
+                (node.meta.mtime.seconds, i64::from(node.meta.mtime.nanoseconds)),
+                "{path}"
+            );
+            if privileged && !file_type.is_symlink() {
+                // A tool that changes the owner last takes the set-id bits off files.
+                assert_eq!(metadata.mode() & 0o777, u32::from(node.meta.mode & 0o777), "{path}");
+            }
+            if privileged {
+                assert_eq!((metadata.uid(), metadata.gid()), (node.meta.uid, node.meta.gid), "{path}");
+            }
+        }
+    }
+}
+
+/// Whether root runs the test.
+pub fn is_root() -> bool {
+    fs::metadata("/proc/self").expect("procfs").uid() == 0
+}
+
+/// As user space has it (`makedev(3)`), which for twelve bits of major is the kernel's encoding widened.
+fn device_number(major: u32, minor: u32) -> u64 {
+    u64::from(minor & 0xff) | u64::from(major) << 8 | u64::from(minor & !0xff) << 12
 }

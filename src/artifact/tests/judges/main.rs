@@ -2,6 +2,10 @@
 
 mod cpio;
 mod erofs;
+mod fat;
 mod images;
 mod judge;
+mod squashfs;
 mod tar;
+mod uefi;
+mod verity;

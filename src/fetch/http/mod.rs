@@ -2,119 +2,35 @@
 //!
 //! Two ways in: [`Client::get`] for a small document that is verified by its signature afterwards, and
 //! [`Client::fetch`] for a blob whose digest is known before. Proxies are those of the environment
-//! (`http_proxy`, `https_proxy`, `no_proxy`). A redirect from https to http is refused.
+//! (`http_proxy`, `https_proxy`, `no_proxy`). A redirect from https to http is refused. Bodies are taken as they are sent:
+//! nothing undoes a content encoding, so a digest is that of the bytes that came.
+//!
+//! A client may have vendored bytes, which come before any URL, and may be offline: then it opens no URL at all.
+
+mod error;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_digest::{Digest, Hasher, HashingReader};
 
+use super::vendor::Vendor;
 use crate::store::Blobs;
+
+pub use error::FetchError;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
-/// A transfer slower than this for its whole length is given up: a mirror that drips bytes must not hold a build.
-const SLOWEST_BYTES_PER_SECOND: u64 = 8 << 10;
+/// A transfer slower than this is given up: a mirror that drips bytes must not hold a build.
+const SLOWEST: Pace = Pace { grace: Duration::from_secs(60), bytes_per_second: 8 << 10 };
 const ATTEMPTS: u32 = 3;
 const FIRST_PAUSE: Duration = Duration::from_millis(400);
-
-/// Why something could not be fetched.
-#[derive(Debug, thiserror::Error)]
-pub enum FetchError {
-    /// No answer that is worth anything.
-    #[error("cannot fetch {what} from `{url}`")]
-    Unreachable {
-        /// What was wanted, for people.
-        what: String,
-        /// Where it was looked for last.
-        url: String,
-        /// Why that failed.
-        #[source]
-        source: Box<ureq::Error>,
-    },
-    /// The server has no such file.
-    #[error("{what} is not at `{url}`")]
-    Missing {
-        /// What was wanted.
-        what: String,
-        /// Where it was looked for last.
-        url: String,
-    },
-    /// A file:// mirror or the store cannot be read or written.
-    #[error("cannot fetch {what} from `{url}`")]
-    Io {
-        /// What was wanted.
-        what: String,
-        /// Where from.
-        url: String,
-        /// The system's word.
-        #[source]
-        source: io::Error,
-    },
-    /// More bytes than there may be, or fewer than there must be.
-    #[error("{what} from `{url}` has {found} bytes where {expected} were expected")]
-    Size {
-        /// What was wanted.
-        what: String,
-        /// Where from.
-        url: String,
-        /// Its size in bytes, or the most it may have.
-        expected: u64,
-        /// How many came; where there were too many, those read before giving up.
-        found: u64,
-    },
-    /// Other bytes than those that were asked for. Nothing of them was kept.
-    #[error("{what} from `{url}` has digest {found}, not {expected}")]
-    Digest {
-        /// What was wanted.
-        what: String,
-        /// Where from.
-        url: String,
-        /// The digest it must have.
-        expected: Digest,
-        /// The digest it has.
-        found: Digest,
-    },
-    /// A URL that is neither http, https nor file.
-    #[error("`{url}` is not an http, https or file URL")]
-    Url {
-        /// The URL.
-        url: String,
-    },
-    /// It may not be fetched, or there is no place to fetch it from.
-    #[error("{what} is not in the store, and there is nowhere to fetch it from")]
-    NoSource {
-        /// What was wanted.
-        what: String,
-    },
-}
-
-impl FetchError {
-    /// What the user can do about it.
-    pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::Unreachable { .. } | Self::NoSource { .. } => Some(
-                "connect this host to the network, set http_proxy, or name a mirror that it can reach \
-                 (a file:// folder will do)"
-                    .into(),
-            ),
-            Self::Missing { .. } => Some(
-                "the mirror may have moved on: lock again, or use a mirror that keeps old versions".into(),
-            ),
-            Self::Digest { .. } | Self::Size { .. } => {
-                Some("the mirror or something on the way changed it: try again, or use another mirror".into())
-            }
-            Self::Url { .. } | Self::Io { .. } => None,
-        }
-    }
-
-    fn is_missing(&self) -> bool {
-        matches!(self, Self::Missing { .. })
-    }
-}
 
 /// What a blob must be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,6 +49,23 @@ pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);
 pub struct Client {
     agent: ureq::Agent,
     first_pause: Duration,
+    slowest: Pace,
+    vendor: Option<Arc<Vendor>>,
+    offline: bool,
+}
+
+/// How slowly bytes may come: after `grace`, as many as this for every second since the first was asked for.
+#[derive(Debug, Clone, Copy)]
+struct Pace {
+    grace: Duration,
+    bytes_per_second: u64,
+}
+
+impl Pace {
+    /// How long `bytes` may take.
+    fn patience(self, bytes: u64) -> Duration {
+        self.grace + Duration::from_secs(bytes / self.bytes_per_second.max(1))
+    }
 }
 
 impl Default for Client {
@@ -141,9 +74,38 @@ impl Default for Client {
     }
 }
 
-/// An open answer.
+/// An open answer, whose bytes come fast enough or not at all.
 struct Body {
     reader: Box<dyn Read + Send>,
+    pace: Pace,
+    started: Instant,
+    bytes: u64,
+}
+
+/// What a body's reader fails with when it is too slow: bytes and seconds.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} bytes in {1} s")]
+struct TooSlow(u64, u64);
+
+impl Read for Body {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.reader.read(buffer)?;
+        self.bytes += count as u64;
+        let taken = self.started.elapsed();
+        if count > 0 && taken > self.pace.patience(self.bytes) {
+            return Err(io::Error::other(TooSlow(self.bytes, taken.as_secs())));
+        }
+        Ok(count)
+    }
+}
+
+/// `error`, which reading or writing a body gave.
+fn broken(what: &str, url: &str, error: io::Error) -> FetchError {
+    let (what, url) = (what.to_owned(), url.to_owned());
+    match error.get_ref().and_then(|inner| inner.downcast_ref::<TooSlow>()) {
+        Some(TooSlow(bytes, seconds)) => FetchError::Slow { what, url, bytes: *bytes, seconds: *seconds },
+        None => FetchError::Io { what, url, source: error },
+    }
 }
 
 impl Client {
@@ -156,7 +118,68 @@ impl Client {
             .max_redirects(8)
             .user_agent(concat!("kiln/", env!("CARGO_PKG_VERSION")))
             .build();
-        Self { agent: config.new_agent(), first_pause: FIRST_PAUSE }
+        Self {
+            agent: config.new_agent(),
+            first_pause: FIRST_PAUSE,
+            slowest: SLOWEST,
+            vendor: None,
+            offline: false,
+        }
+    }
+
+    /// The same, with vendored bytes at `path` that come before any URL.
+    #[must_use]
+    pub fn with_vendor(self, path: &Path) -> Self {
+        Self { vendor: Some(Arc::new(Vendor::new(path))), ..self }
+    }
+
+    /// The same, but it opens no URL.
+    #[must_use]
+    pub fn offline(self) -> Self {
+        Self { offline: true, ..self }
+    }
+
+    /// Whether it opens no URL.
+    pub fn is_offline(&self) -> bool {
+        self.offline
+    }
+
+    /// Whether the blob `digest` needs no URL, or may have none: what it is fetched from need not be known then.
+    ///
+    /// # Errors
+    /// [`FetchError::Vendor`].
+    pub fn needs_no_url(&self, what: &str, digest: &Digest, blobs: &Blobs) -> Result<bool, FetchError> {
+        Ok(self.offline || blobs.contains(digest) || self.vendored(what, digest)?.is_some())
+    }
+
+    fn vendored(&self, what: &str, digest: &Digest) -> Result<Option<Box<dyn Read + Send>>, FetchError> {
+        let Some(vendor) = &self.vendor else { return Ok(None) };
+        let failed = |error| FetchError::Vendor { what: what.into(), source: Box::new(error) };
+        vendor.open(digest).map_err(failed)
+    }
+
+    /// Copies the blob `expected` from the vendored bytes, where they have it.
+    fn take(&self, what: &str, expected: Expected, blobs: &Blobs) -> Result<bool, FetchError> {
+        let (Some(vendor), Some(reader)) = (&self.vendor, self.vendored(what, &expected.sha256)?) else {
+            return Ok(false);
+        };
+        let failed = |error| FetchError::Vendor { what: what.into(), source: Box::new(error) };
+        let io =
+            |source| FetchError::Io { what: what.into(), url: vendor.path().display().to_string(), source };
+        let mut writer = blobs.writer().map_err(io)?;
+        vendor.copy(expected.sha256, expected.size, reader, &mut writer).map_err(failed)?;
+        writer.finish().map_err(io)?;
+        Ok(true)
+    }
+
+    fn refuse_offline(&self, what: &str) -> Result<(), FetchError> {
+        match self.offline {
+            false => Ok(()),
+            true => Err(FetchError::Offline {
+                what: what.to_owned(),
+                vendor: self.vendor.as_ref().map(|vendor| vendor.path().to_owned()),
+            }),
+        }
     }
 
     /// The document at the first of `urls` that has it, at most `limit_bytes` long. `what` names it in errors.
@@ -167,8 +190,7 @@ impl Client {
         self.first_of(what, urls, |url| {
             let body = self.open(what, url, limit_bytes)?;
             let mut bytes = Vec::new();
-            let io = |source| FetchError::Io { what: what.into(), url: url.into(), source };
-            body.reader.take(limit_bytes + 1).read_to_end(&mut bytes).map_err(io)?;
+            body.take(limit_bytes + 1).read_to_end(&mut bytes).map_err(|error| broken(what, url, error))?;
             let found = bytes.len() as u64;
             if found > limit_bytes {
                 return Err(FetchError::Size {
@@ -224,6 +246,10 @@ impl Client {
             progress(expected.size);
             return Ok(());
         }
+        if self.take(what, expected, blobs)? {
+            progress(expected.size);
+            return Ok(());
+        }
         self.first_of(what, urls, |url| self.fetch_one(what, url, expected, blobs, progress))
     }
 
@@ -241,9 +267,9 @@ impl Client {
         blobs: &Blobs,
     ) -> Result<(Digest, u64), FetchError> {
         self.first_of(what, urls, |url| {
-            let io = |source| FetchError::Io { what: what.into(), url: url.into(), source };
-            let reader = self.open(what, url, limit_bytes)?.reader;
-            let mut reader = HashingReader::new(reader.take(limit_bytes + 1));
+            let io = |error| broken(what, url, error);
+            let body = self.open(what, url, limit_bytes)?;
+            let mut reader = HashingReader::new(body.take(limit_bytes + 1));
             let mut writer = blobs.writer().map_err(io)?;
             io::copy(&mut reader, &mut writer).map_err(io)?;
             let (found, size) = reader.finish();
@@ -266,6 +292,7 @@ impl Client {
         urls: &[String],
         attempt: impl Fn(&str) -> Result<T, FetchError>,
     ) -> Result<T, FetchError> {
+        self.refuse_offline(what)?;
         let mut last = FetchError::NoSource { what: what.into() };
         for url in urls {
             match self.with_retries(|| attempt(url)) {
@@ -291,15 +318,17 @@ impl Client {
     }
 
     fn open(&self, what: &str, url: &str, size: u64) -> Result<Body, FetchError> {
-        let patience = CONNECT_TIMEOUT * 3 + Duration::from_secs(size / SLOWEST_BYTES_PER_SECOND);
-        self.open_within(what, url, patience)
+        self.open_within(what, url, self.slowest.patience(size))
     }
 
     fn open_within(&self, what: &str, url: &str, patience: Duration) -> Result<Body, FetchError> {
+        self.refuse_offline(what)?;
+        let started = Instant::now();
+        let body = |reader| Body { reader, pace: self.slowest, started, bytes: 0 };
         if let Some(path) = url.strip_prefix("file://") {
             let path = PathBuf::from(unescaped(path));
             return match File::open(&path) {
-                Ok(file) => Ok(Body { reader: Box::new(file) }),
+                Ok(file) => Ok(body(Box::new(file))),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     Err(FetchError::Missing { what: what.into(), url: url.into() })
                 }
@@ -312,7 +341,7 @@ impl Client {
         }
         let request = self.agent.get(url).config().https_only(https).timeout_global(Some(patience)).build();
         match request.call() {
-            Ok(response) => Ok(Body { reader: Box::new(response.into_body().into_reader()) }),
+            Ok(response) => Ok(body(Box::new(response.into_body().into_reader()))),
             Err(ureq::Error::StatusCode(404 | 410)) => {
                 Err(FetchError::Missing { what: what.into(), url: url.into() })
             }
@@ -346,8 +375,8 @@ impl Client {
         writer: &mut dyn Write,
         progress: Progress<'_>,
     ) -> Result<(), FetchError> {
-        let io = |source| FetchError::Io { what: what.into(), url: url.into(), source };
-        let mut reader = self.open(what, url, expected.size)?.reader;
+        let io = |error| broken(what, url, error);
+        let mut reader = self.open(what, url, expected.size)?;
         let mut hasher = Hasher::default();
         let mut buffer = vec![0; 1 << 16];
         let mut found = 0_u64;
@@ -425,153 +454,4 @@ fn unescaped(path: &str) -> String {
         }
     }
     String::from_utf8_lossy(&bytes).into_owned()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::{BufRead, BufReader};
-    use std::net::TcpListener;
-    use std::sync::atomic::{AtomicU64, Ordering};
-
-    use super::*;
-    use crate::store::Store;
-
-    /// Gives each connection the next of `answers` and closes it; the address, and what was asked for.
-    fn serve(answers: Vec<Vec<u8>>) -> (String, thread::JoinHandle<Vec<String>>) {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let address = format!("http://{}", listener.local_addr().expect("bound"));
-        let server = thread::spawn(move || {
-            let mut asked = Vec::new();
-            for answer in answers {
-                let (mut stream, _) = listener.accept().expect("a client");
-                let mut lines = BufReader::new(stream.try_clone().expect("a descriptor")).lines();
-                asked.push(lines.next().and_then(Result::ok).unwrap_or_default());
-                while lines.next().and_then(Result::ok).is_some_and(|line| !line.is_empty()) {}
-                // The client may hang up first.
-                let _ = stream.write_all(&answer);
-            }
-            asked
-        });
-        (address, server)
-    }
-
-    fn ok(body: &[u8]) -> Vec<u8> {
-        let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
-        [head.as_bytes(), body].concat()
-    }
-
-    fn status(line: &str) -> Vec<u8> {
-        format!("HTTP/1.1 {line}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").into_bytes()
-    }
-
-    struct Place {
-        _folder: tempfile::TempDir,
-        store: Store,
-        client: Client,
-    }
-
-    fn place() -> Place {
-        let folder = tempfile::tempdir().expect("a folder");
-        let store = Store::open(folder.path()).expect("a store");
-        Place { _folder: folder, store, client: Client { first_pause: Duration::ZERO, ..Client::new() } }
-    }
-
-    fn expected(body: &[u8]) -> Expected {
-        Expected { size: body.len() as u64, sha256: Digest::of(body) }
-    }
-
-    impl Place {
-        fn fetch(&self, url: &str, expected: Expected) -> Result<(), FetchError> {
-            self.client.fetch("a thing", &[format!("{url}/thing")], expected, self.store.blobs(), &|_| {})
-        }
-
-        fn is_clean(&self) -> bool {
-            std::fs::read_dir(self.store.temporary()).expect("a folder").next().is_none()
-        }
-    }
-
-    #[test]
-    fn a_blob_with_the_right_digest_is_stored_once() {
-        let place = place();
-        let body = vec![9; 200_000];
-        let (url, server) = serve(vec![ok(&body)]);
-        let seen = AtomicU64::new(0);
-        let progress = |bytes| {
-            seen.fetch_add(bytes, Ordering::Relaxed);
-        };
-        let urls = [format!("{url}/thing")];
-        let client = &place.client;
-        client.fetch("a thing", &urls, expected(&body), place.store.blobs(), &progress).expect("fetched");
-        assert_eq!(seen.load(Ordering::Relaxed), 200_000);
-        assert_eq!(server.join().expect("served"), ["GET /thing HTTP/1.1"]);
-        client.fetch("a thing", &urls, expected(&body), place.store.blobs(), &progress).expect("no network");
-    }
-
-    #[test]
-    fn other_bytes_are_refused_and_nothing_of_them_stays() {
-        let place = place();
-        let (url, server) = serve(vec![ok(b"evil"), ok(b"evil and more"), ok(b"ev")]);
-        let wanted = expected(b"good");
-        let error = place.fetch(&url, wanted).expect_err("another digest");
-        let text = error.to_string();
-        assert!(text.contains(&wanted.sha256.to_string()) && text.contains(&Digest::of(b"evil").to_string()));
-        assert!(matches!(place.fetch(&url, wanted), Err(FetchError::Size { expected: 4, .. })));
-        assert!(matches!(place.fetch(&url, wanted), Err(FetchError::Size { found: 2, .. })));
-        server.join().expect("served");
-        assert!(!place.store.blobs().contains(&wanted.sha256));
-        assert!(!place.store.blobs().contains(&Digest::of(b"evil")) && place.is_clean());
-    }
-
-    #[test]
-    fn a_failure_that_may_pass_is_tried_again_and_one_that_will_not_is_not() {
-        let place = place();
-        let mut broken = ok(b"good");
-        broken.truncate(broken.len() - 2);
-        let (url, server) = serve(vec![status("503 Busy"), broken, ok(b"good")]);
-        place.fetch(&url, expected(b"good")).expect("third time lucky");
-        assert_eq!(server.join().expect("served").len(), 3);
-        let (url, server) = serve(vec![status("404 None")]);
-        assert!(matches!(place.fetch(&url, expected(b"other")), Err(FetchError::Missing { .. })));
-        server.join().expect("served");
-    }
-
-    #[test]
-    fn a_document_has_a_limit_and_the_next_mirror_is_tried() {
-        let place = place();
-        let (url, server) = serve(vec![ok(&[b'x'; 100])]);
-        let error = place.client.get("an index", &[url], 99).expect_err("too long");
-        assert!(matches!(error, FetchError::Size { expected: 99, .. }), "{error}");
-        server.join().expect("served");
-        let (url, server) = serve(vec![ok(b"index")]);
-        let urls = ["file:///nowhere/index".to_owned(), url];
-        assert_eq!(place.client.get("an index", &urls, 99).expect("the second"), b"index");
-        server.join().expect("served");
-    }
-
-    #[test]
-    fn redirects_end_and_never_leave_http() {
-        let place = place();
-        let to = |target: &str| {
-            format!(
-                "HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-            )
-            .into_bytes()
-        };
-        let (url, server) = serve(vec![to("file:///etc/passwd")]);
-        assert!(place.client.get("x", &[url], 9999).is_err());
-        server.join().expect("served");
-        let (url, server) = serve(vec![to("/again"); 9]);
-        assert!(place.client.get("x", &[format!("{url}/")], 9999).is_err());
-        server.join().expect("served");
-    }
-
-    #[test]
-    fn without_a_network_the_error_says_what_was_wanted_and_the_way_out() {
-        let place = place();
-        let error = place.fetch("http://127.0.0.1:9", expected(b"good")).expect_err("nobody listens");
-        assert!(error.to_string().contains("a thing") && error.hint().is_some());
-        let error = place.client.get("an index", &[], 10).expect_err("no mirror");
-        assert!(matches!(error, FetchError::NoSource { .. }));
-        assert!(matches!(place.client.get("x", &["ftp://h/x".into()], 10), Err(FetchError::Url { .. })));
-    }
 }

@@ -1,0 +1,229 @@
+//! A serial console as lines: what a terminal would obey is taken out, and what is left is kept until an expectation has
+//! looked at it. Pure.
+//!
+//! Firmware draws its console with cursor movements, so a jump of the cursor ends a line as a newline does. A line is
+//! searched while it still grows: a prompt has no end.
+
+use std::collections::VecDeque;
+
+use regex::bytes::Regex;
+
+/// A longer line is cut into lines of this many bytes.
+const LONGEST_LINE_BYTES: usize = 16 << 10;
+/// How much is kept that no expectation has looked at; the oldest goes first.
+const MOST_KEPT_BYTES: usize = 8 << 20;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Text,
+    /// After a carriage return, which ends a line unless a newline follows and does.
+    Return,
+    Escape,
+    /// A control sequence (ECMA-48 §5.4), up to its final byte.
+    Sequence,
+    /// A string that a terminal takes, up to BEL or ESC.
+    String,
+}
+
+/// The console so far.
+#[derive(Debug)]
+pub struct Console {
+    state: State,
+    current: Vec<u8>,
+    // Lines that ended and that no expectation has looked at.
+    lines: VecDeque<Vec<u8>>,
+    kept_bytes: usize,
+    printed: bool,
+    // How much of the first of `lines`, or of `current` where there are none, was matched.
+    matched: usize,
+}
+
+impl Default for Console {
+    fn default() -> Self {
+        Self {
+            state: State::Text,
+            current: Vec::new(),
+            lines: VecDeque::new(),
+            kept_bytes: 0,
+            printed: false,
+            matched: 0,
+        }
+    }
+}
+
+impl Console {
+    /// Takes what was printed, and gives the lines that ended with it.
+    pub fn feed(&mut self, bytes: &[u8]) -> Vec<Vec<u8>> {
+        let mut ended = Vec::new();
+        for byte in bytes {
+            self.take(*byte, &mut ended);
+        }
+        ended
+    }
+
+    fn take(&mut self, byte: u8, ended: &mut Vec<Vec<u8>>) {
+        match self.state {
+            State::Escape => {
+                self.state = match byte {
+                    b'[' => State::Sequence,
+                    b']' | b'P' | b'X' | b'^' | b'_' => State::String,
+                    // An intermediate byte; the next one ends it.
+                    0x20..=0x2f => State::Escape,
+                    _ => State::Text,
+                };
+                return;
+            }
+            State::Sequence => {
+                if matches!(byte, 0x40..=0x7e) {
+                    self.state = State::Text;
+                    if matches!(byte, b'H' | b'f' | b'J') {
+                        self.end_line(ended);
+                    }
+                } else if !matches!(byte, 0x20..=0x3f) {
+                    self.state = State::Text;
+                }
+                return;
+            }
+            State::String => {
+                self.state = match byte {
+                    0x07 | b'\n' => State::Text,
+                    0x1b => State::Escape,
+                    _ => State::String,
+                };
+                return;
+            }
+            State::Return if byte != b'\r' => {
+                self.state = State::Text;
+                if byte != b'\n' && byte != 0x1b {
+                    self.end_line(ended);
+                }
+            }
+            State::Return | State::Text => {}
+        }
+        match byte {
+            0x1b => self.state = State::Escape,
+            b'\r' => self.state = State::Return,
+            b'\n' => self.end_line(ended),
+            b'\t' | 0x20..=0x7e | 0x80.. => {
+                self.current.push(byte);
+                self.printed = true;
+                if self.current.len() >= LONGEST_LINE_BYTES {
+                    self.end_line(ended);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn end_line(&mut self, ended: &mut Vec<Vec<u8>>) {
+        let line = std::mem::take(&mut self.current);
+        if line.iter().all(u8::is_ascii_whitespace) {
+            if self.lines.is_empty() {
+                self.matched = 0;
+            }
+            return;
+        }
+        self.kept_bytes += line.len();
+        self.lines.push_back(line.clone());
+        ended.push(line);
+        while self.kept_bytes > MOST_KEPT_BYTES {
+            self.forget_first();
+        }
+    }
+
+    fn forget_first(&mut self) {
+        self.matched = 0;
+        self.kept_bytes -= self.lines.pop_front().map_or(0, |line| line.len());
+    }
+
+    /// Whether nothing was ever printed.
+    pub fn is_empty_so_far(&self) -> bool {
+        !self.printed
+    }
+
+    /// The line that has not ended.
+    pub fn current(&self) -> &[u8] {
+        &self.current
+    }
+
+    /// Lines that ended and that no expectation has looked at, and the one that has not ended.
+    pub fn unseen(&self) -> impl Iterator<Item = &[u8]> {
+        self.lines.iter().map(Vec::as_slice).chain([self.current.as_slice()])
+    }
+
+    /// Looks for `regex` behind what was matched last. Lines without it have been looked at then.
+    pub fn find(&mut self, regex: &Regex) -> bool {
+        while let Some(line) = self.lines.front() {
+            if let Some(found) = regex.find_at(line, self.matched.min(line.len())) {
+                self.matched = found.end();
+                return true;
+            }
+            self.forget_first();
+        }
+        match regex.find_at(&self.current, self.matched.min(self.current.len())) {
+            Some(found) => {
+                self.matched = found.end();
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(bytes: &[u8]) -> Vec<String> {
+        let mut console = Console::default();
+        let ended = console.feed(bytes);
+        ended.into_iter().map(|line| String::from_utf8_lossy(&line).into_owned()).collect()
+    }
+
+    fn finds(console: &mut Console, text: &str) -> bool {
+        console.find(&Regex::new(text).expect("a pattern"))
+    }
+
+    #[test]
+    fn what_a_terminal_obeys_is_no_text() {
+        assert_eq!(lines(b"\x1b[1;31mred\x1b[0m\r\nplain\n"), ["red", "plain"]);
+        assert_eq!(lines(b"\x1b]0;title\x07shown\n\x1b]0;other\x1b\\too\n"), ["shown", "too"]);
+        assert_eq!(lines(b"a\x00\x08\x7fb\n\n \n"), ["ab"]);
+    }
+
+    #[test]
+    fn a_jump_of_the_cursor_and_a_bare_return_end_a_line() {
+        assert_eq!(lines(b"\x1b[01;01Hfirst\x1b[02;01Hsecond\x1b[2J"), ["first", "second"]);
+        assert_eq!(lines(b"10%\r20%\rdone\r\r\n"), ["10%", "20%", "done"]);
+    }
+
+    #[test]
+    fn expectations_are_met_in_their_order_and_within_a_line() {
+        let mut console = Console::default();
+        console.feed(b"one two three\nfour\nlogin: ");
+        assert!(finds(&mut console, "two"));
+        assert!(!finds(&mut console, "one"), "it came before");
+        assert!(finds(&mut console, "login: $"), "a prompt has no end");
+        assert!(!finds(&mut console, "login"));
+        console.feed(b"root\nlogin: ");
+        assert!(finds(&mut console, "root") && finds(&mut console, "login"));
+    }
+
+    #[test]
+    fn a_text_that_comes_in_pieces_is_found() {
+        let mut console = Console::default();
+        console.feed(b"lo");
+        assert!(!finds(&mut console, "login"));
+        console.feed(b"gin");
+        assert!(finds(&mut console, "login"));
+    }
+
+    #[test]
+    fn an_endless_line_takes_no_endless_memory() {
+        let mut console = Console::default();
+        for _ in 0..1000 {
+            console.feed(&[b'x'; 64 << 10]);
+        }
+        assert!(console.unseen().map(<[u8]>::len).sum::<usize>() <= MOST_KEPT_BYTES + LONGEST_LINE_BYTES);
+    }
+}

@@ -1,0 +1,261 @@
+//! `kiln boot`: a system on real firmware, and what it should print.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+
+use super::choice::Choice;
+use super::show::{Narrator, line};
+use super::{CANNOT, FAILED, Failure, USAGE};
+use crate::boot::firmware::{Firmware, SecureBoot};
+use crate::boot::script::{self, ScriptError, Statement};
+use crate::boot::trial::{Outcome, What};
+use crate::boot::{Boot, BootError, DiskChoice, SshChoice, Told, boot};
+use crate::engine::{Boundary, Host};
+use crate::machine::qemu::firmware::{Bus, Format};
+use crate::plan::{harmless, parse_bytes, show_duration, without_commands};
+
+/// How a disk may be attached.
+const BUSES: [(&str, Bus); 4] =
+    [("virtio", Bus::Virtio), ("nvme", Bus::Nvme), ("usb", Bus::Usb), ("sata", Bus::Sata)];
+
+/// Arguments of `kiln boot`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Statements of a script, one a line (-e) or in a file (--script):
+  expect TEXT, expect /REGEX/   the serial console prints it, after what was matched last
+  reject TEXT, reject /REGEX/   from here on it does not
+  send TEXT                     types TEXT and Return; in quotes exactly what is there (\\n \\r \\t \\e \\xNN)
+  within TIME                   how long each statement that follows may wait (2m until said otherwise)
+  reboot, poweroff              the guest restarts its machine, or switches it off
+  ssh COMMAND                   it succeeds in the guest
+
+Examples:
+  kiln boot disk.img                                        watch it boot, until it switches itself off
+  kiln boot out/boot/efi --secure-boot keys -e 'within 60s' -e 'expect login:'
+  kiln boot linux.efi --secure-boot setup --script boot.txt --report out --junit out/junit.xml
+  kiln boot disk.img --bus nvme --tpm --ssh-key id_ed25519 -e 'ssh systemctl is-system-running'
+
+Exit codes: 0 as the script wants it (without one: it ended), 1 not, 2 usage, 3 this host cannot do it.")]
+pub(super) struct BootArguments {
+    /// A disk image (raw), a folder that goes onto a FAT disk, or an EFI program such as a UKI
+    #[arg(value_name = "IMAGE|DIR|UKI")]
+    image: PathBuf,
+    /// How the disk is attached
+    #[arg(long, value_name = "BUS", default_value = "virtio", value_parser = Choice(&["virtio", "nvme", "usb", "sata"]))]
+    bus: String,
+    /// How the image's bytes are read
+    #[arg(long, value_name = "FORMAT", value_parser = Choice(&["raw", "qcow2"]))]
+    format: Option<String>,
+    /// Let what the guest writes stay in the image, instead of dropping it
+    #[arg(long)]
+    keep_writes: bool,
+    /// A further disk, attached as --bus says unless BUS is given
+    #[arg(long = "disk", value_name = "FILE[:BUS]")]
+    disks: Vec<String>,
+    /// Secure Boot: `off`, `setup` (on, without keys), or a folder with PK, KEK and db (.esl, .cer, .crt)
+    #[arg(long, value_name = "off|setup|DIR", default_value = "off")]
+    secure_boot: String,
+    /// Firmware to use instead of the host's; it has Secure Boot if --secure-boot says so
+    #[arg(long, value_name = "CODE.fd", requires = "firmware_vars")]
+    firmware: Option<PathBuf>,
+    /// The variable store that comes with it; it is copied for each run
+    #[arg(long, value_name = "VARS.fd", requires = "firmware")]
+    firmware_vars: Option<PathBuf>,
+    /// A TPM 2.0, new in each run (swtpm)
+    #[arg(long)]
+    tpm: bool,
+    /// Memory of the machine
+    #[arg(long, value_name = "SIZE", default_value = "1G")]
+    memory: String,
+    /// Processors of the machine
+    #[arg(long, value_name = "N", default_value = "2", value_parser = clap::value_parser!(u16).range(1..=64))]
+    cpus: u16,
+    /// Let the guest reach the host's network
+    #[arg(long)]
+    network: bool,
+    /// One statement; may be repeated
+    #[arg(short = 'e', value_name = "STATEMENT", conflicts_with = "script")]
+    statements: Vec<String>,
+    /// A file of statements
+    #[arg(long, value_name = "FILE")]
+    script: Option<PathBuf>,
+    /// The private key for `ssh`
+    #[arg(long, value_name = "FILE")]
+    ssh_key: Option<PathBuf>,
+    /// Who it is for
+    #[arg(long, value_name = "NAME", default_value = "root")]
+    ssh_user: String,
+    /// The guest's public host key; without it the first that is shown counts for the run
+    #[arg(long, value_name = "FILE", requires = "ssh_key")]
+    ssh_host_key: Option<PathBuf>,
+    /// Write the console, a timeline and a picture of the screen at each verdict to this folder
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+    /// Write what was judged as JUnit XML
+    #[arg(long, value_name = "FILE")]
+    junit: Option<PathBuf>,
+    /// Do not print what the guest prints
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+impl From<ScriptError> for Failure {
+    fn from(error: ScriptError) -> Self {
+        Self::new(&error, None, USAGE)
+    }
+}
+
+impl From<BootError> for Failure {
+    fn from(error: BootError) -> Self {
+        let code = match &error {
+            error if error.is_the_hosts() => CANNOT,
+            error if error.is_the_users() => USAGE,
+            _ => FAILED,
+        };
+        let hint = error.hint();
+        Self::new(&error, hint, code)
+    }
+}
+
+fn usage(text: String) -> Failure {
+    Failure { text, hint: None, code: USAGE }
+}
+
+/// What is asked for, before anything of the host is looked at.
+pub(super) fn read(arguments: &BootArguments) -> Result<Boot, Failure> {
+    let bus = bus(&arguments.bus)?;
+    let format = match arguments.format.as_deref() {
+        None => None,
+        Some("raw") => Some(Format::Raw),
+        Some("qcow2") => Some(Format::Qcow2),
+        Some(other) => return Err(usage(format!("--format is raw or qcow2, not `{other}`"))),
+    };
+    let keep_writes = arguments.keep_writes;
+    let mut disks = vec![DiskChoice { path: arguments.image.clone(), format, bus, keep_writes }];
+    for text in &arguments.disks {
+        let (path, bus) = match text.rsplit_once(':') {
+            Some((path, word)) => (path, self::bus(word)?),
+            None => (text.as_str(), bus),
+        };
+        disks.push(DiskChoice { path: path.into(), format: None, bus, keep_writes });
+    }
+    let memory_bytes = parse_bytes(&arguments.memory)
+        .map_err(|_| usage(format!("--memory is a size such as 512M, not `{}`", arguments.memory)))?;
+    if memory_bytes < 128 << 20 {
+        return Err(usage(format!("--memory is at least 128M, and not `{}`", arguments.memory)));
+    }
+    let secure_boot = match arguments.secure_boot.as_str() {
+        "off" => SecureBoot::Off,
+        "setup" => SecureBoot::Setup,
+        folder => SecureBoot::Keys(folder.into()),
+    };
+    let firmware = arguments
+        .firmware
+        .clone()
+        .zip(arguments.firmware_vars.clone())
+        .map(|(code, vars)| Firmware { code, vars, smm: secure_boot != SecureBoot::Off });
+    let ssh = arguments.ssh_key.clone().map(|key| SshChoice {
+        user: arguments.ssh_user.clone(),
+        key,
+        host_key: arguments.ssh_host_key.clone(),
+    });
+    Ok(Boot {
+        disks,
+        secure_boot,
+        firmware,
+        tpm: None,
+        memory_bytes,
+        cpus: arguments.cpus,
+        network: arguments.network,
+        ssh,
+        script: script_of(arguments)?,
+        report: arguments.report.clone(),
+        scratch: PathBuf::new(),
+    })
+}
+
+fn bus(word: &str) -> Result<Bus, Failure> {
+    let known = BUSES.iter().find(|(name, _)| *name == word);
+    known
+        .map(|(_, bus)| *bus)
+        .ok_or_else(|| usage(format!("a bus is virtio, nvme, usb or sata, not `{word}`")))
+}
+
+fn script_of(arguments: &BootArguments) -> Result<Vec<Statement>, Failure> {
+    let mut all = Vec::new();
+    for (index, text) in arguments.statements.iter().enumerate() {
+        all.extend(script::parse(&format!("-e {},", index + 1), text)?);
+    }
+    if let Some(path) = &arguments.script {
+        let text = fs::read_to_string(path)
+            .map_err(|error| usage(format!("cannot read {}: {error}", path.display())))?;
+        all.extend(script::parse(&path.display().to_string(), &text)?);
+    }
+    Ok(all)
+}
+
+/// Boots, says what happens, and whether it was as wanted.
+pub(super) fn run(arguments: &BootArguments, mut wanted: Boot, host: &Host) -> Result<ExitCode, Failure> {
+    let qemu = host.backend(&Boundary::default())?;
+    if arguments.tpm {
+        let program = "swtpm";
+        let found = crate::machine::qemu::find_program(program, &host.settings.search_path);
+        wanted.tpm = Some(found.ok_or_else(|| Failure {
+            text: format!("`{program}` was not found"),
+            hint: Some("install swtpm (Debian: apt install swtpm)".to_owned()),
+            code: CANNOT,
+        })?);
+    }
+    wanted.scratch = host.store.temporary();
+    let mut narrator = Narrator::new(false);
+    let quiet = arguments.quiet;
+    let script = wanted.script.clone();
+    let verdict = boot(&qemu, &wanted, &mut |told| match told {
+        Told::Started(identity) => {
+            let network = if wanted.network { "; the guest has the host's network" } else { "" };
+            narrator.say(&format!("{identity}{network}"));
+        }
+        Told::Warning(text) => narrator.warn(&text),
+        Told::Moment(moment) => {
+            let at = moment.at.as_secs_f64();
+            match &moment.what {
+                What::Line(text) if !quiet => {
+                    line(&format!("[{at:8.3}] {}", without_commands(&harmless(text))));
+                }
+                What::Line(_) => {}
+                What::Reset => narrator.say(&format!("{at:.3} s: the guest restarted its machine")),
+                What::PowerOff => narrator.say(&format!("{at:.3} s: the guest switched its machine off")),
+                What::Verdict { index, failure: None, .. } => {
+                    let text = script.get(*index).map_or("", |statement| &statement.text);
+                    narrator.say(&format!("{at:.3} s: met: {text}"));
+                }
+                // Told as the error that it is.
+                What::Verdict { .. } => {}
+            }
+        }
+    })?;
+    if let Some(path) = &arguments.junit {
+        let name = arguments.image.display().to_string();
+        let xml = crate::boot::report::junit(&name, &wanted.script, &verdict.moments, verdict.total);
+        fs::write(path, xml).map_err(|error| Failure {
+            text: format!("cannot write {}: {error}", path.display()),
+            hint: None,
+            code: FAILED,
+        })?;
+    }
+    match verdict.outcome {
+        Outcome::Met => {
+            narrator.say(&format!("as the script wants it, in {}", show_duration(verdict.total)));
+            Ok(ExitCode::SUCCESS)
+        }
+        Outcome::Over => Ok(ExitCode::SUCCESS),
+        Outcome::NotMet { index, why } => {
+            let statement = wanted.script.get(index);
+            let (place, text) = statement.map_or(("", ""), |s| (s.place.as_str(), s.text.as_str()));
+            Err(Failure { text: format!("{place} `{text}`: {why}"), hint: None, code: FAILED })
+        }
+    }
+}

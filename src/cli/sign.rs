@@ -1,0 +1,130 @@
+//! `kiln sign`: makes keys, shows what would be signed, and signs it; here, or with signatures from elsewhere.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, UNIX_EPOCH};
+
+use clap::Args;
+
+use super::show::{line, note};
+use super::{FAILED, Failure, USAGE};
+use crate::clock;
+use crate::settings::Settings;
+use crate::sign::images::{SignError, Source, Work};
+use crate::sign::keys::{KeyError, Keys};
+use crate::sign::make::{self, MakeError};
+
+/// Arguments of `kiln sign`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  kiln sign --init                        make PK, KEK, db and the mesh's root key in SECRETS
+  kiln sign -n                            check the images of WORK, and say what would be signed
+  kiln sign                               sign them
+  kiln sign --request out                 write what is to be signed, for keys that are elsewhere
+  openssl dgst -sha256 -sign db.key -out out/A.EFI.signature out/A.EFI.to-be-signed
+  kiln sign --signatures out              assemble the same images from such signatures
+
+WORK/boot/record.json says what was built; nothing else is signed. No machine, no network.")]
+pub(super) struct SignArguments {
+    /// Make keys, and sign nothing
+    #[arg(long)]
+    init: bool,
+    /// Whose keys they are, in the certificates' names
+    #[arg(long, value_name = "DOMAIN", default_value = "mesh.internal", requires = "init")]
+    domain: String,
+    /// Check everything, say what would be signed, and sign nothing
+    #[arg(long, short = 'n', conflicts_with = "init")]
+    dry_run: bool,
+    /// Where the images and their record are [env: WORK]
+    #[arg(long, value_name = "DIR")]
+    pub work: Option<PathBuf>,
+    /// Write what is to be signed into this folder, as NAME.to-be-signed; only the public half of db is needed
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["init", "dry_run", "signatures"])]
+    request: Option<PathBuf>,
+    /// Take signatures from this folder, as NAME.signature (RSASSA-PKCS1-v1_5, SHA-256)
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["init", "dry_run"])]
+    signatures: Option<PathBuf>,
+}
+
+impl From<MakeError> for Failure {
+    fn from(error: MakeError) -> Self {
+        let code = if matches!(error, MakeError::Domain(_)) { USAGE } else { FAILED };
+        let hint = error.hint();
+        Self::new(&error, hint, code)
+    }
+}
+
+impl From<KeyError> for Failure {
+    fn from(error: KeyError) -> Self {
+        let hint = error.hint();
+        Self::new(&error, hint, FAILED)
+    }
+}
+
+impl From<SignError> for Failure {
+    fn from(error: SignError) -> Self {
+        let hint = error.hint();
+        Self::new(&error, hint, FAILED)
+    }
+}
+
+/// Does what `kiln sign` says.
+pub(super) fn sign(arguments: &SignArguments, settings: &Settings) -> Result<ExitCode, Failure> {
+    let now = clock::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let (work, secrets) = (&settings.work.value, &settings.secrets.value);
+    if arguments.init {
+        return init(arguments, settings, now);
+    }
+    let work = Work::open(work, secrets)?;
+    // The plan: what, as what, by whom. It is shown before the first key is touched.
+    for image in &work.record.unified {
+        line(&format!("{} -> {}", image.file, image.signed));
+    }
+    if arguments.dry_run {
+        work.check()?;
+        note("everything is as it was built; nothing was signed");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let keys = match Keys::open(secrets, now) {
+        Err(KeyError::None(_))
+            if arguments.request.is_none() && arguments.signatures.is_none() && make::is_blank(secrets) =>
+        {
+            note(&format!("SECRETS ({}) is empty: this makes keys first", secrets.display()));
+            init(arguments, settings, now)?;
+            Keys::open(secrets, now)?
+        }
+        keys => keys?,
+    };
+    for warning in &keys.warnings {
+        note(&format!("warning: {warning}"));
+    }
+    let by = keys.db().certificate().tbs_certificate().subject().to_string();
+    if let Some(folder) = &arguments.request {
+        for name in work.request(keys.db(), folder)? {
+            line(&folder.join(name).display().to_string());
+        }
+        note(&format!("to be signed by {by}; then: kiln sign --signatures {}", folder.display()));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let source = arguments.signatures.as_deref().map_or(Source::Keys, Source::Folder);
+    work.sign(&keys, source)?;
+    let count = work.record.unified.len();
+    note(&format!("signed {count} image{} by {by}", if count == 1 { "" } else { "s" }));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes keys, or finds that those that are there are in order.
+fn init(arguments: &SignArguments, settings: &Settings, now: Duration) -> Result<ExitCode, Failure> {
+    let secrets = &settings.secrets.value;
+    match make::make(secrets, &arguments.domain, now) {
+        Ok(place) => note(&format!("made keys in {}: keep a copy, nobody else has them", place.display())),
+        Err(MakeError::There(place)) => {
+            let keys = Keys::open(secrets, now)?;
+            note(&format!("the keys in {} are in order, and stay", place.display()));
+            keys.warnings.iter().for_each(|warning| note(&format!("warning: {warning}")));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,252 @@
+//! One folder, held open, whose files are read and written without following a link: of SECRETS or of WORK.
+
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+
+/// What files that are not finished begin with; the next kiln that signs sweeps them.
+const UNFINISHED: &str = ".kiln-sign-";
+
+/// Why a file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum FolderError {
+    /// The system's word.
+    #[error("cannot {what} `{path}`")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
+    /// Others could read or change what only its owner may.
+    #[error("`{path}` {fault}")]
+    Open {
+        /// The file or folder.
+        path: PathBuf,
+        /// What is wrong with it.
+        fault: &'static str,
+        /// What makes it right.
+        fix: &'static str,
+    },
+    /// A file that is far too long for what it should be.
+    #[error("`{path}` is longer than {limit_bytes} bytes")]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// What it may have.
+        limit_bytes: u64,
+    },
+}
+
+impl FolderError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Open { path, fix, .. } => Some(format!("{fix} {}", path.display())),
+            _ => None,
+        }
+    }
+}
+
+/// An open folder.
+#[derive(Debug)]
+pub(super) struct Folder {
+    path: PathBuf,
+    top: OwnedFd,
+}
+
+impl Folder {
+    /// Opens the folder at `path`, which may be a link.
+    pub fn open(path: &Path) -> Result<Self, FolderError> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let top =
+            rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| system("open", path, errno))?;
+        Ok(Self { path: path.to_owned(), top })
+    }
+
+    /// The folder `name` in this one, which must be no link.
+    pub fn folder(&self, name: &Path) -> Result<Self, FolderError> {
+        let path = self.path.join(name);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let top = self.beneath(name, flags).map_err(|errno| system("open", &path, errno))?;
+        Ok(Self { path, top })
+    }
+
+    /// The same, made first where it is missing; what holds it must be there.
+    pub fn made(&self, name: &Path) -> Result<Self, FolderError> {
+        let path = self.path.join(name);
+        match rustix::fs::mkdirat(&self.top, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => self.folder(name),
+            Err(errno) => Err(system("make", &path, errno)),
+        }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn beneath(&self, name: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        rustix::fs::openat2(&self.top, name, flags, Mode::empty(), resolve)
+    }
+
+    /// Checks that only its owner, who is this user, can put something into the folder.
+    pub fn check_private(&self) -> Result<(), FolderError> {
+        let stat = rustix::fs::fstat(&self.top).map_err(|errno| system("look at", &self.path, errno))?;
+        let open = |fault, fix| FolderError::Open { path: self.path.clone(), fault, fix };
+        if stat.st_uid != rustix::process::geteuid().as_raw() {
+            return Err(open("belongs to another user, who could change the keys in it", "chown $(id -u)"));
+        }
+        if stat.st_mode & 0o022 != 0 {
+            return Err(open("can be written by others, who could change the keys in it", "chmod go-w"));
+        }
+        Ok(())
+    }
+
+    /// Opens the file `name` for reading.
+    pub fn file(&self, name: &Path) -> Result<File, FolderError> {
+        let path = self.path.join(name);
+        // A FIFO must not make kiln wait.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = File::from(self.beneath(name, flags).map_err(|errno| system("open", &path, errno))?);
+        let metadata = file.metadata().map_err(|source| FolderError::System {
+            what: "look at",
+            path: path.clone(),
+            source,
+        })?;
+        if metadata.is_file() {
+            Ok(file)
+        } else {
+            Err(FolderError::System { what: "read", path, source: io::Error::other("it is no regular file") })
+        }
+    }
+
+    /// Reads the file `name`, of at most `limit_bytes`, once and whole.
+    pub fn read(&self, name: &Path, limit_bytes: u64) -> Result<Vec<u8>, FolderError> {
+        let path = self.path.join(name);
+        let mut bytes = Vec::new();
+        let read = self.file(name)?.take(limit_bytes.saturating_add(1)).read_to_end(&mut bytes);
+        read.map_err(|source| FolderError::System { what: "read", path: path.clone(), source })?;
+        if u64::try_from(bytes.len()).is_ok_and(|length| length > limit_bytes) {
+            return Err(FolderError::TooLong { path, limit_bytes });
+        }
+        Ok(bytes)
+    }
+
+    /// Checks that the file `name` is one that only its owner, who is this user, can read or write, under one name.
+    pub fn check_secret(&self, name: &Path) -> Result<(), FolderError> {
+        let path = self.path.join(name);
+        let open = |fault, fix| FolderError::Open { path: path.clone(), fault, fix };
+        let file = match self.file(name) {
+            Err(FolderError::System { source, .. }) if Errno::from_io_error(&source) == Some(Errno::LOOP) => {
+                return Err(open("is a symbolic link, not a key", "put the key itself at"));
+            }
+            file => file?,
+        };
+        let metadata = file.metadata().map_err(|source| FolderError::System {
+            what: "look at",
+            path: path.clone(),
+            source,
+        })?;
+        if metadata.uid() != rustix::process::geteuid().as_raw() {
+            return Err(open("belongs to another user", "chown $(id -u)"));
+        }
+        if metadata.mode() & 0o077 != 0 {
+            return Err(open("can be read or written by others", "chmod 600"));
+        }
+        if metadata.nlink() != 1 {
+            return Err(open(
+                "has another name somewhere (a hard link)",
+                "look for other links to, and copy",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether `name` is there.
+    pub fn has(&self, name: &str) -> bool {
+        rustix::fs::statat(&self.top, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
+    }
+
+    /// Whether nothing is in it.
+    pub fn is_empty(&self) -> Result<bool, FolderError> {
+        Ok(self.names()?.is_empty())
+    }
+
+    fn names(&self) -> Result<Vec<Vec<u8>>, FolderError> {
+        let read = |errno| system("read", &self.path, errno);
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.top).map_err(read)? {
+            let name = entry.map_err(read)?.file_name().to_bytes().to_vec();
+            if name != b"." && name != b".." {
+                names.push(name);
+            }
+        }
+        Ok(names)
+    }
+
+    /// Writes `bytes` beside where they go, synced; [`Unfinished::put`] gives them their name.
+    pub fn write<'a>(&'a self, name: &str, bytes: &[u8], mode: u32) -> Result<Unfinished<'a>, FolderError> {
+        let unfinished = format!("{UNFINISHED}{}-{name}", std::process::id());
+        let path = self.path.join(&unfinished);
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.top, &unfinished, flags, Mode::from_raw_mode(mode));
+        let mut file = File::from(file.map_err(|errno| system("make", &path, errno))?);
+        // Removed again where writing fails.
+        let handle = Unfinished { folder: self, unfinished, name: name.to_owned() };
+        file.write_all(bytes)
+            .and_then(|()| Ok(rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))?))
+            .and_then(|()| file.sync_all())
+            .map_err(|source| FolderError::System { what: "write", path, source })?;
+        Ok(handle)
+    }
+
+    /// Removes what signers left that were killed. The caller knows that no other signs here now.
+    pub fn sweep(&self) -> Result<(), FolderError> {
+        for name in self.names()?.into_iter().filter(|name| name.starts_with(UNFINISHED.as_bytes())) {
+            let _ = rustix::fs::unlinkat(&self.top, name, AtFlags::empty());
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> Result<(), FolderError> {
+        rustix::fs::fsync(&self.top).map_err(|errno| system("sync", &self.path, errno))
+    }
+}
+
+/// A file that is whole and has not its name yet; it goes where it never gets it.
+#[derive(Debug)]
+pub(super) struct Unfinished<'a> {
+    folder: &'a Folder,
+    unfinished: String,
+    name: String,
+}
+
+impl Unfinished<'_> {
+    /// Gives the file its name, in place of what had it.
+    pub fn put(self) -> Result<(), FolderError> {
+        let (top, path) = (&self.folder.top, self.folder.path.join(&self.name));
+        rustix::fs::renameat(top, &self.unfinished, top, &self.name)
+            .map_err(|errno| system("write", &path, errno))?;
+        self.folder.sync()
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        let _ = rustix::fs::unlinkat(&self.folder.top, &self.unfinished, AtFlags::empty());
+    }
+}
+
+fn system(what: &'static str, path: &Path, errno: Errno) -> FolderError {
+    FolderError::System { what, path: path.to_owned(), source: errno.into() }
+}

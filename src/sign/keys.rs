@@ -1,0 +1,248 @@
+//! Opens a set of keys and refuses what is not safe to sign with: loose modes, keys that do not belong together, one
+//! in the place of another, certificates that are not valid now.
+
+use std::path::Path;
+use std::time::Duration;
+
+use kiln_artifact::uefi::auth::{self, AuthError, Variable};
+use kiln_artifact::uefi::esl::{self, EslError};
+use kiln_artifact::uefi::{CertificateError, Signer};
+use rsa::pkcs1v15::SigningKey;
+use rsa::pkcs8::DecodePrivateKey as _;
+use rsa::signature::{SignatureEncoding as _, Signer as _};
+use sha2::Sha256;
+
+use super::KEYS;
+use super::folder::{Folder, FolderError};
+
+/// No key, certificate or enrolment file is nearly as long.
+const FILE_BYTES_MAX: u64 = 64 << 10;
+/// From when on it is said that a certificate will expire.
+const WARNING: Duration = Duration::from_secs(90 * 24 * 3600);
+/// What goes to those who enrol the keys.
+const PUBLIC: [&str; 10] = [
+    "PK.auth", "PK.crt", "PK.cer", "KEK.auth", "KEK.crt", "KEK.cer", "db.auth", "db.crt", "db.cer",
+    "root.pem",
+];
+
+/// Why keys are not used.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyError {
+    /// No keys.
+    #[error("there are no keys in `{0}`")]
+    None(String),
+    /// A file or folder, or who may read it.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// A certificate that is none.
+    #[error("`{file}` cannot be used")]
+    Certificate {
+        /// The file.
+        file: String,
+        /// Why not.
+        #[source]
+        source: CertificateError,
+    },
+    /// A private key that is none.
+    #[error("`{0}` is no RSA key in PEM (PKCS #8, without a passphrase)")]
+    Key(String),
+    /// A private key of another certificate.
+    #[error("`{key}` is not the key of `{certificate}`: they do not belong together")]
+    Apart {
+        /// The key.
+        key: String,
+        /// The certificate.
+        certificate: String,
+    },
+    /// The same certificate in two places.
+    #[error("{first} and {second} have the same key: whoever signs images could replace the owner's keys")]
+    Same {
+        /// One place.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+    },
+    /// An enrolment file that firmware would not take, or that enrols something else.
+    #[error("`{file}` does not enrol `{certificate}`")]
+    Enrolment {
+        /// The file.
+        file: String,
+        /// What it should enrol.
+        certificate: String,
+        /// Why not.
+        #[source]
+        source: Option<EnrolmentError>,
+    },
+    /// A certificate before or after its time.
+    #[error("the certificate `{file}` {fault}")]
+    Time {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        fault: String,
+    },
+    /// The library refuses to sign.
+    #[error("cannot sign with `{0}`")]
+    Sign(String, #[source] rsa::signature::Error),
+}
+
+/// What is wrong with an enrolment file.
+#[derive(Debug, thiserror::Error)]
+pub enum EnrolmentError {
+    /// Its signature.
+    #[error(transparent)]
+    Auth(#[from] AuthError),
+    /// Its list.
+    #[error(transparent)]
+    List(#[from] EslError),
+}
+
+impl KeyError {
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::None(_) => Some("`kiln sign --init` makes them".to_owned()),
+            Self::Folder(error) => error.hint(),
+            Self::Time { .. } => {
+                Some("make new keys (`kiln sign --init` with another SECRETS) and enrol them".to_owned())
+            }
+            Self::Apart { .. } | Self::Enrolment { .. } => Some("take all files of one set".to_owned()),
+            _ => None,
+        }
+    }
+}
+
+/// A set that was found to be in order, as far as it is there: where images are signed, only db's key is needed.
+#[derive(Debug)]
+pub struct Keys {
+    db: Signer,
+    /// What is said of keys that are in order and will not be for long.
+    pub warnings: Vec<String>,
+    folder: Folder,
+}
+
+impl Keys {
+    /// Opens the set below `secrets`, at the time `now` since the epoch.
+    ///
+    /// # Errors
+    /// [`KeyError`].
+    pub fn open(secrets: &Path, now: Duration) -> Result<Self, KeyError> {
+        let none = |_| KeyError::None(secrets.join(KEYS).display().to_string());
+        let outer = Folder::open(secrets).map_err(none)?;
+        outer.check_private()?;
+        if !outer.has(KEYS) {
+            return Err(KeyError::None(secrets.join(KEYS).display().to_string()));
+        }
+        let folder = outer.folder(Path::new(KEYS))?;
+        folder.check_private()?;
+        let read = |name: &str| -> Result<Signer, KeyError> {
+            let file = format!("{name}.crt");
+            let bytes = folder.read(Path::new(&file), FILE_BYTES_MAX)?;
+            Signer::from_pem(&bytes).map_err(|source| KeyError::Certificate { file, source })
+        };
+        let signers = [("PK", read("PK")?), ("KEK", read("KEK")?), ("db", read("db")?)];
+        let mut warnings = Vec::new();
+        for (index, (name, signer)) in signers.iter().enumerate() {
+            warnings.extend(check_time(name, signer, now)?);
+            let same = |(_, other): &&(&str, Signer)| other.key() == signer.key();
+            if let Some((first, _)) = signers[..index].iter().find(same) {
+                return Err(KeyError::Same { first, second: name });
+            }
+            let file = format!("{name}.key");
+            if folder.has(&file) {
+                private(&folder, &file, signer)?;
+            }
+        }
+        let [(_, pk), (_, kek), (_, db)] = signers;
+        for (variable, enrolled, by) in
+            [(Variable::Pk, &pk, &pk), (Variable::Kek, &kek, &pk), (Variable::Db, &db, &kek)]
+        {
+            check_enrolment(&folder, variable, enrolled, by)?;
+        }
+        if folder.has("root.key") {
+            folder.check_secret(Path::new("root.key"))?;
+        }
+        Ok(Self { db, warnings, folder })
+    }
+
+    /// Who signs images.
+    pub fn db(&self) -> &Signer {
+        &self.db
+    }
+
+    /// Signs `message` with db's key, which is in memory no longer than that takes.
+    ///
+    /// # Errors
+    /// [`KeyError`].
+    pub fn sign(&self, message: &[u8]) -> Result<Vec<u8>, KeyError> {
+        const DB: &str = "db.key";
+        let key = private(&self.folder, DB, &self.db)?;
+        // The library blinds with random numbers of the system's, which the signature does not show.
+        key.try_sign(message)
+            .map(|signature| signature.to_vec())
+            .map_err(|error| KeyError::Sign(DB.to_owned(), error))
+    }
+
+    /// The files that whoever enrols the keys needs, and the public half of the mesh's root: name and content.
+    ///
+    /// # Errors
+    /// [`KeyError`].
+    pub fn public(&self) -> Result<Vec<(&'static str, Vec<u8>)>, KeyError> {
+        PUBLIC
+            .into_iter()
+            .map(|name| Ok((name, self.folder.read(Path::new(name), FILE_BYTES_MAX)?)))
+            .collect::<Result<_, KeyError>>()
+    }
+}
+
+/// The private key in `file`, which must be `signer`'s and readable to nobody else.
+fn private(folder: &Folder, file: &str, signer: &Signer) -> Result<SigningKey<Sha256>, KeyError> {
+    folder.check_secret(Path::new(file))?;
+    let text = der::zeroize::Zeroizing::new(folder.read(Path::new(file), FILE_BYTES_MAX)?);
+    let key = std::str::from_utf8(&text).ok().and_then(|text| rsa::PrivateKey::from_pkcs8_pem(text).ok());
+    let key = key.ok_or_else(|| KeyError::Key(file.to_owned()))?;
+    if key.as_public_key() != signer.key() {
+        let certificate = file.replace(".key", ".crt");
+        return Err(KeyError::Apart { key: file.to_owned(), certificate });
+    }
+    Ok(SigningKey::new(key))
+}
+
+fn check_time(name: &str, signer: &Signer, now: Duration) -> Result<Option<String>, KeyError> {
+    let validity = signer.certificate().tbs_certificate().validity();
+    let (begin, end) = (validity.not_before.to_unix_duration(), validity.not_after.to_unix_duration());
+    let file = format!("{name}.crt");
+    if now < begin {
+        let fault =
+            format!("is valid from {} on, which is later than this host's clock", validity.not_before);
+        return Err(KeyError::Time { file, fault });
+    }
+    if now > end {
+        return Err(KeyError::Time { file, fault: format!("expired at {}", validity.not_after) });
+    }
+    let left = end - now;
+    let days = left.as_secs() / (24 * 3600);
+    Ok((left < WARNING)
+        .then(|| format!("the certificate `{file}` expires in {days} days, at {}", validity.not_after)))
+}
+
+/// Checks that the enrolment file of `variable` has `enrolled` alone and is signed `by` the one above it.
+fn check_enrolment(
+    folder: &Folder,
+    variable: Variable,
+    enrolled: &Signer,
+    by: &Signer,
+) -> Result<(), KeyError> {
+    let file = format!("{}.auth", variable.name());
+    let bytes = folder.read(Path::new(&file), FILE_BYTES_MAX)?;
+    let check = || -> Result<bool, EnrolmentError> {
+        let list = auth::verify(variable, &bytes, by)?;
+        Ok(matches!(esl::read(list)?[..], [(_, der)] if der == enrolled.der()))
+    };
+    let source = match check() {
+        Ok(true) => return Ok(()),
+        Ok(false) => None,
+        Err(error) => Some(error),
+    };
+    Err(KeyError::Enrolment { file, certificate: format!("{}.crt", variable.name()), source })
+}
