@@ -79,13 +79,14 @@ pub fn shares() -> Result<OwnedFd, Failure> {
     Ok(device)
 }
 
-/// Lets the kernel ask a file system for as much at once as the fs device gives. A question costs an emulated machine
-/// as much time as some hundred kilobytes.
+/// Lets the kernel ask a file system for twice as much at once as it would: a question costs an emulated machine as much
+/// time as some hundred kilobytes. More does not pay: with all that the fs device gives, 1,024 KiB, reading 512 MiB in
+/// sequence took 1.2 times as long, and mapped 1.3 times (medians of six rounds by turns).
 fn read_far_ahead(mount: &OwnedFd) {
     if let Ok(stat) = rustix::fs::fstat(mount) {
         let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
         // Without it everything works as well.
-        let _ = std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), "1024");
+        let _ = std::fs::write(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"), "256");
     }
 }
 
