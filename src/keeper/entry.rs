@@ -11,6 +11,8 @@ use crate::machine::{Accelerator, Identity, Spec};
 const SHOWN_BYTES: usize = 1000;
 /// The version of this kiln.
 pub(super) const VERSION_OF_KILN: &str = env!("CARGO_PKG_VERSION");
+/// What machines that wait for a step are called, and no other.
+const READY: &str = "ready";
 /// How much of a program's name goes into its machine's.
 const NAME_BYTES: usize = 20;
 
@@ -126,8 +128,7 @@ impl Entry {
 
     /// A name for the machine: what its program is called, and something that tells it from others.
     pub(super) fn suggest_name(&self, salt: &[u8]) -> String {
-        let nothing = if self.state == State::Ready { "ready" } else { "" };
-        let program = self.command.first().map_or(nothing, String::as_str);
+        let program = self.command.first().map_or("", String::as_str);
         let program = program.rsplit('/').next().unwrap_or_default();
         let mut name: String = program
             .chars()
@@ -136,12 +137,19 @@ impl Entry {
             .skip_while(|c| *c == '-')
             .take(NAME_BYTES)
             .collect();
-        if name.is_empty() {
+        if self.state == State::Ready {
+            READY.clone_into(&mut name);
+        } else if name.is_empty() || name == READY {
             "machine".clone_into(&mut name);
         }
         let digest = Digest::of(salt).to_string();
         format!("{name}-{}", &digest[..4])
     }
+}
+
+/// Whether a machine of this name waits for a step.
+pub(super) fn is_name_of_ready(name: &str) -> bool {
+    name.rsplit_once('-').is_some_and(|(program, _)| program == READY)
 }
 
 /// Whether some text can be a machine's name. None leads out of the registry's folder.
@@ -176,12 +184,21 @@ mod tests {
             (b"--x", "x-"),
             (b"\xff\x1b[31m", "31m-"),
             (b"", "machine-"),
+            (b"ready-made", "ready-made-"),
+            (b"/bin/ready", "machine-"),
             (&[b'a'; 300], "aaaaaaaaaaaaaaaaaaaa-"),
         ] {
             let name = entry(&[program]).suggest_name(b"salt");
             assert!(name.starts_with(start) && name.len() == start.len() + 4, "{name}");
-            assert!(is_name(&name), "{name}");
+            assert!(is_name(&name) && !is_name_of_ready(&name), "{name}");
         }
+    }
+
+    #[test]
+    fn a_machine_that_waits_for_a_step_is_told_by_its_name() {
+        let entry = Entry { state: State::Ready, ..entry(&[b"make"]) };
+        let name = entry.suggest_name(b"salt");
+        assert!(is_name(&name) && is_name_of_ready(&name), "{name}");
     }
 
     #[test]

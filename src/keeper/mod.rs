@@ -6,7 +6,7 @@
 //! that the system lets go of however its holder ends; at the [`Registration`]'s socket it answers whoever is of the same
 //! user. [`Kept`] serves commands in a machine whose step is over, and [`Door`] is the way in.
 //!
-//! A machine is running or kept; what holds machines ready between runs will be another state in the same registry.
+//! A machine is running, kept, or ready: held by a process of its own ([`ready`]) for the next run that wants such a one.
 
 pub mod background;
 mod door;

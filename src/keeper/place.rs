@@ -85,23 +85,28 @@ fn inside(folder: &File, name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}/{name}", folder.as_raw_fd()))
 }
 
-/// The entry at `area`/`name` where its owner lives; what a dead one left there is removed.
-pub(super) fn look(area: &Path, name: &str) -> io::Result<Option<Entry>> {
+/// Removes what a dead owner left at `area`/`name`. Whether its owner lives.
+pub(super) fn sweep(area: &Path, name: &str) -> io::Result<bool> {
     let path = area.join(name);
     let folder = match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         other => other?,
     };
-    if folder.try_lock().is_ok() {
-        // Held until the folder is gone: an owner that was about to lock it sees that, and makes another.
-        let _ = fs::remove_dir_all(&path);
-        return Ok(None);
+    if folder.try_lock().is_err() {
+        return Ok(true);
     }
-    if !is_name(name) {
+    // Held until the folder is gone: an owner that was about to lock it sees that, and makes another.
+    let _ = fs::remove_dir_all(&path);
+    Ok(false)
+}
+
+/// The entry at `area`/`name` where its owner lives; what a dead one left there is removed.
+pub(super) fn look(area: &Path, name: &str) -> io::Result<Option<Entry>> {
+    if !sweep(area, name)? || !is_name(name) {
         return Ok(None);
     }
     let mut bytes = Vec::new();
-    match File::open(path.join(ENTRY)) {
+    match File::open(area.join(name).join(ENTRY)) {
         // It went between the two steps.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other?.take(MAX_ENTRY_BYTES).read_to_end(&mut bytes)?,

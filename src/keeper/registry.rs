@@ -9,7 +9,7 @@ use std::sync::mpsc::Sender;
 use kiln_digest::Digest;
 
 use super::door::{Door, DoorError};
-use super::entry::{Entry, State, VERSION_OF_KILN, is_name};
+use super::entry::{Entry, State, VERSION_OF_KILN, is_name, is_name_of_ready};
 use super::place::{self, Place};
 use super::ready::{Caller, Loan};
 use super::registration::{Mode, Registration};
@@ -52,8 +52,33 @@ impl Registry {
             return Err(RegistryError::NotPrivate(path));
         }
         let registry = Self { path };
-        registry.machines()?;
+        for name in registry.names()? {
+            place::sweep(&registry.path, &name).map_err(|source| registry.error(source))?;
+        }
         Ok(registry)
+    }
+
+    fn error(&self, source: io::Error) -> RegistryError {
+        RegistryError::Io { path: self.path.clone(), source }
+    }
+
+    /// What lies in the folder.
+    fn names(&self) -> Result<Vec<String>, RegistryError> {
+        let mut names = Vec::new();
+        for found in fs::read_dir(&self.path).map_err(|source| self.error(source))? {
+            names.extend(found.map_err(|source| self.error(source))?.file_name().into_string());
+        }
+        Ok(names)
+    }
+
+    /// The entries of those of `names` whose owners live, the oldest first.
+    fn entries(&self, names: impl Iterator<Item = String>) -> Result<Vec<Entry>, RegistryError> {
+        let mut entries = Vec::new();
+        for name in names {
+            entries.extend(place::look(&self.path, &name).map_err(|source| self.error(source))?);
+        }
+        entries.sort_by(|a, b| (a.started, &a.name).cmp(&(b.started, &b.name)));
+        Ok(entries)
     }
 
     /// All machines whose owners live, the oldest first.
@@ -61,16 +86,7 @@ impl Registry {
     /// # Errors
     /// [`RegistryError::Io`].
     pub fn machines(&self) -> Result<Vec<Entry>, RegistryError> {
-        let fail = |source| RegistryError::Io { path: self.path.clone(), source };
-        let mut entries = Vec::new();
-        for found in fs::read_dir(&self.path).map_err(fail)? {
-            let name = found.map_err(fail)?.file_name();
-            if let Some(name) = name.to_str() {
-                entries.extend(place::look(&self.path, name).map_err(fail)?);
-            }
-        }
-        entries.sort_by(|a, b| (a.started, &a.name).cmp(&(b.started, &b.name)));
-        Ok(entries)
+        self.entries(self.names()?.into_iter())
     }
 
     /// Registers a machine of this process; its name is in the registration's entry. `stop` is called where somebody
@@ -114,9 +130,11 @@ impl Registry {
         self.ready().iter().map(|entry| entry.memory_bytes).fold(0, u64::saturating_add)
     }
 
-    /// The machines that wait for a step, the oldest first.
+    /// The machines that wait for a step, the oldest first. They are told by their names, so that a keeper never reads
+    /// the command of a step.
     fn ready(&self) -> Vec<Entry> {
-        let machines = self.machines().unwrap_or_default();
+        let names = self.names().unwrap_or_default().into_iter().filter(|name| is_name_of_ready(name));
+        let machines = self.entries(names).unwrap_or_default();
         machines.into_iter().filter(|entry| entry.state == State::Ready).collect()
     }
 

@@ -112,6 +112,8 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             let Profile::Qemu { program, files, .. } = &profile else {
                 return Err("this is no jail for QEMU".into());
             };
+            // Emulation's buffer of translated code asks for huge pages, of which a machine that waits fills a part.
+            rustix::thread::disable_transparent_huge_pages(true)?;
             let held = jail::enter(&profile, &[], &[])?;
             let mut words = vec![("machine".to_owned(), machine_name(request.parent))];
             let number = |file: &OwnedFd| file.as_raw_fd().to_string();

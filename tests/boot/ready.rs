@@ -1,11 +1,15 @@
 //! Ready machines: taken by the next run, the same to a step as any other, and never needed.
 
-use std::collections::BTreeSet;
-use std::fs;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::UNIX_EPOCH;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::host::{Host, Told, soon};
+use super::host::{Host, Running, Told, soon};
 use super::template::origin;
 
 fn with_keeper(host: &Host, arguments: &[&str], script: &str) -> Told {
@@ -117,6 +121,174 @@ fn a_keeper_that_was_killed_or_stopped_or_lost_its_machine_costs_time_only() {
     told.ends(0, &[]);
     assert_eq!(origin(&told), "template");
     keeper(&host);
+    end(&host);
+}
+
+/// The host's clock, in seconds.
+fn now(host: &Host) -> u64 {
+    let time = fs::metadata(host.file("now", "")).and_then(|meta| meta.modified()).expect("a time");
+    time.duration_since(UNIX_EPOCH).expect("a time of today").as_secs()
+}
+
+#[test]
+fn a_machine_that_stood_still_while_it_was_ready_has_the_clock_of_the_host() {
+    let host = Host::new();
+    with_keeper(&host, &["--quiet"], "true").ends(0, &[]);
+    let keeper_of_it = keeper(&host);
+    let all = [children(&keeper_of_it), vec![keeper_of_it]].concat();
+    assert_eq!(all.len(), 3, "a keeper, QEMU and a device process: {all:?}");
+    for pid in &all {
+        signal(Signal::STOP, pid);
+    }
+    // Time passes.
+    Host::told(&mut host.command(&["--quiet"], &["sleep", "2"]), &[]).0.ends(0, &[]);
+    for pid in &all {
+        signal(Signal::CONT, pid);
+    }
+    let before = now(&host);
+    let told = with_keeper(&host, &["--json"], "date +%s; sleep 2; date +%s");
+    let after = now(&host);
+    assert_eq!(origin(&told), "ready");
+    let events = told.events();
+    let shown: String = events.iter().filter_map(|event| event["text"].as_str()).collect();
+    let shown: Vec<u64> = shown.lines().map(|line| line.parse().expect("a number")).collect();
+    assert_eq!(shown.len(), 2, "{told:?}");
+    assert!(
+        before <= shown[0] && shown[0] + 2 <= shown[1] && shown[1] <= after,
+        "{before} {shown:?} {after}"
+    );
+    // One clock in a step is not that of the next.
+    keeper(&host);
+    let told = with_keeper(&host, &["--json", "--clock=fixed"], "date +%Y");
+    assert_eq!(origin(&told), "ready");
+    assert!(told.events().iter().any(|event| event["text"] == "1980\n"), "{told:?}");
+    keeper(&host);
+    let told = with_keeper(&host, &["--json"], "date +%s");
+    assert_eq!(origin(&told), "ready");
+    let events = told.events();
+    let shown = events.iter().find_map(|event| event["text"].as_str()?.trim().parse::<u64>().ok());
+    assert!(shown.is_some_and(|shown| (after..=now(&host)).contains(&shown)), "{told:?}");
+    keeper(&host);
+    end(&host);
+}
+
+#[test]
+fn a_machine_that_is_ready_and_does_not_answer_costs_time_only() {
+    let host = Host::new();
+    with_keeper(&host, &["--quiet"], "true").ends(0, &[]);
+    let name = |pid: &String| fs::read_to_string(format!("/proc/{pid}/comm")).expect("it lives");
+    let children = children(&keeper(&host));
+    let qemu = children.iter().find(|pid| name(pid).starts_with("qemu")).expect("a child");
+    signal(Signal::STOP, qemu);
+    let told = with_keeper(&host, &["--json"], "echo right");
+    told.ends(0, &[]);
+    assert_eq!(origin(&told), "template");
+    assert!(told.events().iter().any(|event| event["text"] == "right\n"), "{told:?}");
+    soon(10, "it is gone", || !Path::new(&format!("/proc/{qemu}")).exists());
+    keeper(&host);
+    end(&host);
+}
+
+/// What a process has in its memory.
+fn memory(pid: &str) -> Vec<u8> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).expect("it lives");
+    let memory = File::open(format!("/proc/{pid}/mem")).expect("it is ours");
+    let mut all = Vec::new();
+    for line in maps.lines().filter(|line| !line.contains("[v")) {
+        let (range, rest) = line.split_once(' ').expect("a range");
+        let (start, end) = range.split_once('-').expect("a range");
+        let number = |text| u64::from_str_radix(text, 16).expect("an address");
+        if rest.starts_with('r') {
+            let length = usize::try_from(number(end) - number(start)).expect("it fits");
+            let mut bytes = vec![0; length];
+            memory.read_exact_at(&mut bytes, number(start)).expect(line);
+            all.extend(bytes);
+        }
+    }
+    all
+}
+
+#[test]
+fn a_keeper_has_nothing_of_a_step_in_its_memory() {
+    let host = Host::new();
+    let marks = ["mark-command", "mark-name", "mark-value", "mark-source", "mark-work", "mark-content"];
+    host.file("mark-source/file", "mark-content\n");
+    host.file("mark-work/before", "");
+    let run = || {
+        let script = "cat file; echo mark-command; read line";
+        let options = ["--src=mark-source", "--env=mark-name=mark-value", "--stdin", "--out=after"];
+        let mut kiln = host.command(&options, &["sh", "-c", script]);
+        kiln.env("KILN_KEEPER", "on").env("WORK", host.path("mark-work"));
+        let mut running =
+            Running::start(kiln.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()));
+        running.read_until("mark-command");
+        running
+    };
+    let has = |memory: &[u8], mark: &str| memory.windows(mark.len()).any(|bytes| bytes == mark.as_bytes());
+    let check = |pid: &str, doing: &str| {
+        let memory = memory(pid);
+        for mark in marks {
+            assert!(!has(&memory, mark), "{mark}, {doing}");
+        }
+        // What it does know is found.
+        assert!(has(&memory, host.path("store").to_str().expect("text")), "{doing}");
+    };
+    let end_of = |mut running: Running| {
+        drop(running.stdin.take());
+        assert_eq!(running.end().code, Some(1));
+    };
+    end_of(run());
+    let waiting = keeper(&host);
+    check(&waiting, "while it waits");
+    let running = run();
+    assert!(has(&memory(&running.id().to_string()), marks[0]), "kiln itself knows its command");
+    check(&waiting, "while a step has its machine");
+    end_of(running);
+    keeper(&host);
+    end(&host);
+}
+
+#[test]
+fn a_real_build_gives_the_same_bytes_in_a_machine_that_boots_a_copy_and_one_that_was_ready() {
+    let host = Host::new();
+    host.file("src/words.h", "const char *word(int);\n");
+    host.file(
+        "src/words.c",
+        "#include <stdio.h>\n#include \"words.h\"\nconst char *word(int n) { static char text[99]; \
+         snprintf(text, sizeof text, \"%s %d\", __FILE__, n); return text; }\n",
+    );
+    host.file(
+        "src/main.c",
+        "#include <stdio.h>\n#include \"words.h\"\nint main(void) { return puts(word(6 * 7)) < 0; }\n",
+    );
+    host.file(
+        "src/Makefile",
+        "CFLAGS = -O2 -g\nbuilt: main.o words.o\n\tmkdir $(WORK)/built\n\tar rc $(WORK)/built/words.a words.o\n\
+         \tgcc -o $(WORK)/built/program $^\n\t$(WORK)/built/program > $(WORK)/built/printed\n\tcp *.o $(WORK)/built\n",
+    );
+    let mut built = Vec::new();
+    for (how, expected) in [("--no-template", "boot"), ("--overwrite", "template"), ("--overwrite", "ready")]
+    {
+        let mut kiln: Command = host.kiln();
+        kiln.args(["run", "--json", "--root=debian:bookworm+gcc,libc6-dev,make", "--project=p", "--src=src"]);
+        kiln.args(["--src-writable", "--out=built", how, "--", "make", "-s", "-j2"]);
+        let keeper_of_next = if expected == "boot" { "off" } else { "on" };
+        let told = Host::told(kiln.env("KILN_KEEPER", keeper_of_next), &[]).0;
+        told.ends(0, &[]);
+        assert_eq!(origin(&told), expected);
+        let end = told.events().pop().expect("an end");
+        let files = fs::read_dir(host.path("work/built")).expect("outputs").flatten();
+        let files: BTreeMap<_, _> =
+            files.map(|file| (file.file_name(), fs::read(file.path()).expect("a file"))).collect();
+        assert_eq!(files.len(), 5, "{files:?}");
+        assert_eq!(files[std::ffi::OsStr::new("printed")], b"words.c 42\n");
+        built.push((files, end["outputs"].clone(), end["reads"].clone()));
+        fs::remove_dir_all(host.path("work/built")).expect("outputs");
+        if expected != "boot" {
+            keeper(&host);
+        }
+    }
+    assert!(built[0] == built[1] && built[1] == built[2], "bytes differ");
     end(&host);
 }
 

@@ -75,7 +75,7 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     option("name", "guest={machine}");
     option(
         "machine",
-        "q35,memory-backend=memory,sata=off,smbus=off,usb=off,vmport=off,graphics=off,hpet=off",
+        "q35,memory-backend=memory,smm=off,sata=off,smbus=off,usb=off,vmport=off,graphics=off,hpet=off",
     );
     option("accel", accelerator);
     option("cpu", model);
