@@ -12,6 +12,7 @@ mod keep;
 mod kernel;
 mod machines;
 mod manual;
+mod named;
 mod recipe;
 mod report;
 mod root;
@@ -296,7 +297,10 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
             if caller.is_none() && arguments.may_stay() {
                 return Ok(stay_in_background());
             }
-            Ok(run::run(&arguments, flags, caller))
+            match &arguments.named.step {
+                Some(name) => Ok(named::run(&arguments, name, flags)),
+                None => Ok(run::run(&arguments, flags, caller)),
+            }
         }
         Verb::Exec(arguments) => Ok(enter::exec(&arguments, flags)),
         Verb::Shell(arguments) => Ok(enter::shell(&arguments, flags)),

@@ -179,3 +179,21 @@ fn text_from_arguments_reaches_no_terminal_as_control_characters() {
     assert_eq!(told.code, Some(2));
     assert!(!told.stderr.contains('\u{1b}'), "{:?}", told.stderr);
 }
+
+#[test]
+fn a_named_step_takes_only_what_it_can_be_known_by() {
+    for (arguments, words) in [
+        (&["--needs", "a"][..], &["--step"][..]),
+        (&["--scope", "a"], &["--step"]),
+        (&["--step", "a", "--mount", "/tmp:/tmp"], &["--mount"]),
+        (&["--step", "a", "--keep"], &["--keep"]),
+        (&["--step", "a", "--toolbox"], &["--toolbox"]),
+        (&["--step", "../a"], &["`../a` is no name for a step"]),
+        (&["--step", "a", "--needs", "-"], &["`-` is no name for a step"]),
+        (&["--step", "a", "--needs", "a"], &["cannot need itself"]),
+    ] {
+        let told = run(&Host::new(), arguments);
+        assert_eq!(told.code, Some(2), "{arguments:?}");
+        assert!(words.iter().all(|word| told.stderr.contains(word)), "{arguments:?}: {}", told.stderr);
+    }
+}

@@ -6,6 +6,7 @@ mod apart;
 mod reader;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use globset::GlobSet;
 use kiln_digest::Digest;
@@ -28,6 +29,20 @@ pub enum Command {
     Text(String),
     /// A script file in SRCDIR.
     Script(String),
+}
+
+/// The kernel of a step. Paths are relative to the recipe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kernel {
+    /// The cloud kernel of this Debian suite.
+    Debian(String),
+    /// vmlinux or bzImage.
+    File {
+        /// The kernel.
+        kernel: PathBuf,
+        /// A folder with its modules.
+        modules: Option<PathBuf>,
+    },
 }
 
 /// A source and how it is known.
@@ -69,8 +84,8 @@ pub struct PlannedStep {
     pub name: String,
     /// Its root.
     pub root: RootSpec,
-    /// The Debian suite of its kernel, where it names one.
-    pub kernel_suite: Option<String>,
+    /// Its kernel; the default bundle's where it names none.
+    pub kernel: Option<Kernel>,
     /// What it runs.
     pub command: Command,
     /// What runs that.
