@@ -6,7 +6,7 @@
 
 #![allow(clippy::print_stdout, clippy::panic, reason = "it prints figures, and fails by panicking")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::fs;
 use std::io;
@@ -111,6 +111,7 @@ fn build(text: &str, folder: &Path, is_real: bool) -> Result<(Duration, usize), 
         settings: &host.settings,
         store: &host.store,
         runner: &player,
+        given: BTreeMap::new(),
         folder: folder.to_owned(),
         sources: Locked::default(),
         permission: Permission::default(),

@@ -2,18 +2,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
-use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
 
 use clap::Args;
 use kiln_virtio::fs::record::{Observed, PathBytes};
 
-use super::build::{Opened, ScopeFlags, looking, open};
+use super::build::{Opened, ScopeFlags, looking, open_for_scripts};
 use super::show::{self, line};
 use super::{FAILED, Failure, recipe};
 use crate::cache::{Index, LastRun, Trace};
 use crate::engine::build::sources;
-use crate::engine::build::{Gate, Machines, News, Outcome, Timeline};
+use crate::engine::build::{Gate, Machines, News, Outcome, Timeline, work_name};
 use crate::plan::graph::UnknownTarget;
 use crate::plan::{Plan, StepId, harmless, show_bytes};
 use crate::settings::{Flags, Settings};
@@ -73,6 +72,15 @@ impl Opened {
         Err(error.into())
     }
 
+    /// The step of this very name: of the recipe, or none where it is a script's that ran here.
+    fn step_or_script(&self, index: &Index, name: &str) -> Result<Option<StepId>, Failure> {
+        match self.step(name) {
+            Ok(id) => Ok(Some(id)),
+            Err(_) if index.last_run(&work_name(&self.host.settings.work.value), name).is_some() => Ok(None),
+            Err(failure) => Err(failure),
+        }
+    }
+
     fn index(&self, scopes: &ScopeFlags) -> Result<Index, Failure> {
         let options = looking(scopes)?;
         Ok(Index::new(&self.host.store, options.scope, options.read_scopes))
@@ -81,8 +89,7 @@ impl Opened {
     /// What the step did last here.
     fn last_run(&self, index: &Index, step: &str) -> Result<LastRun, Failure> {
         let work = &self.host.settings.work.value;
-        let work = std::fs::canonicalize(work).unwrap_or_else(|_| work.clone());
-        index.last_run(work.as_os_str().as_bytes(), step).ok_or_else(|| Failure {
+        index.last_run(&work_name(work), step).ok_or_else(|| Failure {
             text: format!("step `{step}` never ran with WORK `{}`", work.display()),
             hint: Some(format!("`kiln build {step}` runs it")),
             code: FAILED,
@@ -92,8 +99,16 @@ impl Opened {
 
 /// `kiln why`.
 pub(super) fn why(arguments: &WhyArguments, flags: Flags) -> Result<ExitCode, Failure> {
-    let opened = open(flags)?;
-    let id = opened.step(&arguments.step)?;
+    let opened = open_for_scripts(flags)?;
+    let index = opened.index(&arguments.scopes)?;
+    let Some(id) = opened.step_or_script(&index, &arguments.step)? else {
+        // Only the script knows what the step is now.
+        let last = opened.last_run(&index, &arguments.step)?;
+        let ended = last.failure.or(last.not_kept.map(|why| format!("was not kept: {why}")));
+        let ended = ended.map_or_else(String::new, |how| format!("; it {how}"));
+        line(&harmless(format!("{}: it ran last because {}{ended}", arguments.step, last.why).as_bytes()));
+        return Ok(ExitCode::SUCCESS);
+    };
     let wanted = opened.plan.wanted(std::slice::from_ref(&arguments.step))?;
     let steps = wanted.iter().flat_map(|id| &opened.plan.step(*id).sources);
     let (settings, store) = (&opened.host.settings, &opened.host.store);
@@ -133,9 +148,10 @@ pub(super) fn why(arguments: &WhyArguments, flags: Flags) -> Result<ExitCode, Fa
 
 /// `kiln log`.
 pub(super) fn log(arguments: &LogArguments, flags: Flags) -> Result<ExitCode, Failure> {
-    let opened = open(flags)?;
-    opened.step(&arguments.step)?;
-    let last = opened.last_run(&opened.index(&ScopeFlags::trusted())?, &arguments.step)?;
+    let opened = open_for_scripts(flags)?;
+    let index = opened.index(&ScopeFlags::trusted())?;
+    opened.step_or_script(&index, &arguments.step)?;
+    let last = opened.last_run(&index, &arguments.step)?;
     let failure = |error: io::Error| Failure {
         text: format!("the log of step `{}` cannot be read: {error}", arguments.step),
         hint: None,
@@ -161,9 +177,9 @@ pub(super) fn log(arguments: &LogArguments, flags: Flags) -> Result<ExitCode, Fa
 
 /// `kiln inputs`.
 pub(super) fn inputs(arguments: &InputsArguments, flags: Flags) -> Result<ExitCode, Failure> {
-    let opened = open(flags)?;
-    let id = opened.step(&arguments.step)?;
+    let opened = open_for_scripts(flags)?;
     let index = opened.index(&arguments.scopes)?;
+    let id = opened.step_or_script(&index, &arguments.step)?;
     let last = opened.last_run(&index, &arguments.step)?;
     let trace = index.traces(&last.key.digest()).into_iter().map(|(_, trace)| trace).next();
     let trace = trace.ok_or_else(|| Failure {
@@ -180,7 +196,9 @@ pub(super) fn inputs(arguments: &InputsArguments, flags: Flags) -> Result<ExitCo
     drop(out);
     let (files, bytes) = trace.contents();
     show::note(&format!("it read {files} files ({})", show_bytes(bytes)));
-    unread(&opened.plan, id, &trace);
+    if let Some(id) = id {
+        unread(&opened.plan, id, &trace);
+    }
     Ok(ExitCode::SUCCESS)
 }
 

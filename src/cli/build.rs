@@ -1,5 +1,6 @@
 //! `kiln build`: its flags, and the recipe opened for it and for the verbs that ask about a build.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -73,10 +74,10 @@ pub(super) struct BuildArguments {
 pub(super) struct ScopeFlags {
     /// The scope whose results this run reads and writes
     #[arg(long, value_name = "NAME", default_value = "trusted")]
-    scope: String,
+    pub scope: String,
     /// Another scope whose results it may read
     #[arg(long, value_name = "NAME")]
-    read_scope: Vec<String>,
+    pub read_scope: Vec<String>,
 }
 
 impl ScopeFlags {
@@ -100,9 +101,22 @@ impl From<UnknownTarget> for Failure {
     }
 }
 
+/// As [`open`]; without a recipe, one without steps: scripts have some.
+pub(super) fn open_for_scripts(flags: Flags) -> Result<Opened, Failure> {
+    let settings = Settings::read(flags)?;
+    if settings.recipe.is_some() {
+        return of_recipe(settings);
+    }
+    let folder = settings.directory.clone();
+    Ok(Opened { host: Host::open(settings)?, plan: Plan::default(), folder })
+}
+
 /// Reads the recipe, and opens the store.
 pub(super) fn open(flags: Flags) -> Result<Opened, Failure> {
-    let settings = Settings::read(flags)?;
+    of_recipe(Settings::read(flags)?)
+}
+
+fn of_recipe(settings: Settings) -> Result<Opened, Failure> {
     let file = recipe::found(&settings)?;
     let plan = recipe::plan(file)?;
     let folder = file.path.parent().unwrap_or(Path::new("/")).to_owned();
@@ -137,6 +151,7 @@ impl Opened {
             store: &self.host.store,
             runner: machines,
             folder: self.folder.clone(),
+            given: BTreeMap::new(),
             sources,
             permission,
             options,
@@ -203,7 +218,7 @@ pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<Exit
 
 /// Ends the build on Ctrl-C and its like: between two merges, and with a word on what stays.
 /// Gives what the signal's handler itself sets: whatever fails because of the signal fails after that.
-fn watch(gate: &Gate, host: &Host, json: bool) -> Result<Arc<AtomicBool>, Failure> {
+pub(super) fn watch(gate: &Gate, host: &Host, json: bool) -> Result<Arc<AtomicBool>, Failure> {
     let failure = |error: io::Error| Failure::new(&error, None, FAILED);
     let is_interrupted = Arc::<AtomicBool>::default();
     let heeded = heeded_signals();

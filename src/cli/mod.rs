@@ -14,6 +14,7 @@ mod kernel;
 mod lock;
 mod machines;
 mod manual;
+mod named;
 mod recipe;
 mod report;
 mod root;
@@ -326,7 +327,10 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
             if caller.is_none() && arguments.may_stay() {
                 return Ok(stay_in_background());
             }
-            Ok(run::run(&arguments, flags, caller))
+            match &arguments.named.step {
+                Some(name) => Ok(named::run(&arguments, name, flags)),
+                None => Ok(run::run(&arguments, flags, caller)),
+            }
         }
         Verb::Boot(arguments) => {
             let wanted = boot::read(&arguments)?;

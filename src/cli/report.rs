@@ -73,6 +73,11 @@ impl Reporter {
         self.narrator.progress(text);
     }
 
+    /// A line that stays.
+    pub fn say(&mut self, text: &str) {
+        self.narrator.say(text);
+    }
+
     /// Shows the news.
     pub fn tell(&mut self, news: &News<'_>) -> io::Result<()> {
         if let News::Event(_, Event::Phase(phase, time)) = news {

@@ -16,6 +16,7 @@ use super::choice::Choice;
 use super::interrupt::Interrupts;
 use super::keep::{self, KeepFlags};
 use super::kernel::KernelFlags;
+use super::named::NameFlags;
 use super::show::{self, Form, GuestOutput, Narrator, line};
 use super::{CANNOT, Failure, USAGE, verdict};
 use crate::agent::{Limits, SessionError};
@@ -45,6 +46,8 @@ Examples:
       --src ./zlib --src-writable --work out --out 'lib*.a' \\
       -- sh -c './configure && make && cp libz.a $WORK/'
   kiln run --root file:rootfs.tar.xz --clock fixed --timeout 10m -- /build.sh
+  kiln run --step lib --out lib.a -- sh -c 'make -s lib.a && cp lib.a $WORK/'
+  kiln run --step test --needs lib -- ./test   in a script: each runs again only when something it read changed
   kiln run --keep --src . -- make              where it fails, `kiln shell` looks into the machine")]
 pub(super) struct RunArguments {
     /// Where / comes from: debian:SUITE+PKG,PKG…, dir:PATH, file:ARCHIVE.tar[.gz|.xz|.zst], file:IMAGE (squashfs
@@ -71,7 +74,7 @@ pub(super) struct RunArguments {
     out: Vec<String>,
     /// Let outputs replace files in WORK that kiln did not put there
     #[arg(long)]
-    overwrite: bool,
+    pub overwrite: bool,
     /// Set a variable, or pass the host's on
     #[arg(long, value_name = "NAME[=VALUE]")]
     env: Vec<String>,
@@ -146,10 +149,12 @@ pub(super) struct RunArguments {
     reads: Option<PathBuf>,
     /// Write events as JSON, one a line, to standard output
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// Say nothing but the command's own output and errors
     #[arg(long, short)]
-    quiet: bool,
+    pub quiet: bool,
+    #[command(flatten)]
+    pub named: NameFlags,
     /// The command and its arguments
     #[arg(required = true, last = true, value_name = "CMD")]
     pub command: Vec<std::ffi::OsString>,
@@ -221,7 +226,7 @@ pub(super) fn one_of<T: Copy>(name: &str, value: &str, choices: &[(&str, T)]) ->
     })
 }
 
-fn step(arguments: &RunArguments) -> Result<Step, Failure> {
+pub(super) fn step(arguments: &RunArguments) -> Result<Step, Failure> {
     arguments.keep.idle()?;
     let about = |flag: &str, error: &dyn std::error::Error| Failure {
         text: format!("{flag}: {error}"),

@@ -143,3 +143,44 @@ fn a_recipe_that_was_just_begun_builds() {
             .any(|span| span["ph"] == "X" && span["name"] == "command" && span["args"]["step"] == "hello")
     );
 }
+
+#[test]
+fn a_script_that_is_run_again_runs_only_what_has_something_new_to_read() {
+    let host = Host::new();
+    let root = format!("dir:{}", busybox().display());
+    host.file("src/main.c", "int main\n");
+    host.file("src/unread", "x");
+    let step = |name: &str, more: &[&str], out: &str, shell: &str| {
+        let mut kiln = host.kiln();
+        kiln.args(["run", "--step", name, "--src", "src", "--root", &root, "--out", out]).args(more);
+        host.end(kiln.args(["--", "sh", "-euc", shell]), &[])
+    };
+    let compile = || step("compile", &[], "object", "cat main.c > $WORK/object");
+    let link = || {
+        step(
+            "link",
+            &["--needs", "compile"],
+            "program",
+            "ls $WORK; tr a-z A-Z < $WORK/object > $WORK/program",
+        )
+    };
+    link().ends(2, &["step `compile` has put nothing into WORK", "run it before"]);
+    compile().ends(0, &["compile: it never ran here"]);
+    link().ends(0, &["link: it never ran here", "link | object"]);
+    assert_eq!(host.read("work/program"), "INT MAIN\n");
+    host.file("src/unread", "y");
+    compile().ends(0, &["compile: up to date"]);
+    link().ends(0, &["link: up to date"]);
+    host.file("src/main.c", "int f\n");
+    compile().ends(0, &["compile: ", "/main.c` changed"]);
+    link().ends(0, &["/object` changed"]);
+    assert_eq!(host.read("work/program"), "INT F\n");
+    let failed = step("compile", &[], "object", "echo no; exit 7");
+    failed.ends(7, &["step `compile` exited with status 7", "again: "]);
+    assert_eq!(host.read("work/object"), "int f\n");
+    // Asked about without a recipe.
+    host.end(host.kiln().args(["log", "compile"]), &[]).ends(0, &["exited with status 7"]);
+    host.end(host.kiln().args(["why", "compile"]), &[]).ends(0, &["compile: it ran last because"]);
+    let told = host.end(host.kiln().args(["inputs", "link"]), &[]);
+    assert!(told.ends(0, &[]).text().contains("/object"), "{told:?}");
+}

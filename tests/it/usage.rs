@@ -191,3 +191,21 @@ fn a_file_that_outgrows_the_limit_of_the_shell_is_named_and_not_left_in_part() {
     Told::by(host.kiln().arg("init")).succeeds();
     assert!(host.path("kiln.toml").exists());
 }
+
+#[test]
+fn a_named_step_takes_only_what_it_can_be_known_by() {
+    for (arguments, words) in [
+        (&["--needs", "a"][..], &["--step"][..]),
+        (&["--scope", "a"], &["--step"]),
+        (&["--step", "a", "--mount", "/tmp:/tmp"], &["--mount"]),
+        (&["--step", "a", "--keep"], &["--keep"]),
+        (&["--step", "a", "--toolbox"], &["--toolbox"]),
+        (&["--step", "../a"], &["`../a` is no name for a step"]),
+        (&["--step", "a", "--needs", "-"], &["`-` is no name for a step"]),
+        (&["--step", "a", "--needs", "a"], &["cannot need itself"]),
+    ] {
+        let told = run(&Host::new(), arguments);
+        assert_eq!(told.code, Some(2), "{arguments:?}");
+        assert!(words.iter().all(|word| told.stderr.contains(word)), "{arguments:?}: {}", told.stderr);
+    }
+}

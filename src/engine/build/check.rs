@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::UNIX_EPOCH;
 
@@ -48,6 +48,11 @@ pub(super) fn now_nanos() -> i64 {
     i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
 }
 
+/// What the WORK at `work` is called in the store's notes of what steps did in it.
+pub fn work_name(work: &Path) -> Vec<u8> {
+    std::fs::canonicalize(work).as_deref().unwrap_or(work).as_os_str().as_bytes().to_vec()
+}
+
 /// What all checks of a build share.
 pub(super) struct Checker<'a, R> {
     pub build: &'a Build<'a, R>,
@@ -65,7 +70,6 @@ impl<'a, R> Checker<'a, R> {
     pub fn new(build: &'a Build<'a, R>, hidden: Hidden) -> Self {
         let settings = build.settings;
         let source = settings.srcdir.value.as_ref().map(|source| settings.directory.join(source));
-        let work = &settings.work.value;
         Self {
             build,
             index: build.index(),
@@ -73,7 +77,7 @@ impl<'a, R> Checker<'a, R> {
             hidden,
             nothing_hidden: Hidden::default(),
             source: source.and_then(|source| File::open(source).ok()).map(OwnedFd::from),
-            work: std::fs::canonicalize(work).as_ref().unwrap_or(work).as_os_str().as_bytes().to_vec(),
+            work: work_name(&settings.work.value),
             trees: Mutex::default(),
         }
     }

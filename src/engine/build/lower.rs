@@ -15,7 +15,7 @@ use crate::engine::host::{Boundary, KernelChoice};
 use crate::engine::prepare::{environment, guest_places};
 use crate::engine::step::{Clock, Keep, Step};
 use crate::machine::Carrier;
-use crate::plan::graph::{Command, Ignore};
+use crate::plan::graph::{Command, Ignore, Kernel};
 use crate::plan::recipe::ClockWord;
 use crate::plan::{EnvError, PlannedStep, RootSpec};
 use crate::root::debian::DEFAULT_KERNEL_SUITE;
@@ -54,9 +54,14 @@ pub(super) fn lower(planned: &PlannedStep, settings: &Settings, folder: &Path, o
             RootSpec::Live(path) => RootSpec::Live(folder.join(path)),
             RootSpec::Debian(spec) => RootSpec::Debian(spec.clone()),
         },
-        kernel: KernelChoice::Debian(
-            planned.kernel_suite.clone().unwrap_or_else(|| DEFAULT_KERNEL_SUITE.to_owned()),
-        ),
+        kernel: match &planned.kernel {
+            None => KernelChoice::Debian(DEFAULT_KERNEL_SUITE.to_owned()),
+            Some(Kernel::Debian(suite)) => KernelChoice::Debian(suite.clone()),
+            Some(Kernel::File { kernel, modules }) => KernelChoice::File {
+                kernel: folder.join(kernel),
+                modules: modules.as_ref().map(|modules| folder.join(modules)),
+            },
+        },
         argv: words.map(String::into_bytes).collect(),
         env: planned.env.clone(),
         directory: planned.directory.clone(),
@@ -112,7 +117,7 @@ pub(super) fn key(
     for (number, word) in step.argv.iter().enumerate() {
         let is_last = number + 1 == step.argv.len();
         key.add(
-            if is_last { "the command".to_owned() } else { format!("word {number} of the interpreter") },
+            if is_last { "the command".to_owned() } else { format!("word {number} of the command line") },
             text(word),
         );
     }

@@ -24,6 +24,7 @@ mod timeline;
 mod view;
 mod worker;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -34,11 +35,11 @@ use super::error::RunError;
 use super::event::Event;
 use super::merge::MergeError;
 use crate::cache::{Index, Scope};
-use crate::plan::Plan;
+use crate::plan::{Plan, StepId};
 use crate::settings::Settings;
 use crate::store::Store;
 
-pub use check::{Explained, Standing};
+pub use check::{Explained, Standing, work_name};
 pub use gate::Gate;
 pub use lower::Lowered;
 pub use runner::{Machines, Ran, Runner};
@@ -200,6 +201,8 @@ pub struct Build<'a, R> {
     pub store: &'a Store,
     /// What runs steps.
     pub runner: &'a R,
+    /// Steps that are not built, because what they put out is known: each with the digest of its outputs' manifest.
+    pub given: BTreeMap<StepId, Digest>,
     /// Where the recipe lies: paths in it are relative to this.
     pub folder: PathBuf,
     /// Sources by name, as they are locked.

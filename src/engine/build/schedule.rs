@@ -141,11 +141,19 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             available_bytes: available_bytes(),
             summary: Summary::default(),
         };
+        for (id, outputs) in &build.given {
+            schedule.outputs[id.0] = Some(*outputs);
+            schedule.states[id.0] = State::Good;
+        }
         for id in wanted {
-            let needs = &build.plan.step(*id).needs;
-            schedule.states[id.0] = State::Waits(needs.len());
-            needs.iter().for_each(|need| schedule.needed_by[need.0].push(*id));
-            if needs.is_empty() {
+            let needs = build.plan.step(*id).needs.iter().filter(|need| !build.given.contains_key(need));
+            let mut open = 0;
+            for need in needs {
+                schedule.needed_by[need.0].push(*id);
+                open += 1;
+            }
+            schedule.states[id.0] = State::Waits(open);
+            if open == 0 {
                 schedule.checks.push_back(*id);
             }
         }

@@ -110,8 +110,7 @@ impl Named {
         for root in roots.map(ToString::to_string).filter(|root| root.starts_with("debian:")) {
             named.roots.insert(root.parse::<DebianSpec>()?.to_string());
         }
-        for step in &plan.steps {
-            let suite = step.kernel_suite.as_deref().unwrap_or(DEFAULT_KERNEL_SUITE);
+        for suite in plan.steps.iter().filter_map(|step| step.kernel_suite(DEFAULT_KERNEL_SUITE)) {
             named.kernels.insert(DebianSpec::essential(suite)?.to_string());
         }
         named.toolboxes.insert(toolbox::spec(DEFAULT_KERNEL_SUITE)?.to_string());

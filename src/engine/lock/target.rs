@@ -59,8 +59,7 @@ fn all(lock: &Lock, plan: Option<&Plan>) -> Result<Vec<(Target, Vec<String>)>, R
                 add(Target::Root(spec), names.collect());
             }
         }
-        for step in &plan.steps {
-            let suite = step.kernel_suite.as_deref().unwrap_or(DEFAULT_KERNEL_SUITE);
+        for suite in plan.steps.iter().filter_map(|step| step.kernel_suite(DEFAULT_KERNEL_SUITE)) {
             let spec = DebianSpec::essential(suite)?;
             let names = vec![spec.to_string(), "kernel".to_owned()];
             add(Target::Kernel(spec), names);

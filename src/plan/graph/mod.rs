@@ -7,6 +7,7 @@ mod reader;
 mod sources;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use globset::GlobSet;
 use kiln_digest::Digest;
@@ -29,6 +30,31 @@ pub enum Command {
     Text(String),
     /// A script file in SRCDIR.
     Script(String),
+}
+
+/// The kernel of a step. Paths are relative to the recipe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kernel {
+    /// The cloud kernel of this Debian suite.
+    Debian(String),
+    /// vmlinux or bzImage.
+    File {
+        /// The kernel.
+        kernel: PathBuf,
+        /// A folder with its modules.
+        modules: Option<PathBuf>,
+    },
+}
+
+impl PlannedStep {
+    /// The suite of its kernel, which is `default` unless said; none where its kernel is a file.
+    pub fn kernel_suite<'a>(&'a self, default: &'a str) -> Option<&'a str> {
+        match &self.kernel {
+            None => Some(default),
+            Some(Kernel::Debian(suite)) => Some(suite),
+            Some(Kernel::File { .. }) => None,
+        }
+    }
 }
 
 /// A source and how it is known.
@@ -94,8 +120,8 @@ pub struct PlannedStep {
     pub name: String,
     /// Its root.
     pub root: RootSpec,
-    /// The Debian suite of its kernel, where it names one.
-    pub kernel_suite: Option<String>,
+    /// Its kernel; the default bundle's where it names none.
+    pub kernel: Option<Kernel>,
     /// What it runs.
     pub command: Command,
     /// What runs that.

@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use globset::{GlobBuilder, GlobSetBuilder};
 
-use super::{Command, DEFAULT_ROOT, Ignore, Limits, PlannedStep, StepId};
-use crate::plan::recipe::{Expanded, Fault, LimitsTable, Recipe, RootTable, Text, nearest};
+use super::{Command, DEFAULT_ROOT, Ignore, Kernel, Limits, PlannedStep, StepId};
+use crate::plan::recipe::{Expanded, Fault, LimitsTable, Recipe, RootTable, StepTable, Text, nearest};
 use crate::plan::{Outputs, RootSpec, parse_bytes, parse_duration, show_bytes};
 
 /// A recipe being read.
@@ -237,6 +237,32 @@ impl Reader<'_> {
         })
     }
 
+    fn kernel(&self, table: &StepTable) -> Result<Option<Kernel>, Fault> {
+        let modules = table.modules.as_ref();
+        let of_no_file = |modules: &Text| {
+            let fault = self.fault(modules.span(), "modules belong to a kernel that is a file".to_owned());
+            fault.hint("kernel = \"file:PATH\"")
+        };
+        let Some(text) = &table.kernel else {
+            return modules.map_or(Ok(None), |modules| Err(of_no_file(modules)));
+        };
+        match (text.get_ref().split_once(':'), modules) {
+            (Some(("debian", suite)), None) if !suite.is_empty() && !suite.contains('/') => {
+                Ok(Some(Kernel::Debian(suite.to_owned())))
+            }
+            (Some(("debian", _)), Some(modules)) => Err(of_no_file(modules)),
+            (Some(("file", path)), modules) if !path.is_empty() => Ok(Some(Kernel::File {
+                kernel: path.into(),
+                modules: modules.map(|modules| modules.get_ref().into()),
+            })),
+            _ => {
+                let message =
+                    format!("`{}` names no kernel: write debian:SUITE or file:PATH", text.get_ref());
+                Err(self.fault(text.span(), message))
+            }
+        }
+    }
+
     pub fn step(&self, step: &Expanded, needs: Vec<StepId>) -> Result<PlannedStep, Fault> {
         let table = &step.table;
         let (command, interpreter) = match (&table.run, &table.script) {
@@ -262,12 +288,6 @@ impl Reader<'_> {
             true => interpreter.into_iter().map(str::to_owned).collect(),
             false => table.interpreter.clone(),
         };
-        let kernel_suite =
-            table.kernel.as_ref().map(|text| match text.get_ref().strip_prefix("debian:") {
-                Some(suite) if !suite.is_empty() && !suite.contains('/') => Ok(suite.to_owned()),
-                _ => Err(self
-                    .fault(text.span(), format!("`{}` names no kernel: write debian:SUITE", text.get_ref()))),
-            });
         let is_variable = |name: &String| !name.is_empty() && !name.contains(['=', '\0']);
         if let Some(bad) = table.env.keys().chain(&table.pass_env).find(|name| !is_variable(name)) {
             let message = format!("`{}` is no name of a variable", bad.escape_debug());
@@ -277,7 +297,7 @@ impl Reader<'_> {
         Ok(PlannedStep {
             name: step.name.clone(),
             root: self.root(step)?,
-            kernel_suite: kernel_suite.transpose()?,
+            kernel: self.kernel(table)?,
             command,
             interpreter,
             needs,

@@ -10,6 +10,9 @@ use super::{Fault, Recipe, StepTable, Text};
 /// Most steps that one matrix may make.
 const MOST: usize = 1000;
 
+/// What names of steps are like.
+pub const NAMES: &str = "names are letters, digits and `.`, `_`, `-`, `+`, and start with a letter or digit";
+
 /// A plain step.
 #[derive(Debug, Clone)]
 pub struct Expanded {
@@ -23,8 +26,8 @@ pub struct Expanded {
     pub table: StepTable,
 }
 
-/// Is good for a step's name: one word that is no path and no option.
-fn is_name(text: &str) -> bool {
+/// Whether `text` is good for a step's name: one word that is no path and no option.
+pub fn is_name(text: &str) -> bool {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '+');
     text.len() <= 100 && text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.chars().all(good)
 }
@@ -37,10 +40,9 @@ pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Vec<Expanded>, 
     let mut steps: BTreeMap<String, Expanded> = BTreeMap::new();
     for (name, table) in &recipe.steps {
         let fault = |span: Range<usize>, message: String| Fault::at(text, file, span, message);
-        let words = "names are letters, digits and `.`, `_`, `-`, `+`, and start with a letter or digit";
         if !is_name(name.get_ref()) {
             let message = format!("`{}` is no name for a step", name.get_ref().escape_debug());
-            return Err(fault(name.span(), message).hint(words));
+            return Err(fault(name.span(), message).hint(NAMES));
         }
         let mut count: usize = 1;
         for (key, values) in &table.matrix {
@@ -51,7 +53,7 @@ pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Vec<Expanded>, 
             }
             if let Some(value) = values.iter().find(|value| !is_name(value)) {
                 let message = format!("`{}` is no good in a step's name", value.escape_debug());
-                return Err(fault(key.span(), message).hint(words));
+                return Err(fault(key.span(), message).hint(NAMES));
             }
         }
         if count > MOST {
@@ -95,8 +97,8 @@ fn filled(table: &StepTable, values: &[(&str, &str)]) -> StepTable {
         values.iter().fold(text.to_owned(), |text, (key, value)| text.replace(&format!("%{{{key}}}"), value))
     };
     let fill_text = |text: &mut Text| *text = Spanned::new(text.span(), fill(text.get_ref()));
-    for text in [&mut table.run, &mut table.script, &mut table.root, &mut table.kernel].into_iter().flatten()
-    {
+    let texts = [&mut table.run, &mut table.script, &mut table.root, &mut table.kernel, &mut table.modules];
+    for text in texts.into_iter().flatten() {
         fill_text(text);
     }
     for list in [&mut table.needs, &mut table.inputs, &mut table.outputs] {

@@ -14,7 +14,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 
-pub use expand::{Expanded, expand};
+pub use expand::{Expanded, NAMES, expand, is_name};
 pub use fault::Fault;
 pub use nearest::nearest;
 
@@ -201,9 +201,12 @@ pub struct StepTable {
     /// A root of the recipe by name, or a root as `--root` takes it. Not needed where the recipe has just one.
     #[schemars(with = "Option<String>")]
     pub root: Option<Text>,
-    /// The kernel: debian:SUITE.
+    /// The kernel: debian:SUITE, or file:PATH of a vmlinux or bzImage beside the recipe.
     #[schemars(with = "Option<String>")]
     pub kernel: Option<Text>,
+    /// A folder with the modules of a kernel that is a file, such as /lib/modules/RELEASE.
+    #[schemars(with = "Option<String>")]
+    pub modules: Option<Text>,
     /// Steps whose outputs it sees in WORK.
     #[serde(default)]
     #[schemars(with = "Vec<String>")]

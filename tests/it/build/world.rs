@@ -111,6 +111,7 @@ impl World {
             settings: &self.settings,
             store: &self.store,
             runner: &runner,
+            given: BTreeMap::new(),
             folder: self.folder.path().to_owned(),
             sources: Locked::default(),
             permission: Permission::default(),
