@@ -40,7 +40,14 @@ pub struct Console {
 
 impl Default for Console {
     fn default() -> Self {
-        Self { state: State::Text, current: Vec::new(), lines: VecDeque::new(), kept_bytes: 0, printed: false, matched: 0 }
+        Self {
+            state: State::Text,
+            current: Vec::new(),
+            lines: VecDeque::new(),
+            kept_bytes: 0,
+            printed: false,
+            matched: 0,
+        }
     }
 }
 

@@ -5,7 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use kiln_artifact::variables::{
-    GLOBAL_VARIABLE, Guid, SECURITY_DATABASE, VariableError, VariableStore, certificate_list, is_signature_lists,
+    GLOBAL_VARIABLE, Guid, SECURITY_DATABASE, VariableError, VariableStore, certificate_list,
+    is_signature_lists,
 };
 
 /// What of Secure Boot a machine has.
@@ -123,17 +124,32 @@ pub fn variables(firmware: &Firmware, secure_boot: &SecureBoot) -> Result<Vec<u8
     let SecureBoot::Keys(folder) = secure_boot else { return Ok(bytes) };
     let failed = |source| FirmwareError::Store { path: firmware.vars.clone(), source };
     let mut store = VariableStore::read(bytes).map_err(failed)?;
-    // PK is what turns Secure Boot on.
-    for (name, vendor) in
-        [("db", SECURITY_DATABASE), ("dbx", SECURITY_DATABASE), ("KEK", GLOBAL_VARIABLE), ("PK", GLOBAL_VARIABLE)]
-    {
-        match key(folder, name)? {
-            Some(lists) => store.add_authenticated(name, vendor, &lists).map_err(failed)?,
-            None if name == "dbx" => {}
-            None => return Err(FirmwareError::NoKey { name, folder: folder.clone() }),
-        }
+    for (name, vendor, lists) in keys(folder)? {
+        store.add_authenticated(name, vendor, &lists).map_err(failed)?;
     }
     Ok(store.into_bytes())
+}
+
+/// The keys in a folder: name, vendor and signature lists of each variable.
+///
+/// # Errors
+/// One is missing, or is none.
+pub fn keys(folder: &Path) -> Result<Vec<(&'static str, Guid, Vec<u8>)>, FirmwareError> {
+    let mut keys = Vec::new();
+    // PK is what turns Secure Boot on.
+    for (name, vendor) in [
+        ("db", SECURITY_DATABASE),
+        ("dbx", SECURITY_DATABASE),
+        ("KEK", GLOBAL_VARIABLE),
+        ("PK", GLOBAL_VARIABLE),
+    ] {
+        match key(folder, name)? {
+            Some(lists) => keys.push((name, vendor, lists)),
+            None if name == "dbx" => {}
+            None => return Err(FirmwareError::NoKey { name, folder: folder.to_owned() }),
+        }
+    }
+    Ok(keys)
 }
 
 /// The signature lists of the key `name`, from the first of its files that is there.

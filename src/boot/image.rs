@@ -63,7 +63,8 @@ impl ImageError {
                 })
             }
             Self::Unknown(_) => Some(
-                "a disk has a partition table, a FAT or an ISO 9660 file system; a folder is put on a disk".to_owned(),
+                "a disk has a partition table, a FAT or an ISO 9660 file system; a folder is put on a disk"
+                    .to_owned(),
             ),
             _ => None,
         }
@@ -121,7 +122,8 @@ pub fn look(path: &Path, format: Option<Format>, writable: bool) -> Result<Subje
         };
     }
     let has = |at: usize, bytes: &[u8]| head.get(at..at + bytes.len()) == Some(bytes);
-    let is_disk = has(510, &[0x55, 0xaa]) || has(512, b"EFI PART") || has(4096, b"EFI PART") || has(32_769, b"CD001");
+    let is_disk =
+        has(510, &[0x55, 0xaa]) || has(512, b"EFI PART") || has(4096, b"EFI PART") || has(32_769, b"CD001");
     if is_disk { Ok(Subject::Disk(file, Format::Raw)) } else { Err(ImageError::Unknown(path.to_owned())) }
 }
 

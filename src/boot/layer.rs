@@ -62,7 +62,10 @@ mod tests {
         let large = empty(1 << 46).expect("64 TiB");
         assert_eq!(large.len(), (3 + 16) << 16);
         assert_eq!(large[36..40], (1u32 << 17).to_be_bytes());
-        assert_eq!(large[(2 << 16) + 1..].iter().step_by(2).take(20).filter(|count| **count == 1).count(), 19);
+        assert_eq!(
+            large[(2 << 16) + 1..].iter().step_by(2).take(20).filter(|count| **count == 1).count(),
+            19
+        );
         assert!(empty(u64::MAX).is_none());
     }
 }

@@ -24,17 +24,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::machine::qemu::Qemu;
-use crate::machine::qemu::firmware::{
-    BootDisk, Bus, FirmwareMachine, FirmwareSpec, Format, Network, Tpm,
-};
+use crate::machine::qemu::firmware::{BootDisk, Bus, FirmwareMachine, FirmwareSpec, Format, Network, Tpm};
 use crate::machine::{Identity, MachineError};
 use crate::plan::harmless;
 use firmware::{Firmware, FirmwareError, SecureBoot};
 use folder::FolderError;
 use image::{ImageError, Subject};
 use script::{Statement, Step};
-pub use ssh::SshError;
 use ssh::Ssh;
+pub use ssh::SshError;
 use trial::{Input, Moment, Outcome, Rig, What};
 
 /// A disk that is named for a machine.
@@ -200,16 +198,37 @@ impl BootError {
     }
 }
 
-/// Boots and judges.
+/// Whether what is asked for can be: what is no image, and keys that are not there. Nothing of the host's is needed.
 ///
 /// # Errors
-/// [`BootError`] where nothing could be judged; a script that is not met is a [`Verdict`].
-pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<Verdict, BootError> {
+/// [`BootError`], the user's.
+pub fn check(boot: &Boot) -> Result<(), BootError> {
     let wants_ssh = boot.script.iter().find(|statement| matches!(statement.step, Step::Ssh(_)));
     if let (Some(statement), None) = (wants_ssh, &boot.ssh) {
         return Err(BootError::NoKey { place: statement.place.clone() });
     }
-    let scratch = tempfile::tempdir_in(&boot.scratch).map_err(BootError::io("make a folder for the machine"))?;
+    for choice in &boot.disks {
+        match image::look(&choice.path, choice.format, choice.keep_writes && choice.path.is_file())? {
+            Subject::Disk(..) => {}
+            _ if choice.keep_writes => return Err(BootError::NotKept(choice.path.clone())),
+            Subject::Folder => folder::check(&choice.path)?,
+            Subject::Program(_) => {}
+        }
+    }
+    if let SecureBoot::Keys(folder) = &boot.secure_boot {
+        firmware::keys(folder)?;
+    }
+    Ok(())
+}
+
+/// Boots and judges. The caller has let [`check`] look.
+///
+/// # Errors
+/// [`BootError`] where nothing could be judged; a script that is not met is a [`Verdict`].
+pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<Verdict, BootError> {
+    let wants_ssh = boot.script.iter().any(|statement| matches!(statement.step, Step::Ssh(_)));
+    let scratch =
+        tempfile::tempdir_in(&boot.scratch).map_err(BootError::io("make a folder for the machine"))?;
     let firmware = match &boot.firmware {
         Some(firmware) => firmware.clone(),
         None => firmware::find(boot.secure_boot != SecureBoot::Off)?,
@@ -219,7 +238,8 @@ pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<
     for choice in &boot.disks {
         disks.push(disk(choice, scratch.path())?);
     }
-    let ssh_port = if wants_ssh.is_some() { Some(free_port().map_err(BootError::io("find a free port"))?) } else { None };
+    let ssh_port =
+        if wants_ssh { Some(free_port().map_err(BootError::io("find a free port"))?) } else { None };
     let ssh = match (&boot.ssh, ssh_port) {
         (Some(choice), Some(port)) => {
             Some(Ssh::new(port, &choice.user, &choice.key, choice.host_key.as_deref())?)
@@ -234,7 +254,8 @@ pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<
         }
         None => None,
     };
-    let code = File::open(&firmware.code).map_err(|source| FirmwareError::Read { path: firmware.code.clone(), source })?;
+    let code = File::open(&firmware.code)
+        .map_err(|source| FirmwareError::Read { path: firmware.code.clone(), source })?;
     let spec = FirmwareSpec {
         code: code.into(),
         vars: nameless(scratch.path(), &vars)?,
@@ -248,7 +269,8 @@ pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<
             (ssh_port, outside) => Network::User { ssh_port, outside },
         },
     };
-    let report = boot.report.as_deref().map(Report::open).transpose().map_err(BootError::io("write the report"))?;
+    let report =
+        boot.report.as_deref().map(Report::open).transpose().map_err(BootError::io("write the report"))?;
     let (sender, inputs) = mpsc::channel();
     let started = Instant::now();
     let events = sender.clone();
@@ -263,7 +285,9 @@ pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<
     let mut rig = Stage { machine, typing, ssh, script: &boot.script, report, moments: Vec::new(), told };
     let outcome = trial::carry_out(&boot.script, &mut rig, &inputs, started);
     let total = started.elapsed();
-    if outcome == Outcome::Over && let Some(complaint) = rig.machine.complaint() {
+    if outcome == Outcome::Over
+        && let Some(complaint) = rig.machine.complaint()
+    {
         (rig.told)(Told::Warning(harmless(complaint.as_bytes())));
     }
     Ok(Verdict { outcome, moments: rig.moments, total })
@@ -298,7 +322,6 @@ fn disk(choice: &DiskChoice, scratch: &Path) -> Result<BootDisk, BootError> {
     let subject = image::look(&choice.path, choice.format, choice.keep_writes)?;
     let (file, format): (OwnedFd, Format) = match subject {
         Subject::Disk(file, format) => (file.into(), format),
-        _ if choice.keep_writes => return Err(BootError::NotKept(choice.path.clone())),
         Subject::Folder => (folder::disk_of_folder(&choice.path, scratch)?, Format::Raw),
         Subject::Program(_) => (folder::disk_of_program(&choice.path, scratch)?, Format::Raw),
     };
@@ -356,7 +379,10 @@ impl Report {
     fn picture(&mut self, index: usize, failed: bool, png: &[u8]) -> io::Result<()> {
         self.pictures += 1;
         let verdict = if failed { "failed" } else { "met" };
-        fs::write(self.folder.join(format!("{:02}-statement-{}-{verdict}.png", self.pictures, index + 1)), png)
+        fs::write(
+            self.folder.join(format!("{:02}-statement-{}-{verdict}.png", self.pictures, index + 1)),
+            png,
+        )
     }
 }
 

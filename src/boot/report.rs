@@ -50,7 +50,9 @@ pub fn junit(name: &str, script: &[Statement], moments: &[Moment], total: Durati
         }
     }
     let mut skipped = 0;
-    for (statement, _) in script.iter().zip(judged).filter(|(statement, judged)| !judged && statement.is_judged()) {
+    for (statement, _) in
+        script.iter().zip(judged).filter(|(statement, judged)| !judged && statement.is_judged())
+    {
         skipped += 1;
         let _ = writeln!(cases, "  {}><skipped/></testcase>", case(name, statement, Duration::ZERO));
     }

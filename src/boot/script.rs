@@ -161,7 +161,8 @@ fn step(line: &str) -> Result<Step, Wrong> {
 
 /// A pattern between slashes, or a text.
 fn pattern(argument: &str, at: usize) -> Result<Regex, Wrong> {
-    let inner = argument.strip_prefix('/').and_then(|rest| rest.strip_suffix('/')).filter(|inner| !inner.is_empty());
+    let inner =
+        argument.strip_prefix('/').and_then(|rest| rest.strip_suffix('/')).filter(|inner| !inner.is_empty());
     let source = match (inner, quoted(argument, at)?) {
         (Some(inner), _) => inner.to_owned(),
         (None, Some(bytes)) => regex::escape(&String::from_utf8_lossy(&bytes)),

@@ -99,7 +99,8 @@ impl Ssh {
             match status {
                 Some(0) => Ok(output),
                 status => {
-                    let how = status.map_or("ended without a status".to_owned(), |s| format!("exited with status {s}"));
+                    let how = status
+                        .map_or("ended without a status".to_owned(), |s| format!("exited with status {s}"));
                     let said = harmless(&output[..output.len().min(SHOWN_BYTES)]);
                     Err(format!("`{command}` {how}: {}", said.trim()))
                 }
@@ -140,7 +141,10 @@ enum Refusal {
 }
 
 /// A command's status and what it printed.
-async fn execute(session: &client::Handle<Guest>, command: &str) -> Result<(Option<u32>, Vec<u8>), russh::Error> {
+async fn execute(
+    session: &client::Handle<Guest>,
+    command: &str,
+) -> Result<(Option<u32>, Vec<u8>), russh::Error> {
     let mut channel = session.channel_open_session().await?;
     channel.exec(true, command).await?;
     let (mut status, mut output) = (None, Vec::new());

@@ -101,7 +101,12 @@ struct Trial<'a> {
 }
 
 /// Carries out `script`; without statements, waits for the machine's end.
-pub fn carry_out(script: &[Statement], rig: &mut dyn Rig, inputs: &Receiver<Input>, started: Instant) -> Outcome {
+pub fn carry_out(
+    script: &[Statement],
+    rig: &mut dyn Rig,
+    inputs: &Receiver<Input>,
+    started: Instant,
+) -> Outcome {
     let mut trial = Trial {
         script,
         rig,
@@ -162,9 +167,7 @@ impl Trial<'_> {
                 let found = self.console.unseen().find(|line| regex.is_match(line)).map(<[u8]>::to_vec);
                 found.map_or(Ok(()), |line| Err((index, rejected(&line))))
             }
-            Step::Expect(regex) => {
-                self.wait(index, deadline, patience, |trial| trial.console.find(regex))
-            }
+            Step::Expect(regex) => self.wait(index, deadline, patience, |trial| trial.console.find(regex)),
             Step::Reboot => self.wait(index, deadline, patience, |trial| {
                 let has = trial.resets > 0;
                 trial.resets -= usize::from(has);
@@ -193,12 +196,14 @@ impl Trial<'_> {
             if is_met(self) {
                 return Ok(());
             }
-            let may_reset = self.script[index..].iter().any(|statement| matches!(statement.step, Step::Reboot));
+            let may_reset =
+                self.script[index..].iter().any(|statement| matches!(statement.step, Step::Reboot));
             if self.resets > 0 && !may_reset {
                 return Err((index, "the guest restarted its machine".to_owned()));
             }
             if self.is_over() {
-                let how = if self.is_off { "the guest switched its machine off" } else { "the machine is gone" };
+                let how =
+                    if self.is_off { "the guest switched its machine off" } else { "the machine is gone" };
                 return Err((index, how.to_owned()));
             }
             if !self.take(Some(deadline), index)? {
@@ -364,13 +369,18 @@ mod tests {
 
     #[test]
     fn a_machine_that_ends_or_restarts_when_it_should_not_is_named() {
-        let gone = || vec![Input::Event(GuestEvent::PowerOff), Input::Event(GuestEvent::Ended), Input::Silent];
+        let gone =
+            || vec![Input::Event(GuestEvent::PowerOff), Input::Event(GuestEvent::Ended), Input::Silent];
         assert!(not_met("expect login:", gone()).1.contains("switched its machine off"));
         let killed = vec![Input::Event(GuestEvent::Ended), Input::Silent];
         assert!(not_met("expect login:", killed).1.contains("the machine is gone"));
         assert!(not_met("expect login:", vec![Input::Event(GuestEvent::Reset)]).1.contains("restarted"));
         let reset_first = vec![Input::Event(GuestEvent::Reset), printed("bye\n")];
-        assert_eq!(play("expect bye\nreboot", reset_first).0, Outcome::Met, "it was printed before it was read");
+        assert_eq!(
+            play("expect bye\nreboot", reset_first).0,
+            Outcome::Met,
+            "it was printed before it was read"
+        );
     }
 
     #[test]

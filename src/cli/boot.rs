@@ -12,7 +12,7 @@ use super::{CANNOT, FAILED, Failure, USAGE};
 use crate::boot::firmware::{Firmware, SecureBoot};
 use crate::boot::script::{self, ScriptError, Statement};
 use crate::boot::trial::{Outcome, What};
-use crate::boot::{Boot, BootError, DiskChoice, SshChoice, Told, boot};
+use crate::boot::{Boot, BootError, DiskChoice, SshChoice, Told, boot, check};
 use crate::engine::{Boundary, Host};
 use crate::machine::qemu::firmware::{Bus, Format};
 use crate::plan::{harmless, parse_bytes, show_duration, without_commands};
@@ -152,9 +152,11 @@ pub(super) fn read(arguments: &BootArguments) -> Result<Boot, Failure> {
         "setup" => SecureBoot::Setup,
         folder => SecureBoot::Keys(folder.into()),
     };
-    let firmware = arguments.firmware.clone().zip(arguments.firmware_vars.clone()).map(|(code, vars)| {
-        Firmware { code, vars, smm: secure_boot != SecureBoot::Off }
-    });
+    let firmware = arguments
+        .firmware
+        .clone()
+        .zip(arguments.firmware_vars.clone())
+        .map(|(code, vars)| Firmware { code, vars, smm: secure_boot != SecureBoot::Off });
     let ssh = arguments.ssh_key.clone().map(|key| SshChoice {
         user: arguments.ssh_user.clone(),
         key,
@@ -177,7 +179,9 @@ pub(super) fn read(arguments: &BootArguments) -> Result<Boot, Failure> {
 
 fn bus(word: &str) -> Result<Bus, Failure> {
     let known = BUSES.iter().find(|(name, _)| *name == word);
-    known.map(|(_, bus)| *bus).ok_or_else(|| usage(format!("a bus is virtio, nvme, usb or sata, not `{word}`")))
+    known
+        .map(|(_, bus)| *bus)
+        .ok_or_else(|| usage(format!("a bus is virtio, nvme, usb or sata, not `{word}`")))
 }
 
 fn script_of(arguments: &BootArguments) -> Result<Vec<Statement>, Failure> {
@@ -195,6 +199,7 @@ fn script_of(arguments: &BootArguments) -> Result<Vec<Statement>, Failure> {
 
 /// Boots, says what happens, and whether it was as wanted.
 pub(super) fn run(arguments: &BootArguments, mut wanted: Boot, host: &Host) -> Result<ExitCode, Failure> {
+    check(&wanted)?;
     let qemu = host.backend(&Boundary::default())?;
     if arguments.tpm {
         let program = "swtpm";

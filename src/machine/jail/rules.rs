@@ -20,21 +20,14 @@ const NEWEST: ABI = ABI::V6;
 ///
 /// # Errors
 /// The kernel has no landlock, or refuses.
-pub(super) fn enter(
-    reach: &[Reach],
-    beneath: &[&OwnedFd],
-    inside: bool,
-    network: bool,
-) -> io::Result<i32> {
+pub(super) fn enter(reach: &[Reach], beneath: &[&OwnedFd], inside: bool, network: bool) -> io::Result<i32> {
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let rules = || -> Result<RestrictionStatus, Box<dyn std::error::Error>> {
         let mut handled = Ruleset::default().handle_access(AccessFs::from_all(NEWEST))?;
         if !network {
             handled = handled.handle_access(AccessNet::from_all(NEWEST))?;
         }
-        let mut rules = handled
-            .scope(Scope::from_all(NEWEST))?
-            .create()?;
+        let mut rules = handled.scope(Scope::from_all(NEWEST))?.create()?;
         for reach in reach {
             let path = if inside { &reach.at } else { &reach.from };
             let access: BitFlags<AccessFs> = match reach.kind {

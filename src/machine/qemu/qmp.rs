@@ -179,7 +179,8 @@ impl Commands {
         let mut line = json!({"execute": command, "arguments": arguments}).to_string();
         line.push('\n');
         self.writer.write_all(line.as_bytes())?;
-        let mut answer = self.answers.recv_timeout(PATIENCE).map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?;
+        let mut answer =
+            self.answers.recv_timeout(PATIENCE).map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?;
         taken(command, &mut answer)
     }
 }

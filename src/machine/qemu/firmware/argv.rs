@@ -78,7 +78,8 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
         Network::None => {}
         Network::User { ssh_port, outside } => {
             let restrict = if outside { "off" } else { "on" };
-            let forward = ssh_port.map_or_else(String::new, |port| format!(",hostfwd=tcp:127.0.0.1:{port}-:22"));
+            let forward =
+                ssh_port.map_or_else(String::new, |port| format!(",hostfwd=tcp:127.0.0.1:{port}-:22"));
             option("netdev", &format!("user,id=net,restrict={restrict}{forward}"));
             // No boot from the network: what is tested is the image.
             option("device", "virtio-net-pci,netdev=net,romfile=");
@@ -110,7 +111,10 @@ fn disk_options(option: &mut impl FnMut(&str, &str), index: usize, disk: DiskSha
     match disk.format {
         Format::Raw => option(
             "blockdev",
-            &format!("driver=raw,node-name={base},read-only={mode},auto-read-only=off,discard=unmap,{}", protocol(set)),
+            &format!(
+                "driver=raw,node-name={base},read-only={mode},auto-read-only=off,discard=unmap,{}",
+                protocol(set)
+            ),
         ),
         // A qcow2 file names other files of the host in its header: none of them is opened.
         Format::Qcow2 => option(

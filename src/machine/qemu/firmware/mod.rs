@@ -186,8 +186,7 @@ impl Qemu {
         };
         let profile = Profile::Qemu { program, kvm, files, memory, network: spec.network != Network::None };
         let qemu = Become::Qemu { profile, arguments };
-        let (mut process, held) =
-            spawn_jailed(qemu, &descriptors).map_err(MachineError::io("start QEMU"))?;
+        let (mut process, held) = spawn_jailed(qemu, &descriptors).map_err(MachineError::io("start QEMU"))?;
         drop(descriptors);
         let Ok(opened) = Qmp::open(qmp) else {
             return Err(MachineError::DiedAtStart(death(&mut process)));
@@ -203,9 +202,8 @@ impl Qemu {
         };
         // The channel ends with the connection, and so says that QEMU is gone.
         let (events, queue) = mpsc::channel();
-        let commands = opened
-            .split(move |event| drop(events.send(event)))
-            .map_err(MachineError::io("speak to QEMU"))?;
+        let commands =
+            opened.split(move |event| drop(events.send(event))).map_err(MachineError::io("speak to QEMU"))?;
         std::thread::spawn(move || pass_on(&queue, &mut told));
         Ok(FirmwareMachine {
             identity,
@@ -255,7 +253,8 @@ fn death(process: &mut Process) -> Death {
     let status = process.wait(Duration::from_secs(2));
     Death::Killed {
         program: "QEMU".into(),
-        status: status.map_or_else(|| "still running, but not answering".to_owned(), |status| status.to_string()),
+        status: status
+            .map_or_else(|| "still running, but not answering".to_owned(), |status| status.to_string()),
         said: process.said(),
     }
 }
