@@ -1,9 +1,12 @@
 //! The real machine behind [`System`]: mounts, devices and files, each done once and said in words where it fails.
 
+use std::ffi::CStr;
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use rustix::fs::{CWD, Mode, OFlags};
@@ -24,6 +27,9 @@ const ROOT: &str = "/sysroot";
 const SMALL_BYTES: u64 = 4096;
 /// `MODULE_INIT_COMPRESSED_FILE` of linux/module.h.
 const COMPRESSED: libc::c_int = 4;
+
+/// Of file systems that are mounted as they are.
+const NO_OPTIONS: Option<&CStr> = None;
 
 /// The machine.
 pub struct Linux {
@@ -136,7 +142,10 @@ impl Linux {
         mount_move(".", "/").map_err(words("moving the root"))?;
         rustix::process::chroot(".").map_err(words("entering the root"))?;
         rustix::process::chdir("/").map_err(words("entering the root"))?;
-        let error = std::os::unix::process::CommandExt::exec(std::process::Command::new(init).arg0_of(init));
+        // The environment of the kernel's command line is not the root's business.
+        let mut command = Command::new(init);
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("TERM", "linux");
+        let error = command.exec();
         Err(format!("{init}: {error}"))
     }
 
@@ -147,18 +156,6 @@ impl Linux {
         loop {
             std::thread::park();
         }
-    }
-}
-
-/// The environment of the kernel is not the root's business.
-trait Bare {
-    fn arg0_of(&mut self, init: &str) -> &mut Self;
-}
-
-impl Bare for std::process::Command {
-    fn arg0_of(&mut self, init: &str) -> &mut Self {
-        use std::os::unix::process::CommandExt;
-        self.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("TERM", "linux").arg0(init)
     }
 }
 
@@ -232,7 +229,7 @@ impl System for Linux {
     fn variable(&mut self, name: &str) -> Option<Vec<u8>> {
         let folder = "/sys/firmware/efi/efivars";
         if fs::read_dir(folder).ok()?.next().is_none() {
-            let _ = mount("efivarfs", folder, "efivarfs", MountFlags::RDONLY, None);
+            let _ = mount("efivarfs", folder, "efivarfs", MountFlags::RDONLY, NO_OPTIONS);
         }
         fs::read(format!("{folder}/{name}")).ok()
     }
@@ -249,8 +246,8 @@ impl System for Linux {
                 continue;
             }
             let mut sector = [0; 512];
-            let read = File::open(format!("/dev/{device}"))
-                .and_then(|file| std::os::unix::fs::FileExt::read_exact_at(&file, &mut sector, 0));
+            let read =
+                File::open(format!("/dev/{device}")).and_then(|file| file.read_exact_at(&mut sector, 0));
             if let (Ok(()), Some(label)) = (read, crate::efi::fat_label(&sector)) {
                 volumes.push(Volume { device, label });
             }
@@ -263,7 +260,7 @@ impl System for Linux {
         folder(VOLUME)?;
         let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         let source = format!("/dev/{device}");
-        mount(source.as_str(), VOLUME, "vfat", flags, None).map_err(words("it cannot be mounted"))
+        mount(source.as_str(), VOLUME, "vfat", flags, NO_OPTIONS).map_err(words("it cannot be mounted"))
     }
 
     fn unmount_volume(&mut self) {
@@ -281,8 +278,7 @@ impl System for Linux {
         let (data, data_device, data_file) = self.attach(&path)?;
         let (tree, tree_device, tree_file) = self.attach(&format!("{path}.verity"))?;
         let mut superblock = [0; SUPERBLOCK_BYTES];
-        std::os::unix::fs::FileExt::read_exact_at(&tree_file, &mut superblock, 0)
-            .map_err(|e| e.to_string())?;
+        tree_file.read_exact_at(&mut superblock, 0).map_err(|e| e.to_string())?;
         let length = data_file.metadata().map_err(|error| error.to_string())?.len();
         let read = Superblock::read(&superblock).map_err(|error| error.to_string())?;
         let sectors = read.sectors(length).map_err(|error| error.to_string())?;
@@ -327,7 +323,8 @@ impl System for Linux {
             Role::Firmware => format!("{ROOT}/lib/firmware"),
         };
         folder(&at)?;
-        mount(opened.device.as_str(), at.as_str(), "squashfs", flags, None).map_err(words("squashfs"))?;
+        mount(opened.device.as_str(), at.as_str(), "squashfs", flags, NO_OPTIONS)
+            .map_err(words("squashfs"))?;
         if role == Role::Root {
             for path in ["rw", "work", "rootfs"] {
                 folder(&format!("{PLACE}/{path}"))?;

@@ -41,7 +41,15 @@ fn a_folder_with_a_uki_boots_answers_and_is_reported() {
     let told = boot(
         &host,
         &["esp", "--bus", "nvme", "--report", "report", "--junit", "report/junit.xml"],
-        &["within 100s", "reject Kernel panic", "expect MARKER", "send hello", "expect /^got h.llo$/", "send off", "poweroff"],
+        &[
+            "within 100s",
+            "reject Kernel panic",
+            "expect MARKER",
+            "send hello",
+            "expect /^got h.llo$/",
+            "send off",
+            "poweroff",
+        ],
     );
     told.ends(0, &["met: expect MARKER", "as the script wants it"]);
     let xml = host.read("report/junit.xml");
@@ -49,7 +57,8 @@ fn a_folder_with_a_uki_boots_answers_and_is_reported() {
     let timeline = host.read("report/timeline.jsonl");
     assert!(timeline.lines().any(|line| line.contains("\"text\":\"MARKER") && line.contains("\"at_ms\":")));
     let pictures = fs::read_dir(host.path("report")).expect("a report").flatten();
-    let pictures: Vec<_> = pictures.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "png")).collect();
+    let pictures: Vec<_> =
+        pictures.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "png")).collect();
     assert!(!pictures.is_empty() && pictures.iter().all(|picture| is_png(picture)), "{pictures:?}");
 }
 
@@ -60,7 +69,11 @@ fn what_is_rejected_and_what_never_comes_fail_by_name() {
     let uki = uki.to_str().expect("text");
     boot(&host, &[uki, "--junit", "j.xml"], &["within 100s", "reject MARKER", "expect READY"])
         .ends(1, &["-e 2, line 1 `reject MARKER`", "the guest printed: MARKER"]);
-    assert!(host.read("j.xml").contains("failures=\"1\" errors=\"0\" skipped=\"1\""), "{}", host.read("j.xml"));
+    assert!(
+        host.read("j.xml").contains("failures=\"1\" errors=\"0\" skipped=\"1\""),
+        "{}",
+        host.read("j.xml")
+    );
     boot(&host, &[uki], &["within 100s", "expect READY", "within 2s", "expect never printed"])
         .ends(1, &["`expect never printed`: not within 2"]);
 }
