@@ -124,6 +124,26 @@ pub fn variables(firmware: &Firmware, secure_boot: &SecureBoot) -> Result<Vec<u8
     let SecureBoot::Keys(folder) = secure_boot else { return Ok(bytes) };
     let failed = |source| FirmwareError::Store { path: firmware.vars.clone(), source };
     let mut store = VariableStore::read(bytes).map_err(failed)?;
+    for Keys { name, vendor, lists } in keys(folder)? {
+        store.add_authenticated(name, vendor, &lists).map_err(failed)?;
+    }
+    Ok(store.into_bytes())
+}
+
+/// A variable of keys.
+#[derive(Debug)]
+pub struct Keys {
+    name: &'static str,
+    vendor: Guid,
+    lists: Vec<u8>,
+}
+
+/// The keys in a folder.
+///
+/// # Errors
+/// One is missing, or is none.
+pub fn keys(folder: &Path) -> Result<Vec<Keys>, FirmwareError> {
+    let mut keys = Vec::new();
     // PK is what turns Secure Boot on.
     for (name, vendor) in [
         ("db", SECURITY_DATABASE),
@@ -132,12 +152,12 @@ pub fn variables(firmware: &Firmware, secure_boot: &SecureBoot) -> Result<Vec<u8
         ("PK", GLOBAL_VARIABLE),
     ] {
         match key(folder, name)? {
-            Some(lists) => store.add_authenticated(name, vendor, &lists).map_err(failed)?,
+            Some(lists) => keys.push(Keys { name, vendor, lists }),
             None if name == "dbx" => {}
-            None => return Err(FirmwareError::NoKey { name, folder: folder.clone() }),
+            None => return Err(FirmwareError::NoKey { name, folder: folder.to_owned() }),
         }
     }
-    Ok(store.into_bytes())
+    Ok(keys)
 }
 
 /// The signature lists of the key `name`, from the first of its files that is there.

@@ -80,7 +80,7 @@ const SERIAL: &str = "4b494c4e";
 /// FAT cannot hold what is in the folder, or it cannot be written.
 pub fn disk_of_folder(folder: &Path, scratch: &Path) -> Result<OwnedFd, FolderError> {
     let mut needed = CLUSTER_BYTES;
-    check(folder, &mut needed)?;
+    measure(folder, &mut needed)?;
     let entries = children(folder)?;
     disk(needed, scratch, |image| {
         if entries.is_empty() {
@@ -161,8 +161,16 @@ fn children(folder: &Path) -> Result<Vec<PathBuf>, FolderError> {
     Ok(paths)
 }
 
-/// Whether FAT can hold all beneath `folder`; adds up what it needs.
-fn check(folder: &Path, needed: &mut u64) -> Result<(), FolderError> {
+/// Whether FAT can hold all beneath `folder`.
+///
+/// # Errors
+/// What it cannot hold.
+pub fn check(folder: &Path) -> Result<(), FolderError> {
+    measure(folder, &mut 0)
+}
+
+/// The same; adds up what it needs.
+fn measure(folder: &Path, needed: &mut u64) -> Result<(), FolderError> {
     let mut seen: BTreeMap<String, PathBuf> = BTreeMap::new();
     for path in children(folder)? {
         let name = path.file_name().unwrap_or_default();
@@ -176,7 +184,7 @@ fn check(folder: &Path, needed: &mut u64) -> Result<(), FolderError> {
         // Entries of long names: at most 21 of 32 bytes.
         *needed += CLUSTER_BYTES + 672;
         if meta.is_dir() {
-            check(&path, needed)?;
+            measure(&path, needed)?;
         } else if !meta.is_file() {
             return Err(FolderError::Kind(path));
         } else if meta.len() > LARGEST_FILE_BYTES {
@@ -215,13 +223,12 @@ mod tests {
             assert_eq!(unfit(OsStr::new(name)), None, "{name}");
         }
         let folder = tempfile::tempdir().expect("a folder");
-        let mut needed = 0;
         fs::write(folder.path().join("Name"), "x").expect("room");
-        check(folder.path(), &mut needed).expect("FAT holds it");
+        check(folder.path()).expect("FAT holds it");
         std::os::unix::fs::symlink("Name", folder.path().join("link")).expect("a link");
-        assert!(matches!(check(folder.path(), &mut needed), Err(FolderError::Kind(_))));
+        assert!(matches!(check(folder.path()), Err(FolderError::Kind(_))));
         fs::remove_file(folder.path().join("link")).expect("it was made");
         fs::write(folder.path().join("NAME"), "x").expect("room");
-        assert!(matches!(check(folder.path(), &mut needed), Err(FolderError::Twice(..))));
+        assert!(matches!(check(folder.path()), Err(FolderError::Twice(..))));
     }
 }

@@ -198,15 +198,35 @@ impl BootError {
     }
 }
 
-/// Boots and judges.
+/// Whether what is asked for can be: what is no image, and keys that are not there. Nothing of the host's is needed.
 ///
 /// # Errors
-/// [`BootError`] where nothing could be judged; a script that is not met is a [`Verdict`].
-pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<Verdict, BootError> {
+/// [`BootError`], the user's.
+pub fn check(boot: &Boot) -> Result<(), BootError> {
     let wants_ssh = boot.script.iter().find(|statement| matches!(statement.step, Step::Ssh(_)));
     if let (Some(statement), None) = (wants_ssh, &boot.ssh) {
         return Err(BootError::NoKey { place: statement.place.clone() });
     }
+    for choice in &boot.disks {
+        match image::look(&choice.path, choice.format, choice.keep_writes && choice.path.is_file())? {
+            Subject::Disk(..) => {}
+            _ if choice.keep_writes => return Err(BootError::NotKept(choice.path.clone())),
+            Subject::Folder => folder::check(&choice.path)?,
+            Subject::Program(_) => {}
+        }
+    }
+    if let SecureBoot::Keys(folder) = &boot.secure_boot {
+        firmware::keys(folder)?;
+    }
+    Ok(())
+}
+
+/// Boots and judges. The caller has let [`check`] look.
+///
+/// # Errors
+/// [`BootError`] where nothing could be judged; a script that is not met is a [`Verdict`].
+pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<Verdict, BootError> {
+    let wants_ssh = boot.script.iter().any(|statement| matches!(statement.step, Step::Ssh(_)));
     let scratch =
         tempfile::tempdir_in(&boot.scratch).map_err(BootError::io("make a folder for the machine"))?;
     let firmware = match &boot.firmware {
@@ -218,11 +238,8 @@ pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<
     for choice in &boot.disks {
         disks.push(disk(choice, scratch.path())?);
     }
-    let ssh_port = if wants_ssh.is_some() {
-        Some(free_port().map_err(BootError::io("find a free port"))?)
-    } else {
-        None
-    };
+    let ssh_port =
+        if wants_ssh { Some(free_port().map_err(BootError::io("find a free port"))?) } else { None };
     let ssh = match (&boot.ssh, ssh_port) {
         (Some(choice), Some(port)) => {
             Some(Ssh::new(port, &choice.user, &choice.key, choice.host_key.as_deref())?)
@@ -305,7 +322,6 @@ fn disk(choice: &DiskChoice, scratch: &Path) -> Result<BootDisk, BootError> {
     let subject = image::look(&choice.path, choice.format, choice.keep_writes)?;
     let (file, format): (OwnedFd, Format) = match subject {
         Subject::Disk(file, format) => (file.into(), format),
-        _ if choice.keep_writes => return Err(BootError::NotKept(choice.path.clone())),
         Subject::Folder => (folder::disk_of_folder(&choice.path, scratch)?, Format::Raw),
         Subject::Program(_) => (folder::disk_of_program(&choice.path, scratch)?, Format::Raw),
     };

@@ -12,7 +12,7 @@ use super::{CANNOT, FAILED, Failure, USAGE};
 use crate::boot::firmware::{Firmware, SecureBoot};
 use crate::boot::script::{self, ScriptError, Statement};
 use crate::boot::trial::{Outcome, What};
-use crate::boot::{Boot, BootError, DiskChoice, SshChoice, Told, boot};
+use crate::boot::{Boot, BootError, DiskChoice, SshChoice, Told, boot, check};
 use crate::engine::{Boundary, Host};
 use crate::machine::qemu::firmware::{Bus, Format};
 use crate::plan::{harmless, parse_bytes, show_duration, without_commands};
@@ -199,6 +199,7 @@ fn script_of(arguments: &BootArguments) -> Result<Vec<Statement>, Failure> {
 
 /// Boots, says what happens, and whether it was as wanted.
 pub(super) fn run(arguments: &BootArguments, mut wanted: Boot, host: &Host) -> Result<ExitCode, Failure> {
+    check(&wanted)?;
     let qemu = host.backend(&Boundary::default())?;
     if arguments.tpm {
         let program = "swtpm";

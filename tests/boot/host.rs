@@ -63,6 +63,15 @@ fn shared_store() -> &'static Path {
     })
 }
 
+/// The verified package of the kernel that machines boot.
+#[allow(dead_code, reason = "tests of firmware boot it as it is")]
+pub fn kernel_package() -> PathBuf {
+    let lock = fs::read_to_string(shared_store().join("kiln.lock")).expect("the store's lock");
+    let line = lock.lines().find(|line| line.starts_with("package = ")).expect("a locked kernel");
+    let digest = line.split("sha256 = \"").nth(1).and_then(|rest| rest.get(..64)).expect("its digest");
+    shared_store().join("blobs").join(&digest[..2]).join(&digest[2..])
+}
+
 /// A root of busybox, its applets and nothing else. It stays in the build's folder, imported once.
 pub fn busybox() -> &'static Path {
     static ROOT: OnceLock<PathBuf> = OnceLock::new();

@@ -3,6 +3,7 @@
 
 #![allow(clippy::panic, reason = "a test fails by panicking")]
 
+mod boot;
 mod boundary;
 mod build;
 mod debian;

@@ -1,0 +1,383 @@
+//! From the kernel to the root's init: which image is opened, what is refused, and what happens then. Pure, over a
+//! [`System`]; `linux` is the real one.
+//!
+//! ```text
+//! start ──▶ modules ──▶ firmware's variables ──▶ slots ──▶ a partition whose hashes are the signed ones ──▶ verity
+//!       ──▶ root (squashfs below a private layer) ──▶ modules, firmware ──▶ /local ──▶ the root's init
+//! any failure ──▶ FAILED, logs on the partition, 20 s, restart. There is no shell on any way.
+//! ```
+//!
+//! A signed image is named by a hash in /local or /boot of the initrd, which the firmware verified with the kernel. The copy
+//! of the hash on the partition only says which partition is meant; what is opened is opened with the signed one.
+
+use std::time::Duration;
+
+use crate::efi::{self, Start};
+use crate::verity::{OnCorruption, RootHash, VerityError};
+
+/// Modules without which nothing is found. What a kernel has built in is no failure; what is missing shows later.
+const MODULES: [&str; 12] = [
+    "simpledrm",
+    "virtio_blk",
+    "scsi_mod",
+    "sd_mod",
+    "nvme",
+    "mmc_block",
+    "squashfs",
+    "overlay",
+    "loop",
+    "dm-verity",
+    "vfat",
+    "nls_cp437",
+];
+/// Beside them, for sticks.
+const USB_MODULES: [&str; 5] = ["usbcore", "ehci-hcd", "ohci-hcd", "xhci-pci", "usb-storage"];
+/// FAT wants its table for long names too.
+const CHARSET: &str = "nls_ascii";
+
+/// How long devices may take to appear.
+const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
+/// Between looks at the devices.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// How long a failure can be read before the machine restarts.
+const BEFORE_RESTART: Duration = Duration::from_secs(20);
+
+/// Where an opened image goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// The root.
+    Root,
+    /// The modules of the running kernel.
+    Modules,
+    /// Firmware of devices.
+    Firmware,
+}
+
+/// An image that a hash in the initrd names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// Where it goes.
+    pub role: Role,
+    /// Its file on the partition; its tree has `.verity` behind it.
+    pub file: String,
+    /// The file of its hash on the partition.
+    pub hash_file: String,
+    /// The signed hash.
+    pub hash: RootHash,
+}
+
+/// A partition with a FAT file system.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// Its device, below /dev.
+    pub device: String,
+    /// Its label.
+    pub label: String,
+}
+
+/// What a boot is told by the signed command line and the initrd.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Orders {
+    /// The kernel's release.
+    pub release: String,
+    /// Whether this is the image for sticks (`initos=usb`).
+    pub is_usb: bool,
+    /// What corruption does (`initos.corruption=restart` or `panic`).
+    pub corruption: OnCorruption,
+}
+
+impl Orders {
+    /// From the kernel's command line.
+    #[must_use]
+    pub fn read(release: &str, command_line: &str) -> Self {
+        let says =
+            |word: &str| command_line.split_ascii_whitespace().any(|known| known.eq_ignore_ascii_case(word));
+        let corruption = match says("initos.corruption=panic") {
+            true => OnCorruption::Panic,
+            false => OnCorruption::Restart,
+        };
+        Self { release: release.to_owned(), is_usb: says("initos=usb"), corruption }
+    }
+}
+
+/// What the state machine asks of the machine. Errors are words for people.
+pub trait System {
+    /// Writes to the kernel's log and to the virtio console.
+    fn say(&mut self, text: &str);
+    /// Loads a module of the initrd and what it needs.
+    ///
+    /// # Errors
+    /// It is not there, or the kernel refuses.
+    fn load_module(&mut self, name: &str) -> Result<(), String>;
+    /// A variable of the firmware's, with its attributes.
+    fn variable(&mut self, name: &str) -> Option<Vec<u8>>;
+    /// A file of the initrd's; none where there is none.
+    fn initrd_file(&mut self, path: &str) -> Option<Vec<u8>>;
+    /// The partitions that are there now.
+    fn volumes(&mut self) -> Vec<Volume>;
+    /// Mounts a partition as the one that is booted from.
+    ///
+    /// # Errors
+    /// It cannot be mounted.
+    fn mount_volume(&mut self, device: &str) -> Result<(), String>;
+    /// Takes it away again.
+    fn unmount_volume(&mut self);
+    /// A small file on the partition.
+    fn volume_file(&mut self, path: &str) -> Option<Vec<u8>>;
+    /// Opens an image of the partition through verity.
+    ///
+    /// # Errors
+    /// A file is missing, or the kernel refuses.
+    fn open(&mut self, image: &Image, corruption: OnCorruption) -> Result<(), String>;
+    /// Closes what was opened.
+    fn close(&mut self);
+    /// Mounts the opened image, the root below a private layer.
+    ///
+    /// # Errors
+    /// The kernel refuses: what verity finds corrupt among it.
+    fn mount_image(&mut self, role: Role, release: &str) -> Result<(), String>;
+    /// Whether the root has this path.
+    fn root_has(&mut self, path: &str) -> bool;
+    /// Puts a file into the root's private layer.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    fn write_root(&mut self, path: &str, bytes: &[u8]) -> Result<(), String>;
+    /// Copies the initrd's /local into the root.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    fn copy_local(&mut self, to: &str) -> Result<(), String>;
+    /// Writes what explains a failure onto the partition.
+    fn write_logs(&mut self);
+    /// Waits.
+    fn pause(&mut self, time: Duration);
+    /// Time since the kernel started.
+    fn uptime(&mut self) -> Duration;
+}
+
+/// Why the root cannot be started.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Fatal {
+    /// The initrd names no root.
+    #[error("the initrd names no root: neither /local/initos.hash nor hash.recovery in /local or /boot")]
+    NoHash,
+    /// A hash in the initrd is none.
+    #[error("{file} in the initrd: {source}")]
+    BadHash {
+        /// Which.
+        file: String,
+        /// What is wrong.
+        source: VerityError,
+    },
+    /// No partition holds the images.
+    #[error("boot partition not found: no {0} holds the images that this initrd is signed for")]
+    NoPartition(String),
+    /// An image cannot be mounted.
+    #[error("cannot mount the {role}: {why}")]
+    Mount {
+        /// Which.
+        role: &'static str,
+        /// Why.
+        why: String,
+    },
+    /// The root is none.
+    #[error("the root has no {0}")]
+    NotARoot(String),
+    /// The root's layer cannot be written.
+    #[error("cannot prepare the root: {0}")]
+    Prepare(String),
+}
+
+/// Finds, verifies and prepares the root. Gives the path of the init that takes over.
+///
+/// # Errors
+/// [`Fatal`], after which only [`fail`] is left.
+pub fn boot(system: &mut dyn System, orders: &Orders) -> Result<&'static str, Fatal> {
+    system.say(&format!("Starting INITOS initramfs {}", orders.release));
+    let usb: &[&str] = if orders.is_usb { &USB_MODULES } else { &[] };
+    for name in MODULES.iter().chain(usb).chain(&[CHARSET, "efivarfs"]) {
+        if let Err(why) = system.load_module(name) {
+            system.say(&format!("no module {name}: {why}"));
+        }
+    }
+    let variable = |name: &str| format!("{name}-{}", efi::GLOBAL);
+    let secure = system.variable(&variable("SecureBoot"));
+    let start = Start::of(secure.as_deref(), system.variable(&variable("BootCurrent")).as_deref());
+    system.say(if start.is_secure { "SECURE: Secure Boot is on" } else { "INSECURE: Secure Boot is off" });
+    let images = images(system, &orders.release)?;
+    let labels = efi::labels(start, orders.is_usb);
+    let volume = find(system, &images, &labels, orders)?;
+    mount(system, &images, orders)?;
+    describe(system, start, &volume)?;
+    let init = choose(system, start, orders)?;
+    system.say(&format!("Handing over to {init}"));
+    Ok(init)
+}
+
+/// Says what failed, leaves logs, and waits until the machine may be restarted.
+pub fn fail(system: &mut dyn System, fatal: &Fatal) {
+    system.say(&format!("FAILED: {fatal}"));
+    system.write_logs();
+    system.say(&format!("Rebooting in {} sec", BEFORE_RESTART.as_secs()));
+    system.pause(BEFORE_RESTART);
+}
+
+/// The images that hashes in the initrd name: one with all in it, or one for each role.
+fn images(system: &mut dyn System, release: &str) -> Result<Vec<Image>, Fatal> {
+    let single = [(
+        Role::Root,
+        "initos.hash".to_owned(),
+        "initos/initos.sqfs".to_owned(),
+        "initos/initos.hash".to_owned(),
+    )];
+    let separate = [
+        (Role::Root, "recovery".to_owned()),
+        (Role::Modules, format!("modules-{release}")),
+        (Role::Firmware, "firmware".to_owned()),
+    ]
+    .map(|(role, name)| (role, format!("hash.{name}"), format!("{name}.sqfs"), format!("hash.{name}")));
+    let mut found: Vec<Image> = Vec::new();
+    for (role, name, file, hash_file) in single.into_iter().chain(separate) {
+        let places = ["/local", "/boot"].map(|folder| format!("{folder}/{name}"));
+        let Some((path, bytes)) =
+            places.into_iter().find_map(|path| system.initrd_file(&path).map(|bytes| (path, bytes)))
+        else {
+            continue;
+        };
+        let hash = RootHash::read(&bytes).map_err(|source| Fatal::BadHash { file: path, source })?;
+        // One with all in it leaves no place for another root.
+        if !found.iter().any(|image| image.role == role) {
+            found.push(Image { role, file, hash_file, hash });
+        }
+    }
+    if found.iter().any(|image| image.role == Role::Root) { Ok(found) } else { Err(Fatal::NoHash) }
+}
+
+/// Opens the images on the first partition that has them, in the order of `labels`.
+fn find(
+    system: &mut dyn System,
+    images: &[Image],
+    labels: &[&str],
+    orders: &Orders,
+) -> Result<Volume, Fatal> {
+    let give_up = system.uptime() + DEVICE_PATIENCE;
+    let mut tried: Vec<String> = Vec::new();
+    loop {
+        let volumes = system.volumes();
+        let all_there = labels.iter().all(|label| volumes.iter().any(|volume| volume.label == *label));
+        let late = system.uptime() >= give_up;
+        // A slot is passed over only when its partition was seen, or when it has had its time.
+        for label in labels {
+            let here: Vec<Volume> = volumes.iter().filter(|volume| volume.label == *label).cloned().collect();
+            if here.is_empty() && !all_there && !late {
+                break;
+            }
+            for volume in here {
+                if tried.contains(&volume.device) {
+                    continue;
+                }
+                tried.push(volume.device.clone());
+                match try_volume(system, images, &volume, orders.corruption) {
+                    Ok(()) => return Ok(volume),
+                    Err(why) => system.say(&format!("Skipping {} ({}): {why}", volume.device, volume.label)),
+                }
+            }
+        }
+        if late {
+            return Err(Fatal::NoPartition(labels.join(", ")));
+        }
+        system.pause(LOOK_AGAIN);
+    }
+}
+
+fn try_volume(
+    system: &mut dyn System,
+    images: &[Image],
+    volume: &Volume,
+    corruption: OnCorruption,
+) -> Result<(), String> {
+    system.mount_volume(&volume.device)?;
+    let result = open_all(system, images, volume, corruption);
+    if result.is_err() {
+        system.close();
+        system.unmount_volume();
+    }
+    result
+}
+
+fn open_all(
+    system: &mut dyn System,
+    images: &[Image],
+    volume: &Volume,
+    corruption: OnCorruption,
+) -> Result<(), String> {
+    for image in images {
+        let there =
+            system.volume_file(&image.hash_file).ok_or_else(|| format!("it has no {}", image.hash_file))?;
+        if RootHash::read(&there).ok().as_ref() != Some(&image.hash) {
+            return Err(format!("{} is of another version", image.hash_file));
+        }
+    }
+    let root = images.iter().find(|image| image.role == Role::Root);
+    let short = root.map_or("", |image| image.hash.short());
+    system.say(&format!("Found InitOS partition {} {short}", volume.device));
+    for image in images {
+        system.open(image, corruption).map_err(|why| format!("{}: {why}", image.file))?;
+    }
+    Ok(())
+}
+
+fn mount(system: &mut dyn System, images: &[Image], orders: &Orders) -> Result<(), Fatal> {
+    let mut images: Vec<&Image> = images.iter().collect();
+    images.sort_by_key(|image| image.role);
+    system.say("Mounting overlay");
+    for image in images {
+        let role = match image.role {
+            Role::Root => "root",
+            Role::Modules => "modules",
+            Role::Firmware => "firmware",
+        };
+        system.mount_image(image.role, &orders.release).map_err(|why| Fatal::Mount { role, why })?;
+        system.say(&format!("Mounted verity {role}"));
+    }
+    if !system.root_has("/etc") {
+        return Err(Fatal::NotARoot("/etc".to_owned()));
+    }
+    let modules = format!("/lib/modules/{}/modules.dep", orders.release);
+    if system.root_has(&modules) { Ok(()) } else { Err(Fatal::NotARoot(modules)) }
+}
+
+/// Tells the root how it was booted.
+fn describe(system: &mut dyn System, start: Start, volume: &Volume) -> Result<(), Fatal> {
+    let slot = efi::slot(start);
+    let entry = start.entry.map_or_else(String::new, |entry| format!("{entry:04X}"));
+    let files = [
+        ("BOOT_CURRENT", entry.as_str()),
+        ("BOOT_NEXT", slot.other().letter()),
+        ("BOOT_SECURE", if start.is_secure { "1" } else { "0" }),
+        ("BOOT_DEVICE", volume.device.as_str()),
+    ];
+    for (name, text) in files {
+        system.write_root(&format!("/var/initos/{name}"), text.as_bytes()).map_err(Fatal::Prepare)?;
+    }
+    system.copy_local("/var/initos/local").map_err(Fatal::Prepare)
+}
+
+/// The root's init: the way to unlock disks that the partition asks for, which nothing vouches for and which decides
+/// nothing but who asks; else what any root has.
+fn choose(system: &mut dyn System, start: Start, orders: &Orders) -> Result<&'static str, Fatal> {
+    let wanted = match (orders.is_usb && !start.is_secure, system.volume_file("initos/tpm_handle").is_some())
+    {
+        (true, _) => "/sbin/initos-init-insecure",
+        (false, true) => "/sbin/initos-init-tpm2",
+        (false, false) => "/sbin/initos-init-manual",
+    };
+    let inits = [wanted, "/init", "/lib/systemd/systemd", "/sbin/init"];
+    let found = inits.into_iter().find(|path| system.root_has(path));
+    found.ok_or_else(|| Fatal::NotARoot(format!("init: {}", inits.join(", "))))
+}
+
+#[cfg(test)]
+#[path = "boot_tests.rs"]
+mod tests;

@@ -1,0 +1,236 @@
+//! Boots of a machine that is played: which partitions there are, what is on them, and what the firmware says.
+
+use std::collections::BTreeMap;
+
+use super::*;
+
+/// A partition: label, files by path.
+type Partition = (&'static str, BTreeMap<String, Vec<u8>>);
+
+#[derive(Default)]
+struct Played {
+    said: Vec<String>,
+    initrd: BTreeMap<String, Vec<u8>>,
+    variables: BTreeMap<String, Vec<u8>>,
+    partitions: BTreeMap<&'static str, Partition>,
+    /// When a device appears.
+    late: BTreeMap<&'static str, Duration>,
+    root: Vec<&'static str>,
+    written: BTreeMap<String, Vec<u8>>,
+    mounted: Option<String>,
+    opened: Vec<(String, RootHash)>,
+    time: Duration,
+    /// Files that verity refuses.
+    damaged: Vec<&'static str>,
+    logs: usize,
+}
+
+impl System for Played {
+    fn say(&mut self, text: &str) {
+        self.said.push(text.to_owned());
+    }
+    fn load_module(&mut self, _: &str) -> Result<(), String> {
+        Ok(())
+    }
+    fn variable(&mut self, name: &str) -> Option<Vec<u8>> {
+        self.variables.get(name).cloned()
+    }
+    fn initrd_file(&mut self, path: &str) -> Option<Vec<u8>> {
+        self.initrd.get(path).cloned()
+    }
+    fn volumes(&mut self) -> Vec<Volume> {
+        let there = |device: &&str| self.late.get(device).is_none_or(|from| self.time >= *from);
+        let volume = |(device, (label, _)): (&&str, &Partition)| Volume {
+            device: (*device).to_owned(),
+            label: (*label).to_owned(),
+        };
+        self.partitions.iter().filter(|(device, _)| there(device)).map(volume).collect()
+    }
+    fn mount_volume(&mut self, device: &str) -> Result<(), String> {
+        assert_eq!(self.mounted, None, "one at a time");
+        self.mounted = Some(device.to_owned());
+        Ok(())
+    }
+    fn unmount_volume(&mut self) {
+        self.mounted = None;
+    }
+    fn volume_file(&mut self, path: &str) -> Option<Vec<u8>> {
+        self.partitions.get(self.mounted.as_deref()?)?.1.get(path).cloned()
+    }
+    fn open(&mut self, image: &Image, _: OnCorruption) -> Result<(), String> {
+        if self.damaged.iter().any(|file| *file == image.file) {
+            return Err("damaged".to_owned());
+        }
+        self.opened.push((image.file.clone(), image.hash.clone()));
+        Ok(())
+    }
+    fn close(&mut self) {
+        self.opened.clear();
+    }
+    fn mount_image(&mut self, _: Role, _: &str) -> Result<(), String> {
+        Ok(())
+    }
+    fn root_has(&mut self, path: &str) -> bool {
+        self.root.contains(&path)
+    }
+    fn write_root(&mut self, path: &str, bytes: &[u8]) -> Result<(), String> {
+        self.written.insert(path.to_owned(), bytes.to_vec());
+        Ok(())
+    }
+    fn copy_local(&mut self, _: &str) -> Result<(), String> {
+        Ok(())
+    }
+    fn write_logs(&mut self) {
+        self.logs += 1;
+    }
+    fn pause(&mut self, time: Duration) {
+        self.time += time;
+    }
+    fn uptime(&mut self) -> Duration {
+        self.time
+    }
+}
+
+const OURS: &str = "aa";
+const THEIRS: &str = "bb";
+
+fn files(hash: &str) -> BTreeMap<String, Vec<u8>> {
+    [("initos/initos.hash".to_owned(), hash.repeat(32).into_bytes())].into()
+}
+
+/// A secure machine started by `entry`, with our image in both slots.
+fn machine(entry: u16) -> Played {
+    let [low, high] = entry.to_le_bytes();
+    Played {
+        initrd: [("/local/initos.hash".to_owned(), OURS.repeat(32).into_bytes())].into(),
+        variables: [
+            (format!("SecureBoot-{}", efi::GLOBAL), vec![6, 0, 0, 0, 1]),
+            (format!("BootCurrent-{}", efi::GLOBAL), vec![6, 0, 0, 0, low, high]),
+        ]
+        .into(),
+        partitions: [("vda1", ("BOOTA", files(OURS))), ("vda2", ("BOOTB", files(OURS)))].into(),
+        root: vec!["/etc", "/lib/modules/6.12/modules.dep", "/sbin/initos-init-manual", "/sbin/init"],
+        ..Played::default()
+    }
+}
+
+fn start(played: &mut Played, command_line: &str) -> Result<&'static str, Fatal> {
+    boot(played, &Orders::read("6.12", command_line))
+}
+
+fn written(played: &Played, name: &str) -> String {
+    String::from_utf8_lossy(&played.written[&format!("/var/initos/{name}")]).into_owned()
+}
+
+#[test]
+fn the_slot_of_the_firmwares_entry_is_booted() {
+    for (entry, device, next) in [(0x1001, "vda1", "B"), (0x1002, "vda2", "A"), (0x0003, "vda1", "B")] {
+        let mut played = machine(entry);
+        assert_eq!(start(&mut played, ""), Ok("/sbin/initos-init-manual"));
+        assert_eq!(played.mounted.as_deref(), Some(device));
+        assert_eq!(written(&played, "BOOT_NEXT"), next);
+        assert_eq!(written(&played, "BOOT_SECURE"), "1");
+        assert_eq!(written(&played, "BOOT_CURRENT"), format!("{entry:04X}"));
+    }
+}
+
+#[test]
+fn a_slot_of_another_version_or_a_damaged_one_is_passed_over_with_a_word() {
+    let mut played = machine(0x1001);
+    played.partitions.insert("vda1", ("BOOTA", files(THEIRS)));
+    assert!(start(&mut played, "").is_ok());
+    assert_eq!(played.mounted.as_deref(), Some("vda2"));
+    assert!(played.said.iter().any(|line| line.contains("vda1") && line.contains("another version")));
+    let mut played = machine(0x1001);
+    played.damaged = vec!["initos/initos.sqfs"];
+    assert!(matches!(start(&mut played, ""), Err(Fatal::NoPartition(_))));
+    assert_eq!((played.mounted, played.opened), (None, vec![]), "nothing of it stays");
+}
+
+#[test]
+fn what_is_opened_is_opened_with_the_signed_hash() {
+    let mut played = machine(0x1001);
+    start(&mut played, "").expect("it boots");
+    let signed = RootHash::read(OURS.repeat(32).as_bytes()).expect("a hash");
+    assert_eq!(played.opened, [("initos/initos.sqfs".to_owned(), signed)]);
+}
+
+#[test]
+fn without_a_partition_it_waits_and_then_fails_without_a_hang() {
+    let mut played = machine(0x1001);
+    played.partitions.clear();
+    let fatal = start(&mut played, "").expect_err("there is none");
+    assert!(fatal.to_string().contains("boot partition not found"), "{fatal}");
+    assert!(played.time >= DEVICE_PATIENCE && played.time < 2 * DEVICE_PATIENCE, "{:?}", played.time);
+    let before = played.time;
+    fail(&mut played, &fatal);
+    assert_eq!((played.logs, played.time - before), (1, BEFORE_RESTART));
+    assert!(played.said.iter().any(|line| line.starts_with("FAILED: ")));
+    assert!(played.said.iter().any(|line| line == "Rebooting in 20 sec"));
+}
+
+#[test]
+fn a_disk_that_comes_late_is_waited_for_before_the_other_slot_is_taken() {
+    let mut played = machine(0x1001);
+    played.late.insert("vda1", Duration::from_secs(3));
+    start(&mut played, "").expect("it boots");
+    assert_eq!(played.mounted.as_deref(), Some("vda1"));
+}
+
+#[test]
+fn separate_images_are_all_needed() {
+    let hash = |hash: &str| hash.repeat(32).into_bytes();
+    let names = ["hash.recovery", "hash.modules-6.12", "hash.firmware"];
+    let mut played = machine(0x1001);
+    played.initrd = names.iter().map(|name| (format!("/boot/{name}"), hash(OURS))).collect();
+    let all: BTreeMap<String, Vec<u8>> = names.iter().map(|name| ((*name).to_owned(), hash(OURS))).collect();
+    let mut without = all.clone();
+    without.remove("hash.firmware");
+    played.partitions = [("vda1", ("BOOTA", without)), ("vda2", ("BOOTB", all))].into();
+    start(&mut played, "").expect("it boots");
+    let opened: Vec<&str> = played.opened.iter().map(|(file, _)| file.as_str()).collect();
+    assert_eq!(opened, ["recovery.sqfs", "modules-6.12.sqfs", "firmware.sqfs"]);
+    assert_eq!(played.mounted.as_deref(), Some("vda2"));
+}
+
+#[test]
+fn an_initrd_without_a_hash_or_with_a_broken_one_starts_nothing() {
+    let mut played = machine(0x1001);
+    played.initrd.clear();
+    assert_eq!(start(&mut played, ""), Err(Fatal::NoHash));
+    played.initrd.insert("/local/initos.hash".to_owned(), b"short".to_vec());
+    assert!(matches!(start(&mut played, ""), Err(Fatal::BadHash { .. })));
+    assert_eq!(played.mounted, None);
+}
+
+#[test]
+fn a_root_that_lacks_what_it_needs_is_not_started() {
+    for missing in ["/etc", "/lib/modules/6.12/modules.dep"] {
+        let mut played = machine(0x1001);
+        played.root.retain(|path| *path != missing);
+        assert_eq!(start(&mut played, ""), Err(Fatal::NotARoot(missing.to_owned())));
+    }
+    let mut played = machine(0x1001);
+    played.root.truncate(2);
+    assert!(matches!(start(&mut played, ""), Err(Fatal::NotARoot(_))));
+}
+
+#[test]
+fn the_partition_says_who_unlocks_and_a_secure_boot_never_takes_the_insecure_way() {
+    let mut played = machine(0x1001);
+    played.root.extend(["/sbin/initos-init-tpm2", "/sbin/initos-init-insecure"]);
+    let partition = played.partitions.get_mut("vda1").expect("it is there");
+    partition.1.insert("initos/tpm_handle".to_owned(), b"0x81000001".to_vec());
+    assert_eq!(start(&mut played, ""), Ok("/sbin/initos-init-tpm2"));
+    played.mounted = None;
+    assert_eq!(start(&mut played, "initos=usb"), Ok("/sbin/initos-init-tpm2"));
+    played.mounted = None;
+    played.variables.clear();
+    assert_eq!(start(&mut played, "initos=USB"), Ok("/sbin/initos-init-insecure"));
+}
+
+#[test]
+fn corruption_restarts_unless_a_panic_is_asked_for() {
+    assert_eq!(Orders::read("x", "quiet").corruption, OnCorruption::Restart);
+    assert_eq!(Orders::read("x", "quiet initos.corruption=panic").corruption, OnCorruption::Panic);
+}

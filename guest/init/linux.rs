@@ -1,0 +1,407 @@
+//! The real machine behind [`System`]: mounts, devices and files, each done once and said in words where it fails.
+
+use std::ffi::CStr;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, mount_move, unmount};
+use rustix::system::{RebootCommand, finit_module, reboot};
+
+use crate::boot::{Image, Role, System, Volume};
+use crate::sys;
+use crate::verity::{OnCorruption, SUPERBLOCK_BYTES, Superblock};
+
+/// Where the partition that is booted from is mounted.
+const VOLUME: &str = "/boot/efi";
+/// Where images and layers are mounted.
+const PLACE: &str = "/initos";
+/// Where the root is put together.
+const ROOT: &str = "/sysroot";
+/// The largest small file that is read from a partition that nothing vouches for.
+const SMALL_BYTES: u64 = 4096;
+/// `MODULE_INIT_COMPRESSED_FILE` of linux/module.h.
+const COMPRESSED: libc::c_int = 4;
+
+/// Of file systems that are mounted as they are.
+const NO_OPTIONS: Option<&CStr> = None;
+
+/// The machine.
+pub struct Linux {
+    release: String,
+    kmsg: Option<File>,
+    opened: Vec<Opened>,
+}
+
+struct Opened {
+    role: Role,
+    name: String,
+    device: String,
+    // A loop device that nobody has open is let go of.
+    _loops: [File; 2],
+}
+
+fn words(what: &str) -> impl Fn(rustix::io::Errno) -> String + '_ {
+    move |errno| format!("{what}: {errno}")
+}
+
+fn folder(path: &str) -> Result<(), String> {
+    fs::create_dir_all(path).map_err(|error| format!("{path}: {error}"))
+}
+
+impl Linux {
+    /// Mounts the kernel's own file systems.
+    #[must_use]
+    pub fn prepare() -> Self {
+        let quiet = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+        let no_code = MountFlags::NOSUID | MountFlags::NOEXEC;
+        for (kind, path, flags, options) in [
+            ("devtmpfs", "/dev", no_code, c"mode=0755"),
+            ("proc", "/proc", quiet, c""),
+            ("sysfs", "/sys", quiet, c""),
+            ("tmpfs", "/run", quiet, c"mode=0755"),
+        ] {
+            // What is not there is missed by who needs it, and said then.
+            let _ = fs::create_dir_all(path);
+            let _ = mount(kind, path, kind, flags, Some(options));
+        }
+        let kmsg = File::options().write(true).open("/dev/kmsg").ok();
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        Self { release, kmsg, opened: Vec::new() }
+    }
+
+    /// The kernel's release.
+    #[must_use]
+    pub fn release(&self) -> &str {
+        &self.release
+    }
+
+    /// The files to load for a module, dependencies first (modules.dep(5)); none where there is no such module.
+    fn module_files(&self, name: &str) -> Option<Vec<PathBuf>> {
+        let top = Path::new("/lib/modules").join(&self.release);
+        let index = fs::read_to_string(top.join("modules.dep")).ok()?;
+        let dashed = name.replace('_', "-");
+        index.lines().find_map(|line| {
+            let (file, needed) = line.split_once(':')?;
+            let stem = file.rsplit('/').next()?.split_once(".ko")?.0.replace('_', "-");
+            let files =
+                || needed.split_ascii_whitespace().rev().chain([file]).map(|file| top.join(file)).collect();
+            (stem == dashed).then(files)
+        })
+    }
+
+    fn is_built_in(&self, name: &str) -> bool {
+        let dashed = format!("/{}.ko", name.replace('_', "-"));
+        let list =
+            fs::read_to_string(format!("/lib/modules/{}/modules.builtin", self.release)).unwrap_or_default();
+        list.lines().any(|line| line.replace('_', "-").ends_with(&dashed))
+    }
+
+    fn attach(&self, path: &str) -> Result<(u32, File, File), String> {
+        let file = File::open(path).map_err(|error| format!("{path}: {error}"))?;
+        let control = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/loop-control")
+            .map_err(|error| format!("/dev/loop-control: {error}"))?;
+        let open = |number| {
+            let path = format!("/dev/loop{number}");
+            let device = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+            Ok(File::from(device))
+        };
+        let (number, device) =
+            sys::attach_loop(&control, &file, open).map_err(words("attaching a loop device"))?;
+        Ok((number, device, file))
+    }
+
+    fn mapper() -> Result<File, String> {
+        let path = "/dev/mapper/control";
+        File::options().read(true).write(true).open(path).map_err(|error| format!("{path}: {error}"))
+    }
+
+    /// Gives the root to its own init: everything mounted moves into it, and the initrd's files go.
+    ///
+    /// # Errors
+    /// What could not be done; the machine is of no use then.
+    pub fn hand_over(&mut self, init: &str) -> Result<std::convert::Infallible, String> {
+        for path in ["/dev", "/proc", "/sys", "/run", VOLUME] {
+            let to = format!("{ROOT}{path}");
+            folder(&to)?;
+            mount_move(path, to.as_str()).map_err(words(path))?;
+        }
+        rustix::process::chdir(ROOT).map_err(words(ROOT))?;
+        // The initrd is memory that nobody else would give back.
+        if let Ok(here) = fs::metadata("/") {
+            clear(Path::new("/"), here.dev());
+        }
+        mount_move(".", "/").map_err(words("moving the root"))?;
+        rustix::process::chroot(".").map_err(words("entering the root"))?;
+        rustix::process::chdir("/").map_err(words("entering the root"))?;
+        // The environment of the kernel's command line is not the root's business.
+        let mut command = Command::new(init);
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("TERM", "linux");
+        let error = command.exec();
+        Err(format!("{init}: {error}"))
+    }
+
+    /// Restarts the machine.
+    pub fn restart(&self) -> ! {
+        rustix::fs::sync();
+        let _ = reboot(RebootCommand::Restart);
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
+/// Removes everything on the device `device` beneath `folder`.
+fn clear(folder: &Path, device: u64) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let Ok(meta) = fs::symlink_metadata(&path) else { continue };
+        if meta.dev() != device {
+            continue;
+        }
+        if meta.is_dir() {
+            clear(&path, device);
+            let _ = fs::remove_dir(&path);
+        } else {
+            let _ = fs::remove_file(&path);
+        }
+    }
+}
+
+fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let target = to.join(entry.file_name());
+        let kind = entry.file_type()?;
+        if kind.is_dir() {
+            copy_tree(&entry.path(), &target)?;
+        } else if kind.is_symlink() {
+            std::os::unix::fs::symlink(fs::read_link(entry.path())?, target)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
+}
+
+/// A path of the root's as it is here.
+fn in_root(path: &str) -> PathBuf {
+    Path::new(ROOT).join(path.trim_start_matches('/'))
+}
+
+impl System for Linux {
+    fn say(&mut self, text: &str) {
+        // The priority is that of warnings: a quiet kernel shows them from level 5 on.
+        if let Some(kmsg) = &mut self.kmsg {
+            let _ = kmsg.write_all(format!("<4>INITOS: {text}\n").as_bytes());
+        }
+        if let Ok(mut port) = File::options().write(true).open("/dev/hvc0") {
+            let _ = port.write_all(format!("INITOS: {text}\r\n").as_bytes());
+        }
+    }
+
+    fn load_module(&mut self, name: &str) -> Result<(), String> {
+        let Some(files) = self.module_files(name) else {
+            return if self.is_built_in(name) { Ok(()) } else { Err("not in this initrd".to_owned()) };
+        };
+        for path in files {
+            let shown = path.display().to_string();
+            let file = rustix::fs::openat(CWD, &path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+            let file = file.map_err(words(&shown))?;
+            let flags = if shown.ends_with(".ko") { 0 } else { COMPRESSED };
+            match finit_module(&file, c"", flags) {
+                Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+                Err(errno) => return Err(format!("{shown}: {errno}")),
+            }
+        }
+        Ok(())
+    }
+
+    fn variable(&mut self, name: &str) -> Option<Vec<u8>> {
+        let folder = "/sys/firmware/efi/efivars";
+        if fs::read_dir(folder).ok()?.next().is_none() {
+            let _ = mount("efivarfs", folder, "efivarfs", MountFlags::RDONLY, NO_OPTIONS);
+        }
+        fs::read(format!("{folder}/{name}")).ok()
+    }
+
+    fn initrd_file(&mut self, path: &str) -> Option<Vec<u8>> {
+        fs::read(path).ok()
+    }
+
+    fn volumes(&mut self) -> Vec<Volume> {
+        let mut volumes = Vec::new();
+        for entry in fs::read_dir("/sys/class/block").into_iter().flatten().flatten() {
+            let device = entry.file_name().to_string_lossy().into_owned();
+            if ["loop", "dm-", "ram", "zram"].iter().any(|kind| device.starts_with(kind)) {
+                continue;
+            }
+            let mut sector = [0; 512];
+            let read =
+                File::open(format!("/dev/{device}")).and_then(|file| file.read_exact_at(&mut sector, 0));
+            if let (Ok(()), Some(label)) = (read, crate::efi::fat_label(&sector)) {
+                volumes.push(Volume { device, label });
+            }
+        }
+        volumes.sort_by(|a, b| a.device.cmp(&b.device));
+        volumes
+    }
+
+    fn mount_volume(&mut self, device: &str) -> Result<(), String> {
+        folder(VOLUME)?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        let source = format!("/dev/{device}");
+        mount(source.as_str(), VOLUME, "vfat", flags, NO_OPTIONS).map_err(words("it cannot be mounted"))
+    }
+
+    fn unmount_volume(&mut self) {
+        let _ = unmount(VOLUME, UnmountFlags::empty());
+    }
+
+    fn volume_file(&mut self, path: &str) -> Option<Vec<u8>> {
+        let path = Path::new(VOLUME).join(path);
+        let small = fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() <= SMALL_BYTES);
+        small.then(|| fs::read(path).ok())?
+    }
+
+    fn open(&mut self, image: &Image, corruption: OnCorruption) -> Result<(), String> {
+        let path = format!("{VOLUME}/{}", image.file);
+        let (data, data_device, data_file) = self.attach(&path)?;
+        let (tree, tree_device, tree_file) = self.attach(&format!("{path}.verity"))?;
+        let mut superblock = [0; SUPERBLOCK_BYTES];
+        tree_file.read_exact_at(&mut superblock, 0).map_err(|e| e.to_string())?;
+        let length = data_file.metadata().map_err(|error| error.to_string())?.len();
+        let read = Superblock::read(&superblock).map_err(|error| error.to_string())?;
+        let sectors = read.sectors(length).map_err(|error| error.to_string())?;
+        let devices = [data, tree].map(|number| format!("/dev/loop{number}"));
+        let parameters = read.parameters(&devices[0], &devices[1], &image.hash, corruption);
+        let name = match image.role {
+            Role::Root => "initos",
+            Role::Modules => "initos-modules",
+            Role::Firmware => "initos-firmware",
+        };
+        let minor =
+            sys::make_verity(&Self::mapper()?, name, sectors, &parameters).map_err(words("verity"))?;
+        let device = format!("/dev/dm-{minor}");
+        self.opened.push(Opened {
+            role: image.role,
+            name: name.to_owned(),
+            device,
+            _loops: [data_device, tree_device],
+        });
+        Ok(())
+    }
+
+    fn close(&mut self) {
+        if let Ok(control) = Self::mapper() {
+            for opened in self.opened.drain(..) {
+                sys::remove(&control, &opened.name);
+            }
+        }
+    }
+
+    fn mount_image(&mut self, role: Role, release: &str) -> Result<(), String> {
+        let opened = self.opened.iter().find(|opened| opened.role == role).ok_or("it was not opened")?;
+        let flags = MountFlags::RDONLY | MountFlags::NODEV;
+        let at = match role {
+            Role::Root => {
+                folder(PLACE)?;
+                mount("initos", PLACE, "tmpfs", MountFlags::NODEV, Some(c"mode=0755"))
+                    .map_err(words("tmpfs"))?;
+                format!("{PLACE}/ro")
+            }
+            Role::Modules => format!("{ROOT}/lib/modules/{release}"),
+            Role::Firmware => format!("{ROOT}/lib/firmware"),
+        };
+        folder(&at)?;
+        mount(opened.device.as_str(), at.as_str(), "squashfs", flags, NO_OPTIONS)
+            .map_err(words("squashfs"))?;
+        if role == Role::Root {
+            for path in ["rw", "work", "rootfs"] {
+                folder(&format!("{PLACE}/{path}"))?;
+            }
+            let layers = c"lowerdir=/initos/ro,upperdir=/initos/rw,workdir=/initos/work";
+            let rootfs = format!("{PLACE}/rootfs");
+            mount("initos", rootfs.as_str(), "overlay", MountFlags::NODEV, Some(layers))
+                .map_err(words("overlay"))?;
+            folder(ROOT)?;
+            mount_bind_recursive(rootfs.as_str(), ROOT).map_err(words("binding the root"))?;
+        }
+        Ok(())
+    }
+
+    fn root_has(&mut self, path: &str) -> bool {
+        // A link of the root's leads somewhere else from here; that it is there is enough.
+        in_root(path).symlink_metadata().is_ok()
+    }
+
+    fn write_root(&mut self, path: &str, bytes: &[u8]) -> Result<(), String> {
+        let path = in_root(path);
+        let parent = path.parent().unwrap_or(Path::new(ROOT));
+        let written = fs::create_dir_all(parent).and_then(|()| fs::write(&path, bytes));
+        written.map_err(|error| format!("{}: {error}", path.display()))
+    }
+
+    fn copy_local(&mut self, to: &str) -> Result<(), String> {
+        let from = Path::new("/local");
+        if !from.is_dir() {
+            return Ok(());
+        }
+        copy_tree(from, &in_root(to)).map_err(|error| format!("{to}: {error}"))
+    }
+
+    fn write_logs(&mut self) {
+        let logs = Path::new(VOLUME).join("log");
+        // Only where a partition is mounted: else it would be the initrd.
+        let mounted = fs::read_to_string("/proc/mounts").is_ok_and(|all| all.contains(VOLUME));
+        if !mounted || fs::create_dir_all(&logs).is_err() {
+            return;
+        }
+        for (name, from) in [
+            ("filesystems", "/proc/filesystems"),
+            ("devices", "/proc/partitions"),
+            ("lsmod.log", "/proc/modules"),
+        ] {
+            let _ = fs::read(from).and_then(|bytes| fs::write(logs.join(name), bytes));
+        }
+        let mut buffer = vec![0; 1 << 20];
+        if let Ok(length) = read_kernel_log(&mut buffer) {
+            let _ = fs::write(logs.join("dmesg.log"), &buffer[..length]);
+        }
+        rustix::fs::sync();
+    }
+
+    fn pause(&mut self, time: Duration) {
+        std::thread::sleep(time);
+    }
+
+    fn uptime(&mut self) -> Duration {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
+    }
+}
+
+/// What /dev/kmsg gives until there is no more, a record a read.
+fn read_kernel_log(buffer: &mut [u8]) -> Result<usize, rustix::io::Errno> {
+    let log =
+        rustix::fs::open("/dev/kmsg", OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
+    let mut length = 0;
+    while buffer.len() - length > 8192 {
+        match rustix::io::read(&log, &mut buffer[length..]) {
+            Ok(count @ 1..) => length += count,
+            // A record that was overwritten meanwhile.
+            Err(rustix::io::Errno::PIPE) => {}
+            _ => break,
+        }
+    }
+    Ok(length)
+}

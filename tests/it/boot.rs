@@ -1,0 +1,59 @@
+//! `kiln boot` where no machine has to start: what it does not take, and what the host lacks.
+
+use std::fs;
+
+use super::host::Host;
+
+#[test]
+fn a_script_that_cannot_be_read_is_refused_with_line_and_column() {
+    let host = Host::new();
+    host.file("disk.img", "x");
+    host.run(&["boot", "disk.img", "-e", "expect a", "-e", "exspect b"])
+        .fails(2, &["-e 2, line 1, column 1", "`exspect`"]);
+    let script = host.file("boot.txt", "within 5s\n  send \"open\n");
+    let script = script.to_str().expect("text");
+    host.run(&["boot", "disk.img", "--script", script]).fails(2, &["boot.txt line 2, column 8", "quotes"]);
+    host.run(&["boot", "disk.img", "--script", "absent"]).fails(2, &["absent"]);
+}
+
+#[test]
+fn settings_of_the_machine_that_cannot_be_are_refused() {
+    let host = Host::new();
+    for (arguments, word) in [
+        (&["--bus", "floppy"][..], "`floppy`"),
+        (&["--disk", "a:b"], "`b`"),
+        (&["--memory", "much"], "`much`"),
+        (&["--memory", "1M"], "128M"),
+        (&["--format", "vmdk"], "`vmdk`"),
+    ] {
+        host.run(&[&["boot", "x"], arguments].concat()).fails(2, &[word]);
+    }
+}
+
+#[test]
+fn what_is_no_image_is_refused_with_what_would_be() {
+    let host = Host::new();
+    host.file("text", "hello");
+    host.run(&["boot", "text"]).fails(2, &["text", "neither"]).hints(&["FAT"]);
+    host.run(&["boot", "absent.img"]).fails(2, &["absent.img"]);
+    host.file("disk.qcow2", b"QFI\xfb\0\0\0\x03");
+    host.run(&["boot", "disk.qcow2"]).fails(2, &["qcow2", "raw"]).hints(&["qemu-img convert"]);
+}
+
+#[test]
+fn names_that_fat_cannot_hold_are_named() {
+    let host = Host::new();
+    host.file("esp/a:b", "x");
+    host.run(&["boot", "esp"]).fails(2, &["a:b", "FAT"]);
+}
+
+#[test]
+fn ssh_without_a_key_and_keys_that_are_not_there_are_refused() {
+    let host = Host::new();
+    let mut disk = vec![0; 1024];
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    host.file("disk.img", disk);
+    host.run(&["boot", "disk.img", "-e", "ssh true"]).fails(2, &["ssh", "key"]).hints(&["--ssh-key"]);
+    fs::create_dir(host.path("keys")).expect("a folder");
+    host.run(&["boot", "disk.img", "--secure-boot", "keys"]).fails(2, &["no db in keys"]).hints(&["db.esl"]);
+}
