@@ -52,6 +52,7 @@ const DM_READ_ONLY: u32 = 1;
 
 /// Steps in a device's life: `_IOWR(0xfd, NUMBER, struct dm_ioctl)`.
 #[derive(Debug, Clone, Copy)]
+#[repr(u32)]
 enum Dm {
     Create = 0xc138_fd03,
     Remove = 0xc138_fd04,
