@@ -154,10 +154,10 @@ impl Work {
     /// # Errors
     /// [`SignError`].
     pub fn open(work: &Path, secrets: &Path) -> Result<Self, SignError> {
-        if let (Ok(work), Ok(secrets)) = (fs::canonicalize(work), fs::canonicalize(secrets)) {
-            if work.starts_with(&secrets) || secrets.starts_with(&work) {
-                return Err(SignError::Shared { secrets, work });
-            }
+        if let (Ok(work), Ok(secrets)) = (fs::canonicalize(work), fs::canonicalize(secrets))
+            && (work.starts_with(&secrets) || secrets.starts_with(&work))
+        {
+            return Err(SignError::Shared { secrets, work });
         }
         let folder = Folder::open(work)?;
         let path = Path::new(record::PATH);
