@@ -118,7 +118,7 @@ impl<'a> Request<'a> {
     /// A request for `variable` to be `list` as of `time`, which must be later than what firmware has where it replaces.
     pub fn new(variable: Variable, time: Time, list: &'a [u8]) -> Self {
         let time = time.to_bytes();
-        Self { variable, time, list, bytes: covered(variable, &time, list) }
+        Self { variable, time, list, bytes: covered(variable, variable.attributes(), &time, list) }
     }
 
     /// The bytes to sign, with RSASSA-PKCS1-v1_5 and SHA-256.
@@ -152,10 +152,10 @@ impl<'a> Request<'a> {
 }
 
 /// What a signature over a variable is over (UEFI 2.10 §8.2.2).
-fn covered(variable: Variable, time: &[u8; TIME_BYTES], list: &[u8]) -> Vec<u8> {
+fn covered(variable: Variable, attributes: u32, time: &[u8; TIME_BYTES], list: &[u8]) -> Vec<u8> {
     let mut bytes: Vec<u8> = variable.name().encode_utf16().flat_map(u16::to_le_bytes).collect();
     bytes.extend(variable.vendor().as_bytes());
-    bytes.extend(variable.attributes().to_le_bytes());
+    bytes.extend(attributes.to_le_bytes());
     bytes.extend(time);
     bytes.extend(list);
     bytes
@@ -179,10 +179,12 @@ pub fn verify<'a>(variable: Variable, file: &'a [u8], signer: &Signer) -> Result
         return Err(AuthError::NotAuthenticated);
     }
     let message = SignedData::from_der(message).map_err(AuthError::Form)?;
-    let bytes = covered(variable, time, list);
-    if message.encap_content_info.econtent_type != pkcs7::DATA
-        || !pkcs7::verify(&message, &Signed::Detached(&bytes), signer)
-    {
+    // Others make files for KEK and db that replace; firmware takes those as well.
+    let signed = [variable.attributes(), ATTRIBUTES].into_iter().any(|attributes| {
+        let bytes = covered(variable, attributes, time, list);
+        pkcs7::verify(&message, &Signed::Detached(&bytes), signer)
+    });
+    if message.encap_content_info.econtent_type != pkcs7::DATA || !signed {
         return Err(AuthError::NotOverThis(variable.name()));
     }
     Ok(list)

@@ -231,6 +231,12 @@ fn enrolment_files_are_what_efitools_and_virt_firmware_make_and_read() {
     assert_eq!(auth::verify(Variable::Pk, &file, &pk.signer).expect("ours"), list);
     assert_eq!(auth::verify(Variable::Pk, &theirs, &pk.signer).expect("theirs"), list);
     assert!(auth::verify(Variable::Kek, &file, &pk.signer).is_err(), "signed for another variable");
+    for more in [&[][..], &["-a"]] {
+        let theirs = ["-k", "PK.key", "-c", "PK.crt", "KEK", "PK.esl", "KEK.auth"];
+        run("sign-efi-sig-list", more.iter().chain(&theirs), folder.path(), b"");
+        let theirs = fs::read(folder.path().join("KEK.auth")).expect("written");
+        assert_eq!(auth::verify(Variable::Kek, &theirs, &pk.signer).expect("either way"), list);
+    }
     run("sig-list-to-certs", ["PK.esl", "out"], folder.path(), b"");
     assert_eq!(fs::read(folder.path().join("out-0.der")).expect("written"), pk.signer.der());
 }
