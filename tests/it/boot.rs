@@ -36,7 +36,7 @@ fn what_is_no_image_is_refused_with_what_would_be() {
     host.file("text", "hello");
     host.run(&["boot", "text"]).fails(2, &["text", "neither"]).hints(&["FAT"]);
     host.run(&["boot", "absent.img"]).fails(2, &["absent.img"]);
-    host.file("disk.qcow2", b"QFI\xfb\0\0\0\x03".to_vec());
+    host.file("disk.qcow2", b"QFI\xfb\0\0\0\x03");
     host.run(&["boot", "disk.qcow2"]).fails(2, &["qcow2", "raw"]).hints(&["qemu-img convert"]);
 }
 
