@@ -51,14 +51,10 @@ const DM_IOCTL_BYTES: u32 = 312;
 const DM_READ_ONLY: u32 = 1;
 
 /// Steps in a device's life: `_IOWR(0xfd, NUMBER, struct dm_ioctl)`.
-#[derive(Debug, Clone, Copy)]
-#[repr(u32)]
-enum Dm {
-    Create = 0xc138_fd03,
-    Remove = 0xc138_fd04,
-    Resume = 0xc138_fd06,
-    Load = 0xc138_fd09,
-}
+const DM_DEV_CREATE: libc::Ioctl = 0xc138_fd03;
+const DM_DEV_REMOVE: libc::Ioctl = 0xc138_fd04;
+const DM_DEV_SUSPEND: libc::Ioctl = 0xc138_fd06;
+const DM_TABLE_LOAD: libc::Ioctl = 0xc138_fd09;
 
 fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
@@ -96,7 +92,7 @@ pub fn attach_loop(
 
 fn request(
     control: RawFd,
-    step: Dm,
+    step: libc::Ioctl,
     name: &str,
     flags: u32,
     target: Option<(u64, &str)>,
@@ -127,7 +123,7 @@ fn request(
     }
     // SAFETY: reads and writes `data_size` bytes at the pointer, which are all of the live request; every bit pattern is
     // a value of its integers.
-    match unsafe { libc::ioctl(control, step as libc::Ioctl, &raw mut request) } {
+    match unsafe { libc::ioctl(control, step, &raw mut request) } {
         0 => Ok(request.dev),
         _ => Err(last_errno()),
     }
@@ -147,9 +143,10 @@ fn text<const LENGTH: usize>(text: &str) -> Result<[u8; LENGTH], Errno> {
 /// Those of the ioctls; nothing of the device is left then.
 pub fn make_verity(control: &File, name: &str, sectors: u64, parameters: &str) -> Result<u32, Errno> {
     let control_fd = control.as_raw_fd();
-    let dev = request(control_fd, Dm::Create, name, DM_READ_ONLY, None)?;
-    let made = request(control_fd, Dm::Load, name, DM_READ_ONLY, Some((sectors, parameters)))
-        .and_then(|_| request(control_fd, Dm::Resume, name, DM_READ_ONLY, None));
+    let dev = request(control_fd, DM_DEV_CREATE, name, DM_READ_ONLY, None)?;
+    let made = request(control_fd, DM_TABLE_LOAD, name, DM_READ_ONLY, Some((sectors, parameters)))
+        // Without the flag that suspends, it resumes.
+        .and_then(|_| request(control_fd, DM_DEV_SUSPEND, name, DM_READ_ONLY, None));
     match made {
         // linux/kdev_t.h, new_encode_dev: the minor number is in bits 0-7 and 20-31.
         Ok(_) => u32::try_from((dev & 0xff) | ((dev >> 12) & 0xf_ff00)).map_err(|_| Errno::RANGE),
@@ -162,7 +159,7 @@ pub fn make_verity(control: &File, name: &str, sectors: u64, parameters: &str) -
 
 /// Takes a device away, if nobody uses it.
 pub fn remove(control: &File, name: &str) {
-    let _ = request(control.as_raw_fd(), Dm::Remove, name, 0, None);
+    let _ = request(control.as_raw_fd(), DM_DEV_REMOVE, name, 0, None);
 }
 
 #[cfg(test)]

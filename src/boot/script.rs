@@ -218,7 +218,7 @@ mod tests {
 
     #[test]
     fn every_statement_is_read() {
-        let text = "# a comment\n\nwithin 1m30s\n  expect login:  \nexpect /[0-9]+ users?/\nreject Kernel panic\n\
+        let text = "# a comment\n\nwithin 90s\n  expect login:  \nexpect /[0-9]+ users?/\nreject Kernel panic\n\
                     send root\nsend \"\\x03\\e[A\"\nreboot\nssh uname -r\npoweroff\n";
         let statements = parse("boot.txt", text).expect("a good script");
         let shown: Vec<String> = statements.iter().map(|s| format!("{}: {:?}", s.place, s.step)).collect();
