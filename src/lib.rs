@@ -11,6 +11,8 @@
 //! - [`keeper`]: machines by name: which there are, and the way into those that were kept.
 //! - [`machine`]: one VM, whichever backend runs it; [`agent`]: the host side of the wire.
 //! - [`store`]: content-addressed blobs and what refers to them.
+//! - [`upkeep`]: what keeps a blob, what may go, and what is damaged; [`writes`]: the door through which files of the
+//!   store and of WORK are changed.
 //! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock.
 //! - [`plan`]: pure data and pure functions: recipes and their graph, a step's root, globs, environment, quantities.
 //!
@@ -29,3 +31,5 @@ pub mod plan;
 pub mod root;
 pub mod settings;
 pub mod store;
+pub mod upkeep;
+pub mod writes;
