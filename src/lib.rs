@@ -13,6 +13,8 @@
 //! - [`machine`]: one VM, whichever backend runs it; [`agent`]: the host side of the wire.
 //! - [`sign`]: keys and signatures of boot images.
 //! - [`store`]: content-addressed blobs and what refers to them.
+//! - [`upkeep`]: what keeps a blob, what may go, and what is damaged; [`writes`]: the door through which files of the
+//!   store and of WORK are changed.
 //! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock.
 //! - [`plan`]: pure data and pure functions: recipes and their graph, a step's root, globs, environment, quantities.
 //!
@@ -33,3 +35,5 @@ pub mod root;
 pub mod settings;
 pub mod sign;
 pub mod store;
+pub mod upkeep;
+pub mod writes;

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::plan::parse_duration;
 use crate::plan::recipe::{Fault, Recipe, RecipeDebian};
+use crate::plan::{parse_bytes, parse_duration};
 
 /// The recipe's file name.
 pub const RECIPE: &str = "kiln.toml";
@@ -147,6 +147,8 @@ pub struct Flags {
     pub srcdir: Option<PathBuf>,
     /// `--store`.
     pub store: Option<PathBuf>,
+    /// `--store-limit`.
+    pub store_limit: Option<String>,
     /// `--backend`.
     pub backend: Option<String>,
     /// `--debian-mirror`.
@@ -216,6 +218,8 @@ pub struct Settings {
     pub tag: Setting<String>,
     /// kiln's store.
     pub store: Setting<PathBuf>,
+    /// How much it may hold, in bytes on the disk; none: as much as the disk has.
+    pub store_limit: Setting<Option<u64>>,
     /// Backend.
     pub backend: Setting<BackendChoice>,
     /// QEMU's program: a path, or a name to be found in PATH.
@@ -283,7 +287,7 @@ pub fn host_variable(name: &str) -> Option<Vec<u8>> {
 }
 
 /// Every variable that is a setting.
-const VARIABLES: [&str; 22] = [
+const VARIABLES: [&str; 23] = [
     "PROJECT",
     "WORK",
     "SRCDIR",
@@ -291,6 +295,7 @@ const VARIABLES: [&str; 22] = [
     "REPO",
     "TAG",
     "KILN_STORE",
+    "KILN_STORE_LIMIT",
     "KILN_BACKEND",
     "KILN_QEMU",
     "KILN_TEMPLATE",
@@ -393,6 +398,13 @@ impl Settings {
             (Setting { origin, .. }, Some(cache)) => Setting { value: cache.join("kiln"), origin },
             _ => return Err(SettingsError::NoHome),
         };
+        let store_limit = pick(
+            flags.store_limit,
+            "KILN_STORE_LIMIT",
+            |text| text,
+            file.store_limit.clone(),
+            || "none".to_owned(),
+        );
         let backend =
             pick(flags.backend, "KILN_BACKEND", |text| text, file.backend.clone(), || "auto".to_owned());
         let on = |on: bool| if on { "on" } else { "off" }.to_owned();
@@ -439,6 +451,18 @@ impl Settings {
                         origin: backend.origin,
                         value: backend.value,
                         wanted: "it takes auto, kvm, qemu or tcg",
+                    });
+                }
+            },
+            store_limit: match (store_limit.value.as_str(), parse_bytes(&store_limit.value)) {
+                ("none", _) => Setting { value: None, origin: store_limit.origin },
+                (_, Ok(value)) => Setting { value: Some(value), origin: store_limit.origin },
+                (_, Err(_)) => {
+                    return Err(SettingsError::Value {
+                        name: "store-limit",
+                        origin: store_limit.origin,
+                        value: store_limit.value,
+                        wanted: "it takes a size such as 20G, or none",
                     });
                 }
             },

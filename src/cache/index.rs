@@ -7,7 +7,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use kiln_digest::Digest;
@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::key::Key;
 use super::trace::{Trace, read_all, write_all};
-use crate::store::Store;
+use crate::store::{Store, seal, unseal};
 
 /// Most traces of one key.
 const MOST: usize = 8;
@@ -56,6 +56,8 @@ impl fmt::Display for Scope {
 /// What a step did last in one WORK: for `kiln why`, `kiln log` and `kiln inputs`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LastRun {
+    /// Its name.
+    pub step: String,
     /// Its key then.
     pub key: Key,
     /// How it ended, in words; none where it succeeded.
@@ -97,7 +99,23 @@ impl Index {
     }
 
     fn read(&self, scope: &Scope, key: &Digest) -> Vec<Trace> {
-        fs::read(self.path(scope, key)).ok().and_then(|bytes| read_all(&bytes)).unwrap_or_default()
+        let path = self.path(scope, key);
+        fs::read(&path).ok().and_then(|bytes| read_all(&self.name(&path), &bytes)).unwrap_or_default()
+    }
+
+    /// What a file of the store is called in its own digest.
+    fn name(&self, path: &Path) -> String {
+        path.strip_prefix(self.store.path()).unwrap_or(path).to_string_lossy().into_owned()
+    }
+
+    fn write(&self, path: &Path, traces: &[Trace]) -> io::Result<()> {
+        self.store.replace(path, &write_all(&self.name(path), traces))
+    }
+
+    /// Says that the traces under `key` in `scope` are used now; whether they are still there. They and all that they name
+    /// stay then for as long as this process lives.
+    pub fn mark(&self, scope: &Scope, key: &Digest) -> bool {
+        self.store.mark(&self.path(scope, key))
     }
 
     /// The traces under `key`, the newest of the own scope first, each with its scope.
@@ -117,12 +135,13 @@ impl Index {
         traces.retain(|old| !read_alike(old, &trace));
         traces.insert(0, trace);
         traces.truncate(MOST);
-        self.store.replace(&self.path(&self.own, key), &write_all(&traces))
+        self.write(&self.path(&self.own, key), &traces)
     }
 
     /// What the step `step` did last in the WORK that `work` names.
     pub fn last_run(&self, work: &[u8], step: &str) -> Option<LastRun> {
-        serde_json::from_slice(&fs::read(self.last_path(work, step)).ok()?).ok()
+        let path = self.last_path(work, step);
+        serde_json::from_slice(unseal(&last_name(&path), &fs::read(&path).ok()?)?).ok()
     }
 
     /// Notes what the step `step` did in the WORK that `work` names.
@@ -130,7 +149,8 @@ impl Index {
     /// # Errors
     /// What writing says.
     pub fn note_run(&self, work: &[u8], step: &str, run: &LastRun) -> io::Result<()> {
-        self.store.replace(&self.last_path(work, step), &serde_json::to_vec(run)?)
+        let path = self.last_path(work, step);
+        self.store.replace(&path, &seal(&last_name(&path), serde_json::to_vec(run)?))
     }
 
     fn last_path(&self, work: &[u8], step: &str) -> PathBuf {
@@ -144,8 +164,13 @@ impl Index {
     pub fn forget(&self, key: &Digest, outputs: &Digest) -> io::Result<()> {
         let mut traces = self.read(&self.own, key);
         traces.retain(|trace| trace.outputs != *outputs);
-        self.store.replace(&self.path(&self.own, key), &write_all(&traces))
+        self.write(&self.path(&self.own, key), &traces)
     }
+}
+
+/// Under which name what a step did last is sealed.
+pub(super) fn last_name(path: &Path) -> String {
+    format!("last/{}", path.file_name().unwrap_or_default().to_string_lossy())
 }
 
 fn last_key(work: &[u8], step: &str) -> Digest {
@@ -155,8 +180,8 @@ fn last_key(work: &[u8], step: &str) -> Digest {
 impl Index {
     /// What the outputs of the step `step` look like in the WORK that `work` names: a trace whose one share is WORK.
     pub fn placed(&self, work: &[u8], step: &str) -> Option<Trace> {
-        let bytes = fs::read(self.placed_path(work, step)).ok()?;
-        read_all(&bytes)?.pop()
+        let path = self.placed_path(work, step);
+        read_all(&self.name(&path), &fs::read(&path).ok()?)?.pop()
     }
 
     /// Notes that.
@@ -164,7 +189,7 @@ impl Index {
     /// # Errors
     /// What writing says.
     pub fn note_placed(&self, work: &[u8], step: &str, placed: Trace) -> io::Result<()> {
-        self.store.replace(&self.placed_path(work, step), &write_all(&[placed]))
+        self.write(&self.placed_path(work, step), &[placed])
     }
 
     fn placed_path(&self, work: &[u8], step: &str) -> PathBuf {

@@ -9,6 +9,7 @@ mod codec;
 pub mod difference;
 pub mod index;
 pub mod key;
+pub mod stock;
 pub mod trace;
 pub mod verify;
 

@@ -3,13 +3,13 @@
 //! In a file, traces of a key follow each other, the newest first. The form is private to kiln: a file that another kiln
 //! wrote, or that is damaged, is as good as none.
 
-use kiln_digest::Digest;
+use kiln_digest::{Digest, Hasher};
 use kiln_virtio::fs::record::{Fingerprint, Kind, Observed, PathBytes};
 
 use super::codec::{Reader, Writer};
 
 /// What the first bytes of a file of traces are. The number is the form's.
-const MAGIC: &[u8] = b"kiln traces 1\n";
+const MAGIC: &[u8] = b"kiln traces 2\n";
 
 /// What a step asked about one path, and what it was told.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -166,21 +166,30 @@ impl Trace {
     }
 }
 
-/// The bytes of a file that holds `traces`. The last 32 are the digest of the others.
-pub(super) fn write_all(traces: &[Trace]) -> Vec<u8> {
+/// The digest that ends a file of traces: of its name in the store too, so that one in another's place is not believed.
+fn sum(name: &str, body: &[u8]) -> Digest {
+    let mut hasher = Hasher::default();
+    hasher.update(name.as_bytes());
+    hasher.update(b"\0");
+    hasher.update(body);
+    hasher.finish().0
+}
+
+/// The bytes of a file that holds `traces` under `name`. The last 32 are a digest of the others.
+pub(super) fn write_all(name: &str, traces: &[Trace]) -> Vec<u8> {
     let mut to = Writer::default();
     to.bytes.extend(MAGIC);
     to.number(traces.len() as u64);
     traces.iter().for_each(|trace| trace.write(&mut to));
-    let sum = Digest::of(&to.bytes);
+    let sum = sum(name, &to.bytes);
     to.digest(&sum);
     to.bytes
 }
 
-/// The traces in the bytes of a file; none where they are not what [`write_all`] wrote.
-pub(super) fn read_all(bytes: &[u8]) -> Option<Vec<Trace>> {
-    let (body, sum) = bytes.split_last_chunk::<32>()?;
-    if Digest::of(body) != Digest::from_bytes(*sum) {
+/// The traces in the bytes of a file; none where they are not what [`write_all`] wrote under `name`.
+pub(super) fn read_all(name: &str, bytes: &[u8]) -> Option<Vec<Trace>> {
+    let (body, found) = bytes.split_last_chunk::<32>()?;
+    if sum(name, body) != Digest::from_bytes(*found) {
         return None;
     }
     let mut from = Reader::new(body.strip_prefix(MAGIC)?);
@@ -229,18 +238,18 @@ mod tests {
     #[test]
     fn traces_are_read_as_they_were_written() {
         let traces = [trace(), Trace { log: None, ..trace() }];
-        assert_eq!(read_all(&write_all(&traces)).as_deref(), Some(&traces[..]));
-        assert_eq!(read_all(&write_all(&[])).as_deref(), Some(&[][..]));
+        assert_eq!(read_all("name", &write_all("name", &traces)).as_deref(), Some(&traces[..]));
+        assert_eq!(read_all("name", &write_all("name", &[])).as_deref(), Some(&[][..]));
     }
 
     #[test]
     fn a_damaged_file_is_as_good_as_none() {
-        let bytes = write_all(&[trace()]);
+        let bytes = write_all("name", &[trace()]);
         for at in 0..bytes.len() {
             let mut damaged = bytes.clone();
             damaged[at] ^= 0x20;
-            assert_eq!(read_all(&damaged), None, "bit flipped in byte {at}");
-            assert_eq!(read_all(&bytes[..at]), None, "cut after {at} bytes");
+            assert_eq!(read_all("name", &damaged), None, "bit flipped in byte {at}");
+            assert_eq!(read_all("name", &bytes[..at]), None, "cut after {at} bytes");
         }
     }
 }

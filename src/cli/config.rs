@@ -8,7 +8,7 @@ use clap::Args;
 use super::show::line;
 use super::{Failure, USAGE};
 use crate::engine::Host;
-use crate::plan::show_age;
+use crate::plan::{show_age, show_bytes};
 use crate::settings::{Origin, Setting, Settings};
 
 /// Arguments of `kiln config`.
@@ -64,6 +64,9 @@ fn rows(settings: Settings) -> Vec<Row> {
         row("REPO", &settings.repo, text("none")),
         row("TAG", &settings.tag, Clone::clone),
         row("KILN_STORE", &settings.store, path),
+        row("KILN_STORE_LIMIT", &settings.store_limit, |limit| {
+            limit.map_or_else(|| "none".to_owned(), show_bytes)
+        }),
         row("KILN_BACKEND", &settings.backend, ToString::to_string),
         row("KILN_QEMU", &settings.qemu, Clone::clone),
         row("KILN_TEMPLATE", &settings.template, on_or_off),

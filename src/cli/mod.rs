@@ -22,6 +22,7 @@ mod run;
 mod show;
 mod sign;
 mod signals;
+mod store;
 mod terminal;
 mod verdict;
 
@@ -86,6 +87,9 @@ struct Global {
     /// kiln's store [env: KILN_STORE] [default: $XDG_CACHE_HOME/kiln]
     #[arg(long, global = true, value_name = "DIR")]
     store: Option<PathBuf>,
+    /// How much the store may hold; what was used least recently goes [env: KILN_STORE_LIMIT] [default: none]
+    #[arg(long, global = true, value_name = "SIZE")]
+    store_limit: Option<String>,
     /// Lock file [env: KILN_LOCK] [default: kiln.lock beside kiln.toml, else here]
     #[arg(long, global = true, value_name = "FILE")]
     lock: Option<PathBuf>,
@@ -155,6 +159,8 @@ enum Verb {
     Lock(lock::LockArguments),
     /// List, show, compare and remove the roots in the store
     Root(root::RootArguments),
+    /// Say what is in the store, remove what may go, and check it
+    Store(store::StoreArguments),
     /// Say what this host can do, by doing it, and how to get what is missing
     Doctor(doctor::DoctorArguments),
     /// Print every setting and where it was set
@@ -300,6 +306,7 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
     let mut flags = Flags {
         project: cli.global.project,
         store: cli.global.store,
+        store_limit: cli.global.store_limit,
         lock: cli.global.lock,
         backend: cli.global.backend,
         debian_mirror: cli.global.debian_mirror,
@@ -349,6 +356,7 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         Verb::Recipe(arguments) => recipe::recipe(&arguments, flags),
         Verb::Lock(arguments) => lock::lock(&arguments, flags),
         Verb::Root(arguments) => root::root(&arguments, open(flags)),
+        Verb::Store(arguments) => store::store(&arguments, &open(flags)?),
         Verb::Doctor(arguments) => match open(flags) {
             Ok(host) => doctor::doctor(&host, &arguments),
             Err(failure) => Ok(doctor::no_store(&failure)),

@@ -190,6 +190,9 @@ impl Host {
     /// [`HostError::Store`].
     pub fn open(settings: Settings) -> Result<Self, HostError> {
         let store = Store::open(&settings.store.value)?;
+        if let Some(limit_bytes) = settings.store_limit.value {
+            crate::upkeep::collect::set_limit(&store, limit_bytes);
+        }
         // Sweeps what killed kilns left. Whoever needs the registry hears of what is wrong with it.
         let _ = Registry::open(&store.run());
         let mut client = Client::new();

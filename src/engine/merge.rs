@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::work::{Identity, Seen, Work};
 use crate::store::Store;
+use crate::writes::{self, Act};
 
 /// The staging folder's name in WORK: reserved, and gone after every merge.
 pub const STAGING: &str = ".kiln-staging";
@@ -155,7 +156,7 @@ fn open(store: &Store, work: &Path) -> Result<Locked, MergeError> {
     let lock = File::create(&lock_path).map_err(at("lock", &lock_path))?;
     lock.lock().map_err(at("lock", &lock_path))?;
     let top = File::open(&path).map_err(at("open", &path))?;
-    let locked = Locked { work: Work::new(top.into()), path, _lock: lock };
+    let locked = Locked { work: Work::new(top.into(), path.clone()), path, _lock: lock };
     let staging = locked.path.join(STAGING);
     if fs::symlink_metadata(&staging).is_ok_and(|meta| meta.is_dir()) {
         let journal = fs::read(staging.join("journal"));
@@ -202,7 +203,9 @@ impl Merge<'_> {
         }
         let (journal, places) = self.plan(&locked, outputs, &wanted, ledger)?;
         let staging = locked.path.join(STAGING);
-        fs::DirBuilder::new().mode(0o700).create(&staging).map_err(at("make", &staging))?;
+        let made =
+            writes::through(Act::Make(&staging), || fs::DirBuilder::new().mode(0o700).create(&staging));
+        made.map_err(at("make", &staging))?;
         let staged = self.stage(&staging, outputs, &places).and_then(|()| write_journal(&staging, &journal));
         match staged {
             Ok(()) => complete(self.store, &locked, journal)?,
@@ -327,27 +330,27 @@ impl Merge<'_> {
             match &node.kind {
                 Kind::File { digest, size } => {
                     let mode = mode_in_work(node);
-                    let mut target = fs::OpenOptions::new()
-                        .write(true)
-                        .create_new(true)
-                        .mode(mode)
-                        .open(&staged)
-                        .map_err(at("write", &staged))?;
+                    let mut options = fs::OpenOptions::new();
+                    options.write(true).create_new(true).mode(mode);
+                    let target = writes::through(Act::Make(&staged), || options.open(&staged));
+                    let mut target = target.map_err(at("write", &staged))?;
                     let mut source = self.store.blobs().file(digest).map_err(at("read", &staged))?;
-                    copy_sparse(&mut source, &mut target, *size)
+                    copy_sparse(&mut source, &mut target, &staged, *size)
                         .map_err(at("write", &on_host(self.work, path)))?;
                     target
                         .set_permissions(fs::Permissions::from_mode(mode))
                         .map_err(at("set the mode of", &staged))?;
                 }
                 Kind::Symlink(text) => {
-                    symlink(OsStr::from_bytes(text), &staged).map_err(at("write", &staged))?;
+                    let made =
+                        writes::through(Act::Make(&staged), || symlink(OsStr::from_bytes(text), &staged));
+                    made.map_err(at("write", &staged))?;
                 }
                 _ => {}
             }
         }
         let folder = File::open(staging).map_err(at("sync", staging))?;
-        rustix::fs::syncfs(&folder).map_err(|errno| at("sync", staging)(errno.into()))
+        writes::sync_all(&folder, staging).map_err(at("sync", staging))
     }
 }
 
@@ -383,12 +386,12 @@ fn write_journal(staging: &Path, journal: &Journal) -> Result<(), MergeError> {
     let path = staging.join("journal");
     let temporary = staging.join("journal.new");
     let write = || {
-        let mut file = File::create(&temporary)?;
-        serde_json::to_writer(&mut file, journal)?;
-        file.write_all(b"\n")?;
-        file.sync_all()?;
-        fs::rename(&temporary, &path)?;
-        File::open(staging)?.sync_all()
+        let file = writes::through(Act::Make(&temporary), || File::create(&temporary))?;
+        let mut file = Named(file, &temporary);
+        file.write_all(&serde_json::to_vec(journal)?)?;
+        writes::sync(&file.0, &temporary)?;
+        writes::rename(&temporary, &path)?;
+        writes::sync(&File::open(staging)?, staging)
     };
     write().map_err(at("write", &path))
 }
@@ -418,11 +421,24 @@ fn complete(store: &Store, locked: &Locked, journal: Journal) -> Result<(), Merg
 }
 
 fn remove_tree(path: &Path) -> Result<(), MergeError> {
-    fs::remove_dir_all(path).map_err(at("remove", path))
+    writes::remove_tree(path).map_err(at("remove", path))
+}
+
+/// A file that is written under its name, through the door.
+struct Named<'a>(File, &'a Path);
+
+impl Write for Named<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        writes::write(&mut self.0, self.1, bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Copies a blob's data and leaves its holes.
-fn copy_sparse(source: &mut File, target: &mut File, size: u64) -> io::Result<()> {
+fn copy_sparse(source: &mut File, target: &mut File, path: &Path, size: u64) -> io::Result<()> {
     use rustix::fs::SeekFrom as Seek2;
     let mut position = 0;
     while position < size {
@@ -434,7 +450,7 @@ fn copy_sparse(source: &mut File, target: &mut File, size: u64) -> io::Result<()
         let hole = rustix::fs::seek(&*source, Seek2::Hole(data))?;
         source.seek(SeekFrom::Start(data))?;
         target.seek(SeekFrom::Start(data))?;
-        io::copy(&mut Read::by_ref(source).take(hole - data), target)?;
+        io::copy(&mut Read::by_ref(source).take(hole - data), &mut Named(target.try_clone()?, path))?;
         position = hole;
     }
     target.set_len(size)

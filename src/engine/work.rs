@@ -6,12 +6,15 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use kiln_artifact::tree::TreePath;
 use kiln_digest::Digest;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+
+use crate::writes::{self, Act};
 
 /// What identifies an output: its content (of a symbolic link, its text) and, for a file, its permissions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +56,7 @@ pub(super) enum Seen {
 #[derive(Debug)]
 pub(super) struct Work {
     top: OwnedFd,
+    path: PathBuf,
 }
 
 const FOLDER: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
@@ -62,9 +66,14 @@ fn name(bytes: &[u8]) -> &OsStr {
 }
 
 impl Work {
-    /// The WORK whose directory `top` is.
-    pub fn new(top: OwnedFd) -> Self {
-        Self { top }
+    /// The WORK whose directory `top` is. `path` is what it is called.
+    pub fn new(top: OwnedFd, path: PathBuf) -> Self {
+        Self { top, path }
+    }
+
+    /// What a path in it is called.
+    fn called(&self, path: &TreePath) -> PathBuf {
+        self.path.join(name(path.as_bytes()))
     }
 
     fn child(folder: BorrowedFd<'_>, component: &[u8]) -> io::Result<OwnedFd> {
@@ -154,7 +163,14 @@ impl Work {
         let mut folder = self.top.try_clone()?;
         let depth = path.components().count();
         for (index, component) in path.components().enumerate() {
-            match rustix::fs::mkdirat(&folder, name(component), Mode::from_raw_mode(0o755)) {
+            let called = self.called(path);
+            let made = writes::through(Act::Make(&called), || {
+                match rustix::fs::mkdirat(&folder, name(component), Mode::from_raw_mode(0o755)) {
+                    Err(Errno::EXIST) => Ok(Err(Errno::EXIST)),
+                    made => Ok(Ok(made?)),
+                }
+            })?;
+            match made {
                 Ok(()) if index + 1 == depth => {
                     let mode = Mode::from_raw_mode((mode & 0o755) | 0o700);
                     rustix::fs::chmodat(&folder, name(component), mode, AtFlags::empty())?;
@@ -173,20 +189,26 @@ impl Work {
             self.make_folder(&above, 0o755)?;
         }
         let Ok(parent) = self.parent(path)? else { return Err(io::ErrorKind::NotADirectory.into()) };
-        match rustix::fs::renameat(staging, staged, &parent, name(path.name())) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
+        let called = self.called(path);
+        writes::through(Act::Rename(Path::new(staged), &called), || {
+            match rustix::fs::renameat(staging, staged, &parent, name(path.name())) {
+                Ok(()) | Err(Errno::NOENT) => Ok(()),
+                Err(errno) => Err(errno.into()),
+            }
+        })
     }
 
     /// Removes the leaf at `path` and the folders above it that are empty then. What is gone is no error.
     pub fn remove(&self, path: &TreePath) -> io::Result<()> {
         let Ok(parent) = self.parent(path)? else { return Ok(()) };
-        match rustix::fs::unlinkat(&parent, name(path.name()), AtFlags::empty()) {
-            // A folder has taken its place already, when an interrupted merge is completed.
-            Ok(()) | Err(Errno::NOENT | Errno::ISDIR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        let called = self.called(path);
+        writes::through(Act::Remove(&called), || {
+            match rustix::fs::unlinkat(&parent, name(path.name()), AtFlags::empty()) {
+                // A folder has taken its place already, when an interrupted merge is completed.
+                Ok(()) | Err(Errno::NOENT | Errno::ISDIR) => Ok(()),
+                Err(errno) => Err(errno.into()),
+            }
+        })?;
         let mut above = path.parent();
         while let Some(folder) = above.filter(|folder| !folder.is_root()) {
             if !self.remove_folder(&folder)? {
@@ -200,11 +222,14 @@ impl Work {
     /// Removes the folder `path` if it is empty, and says whether it is gone.
     pub fn remove_folder(&self, path: &TreePath) -> io::Result<bool> {
         let Ok(parent) = self.parent(path)? else { return Ok(true) };
-        match rustix::fs::unlinkat(&parent, name(path.name()), AtFlags::REMOVEDIR) {
-            Ok(()) | Err(Errno::NOENT) => Ok(true),
-            Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => Ok(false),
-            Err(errno) => Err(errno.into()),
-        }
+        let called = self.called(path);
+        writes::through(Act::Remove(&called), || {
+            match rustix::fs::unlinkat(&parent, name(path.name()), AtFlags::REMOVEDIR) {
+                Ok(()) | Err(Errno::NOENT) => Ok(true),
+                Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => Ok(false),
+                Err(errno) => Err(errno.into()),
+            }
+        })
     }
 
     /// Removes a folder that holds nothing but folders. Anything else in it stays, and so does it.

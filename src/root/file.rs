@@ -16,13 +16,13 @@ use kiln_artifact::{erofs, squashfs};
 use kiln_digest::Digest;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
 use super::decompress::Compression;
 use super::image::{self, Filesystem, Image, ImageError};
 use super::stat::Stat;
 use super::{Root, RootError};
 use crate::store::Store;
+use crate::writes::Unfinished;
 
 /// What a root archive may hold.
 const ARCHIVE_LIMITS: archive::tar::Limits =
@@ -132,20 +132,21 @@ fn copy(
     filesystem: Filesystem,
 ) -> Result<Digest, RootError> {
     let io = |what| move |source| RootError::Io { what, source };
-    let copy = NamedTempFile::new_in(store.temporary()).map_err(io("copy an image"))?;
+    store.reserve(meta.len()).map_err(io("copy an image"))?;
+    let copy = Unfinished::new_in(&store.temporary()).map_err(io("copy an image"))?;
     // Without reflinks, or on another file system: a copy within the kernel.
-    if rustix::fs::ioctl_ficlone(copy.as_file(), file).is_err() {
+    if rustix::fs::ioctl_ficlone(copy.file(), file).is_err() {
         let read = |source| RootError::Read { path: path.to_owned(), source };
         file.rewind().map_err(read)?;
-        io::copy(&mut file, &mut copy.as_file()).map_err(read)?;
+        io::copy(&mut file, &mut copy.file()).map_err(read)?;
     }
-    copy.as_file().rewind().map_err(io("copy an image"))?;
-    let (digest, length) = Digest::of_reader(copy.as_file()).map_err(io("hash an image"))?;
+    copy.file().rewind().map_err(io("copy an image"))?;
+    let (digest, length) = Digest::of_reader(copy.file()).map_err(io("hash an image"))?;
     unchanged(path, file, meta)?;
     let whole = length.next_multiple_of(BLOCK_BYTES);
-    copy.as_file().set_len(whole).map_err(io("copy an image"))?;
+    copy.file().set_len(whole).map_err(io("copy an image"))?;
     let place = image::image_path(store, &digest, filesystem);
-    image::keep(copy, &place).map_err(|source| ImageError::Io { path: place, source })?;
+    image::keep(store, copy, &digest, &place).map_err(|source| ImageError::Io { path: place, source })?;
     store.sync()?;
     remember(store, path, meta, digest)?;
     Ok(digest)

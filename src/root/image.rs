@@ -12,12 +12,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kiln_artifact::erofs::{self, ErofsError};
-use kiln_artifact::tree::Tree;
+use kiln_artifact::tree::{Kind, Tree};
 use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
 use crate::store::Store;
+use crate::writes::{self, Unfinished};
 
 /// Why an image cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +41,9 @@ pub enum ImageError {
 
 /// How long an image is waited for. A process that is just being started holds all that its parent has open.
 const LOCK_PATIENCE: Duration = Duration::from_millis(300);
+
+/// The family of records that say which bytes an image has.
+pub const SUMS: &str = "image";
 
 /// What is on an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,7 +163,8 @@ impl Image {
             }
         }
         forget()?;
-        fs::remove_file(&path)?;
+        store.records(SUMS).remove(digest)?;
+        writes::remove(&path)?;
         Ok(Removal::Done)
     }
 
@@ -201,17 +205,23 @@ pub fn make(store: &Store, tree: &Tree) -> Result<Digest, ImageError> {
         let path = path.to_owned();
         move |source| ImageError::Io { path, source }
     };
-    let mut file = NamedTempFile::new_in(store.temporary()).map_err(at(&path))?;
-    erofs::write(tree, store.blobs(), file.as_file_mut())?;
-    keep(file, &path).map_err(at(&path))?;
+    let sizes = tree.iter().map(|(_, node)| match node.kind {
+        Kind::File { size, .. } => size,
+        _ => 0,
+    });
+    store.reserve(sizes.sum()).map_err(at(&path))?;
+    let mut file = Unfinished::new_in(&store.temporary()).map_err(at(&path))?;
+    erofs::write(tree, store.blobs(), file.file_mut())?;
+    keep(store, file, &digest, &path).map_err(at(&path))?;
     Ok(digest)
 }
 
-/// Gives a finished image its name.
-pub(super) fn keep(file: NamedTempFile, path: &Path) -> io::Result<()> {
-    file.as_file().set_permissions(fs::Permissions::from_mode(0o444))?;
-    file.persist(path).map_err(|error| error.error)?;
-    Ok(())
+/// Gives the finished image `digest` its name, and notes what its bytes are: an image of a tree is not named by them.
+pub(super) fn keep(store: &Store, file: Unfinished, digest: &Digest, path: &Path) -> io::Result<()> {
+    file.file().set_permissions(fs::Permissions::from_mode(0o444))?;
+    let (sum, _) = Digest::of_reader(File::open(file.path())?)?;
+    file.persist(path)?;
+    store.records(SUMS).put(digest, &sum)
 }
 
 #[cfg(test)]

@@ -4,21 +4,26 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use kiln_artifact::tree::Contents;
 use kiln_digest::{Digest, Hasher};
-use tempfile::NamedTempFile;
+
+use super::lease::Lease;
+use super::limit::Limit;
+use crate::writes::{self, Unfinished};
 
 /// The blobs of a store.
 #[derive(Debug, Clone)]
 pub struct Blobs {
     path: PathBuf,
-    temporary: PathBuf,
+    lease: Lease,
+    limit: Arc<Limit>,
 }
 
 impl Blobs {
-    pub(super) fn new(path: PathBuf, temporary: PathBuf) -> Self {
-        Self { path, temporary }
+    pub(super) fn new(path: PathBuf, lease: Lease, limit: Arc<Limit>) -> Self {
+        Self { path, lease, limit }
     }
 
     /// Where the blob `digest` lies if it is there.
@@ -27,9 +32,30 @@ impl Blobs {
         self.path.join(&name[..2]).join(&name[2..])
     }
 
-    /// Whether the blob is there.
+    /// Whether the blob is there. It stays then for as long as this process lives.
     pub fn contains(&self, digest: &Digest) -> bool {
-        self.path(digest).is_file()
+        self.lease.mark(&self.path(digest))
+    }
+
+    /// The whole blob, which is what its name says.
+    ///
+    /// # Errors
+    /// `NotFound` where it is not there; `InvalidData` where something else is in its place; what reading says.
+    pub fn read(&self, digest: &Digest) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.file(digest)?.read_to_end(&mut bytes)?;
+        match Digest::of(&bytes) == *digest {
+            true => Ok(bytes),
+            false => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    /// Takes a blob away that is not what its name says, so that it can be had anew.
+    ///
+    /// # Errors
+    /// What unlink(2) says.
+    pub fn discard(&self, digest: &Digest) -> io::Result<()> {
+        writes::remove(&self.path(digest))
     }
 
     /// Opens a blob for reading.
@@ -37,7 +63,11 @@ impl Blobs {
     /// # Errors
     /// `NotFound` where it is not there; what open(2) says.
     pub fn file(&self, digest: &Digest) -> io::Result<File> {
-        File::open(self.path(digest))
+        let path = self.path(digest);
+        match self.lease.mark(&path) {
+            true => File::open(path),
+            false => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 
     /// Starts a blob whose digest will be known when it is complete.
@@ -45,7 +75,7 @@ impl Blobs {
     /// # Errors
     /// What making a temporary file says.
     pub fn writer(&self) -> io::Result<BlobWriter> {
-        let file = NamedTempFile::new_in(&self.temporary)?;
+        let file = Unfinished::new_in(self.lease.temporary())?;
         Ok(BlobWriter { blobs: self.clone(), file, hasher: Hasher::default(), hole: false })
     }
 
@@ -70,7 +100,7 @@ impl Contents for Blobs {
 #[derive(Debug)]
 pub struct BlobWriter {
     blobs: Blobs,
-    file: NamedTempFile,
+    file: Unfinished,
     hasher: Hasher,
     hole: bool,
 }
@@ -83,7 +113,7 @@ impl BlobWriter {
     pub fn skip(&mut self, length_bytes: u64) -> io::Result<()> {
         static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
         let forward = i64::try_from(length_bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        self.file.seek(SeekFrom::Current(forward))?;
+        self.file.file_mut().seek(SeekFrom::Current(forward))?;
         let mut left = length_bytes;
         while left > 0 {
             let piece = left.min(ZEROS.len() as u64);
@@ -101,25 +131,28 @@ impl BlobWriter {
     pub fn finish(self) -> io::Result<(Digest, u64)> {
         let (digest, length_bytes) = self.hasher.finish();
         let path = self.blobs.path(&digest);
-        if path.is_file() {
+        // One that a power failure cut short has another length, and is written anew.
+        if self.blobs.lease.mark(&path)
+            && fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() == length_bytes)
+        {
             return Ok((digest, length_bytes));
         }
         if self.hole {
-            self.file.as_file().set_len(length_bytes)?;
+            self.file.file().set_len(length_bytes)?;
         }
-        self.file.as_file().set_permissions(fs::Permissions::from_mode(0o444))?;
-        if let Some(folder) = path.parent()
-            && !folder.is_dir()
-        {
-            fs::create_dir_all(folder)?;
+        self.file.file().set_permissions(fs::Permissions::from_mode(0o444))?;
+        self.blobs.lease.date(self.file.file())?;
+        if let Some(folder) = path.parent() {
+            writes::make_folders(folder)?;
         }
-        self.file.persist(&path).map_err(|error| error.error)?;
+        self.file.persist(&path)?;
         Ok((digest, length_bytes))
     }
 }
 
 impl Write for BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.blobs.limit.take(bytes.len() as u64)?;
         let count = self.file.write(bytes)?;
         self.hasher.update(&bytes[..count]);
         Ok(count)

@@ -5,7 +5,10 @@
 //! crash took. Several kilns may use one store at once.
 
 mod blob;
+mod lease;
+mod limit;
 mod record;
+mod seal;
 mod temporary;
 
 use std::fs;
@@ -16,9 +19,21 @@ use std::sync::Arc;
 
 use kiln_digest::Digest;
 
+use crate::writes::{self, Unfinished};
 pub use blob::{BlobWriter, Blobs};
+use lease::Lease;
+pub use lease::Sweep;
+use limit::Limit;
+pub use limit::{Full, MakeRoom};
 pub use record::Records;
-use temporary::Temporary;
+pub use seal::{seal, unseal};
+
+/// The file that says which form a store has.
+const VERSION_FILE: &str = "version";
+/// What it says. The number goes up when an older kiln would misread a store.
+const VERSION: &str = "kiln store 1\n";
+/// How long it may be.
+const LONGEST_VERSION: usize = 64;
 
 /// Why the store cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -45,12 +60,37 @@ pub enum StoreError {
         /// Who runs.
         user: u32,
     },
+    /// A newer kiln made it, or something else did.
+    #[error("store `{path}` says that it is `{version}`, which this kiln does not know")]
+    Version {
+        /// The store.
+        path: PathBuf,
+        /// What its version file says.
+        version: String,
+    },
+    /// The file system has no locks, by which kilns share a store.
+    #[error("store `{path}` lies on a file system without locks")]
+    NoLocks {
+        /// The store.
+        path: PathBuf,
+        /// The system's word.
+        #[source]
+        source: io::Error,
+    },
 }
 
 impl StoreError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
-        Some("name a directory of yours with --store or KILN_STORE".to_owned())
+        Some(match self {
+            Self::Version { .. } => {
+                "use the kiln that made it, or name another directory with --store or KILN_STORE".to_owned()
+            }
+            Self::NoLocks { .. } => {
+                "name a directory on a local file system with --store or KILN_STORE".to_owned()
+            }
+            _ => "name a directory of yours with --store or KILN_STORE".to_owned(),
+        })
     }
 
     fn at(path: &Path) -> impl FnOnce(io::Error) -> Self {
@@ -63,7 +103,8 @@ impl StoreError {
 #[derive(Debug, Clone)]
 pub struct Store {
     path: PathBuf,
-    temporary: Arc<Temporary>,
+    lease: Lease,
+    limit: Arc<Limit>,
     blobs: Blobs,
 }
 
@@ -91,9 +132,68 @@ impl Store {
             return Err(StoreError::Owner { path: path.to_owned(), owner, user });
         }
         let area = path.join("tmp");
-        let temporary = Arc::new(Temporary::new(&area).map_err(StoreError::at(&area))?);
-        let blobs = Blobs::new(path.join("blobs"), temporary.path().to_owned());
-        Ok(Self { path: path.to_owned(), temporary, blobs })
+        let lease = Lease::begin(path, &area).map_err(|source| {
+            match rustix::io::Errno::from_io_error(&source) {
+                // What flock(2) says where a file system, such as NFS without its lock service, has none.
+                Some(rustix::io::Errno::NOLCK | rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+                    StoreError::NoLocks { path: path.to_owned(), source }
+                }
+                _ => StoreError::at(&area)(source),
+            }
+        })?;
+        let limit = Arc::new(Limit::default());
+        let blobs = Blobs::new(path.join("blobs"), lease.clone(), Arc::clone(&limit));
+        let store = Self { path: path.to_owned(), lease, limit, blobs };
+        store.check_version()?;
+        Ok(store)
+    }
+
+    /// Says what form the store has, where nothing does yet.
+    fn check_version(&self) -> Result<(), StoreError> {
+        let file = self.path.join(VERSION_FILE);
+        match fs::read(&file) {
+            Ok(found) if found == VERSION.as_bytes() => Ok(()),
+            // A power failure may leave it empty; what it was then is told by nothing that was lost.
+            Ok(found) if !found.is_empty() => {
+                let found = String::from_utf8_lossy(&found[..found.len().min(LONGEST_VERSION)]).into_owned();
+                Err(StoreError::Version { path: self.path.clone(), version: found.trim_end().to_owned() })
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::at(&file)(error)),
+            _ => self.replace(&file, VERSION.as_bytes()).map_err(StoreError::at(&file)),
+        }
+    }
+
+    /// Sets how much the store may hold. Before a write would go beyond that, `make_room` is asked to.
+    pub fn set_limit(&self, limit_bytes: u64, make_room: MakeRoom) {
+        self.limit.set(limit_bytes, make_room);
+    }
+
+    /// Reserves room for a file of `bytes` that is to be written beside the blobs.
+    ///
+    /// # Errors
+    /// `StorageFull` with [`Full`].
+    pub fn reserve(&self, bytes: u64) -> io::Result<()> {
+        self.limit.take(bytes)
+    }
+
+    /// Waits until nobody begins to use anything in the store, and keeps it so. With `others`, only what other processes
+    /// use is spared, else also what this one does.
+    ///
+    /// # Errors
+    /// What flock(2) says.
+    pub fn sweep(&self, others: bool) -> io::Result<Sweep> {
+        self.lease.sweep(others)
+    }
+
+    /// Says of the file at `path` in the store that it is used now; whether it is there. It stays then for as long as this
+    /// process lives.
+    pub fn mark(&self, path: &Path) -> bool {
+        self.lease.mark(path)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The blobs.
@@ -103,7 +203,7 @@ impl Store {
 
     /// The records of one `family`: a short folder name.
     pub fn records(&self, family: &'static str) -> Records {
-        Records::new(self.path.join("records").join(family), self.temporary())
+        Records::new(family, self.path.join("records").join(family), self.lease.clone())
     }
 
     /// Where disk images lie, named by whoever makes them after what they hold.
@@ -137,18 +237,18 @@ impl Store {
     /// # Errors
     /// What writing and renaming say.
     pub fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        let mut file = tempfile::NamedTempFile::new_in(self.temporary.path())?;
+        let mut file = Unfinished::new_in(self.lease.temporary())?;
         file.write_all(bytes)?;
-        if let Some(folder) = path.parent().filter(|folder| !folder.is_dir()) {
-            fs::create_dir_all(folder)?;
+        self.lease.date(file.file())?;
+        if let Some(folder) = path.parent() {
+            writes::make_folders(folder)?;
         }
-        file.persist(path).map_err(|error| error.error)?;
-        Ok(())
+        file.persist(path)
     }
 
     /// A place on the store's file system for files that are not finished; it goes with this process.
     pub fn temporary(&self) -> PathBuf {
-        self.temporary.path().to_owned()
+        self.lease.temporary().to_owned()
     }
 
     /// Where running machines keep what must have a name.
@@ -165,7 +265,8 @@ impl Store {
             let path = self.blobs.path(digest);
             let folder = path.parent().unwrap_or(&self.path);
             for path in [&path, folder] {
-                fs::File::open(path).and_then(|file| file.sync_all()).map_err(StoreError::at(path))?;
+                let synced = fs::File::open(path).and_then(|file| writes::sync(&file, path));
+                synced.map_err(StoreError::at(path))?;
             }
         }
         Ok(())
@@ -183,6 +284,6 @@ impl Store {
     /// What syncfs(2) says.
     pub fn sync(&self) -> Result<(), StoreError> {
         let folder = fs::File::open(&self.path).map_err(StoreError::at(&self.path))?;
-        rustix::fs::syncfs(&folder).map_err(|errno| StoreError::at(&self.path)(errno.into()))
+        writes::sync_all(&folder, &self.path).map_err(StoreError::at(&self.path))
     }
 }

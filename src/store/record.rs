@@ -1,4 +1,4 @@
-//! Records: small JSON documents by key, which appear whole or not at all.
+//! Records: small JSON documents by key, sealed, which appear whole or not at all.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -6,30 +6,48 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use kiln_digest::Digest;
-use rustix::fs::{Timespec, Timestamps, UTIME_NOW};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tempfile::NamedTempFile;
+
+use super::lease::Lease;
+use super::seal::{seal, unseal};
+use crate::writes::{self, Unfinished};
 
 /// One family of records.
 #[derive(Debug, Clone)]
 pub struct Records {
+    family: &'static str,
     path: PathBuf,
-    temporary: PathBuf,
+    lease: Lease,
 }
 
 impl Records {
-    pub(super) fn new(path: PathBuf, temporary: PathBuf) -> Self {
-        Self { path, temporary }
+    pub(super) fn new(family: &'static str, path: PathBuf, lease: Lease) -> Self {
+        Self { family, path, lease }
     }
 
-    fn file(&self, key: &Digest) -> PathBuf {
+    /// Where the record under `key` lies if it is there.
+    pub fn path(&self, key: &Digest) -> PathBuf {
         self.path.join(format!("{key}.json"))
     }
 
-    /// The record under `key`; none where there is none, or where it cannot be read as a `T` (an older kiln's).
+    fn name(&self, key: &Digest) -> String {
+        name(self.family, key)
+    }
+
+    /// The record under `key`; none where there is none, or where it is not what was written or cannot be read as a `T`
+    /// (another kiln's).
     pub fn get<T: DeserializeOwned>(&self, key: &Digest) -> Option<T> {
-        serde_json::from_slice(&fs::read(self.file(key)).ok()?).ok()
+        if !self.lease.mark(&self.path(key)) {
+            return None;
+        }
+        self.peek(key)
+    }
+
+    /// The same, without dating it: for whoever looks after the store.
+    pub fn peek<T: DeserializeOwned>(&self, key: &Digest) -> Option<T> {
+        let path = self.path(key);
+        serde_json::from_slice(unseal(&self.name(key), &fs::read(path).ok()?)?).ok()
     }
 
     /// Writes the record under `key`. The caller has synced what it names (`Store::sync`).
@@ -37,13 +55,12 @@ impl Records {
     /// # Errors
     /// What writing and renaming say.
     pub fn put<T: Serialize>(&self, key: &Digest, record: &T) -> io::Result<()> {
-        fs::create_dir_all(&self.path)?;
-        let mut file = NamedTempFile::new_in(&self.temporary)?;
-        serde_json::to_writer_pretty(&mut file, record)?;
-        file.write_all(b"\n")?;
-        file.as_file().sync_all()?;
-        file.persist(self.file(key)).map_err(|error| error.error)?;
-        Ok(())
+        writes::make_folders(&self.path)?;
+        let mut file = Unfinished::new_in(self.lease.temporary())?;
+        file.write_all(&seal(&self.name(key), serde_json::to_vec_pretty(record)?))?;
+        file.sync()?;
+        self.lease.date(file.file())?;
+        file.persist(&self.path(key))
     }
 
     /// The keys of all records of the family, in their order.
@@ -69,10 +86,7 @@ impl Records {
     /// # Errors
     /// What unlink(2) says.
     pub fn remove(&self, key: &Digest) -> io::Result<()> {
-        match fs::remove_file(self.file(key)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            result => result,
-        }
+        writes::remove(&self.path(key))
     }
 
     /// Notes that the record under `key` was used now: its modification time says when.
@@ -80,37 +94,41 @@ impl Records {
     /// # Errors
     /// `NotFound` where there is none; what setting a file's times says.
     pub fn touch(&self, key: &Digest) -> io::Result<()> {
-        let now = Timespec { tv_sec: 0, tv_nsec: UTIME_NOW };
-        let times = Timestamps { last_access: now, last_modification: now };
-        Ok(rustix::fs::futimens(File::open(self.file(key))?, &times)?)
+        self.lease.date(&File::open(self.path(key))?)
     }
 
     /// When the record under `key` was written or touched last; none where there is none.
     pub fn touched(&self, key: &Digest) -> Option<SystemTime> {
-        fs::metadata(self.file(key)).and_then(|meta| meta.modified()).ok()
+        fs::metadata(self.path(key)).and_then(|meta| meta.modified()).ok()
     }
+}
+
+/// Under which name the record `key` of `family` is sealed.
+pub(super) fn name(family: &str, key: &Digest) -> String {
+    format!("records/{family}/{key}")
 }
 
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
 
+    use super::super::Store;
     use super::*;
 
     #[test]
     fn records_are_listed_touched_and_removed() {
         let folder = tempfile::tempdir().expect("a folder");
-        let records = Records::new(folder.path().join("family"), folder.path().to_owned());
+        let records = Store::open(folder.path()).expect("a store").records("family");
         assert_eq!(records.keys().expect("an empty family"), []);
         let mut keys = [Digest::of(b"one"), Digest::of(b"two")];
         keys.sort_unstable();
         for key in &keys {
             records.put(key, &"text").expect("room");
         }
-        fs::write(folder.path().join("family/other"), "").expect("room");
+        fs::write(folder.path().join("records/family/other"), "").expect("room");
         assert_eq!(records.keys().expect("a family"), keys);
         let old = SystemTime::UNIX_EPOCH + Duration::from_secs(1);
-        File::open(records.file(&keys[0])).and_then(|file| file.set_modified(old)).expect("times");
+        File::open(records.path(&keys[0])).and_then(|file| file.set_modified(old)).expect("times");
         assert_eq!(records.touched(&keys[0]), Some(old));
         records.touch(&keys[0]).expect("it is there");
         assert!(records.touched(&keys[0]) > Some(old));

@@ -1,13 +1,18 @@
 //! A process's own folder for files that are not finished: swept by the next kiln where its owner was killed.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+/// The file in each folder whose time says since when its process has been using the store.
+const SINCE: &str = ".since";
 
 /// One process's folder; removed when dropped.
 #[derive(Debug)]
 pub(super) struct Temporary {
     path: PathBuf,
+    since: SystemTime,
     // A lock on the folder itself, held for life: the system lets go of it however its owner ends.
     _lock: File,
 }
@@ -19,7 +24,11 @@ impl Temporary {
         let path = tempfile::Builder::new().prefix("kiln-").tempdir_in(area)?.keep();
         // Between the two steps another kiln may take the folder for a dead one's: it is made anew then.
         match File::open(&path).and_then(|lock| lock.lock().map(|()| lock)) {
-            Ok(lock) if path.is_dir() => Ok(Self { path, _lock: lock }),
+            Ok(lock) if path.is_dir() => {
+                // By the clock of the file system, which dates all else in the store.
+                let since = File::create(path.join(SINCE))?.metadata()?.modified()?;
+                Ok(Self { path, since, _lock: lock })
+            }
             _ => Self::new(area),
         }
     }
@@ -28,6 +37,31 @@ impl Temporary {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Since when its process has been using the store.
+    pub fn since(&self) -> SystemTime {
+        self.since
+    }
+}
+
+/// Since when the processes that live now have been using the store: the earliest of them, but for the one whose folder
+/// is `own`.
+pub(super) fn earliest(area: &Path, own: Option<&Path>) -> io::Result<Option<SystemTime>> {
+    let mut earliest: Option<SystemTime> = None;
+    for entry in fs::read_dir(area)?.flatten() {
+        let path = entry.path();
+        if Some(path.as_path()) == own {
+            continue;
+        }
+        let Ok(lock) = File::open(&path) else { continue };
+        if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+            let since = fs::metadata(path.join(SINCE)).and_then(|meta| meta.modified());
+            // One that has no time yet has used nothing, or is not to be trusted with any.
+            let since = since.unwrap_or(SystemTime::UNIX_EPOCH);
+            earliest = Some(earliest.map_or(since, |other| other.min(since)));
+        }
+    }
+    Ok(earliest)
 }
 
 impl Drop for Temporary {

@@ -137,9 +137,15 @@ fn length(entries: &Entries<'_>, index: usize) -> Result<u64, FatError> {
     }
 }
 
-/// How many sectors an image of `clusters` clusters has.
+/// How many sectors an image of at least `clusters` clusters has.
 fn sectors_for(clusters: u64, cluster: u8) -> u64 {
-    u64::from(RESERVED_SECTORS) + 2 * table_sectors(clusters) + clusters * u64::from(cluster)
+    let mut sectors =
+        u64::from(RESERVED_SECTORS) + 2 * table_sectors(clusters) + clusters * u64::from(cluster);
+    // Where the next cluster would take longer tables, they may be longer already, and leave no room for the last one.
+    while clusters_in(sectors, cluster).is_none_or(|(_, found)| found < clusters) {
+        sectors += 1;
+    }
+    sectors
 }
 
 /// Sectors of a table: four bytes a cluster, and two more clusters.

@@ -96,10 +96,7 @@ impl<'a, R> Checker<'a, R> {
         if let Some(tree) = self.trees.lock().unwrap_or_else(PoisonError::into_inner).get(manifest) {
             return Some(Arc::clone(tree));
         }
-        let bytes = std::fs::read(self.build.store.blobs().path(manifest)).ok()?;
-        if Digest::of(&bytes) != *manifest {
-            return None;
-        }
+        let bytes = self.build.store.blobs().read(manifest).ok()?;
         let tree = Arc::new(Tree::parse_manifest(&bytes).ok()?);
         let mut trees = self.trees.lock().unwrap_or_else(PoisonError::into_inner);
         Some(Arc::clone(trees.entry(*manifest).or_insert(tree)))
@@ -158,6 +155,10 @@ impl<'a, R> Checker<'a, R> {
                     first.get_or_insert(difference);
                 }
                 Verdict::Holds(renewed) => {
+                    // Another kiln may have collected it since it was read.
+                    if !self.index.mark(&scope, &digest) {
+                        continue;
+                    }
                     let restored = match self.restore(step, &trace.outputs, merges) {
                         Ok(restored) => restored,
                         Err(BuildError::Lost { path, .. }) => {
@@ -233,7 +234,7 @@ impl<'a, R> Checker<'a, R> {
             let whole = self.build.store.blobs().file(digest).and_then(Digest::of_reader);
             if !whole.is_ok_and(|(found, _)| found == *digest) {
                 // It would stand in the way of the blob as it should be.
-                let _ = std::fs::remove_file(self.build.store.blobs().path(digest));
+                let _ = self.build.store.blobs().discard(digest);
                 return Err(lost(path.to_string(), *digest));
             }
         }
@@ -322,6 +323,7 @@ impl<'a, R> Checker<'a, R> {
             not_kept = Some("it failed".to_owned());
         }
         let run = LastRun {
+            step: step.name.clone(),
             key: key.clone(),
             failure,
             why: why.to_owned(),

@@ -87,7 +87,7 @@ impl<R: Runner> Worker<'_, '_, R> {
     /// Where outputs of a needed step are lost, that step runs again next time, and puts them back.
     fn forget(&self, error: &BuildError, needs: &[(StepId, Digest)]) {
         let BuildError::Lost { step, digest, .. } = error else { return };
-        let _ = std::fs::remove_file(self.checker.build.store.blobs().path(digest));
+        let _ = self.checker.build.store.blobs().discard(digest);
         for (need, manifest) in
             needs.iter().filter(|(need, _)| self.checker.build.plan.step(*need).name == *step)
         {

@@ -65,6 +65,8 @@ pub struct RecipeSettings {
     pub tag: Option<String>,
     /// kiln's store.
     pub store: Option<PathBuf>,
+    /// How much the store may hold, such as `20G`; `none`: as much as the disk has.
+    pub store_limit: Option<String>,
     /// `auto`, `kvm`, `qemu` or `tcg`.
     pub backend: Option<String>,
     /// QEMU's program.

@@ -308,10 +308,15 @@ pub fn list(store: &Store) -> Result<Vec<Entry>, CatalogError> {
     Ok(entries)
 }
 
+/// What is known of the root `digest`; none where it is no root, or has no image. Nothing is dated.
+pub fn peek(store: &Store, digest: &Digest) -> Option<Entry> {
+    entry(store, digest)
+}
+
 /// The root `digest`, if there is a record of it and an image.
 fn entry(store: &Store, digest: &Digest) -> Option<Entry> {
     let records = store.records("roots");
-    let record: Record = records.get(digest)?;
+    let record: Record = records.peek(digest)?;
     let meta = fs::metadata(image::image_path(store, digest, record.filesystem)).ok()?;
     let used = records.touched(digest).and_then(|used| Timestamp::try_from(used).ok());
     Some(Entry {
@@ -364,7 +369,7 @@ pub fn remove(store: &Store, digest: &Digest, filesystem: Filesystem) -> Result<
         // What makes others find it goes first: a record that names nothing would be worse than an image without one.
         let configured = store.records("root");
         for key in configured.keys()? {
-            if configured.get::<Digest>(&key) == Some(*digest) {
+            if configured.peek::<Digest>(&key) == Some(*digest) {
                 configured.remove(&key)?;
             }
         }

@@ -26,7 +26,8 @@ pub fn run(
     let mut child = Command::new(program)
         .args(arguments)
         .current_dir(folder)
-        .env("LC_ALL", "C")
+        // mtools takes names in the encoding of the locale.
+        .env("LC_ALL", "C.UTF-8")
         .env("TZ", "UTC")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

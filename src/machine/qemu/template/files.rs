@@ -36,6 +36,8 @@ struct About {
     qemu: String,
     state: Digest,
     ram: Digest,
+    /// Digest of the three above, and of the template's name.
+    sum: Digest,
     /// The file that has this memory.
     stamp: Stamp,
 }
@@ -48,6 +50,12 @@ struct Stamp {
     size: u64,
     modified: (i64, i64),
     changed: (i64, i64),
+}
+
+impl About {
+    fn sum(name: &str, qemu: &str, state: &Digest, ram: &Digest) -> Digest {
+        Digest::of(format!("template {name} {qemu} {state} {ram}").as_bytes())
+    }
 }
 
 impl Stamp {
@@ -85,6 +93,9 @@ pub fn open(path: &Path, memory_bytes: u64) -> Result<Option<Template>, Template
     let about = file(&folder, ABOUT)?;
     let text = read(&about, MOST_ABOUT_BYTES)?;
     let known: About = serde_json::from_slice(&text).map_err(|_| Damaged("its description is damaged"))?;
+    if About::sum(&name_of(path), &known.qemu, &known.state, &known.ram) != known.sum {
+        return Err(Damaged("its description is damaged"));
+    }
     let state = read(&file(&folder, STATE)?, MOST_STATE_BYTES)?;
     if Digest::of(&state) != known.state {
         return Err(Damaged("its state is damaged"));
@@ -103,6 +114,36 @@ pub fn open(path: &Path, memory_bytes: u64) -> Result<Option<Template>, Template
     // Not being able to note it makes it go earlier.
     let _ = touch(&about);
     Ok(Some(Template { qemu: known.qemu, state, ram }))
+}
+
+/// Holds all of the template at `path` against its digests, its memory too.
+///
+/// # Errors
+/// What is not as it was written.
+pub fn verify(path: &Path) -> Result<(), TemplateError> {
+    use TemplateError::Damaged;
+    let folder = File::open(path).map_err(TemplateError::io("open a template"))?;
+    let text = read(&file(&folder, ABOUT)?, MOST_ABOUT_BYTES)?;
+    let known: About = serde_json::from_slice(&text).map_err(|_| Damaged("its description is damaged"))?;
+    // A flip in a blank, or in the stamp, changes nothing that `open` believes; it is damage all the same.
+    let same = serde_json::to_vec_pretty(&known).is_ok_and(|again| again == text);
+    let sum = About::sum(&name_of(path), &known.qemu, &known.state, &known.ram);
+    let ram = file(&folder, RAM)?;
+    let stamp = Stamp::of(&ram).map_err(TemplateError::io("look at a template"))?;
+    if !same || sum != known.sum || stamp != known.stamp {
+        return Err(Damaged("its description is damaged, or its memory is another file"));
+    }
+    if Digest::of(&read(&file(&folder, STATE)?, MOST_STATE_BYTES)?) != known.state {
+        return Err(Damaged("its state is damaged"));
+    }
+    match ram::digest(&ram).map_err(TemplateError::io("read a template"))? == known.ram {
+        true => Ok(()),
+        false => Err(Damaged("its memory is damaged")),
+    }
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn file(folder: &File, name: &str) -> Result<File, TemplateError> {
@@ -125,11 +166,11 @@ pub fn new_state(folder: &Path) -> io::Result<File> {
     File::options().write(true).create_new(true).open(folder.join(STATE))
 }
 
-/// Writes all but the state, which is there, into `folder`, and sees to it that it stays.
+/// Writes all but the state, which is there, into `folder`, which will be called `name`, and sees to it that it stays.
 ///
 /// # Errors
 /// What writing says.
-pub fn write(folder: &Path, memory: &File, qemu: &str) -> io::Result<()> {
+pub fn write(folder: &Path, name: &str, memory: &File, qemu: &str) -> io::Result<()> {
     let state = File::open(folder.join(STATE))?;
     let mut bytes = Vec::new();
     (&state).take(MOST_STATE_BYTES).read_to_end(&mut bytes)?;
@@ -137,7 +178,9 @@ pub fn write(folder: &Path, memory: &File, qemu: &str) -> io::Result<()> {
     let digest = ram::write(memory, &file)?;
     file.sync_all()?;
     let stamp = Stamp::of(&file)?;
-    let about = About { qemu: qemu.to_owned(), state: Digest::of(&bytes), ram: digest, stamp };
+    let state_digest = Digest::of(&bytes);
+    let sum = About::sum(name, qemu, &state_digest, &digest);
+    let about = About { qemu: qemu.to_owned(), state: state_digest, ram: digest, sum, stamp };
     fs::write(folder.join(ABOUT), serde_json::to_vec_pretty(&about)?)?;
     for file in [state, File::open(folder.join(ABOUT))?, File::open(folder)?] {
         file.sync_all()?;

@@ -21,7 +21,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -242,7 +242,7 @@ impl Templates {
         let version = qmp.version.to_string();
         // Nothing writes the memory any more.
         drop((qmp, machine));
-        files::write(folder.path(), &ram, &version).map_err(io("keep a template"))?;
+        files::write(folder.path(), &key.to_string(), &ram, &version).map_err(io("keep a template"))?;
         files::publish(folder, &self.folder.join(key.to_string())).map_err(io("keep a template"))
     }
 
@@ -251,6 +251,14 @@ impl Templates {
             files::remove(&self.folder.join(key.to_string()), &self.temporary);
         }
     }
+}
+
+/// Holds all of the template at `path` against its digests, its memory too.
+///
+/// # Errors
+/// What is not as it was written.
+pub fn verify(path: &Path) -> io::Result<()> {
+    files::verify(path).map_err(io::Error::other)
 }
 
 /// A machine that goes on where `template` was frozen, and whose agent has answered.

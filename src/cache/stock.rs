@@ -1,0 +1,88 @@
+//! All that a store has of traces and of what steps did last, for whoever looks after the store; nothing is dated.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use kiln_digest::Digest;
+
+use super::index::{LastRun, last_name};
+use super::trace::{Trace, read_all};
+use crate::store::{Store, unseal};
+
+/// What one file holds.
+#[derive(Debug)]
+pub enum Content {
+    /// Traces of a key, in a scope.
+    Traces(Vec<Trace>),
+    /// What a step did last.
+    Last(Box<LastRun>),
+    /// What outputs look like in a WORK.
+    Placed(Trace),
+    /// It is not what was written.
+    Damaged,
+}
+
+/// One file.
+#[derive(Debug)]
+pub struct Stored {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// Its path in the store.
+    pub name: String,
+    /// What is in it.
+    pub content: Content,
+}
+
+/// All files beneath `folder`; those of a folder that is not there are none.
+///
+/// # Errors
+/// What reading a folder says.
+pub fn files(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let (mut found, mut open) = (Vec::new(), vec![folder.to_owned()]);
+    while let Some(folder) = open.pop() {
+        let entries = match fs::read_dir(&folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            match entry.file_type()?.is_dir() {
+                true => open.push(entry.path()),
+                false => found.push(entry.path()),
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// All of them.
+///
+/// # Errors
+/// What reading folders says.
+pub fn stock(store: &Store) -> io::Result<Vec<Stored>> {
+    let mut stock = Vec::new();
+    for folder in [store.traces(), store.last_runs(), store.placed()] {
+        for path in files(&folder)? {
+            let name = path.strip_prefix(store.path()).unwrap_or(&path).to_string_lossy().into_owned();
+            let content = fs::read(&path).ok().and_then(|bytes| match name.split('/').next() {
+                Some("traces") => read_all(&name, &bytes).map(Content::Traces),
+                Some("last") => {
+                    let text = unseal(&last_name(&path), &bytes)?;
+                    serde_json::from_slice(text).ok().map(|last| Content::Last(Box::new(last)))
+                }
+                _ => read_all(&name, &bytes)?.pop().map(Content::Placed),
+            });
+            stock.push(Stored { path, name, content: content.unwrap_or(Content::Damaged) });
+        }
+    }
+    Ok(stock)
+}
+
+/// The key and the scope of the traces at `name` in the store.
+pub fn key_of(name: &str) -> Option<(String, Digest)> {
+    let mut parts = name.strip_prefix("traces/")?.split('/');
+    let (scope, start, rest) = (parts.next()?, parts.next()?, parts.next()?);
+    Some((scope.to_owned(), format!("{start}{rest}").parse().ok()?))
+}

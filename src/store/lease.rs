@@ -1,0 +1,91 @@
+//! What keeps a process's things in the store while it lives.
+//!
+//! Whatever is used is dated: its modification time says when. A collection takes nothing that was dated since the
+//! oldest process that lives began to use the store. A date is set under a shared lock, and collections hold it alone, so
+//! that nothing is dated between the look at its date and its removal. Both locks go with their holder, however it ends.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::temporary::{self, Temporary};
+use crate::writes::{self, Act};
+
+/// The lock's name in the store.
+const LOCK: &str = "collect.lock";
+
+/// A process's hold on what it uses.
+#[derive(Debug, Clone)]
+pub(super) struct Lease {
+    store: PathBuf,
+    temporary: Arc<Temporary>,
+}
+
+/// The right to remove what is not in use.
+#[derive(Debug)]
+pub struct Sweep {
+    /// Nothing that was dated since then may be removed; none where no other process uses the store.
+    pub since: Option<SystemTime>,
+    // Held alone: nobody dates anything meanwhile, and no process begins to use the store.
+    _lock: File,
+}
+
+impl Sweep {
+    /// Whether what was dated at `used` may be removed.
+    pub fn may_take(&self, used: SystemTime) -> bool {
+        self.since.is_none_or(|since| used < since)
+    }
+}
+
+fn open(store: &Path) -> io::Result<File> {
+    File::options().create(true).truncate(false).write(true).open(store.join(LOCK))
+}
+
+impl Lease {
+    /// Begins to use the store at `store`, whose folder for unfinished files is `area`.
+    pub fn begin(store: &Path, area: &Path) -> io::Result<Self> {
+        let lock = open(store)?;
+        lock.lock_shared()?;
+        let temporary = Arc::new(Temporary::new(area)?);
+        Ok(Self { store: store.to_owned(), temporary })
+    }
+
+    /// Where unfinished files lie.
+    pub fn temporary(&self) -> &Path {
+        self.temporary.path()
+    }
+
+    /// Dates the file at `path` unless it was since this process began; whether it is there.
+    pub fn mark(&self, path: &Path) -> bool {
+        let since = self.temporary.since();
+        let dated = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified());
+        match dated(path) {
+            Err(_) => return false,
+            Ok(dated) if dated >= since => return true,
+            Ok(_) => {}
+        }
+        let Ok(lock) = open(&self.store) else { return path.is_file() };
+        if lock.lock_shared().is_err() {
+            return path.is_file();
+        }
+        // A store that can only be read is not collected either.
+        File::open(path).is_ok_and(|file| self.date(&file).is_ok() || path.is_file())
+    }
+
+    /// Says of `file` that it was used now. A clock that was set back makes nothing older than this process.
+    pub fn date(&self, file: &File) -> io::Result<()> {
+        let now = crate::clock::now().max(self.temporary.since());
+        writes::through(Act::Date, || file.set_modified(now))
+    }
+
+    /// Waits until nobody dates anything, and keeps it so. With `others`, this process's own things may be taken too.
+    pub fn sweep(&self, others: bool) -> io::Result<Sweep> {
+        let lock = open(&self.store)?;
+        lock.lock()?;
+        let own = others.then(|| self.temporary.path());
+        let since = temporary::earliest(&self.store.join("tmp"), own)?;
+        Ok(Sweep { since, _lock: lock })
+    }
+}

@@ -1,0 +1,48 @@
+//! Small documents with a last line that tells whether they are what was written, and under this name.
+
+use kiln_digest::Digest;
+
+/// What the last line begins with.
+const MARK: &[u8] = b"sha256 ";
+
+fn sum(name: &str, text: &[u8]) -> Digest {
+    Digest::of(&[name.as_bytes(), b"\0", text].concat())
+}
+
+/// `text` and the line that seals it under `name`.
+pub fn seal(name: &str, mut text: Vec<u8>) -> Vec<u8> {
+    let sum = sum(name, &text);
+    text.push(b'\n');
+    text.extend(MARK);
+    text.extend(sum.to_string().as_bytes());
+    text.push(b'\n');
+    text
+}
+
+/// What was sealed under `name`; none where `bytes` are anything else.
+pub fn unseal<'a>(name: &str, bytes: &'a [u8]) -> Option<&'a [u8]> {
+    let length = bytes.len().checked_sub(1 + MARK.len() + 64 + 1)?;
+    let (text, line) = bytes.split_at_checked(length)?;
+    let digits = line.strip_prefix(b"\n")?.strip_prefix(MARK)?.strip_suffix(b"\n")?;
+    (digits == sum(name, text).to_string().as_bytes()).then_some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flip_cut_and_other_name_breaks_the_seal() {
+        let sealed = seal("name", b"{\"a\": 1}".to_vec());
+        assert_eq!(unseal("name", &sealed), Some(&b"{\"a\": 1}"[..]));
+        assert_eq!(unseal("other", &sealed), None);
+        for at in 0..sealed.len() {
+            assert_eq!(unseal("name", &sealed[..at]), None);
+            for bit in 0..8 {
+                let mut damaged = sealed.clone();
+                damaged[at] ^= 1 << bit;
+                assert_eq!(unseal("name", &damaged), None, "byte {at} bit {bit}");
+            }
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! Collection: what nothing names and was not used for long, and what was used least recently, down to a size.
+//!
+//! What a process that lives has used since it began stays, with all that it names (`store::lease`); so does an image
+//! that is held. Traces go before the blobs that only they name, so that no trace is believed whose outputs are gone; a
+//! kill in between leaves blobs that nothing names, which the next collection takes.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use kiln_digest::Digest;
+
+use super::UpkeepError;
+use super::census::{Census, Unit, What};
+use crate::root::catalog::{self, CatalogError};
+use crate::store::{Store, Sweep};
+use crate::writes;
+
+/// What is to go.
+#[derive(Debug, Clone, Copy)]
+pub struct Order {
+    /// How much may be left, in bytes on the disk; none: no ceiling.
+    pub most_bytes: Option<u64>,
+    /// Blobs that nothing names go when they were not used for so long; none: only for the ceiling.
+    pub unused: Option<Duration>,
+    /// Whether nothing is taken, only said.
+    pub dry_run: bool,
+    /// Whether what this process used may go too.
+    pub own: bool,
+}
+
+/// What went.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// What each of these was, with its bytes on the disk.
+    pub taken: Vec<(String, u64)>,
+    /// Bytes that are left.
+    pub left_bytes: u64,
+    /// How much more would have gone, were it not in use.
+    pub in_use_bytes: u64,
+}
+
+impl Collected {
+    /// How much went.
+    pub fn bytes(&self) -> u64 {
+        self.taken.iter().map(|(_, bytes)| bytes).sum()
+    }
+}
+
+enum Candidate {
+    Unit(usize),
+    Blob(Digest),
+}
+
+/// Collects what `order` says.
+///
+/// # Errors
+/// [`UpkeepError`].
+pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
+    let sweep = store.sweep(order.own).map_err(UpkeepError::at("lock", store.path()))?;
+    let mut census = Census::take(store)?;
+    let mut left_bytes = census.total();
+    let mut collected = Collected::default();
+    let now = crate::clock::now();
+    let mut candidates: Vec<(SystemTime, Candidate)> = census
+        .units
+        .iter()
+        .enumerate()
+        .map(|(number, unit)| (unit.used, Candidate::Unit(number)))
+        .chain(
+            census
+                .blobs
+                .iter()
+                .filter(|(_, blob)| blob.named == 0)
+                .map(|(digest, blob)| (blob.used, Candidate::Blob(*digest))),
+        )
+        .collect();
+    candidates.sort_by_key(|(used, _)| *used);
+    for (used, candidate) in candidates {
+        let too_much = order.most_bytes.is_some_and(|most| left_bytes > most);
+        let is_loose = matches!(candidate, Candidate::Blob(_));
+        let is_old =
+            || order.unused.is_some_and(|unused| now.duration_since(used).is_ok_and(|age| age >= unused));
+        if !(too_much || is_loose && is_old()) {
+            continue;
+        }
+        match candidate {
+            Candidate::Blob(digest) => {
+                left_bytes -= take_blob(store, &mut census, &digest, &sweep, order, &mut collected)?;
+            }
+            Candidate::Unit(number) => {
+                if !sweep.may_take(used) {
+                    collected.in_use_bytes += census.units[number].size_bytes;
+                    continue;
+                }
+                let unit = census.units[number].clone();
+                if !order.dry_run && !remove(store, &unit)? {
+                    collected.in_use_bytes += unit.size_bytes;
+                    continue;
+                }
+                left_bytes -= unit.size_bytes;
+                collected.taken.push((unit.name, unit.size_bytes));
+                for digest in unit.names.keys() {
+                    let Some(blob) = census.blobs.get_mut(digest) else { continue };
+                    blob.named = blob.named.saturating_sub(1);
+                    if blob.named == 0 {
+                        left_bytes -= take_blob(store, &mut census, digest, &sweep, order, &mut collected)?;
+                    }
+                }
+            }
+        }
+    }
+    collected.left_bytes = left_bytes;
+    Ok(collected)
+}
+
+/// Takes a blob that nothing names, unless it is in use, and says how much that was.
+fn take_blob(
+    store: &Store,
+    census: &mut Census,
+    digest: &Digest,
+    sweep: &Sweep,
+    order: &Order,
+    collected: &mut Collected,
+) -> Result<u64, UpkeepError> {
+    let Some(blob) = census.blobs.get(digest) else { return Ok(0) };
+    if !sweep.may_take(blob.used) {
+        collected.in_use_bytes += blob.size_bytes;
+        return Ok(0);
+    }
+    let size_bytes = blob.size_bytes;
+    if !order.dry_run {
+        let path = store.blobs().path(digest);
+        writes::remove(&path).map_err(UpkeepError::at("remove", &path))?;
+    }
+    census.blobs.remove(digest);
+    collected.taken.push((format!("blob {digest}"), size_bytes));
+    Ok(size_bytes)
+}
+
+/// Removes a unit; false where it is held.
+fn remove(store: &Store, unit: &Unit) -> Result<bool, UpkeepError> {
+    let failed = |source| UpkeepError::at("remove", &unit.path)(source);
+    match &unit.what {
+        What::Traces | What::Note | What::Record => writes::remove(&unit.path).map_err(failed)?,
+        What::Template => remove_template(store, &unit.path).map_err(failed)?,
+        What::Image(digest, filesystem) => match catalog::remove(store, digest, *filesystem) {
+            Ok(()) => {}
+            Err(CatalogError::InUse(_)) => return Ok(false),
+            Err(error) => return Err(failed(std::io::Error::other(error))),
+        },
+    }
+    Ok(true)
+}
+
+/// Takes a template from its name at once: whoever has opened it keeps all of it.
+pub(super) fn remove_template(store: &Store, path: &Path) -> std::io::Result<()> {
+    let gone = store.temporary().join(path.file_name().unwrap_or_default());
+    writes::rename(path, &gone)?;
+    writes::remove_tree(&gone)
+}
+
+/// Gives `store` the ceiling `limit_bytes`: before a write would go beyond it, what may go does.
+pub fn set_limit(store: &Store, limit_bytes: u64) {
+    let looked_after = store.clone();
+    store.set_limit(
+        limit_bytes,
+        Box::new(move |wanted_bytes| {
+            let most_bytes = limit_bytes.checked_sub(wanted_bytes);
+            let most_bytes = Some(most_bytes.unwrap_or(limit_bytes));
+            let order = Order { most_bytes, unused: None, dry_run: false, own: false };
+            let collected = collect(&looked_after, &order).map_err(std::io::Error::other)?;
+            Ok(limit_bytes.saturating_sub(collected.left_bytes))
+        }),
+    );
+}

@@ -1,0 +1,213 @@
+//! Whether a store is what was written: every blob by its name, everything else by its digests; and repair.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use kiln_artifact::tree::Tree;
+use kiln_digest::Digest;
+
+use super::UpkeepError;
+use super::census::{Census, What, blob_digest, folders, image_name};
+use super::collect::remove_template;
+use crate::cache::stock::{Content, files, stock};
+use crate::machine::qemu::template;
+use crate::root::catalog;
+use crate::root::image::{Filesystem, SUMS};
+use crate::store::{Store, unseal};
+use crate::writes;
+
+/// Something that is not what was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// Its path in the store.
+    pub name: String,
+    /// What is wrong with it.
+    pub what: String,
+    place: Place,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Place {
+    File(PathBuf),
+    Template(PathBuf),
+    Image(Digest, Filesystem),
+}
+
+/// What was looked at and what was found.
+#[derive(Debug, Default)]
+pub struct Verified {
+    /// How many files and templates.
+    pub checked: usize,
+    /// What is wrong.
+    pub damage: Vec<Damage>,
+}
+
+struct Verifier<'a> {
+    store: &'a Store,
+    found: Verified,
+}
+
+/// Looks at everything in the store.
+///
+/// # Errors
+/// What listing the store's folders says.
+pub fn verify(store: &Store) -> Result<Verified, UpkeepError> {
+    let mut verifier = Verifier { store, found: Verified::default() };
+    let bad = verifier.blobs()?;
+    verifier.images()?;
+    verifier.templates()?;
+    verifier.records()?;
+    verifier.stock(&bad)?;
+    verifier.found.damage.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(verifier.found)
+}
+
+impl Verifier<'_> {
+    fn list(&self, name: &str) -> Result<Vec<PathBuf>, UpkeepError> {
+        let folder = self.store.path().join(name);
+        files(&folder).map_err(UpkeepError::at("list", &folder))
+    }
+
+    fn bad(&mut self, path: &Path, what: impl Into<String>, place: Place) {
+        let name = path.strip_prefix(self.store.path()).unwrap_or(path).to_string_lossy().into_owned();
+        self.found.damage.push(Damage { name, what: what.into(), place });
+    }
+
+    fn blobs(&mut self) -> Result<BTreeSet<Digest>, UpkeepError> {
+        let mut bad = BTreeSet::new();
+        for path in self.list("blobs")? {
+            self.found.checked += 1;
+            let place = Place::File(path.clone());
+            match (blob_digest(&path), fs::File::open(&path).and_then(Digest::of_reader)) {
+                (Some(name), Ok((found, _))) if name == found => {}
+                (Some(name), found) => {
+                    bad.insert(name);
+                    let what = found.map_or_else(
+                        |error| format!("cannot be read: {error}"),
+                        |(found, _)| format!("holds what has the digest {found}"),
+                    );
+                    self.bad(&path, what, place);
+                }
+                (None, _) => self.bad(&path, "has no name that a blob has", place),
+            }
+        }
+        Ok(bad)
+    }
+
+    fn images(&mut self) -> Result<(), UpkeepError> {
+        for path in self.list("images")? {
+            self.found.checked += 1;
+            let Some((digest, filesystem)) = image_name(&path) else {
+                self.bad(&path, "has no name that an image has", Place::File(path.clone()));
+                continue;
+            };
+            let place = Place::Image(digest, filesystem);
+            let found = fs::File::open(&path).and_then(Digest::of_reader);
+            match (self.store.records(SUMS).peek::<Digest>(&digest), found) {
+                (Some(sum), Ok((found, _))) if sum == found => {}
+                (Some(_), Ok(_)) => self.bad(&path, "is not what was written", place),
+                (None, Ok(_)) => self.bad(&path, "has no digest of its bytes on record", place),
+                (_, Err(error)) => self.bad(&path, format!("cannot be read: {error}"), place),
+            }
+        }
+        Ok(())
+    }
+
+    fn templates(&mut self) -> Result<(), UpkeepError> {
+        for path in folders(&self.store.templates())? {
+            self.found.checked += 1;
+            if let Err(error) = template::verify(&path) {
+                self.bad(&path, error.to_string(), Place::Template(path.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    fn records(&mut self) -> Result<(), UpkeepError> {
+        for path in self.list("records")? {
+            self.found.checked += 1;
+            let name = path.strip_prefix(self.store.path()).unwrap_or(&path).with_extension("");
+            let bytes = fs::read(&path).unwrap_or_default();
+            if unseal(&name.to_string_lossy(), &bytes).is_none() {
+                self.bad(&path, "is not what was written", Place::File(path.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Traces and notes, and whether what traces name is there. `damaged` are the blobs that are not what they should be.
+    fn stock(&mut self, damaged: &BTreeSet<Digest>) -> Result<(), UpkeepError> {
+        let blobs = self.store.blobs();
+        let is_whole = |digest: &Digest| !damaged.contains(digest) && blobs.path(digest).is_file();
+        let stock = stock(self.store).map_err(UpkeepError::at("list the traces of", self.store.path()))?;
+        for stored in stock {
+            self.found.checked += 1;
+            let place = Place::File(stored.path.clone());
+            let lost = match &stored.content {
+                Content::Damaged => {
+                    self.bad(&stored.path, "is not what was written", place);
+                    continue;
+                }
+                Content::Traces(traces) => traces.iter().find_map(|trace| {
+                    let log = trace.log.filter(|log| !is_whole(log));
+                    log.or_else(|| self.lost(&trace.outputs, &is_whole))
+                }),
+                Content::Last(last) => last.log.filter(|log| !is_whole(log)),
+                Content::Placed(_) => None,
+            };
+            if let Some(lost) = lost {
+                self.bad(&stored.path, format!("names {lost}, which is damaged or gone"), place);
+            }
+        }
+        Ok(())
+    }
+
+    /// What the store has lost of the outputs `manifest`.
+    fn lost(&self, manifest: &Digest, is_whole: &dyn Fn(&Digest) -> bool) -> Option<Digest> {
+        if !is_whole(manifest) {
+            return Some(*manifest);
+        }
+        let tree = Tree::parse_manifest(&fs::read(self.store.blobs().path(manifest)).ok()?).ok()?;
+        tree.iter().find_map(|(_, node)| match &node.kind {
+            kiln_artifact::tree::Kind::File { digest, .. } => {
+                Some(*digest).filter(|digest| !is_whole(digest))
+            }
+            _ => None,
+        })
+    }
+}
+
+/// Removes what is damaged and what names it: the next build that needs it makes or fetches it anew. Gives what is left
+/// because a running kiln holds it.
+///
+/// # Errors
+/// [`UpkeepError`].
+pub fn repair(store: &Store, damage: &[Damage]) -> Result<Vec<Damage>, UpkeepError> {
+    let _sweep = store.sweep(true).map_err(UpkeepError::at("lock", store.path()))?;
+    let census = Census::take(store)?;
+    let mut held = Vec::new();
+    let mut lost = BTreeSet::new();
+    for one in damage {
+        let failed = |source| UpkeepError::at("remove", &store.path().join(&one.name))(source);
+        match &one.place {
+            Place::File(path) => {
+                lost.extend(blob_digest(path).filter(|_| one.name.starts_with("blobs/")));
+                writes::remove(path).map_err(failed)?;
+            }
+            Place::Template(path) => remove_template(store, path).map_err(failed)?,
+            Place::Image(digest, filesystem) => match catalog::remove(store, digest, *filesystem) {
+                Ok(()) => {}
+                Err(catalog::CatalogError::InUse(_)) => held.push(one.clone()),
+                Err(error) => return Err(failed(std::io::Error::other(error))),
+            },
+        }
+    }
+    // Traces that name it were found too; records that would lead to it are not damaged themselves.
+    for unit in census.units.iter().filter(|unit| unit.what == What::Record) {
+        if unit.names.keys().any(|digest| lost.contains(digest)) {
+            writes::remove(&unit.path).map_err(UpkeepError::at("remove", &unit.path))?;
+        }
+    }
+    Ok(held)
+}

@@ -1,0 +1,189 @@
+//! The one door through which files of the store and of WORK are made, written, synced, renamed and removed.
+//!
+//! It does what is asked and nothing else. A test can stand in it ([`watch`]) and let the Nth operation fail, or kill
+//! the process before or after it; where nobody does, an operation costs one load more than without the door. It knows
+//! no format and no folder: the store and the merge say what is to be done.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use tempfile::NamedTempFile;
+
+/// One operation that changes something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act<'a> {
+    /// A file, a link or a folder is made.
+    Make(&'a Path),
+    /// So many bytes are written to a file.
+    Write(&'a Path, usize),
+    /// A file or folder is made to survive a power failure.
+    Sync(&'a Path),
+    /// All of a file system is.
+    SyncAll(&'a Path),
+    /// A file or folder gets another name.
+    Rename(&'a Path, &'a Path),
+    /// A file or folder is removed.
+    Remove(&'a Path),
+    /// An open file is dated.
+    Date,
+}
+
+/// Somebody who stands in the door.
+pub trait Watcher: Send + Sync {
+    /// Called before an operation. Gives how many bytes of a write may be written.
+    ///
+    /// # Errors
+    /// The operation fails with it, and is not done.
+    fn before(&self, act: &Act<'_>) -> io::Result<usize>;
+
+    /// Called after an operation that went well.
+    fn after(&self, act: &Act<'_>);
+}
+
+static WATCHER: OnceLock<Box<dyn Watcher>> = OnceLock::new();
+
+/// Puts `watcher` in the door, for as long as the process lives. False where one is there already.
+pub fn watch(watcher: Box<dyn Watcher>) -> bool {
+    WATCHER.set(watcher).is_ok()
+}
+
+/// Does the operation `act` by `does`.
+///
+/// # Errors
+/// Its own.
+pub fn through<T>(act: Act<'_>, does: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let Some(watcher) = WATCHER.get() else { return does() };
+    watcher.before(&act)?;
+    let done = does()?;
+    watcher.after(&act);
+    Ok(done)
+}
+
+/// Writes some of `bytes` to `file`, whose name is `path`.
+///
+/// # Errors
+/// What write(2) says.
+pub fn write(file: &mut impl Write, path: &Path, bytes: &[u8]) -> io::Result<usize> {
+    let Some(watcher) = WATCHER.get() else { return file.write(bytes) };
+    let act = Act::Write(path, bytes.len());
+    let most = watcher.before(&act)?.min(bytes.len());
+    let count = file.write(&bytes[..most])?;
+    watcher.after(&act);
+    Ok(count)
+}
+
+/// Makes the folder `path` and those above it where they are missing.
+///
+/// # Errors
+/// What mkdir(2) says.
+pub fn make_folders(path: &Path) -> io::Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    through(Act::Make(path), || fs::create_dir_all(path))
+}
+
+/// Renames.
+///
+/// # Errors
+/// What rename(2) says.
+pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    through(Act::Rename(from, to), || fs::rename(from, to))
+}
+
+/// Removes a file; one that is gone is no error.
+///
+/// # Errors
+/// What unlink(2) says.
+pub fn remove(path: &Path) -> io::Result<()> {
+    match through(Act::Remove(path), || fs::remove_file(path)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Removes a folder with all that is in it.
+///
+/// # Errors
+/// What unlink(2) and rmdir(2) say.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
+    through(Act::Remove(path), || fs::remove_dir_all(path))
+}
+
+/// Makes `file`, whose name is `path`, survive a power failure.
+///
+/// # Errors
+/// What fsync(2) says.
+pub fn sync(file: &File, path: &Path) -> io::Result<()> {
+    through(Act::Sync(path), || file.sync_all())
+}
+
+/// Makes all of the file system survive one on which the open folder `folder` lies, whose name is `path`.
+///
+/// # Errors
+/// What syncfs(2) says.
+pub fn sync_all(folder: &File, path: &Path) -> io::Result<()> {
+    through(Act::SyncAll(path), || Ok(rustix::fs::syncfs(folder)?))
+}
+
+/// A file that has no name of its own yet, and is gone with this where it never gets one.
+#[derive(Debug)]
+pub struct Unfinished {
+    file: NamedTempFile,
+}
+
+impl Unfinished {
+    /// An empty one in `folder`.
+    ///
+    /// # Errors
+    /// What open(2) says.
+    pub fn new_in(folder: &Path) -> io::Result<Self> {
+        let file = through(Act::Make(folder), || NamedTempFile::new_in(folder))?;
+        Ok(Self { file })
+    }
+
+    /// The file.
+    pub fn file(&self) -> &File {
+        self.file.as_file()
+    }
+
+    /// The file, to be written by who must seek in it.
+    pub fn file_mut(&mut self) -> &mut File {
+        self.file.as_file_mut()
+    }
+
+    /// Where it is now.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Makes what was written survive a power failure.
+    ///
+    /// # Errors
+    /// What fsync(2) says.
+    pub fn sync(&self) -> io::Result<()> {
+        sync(self.file.as_file(), self.file.path())
+    }
+
+    /// Gives it the name `path`, in place of what has it.
+    ///
+    /// # Errors
+    /// What rename(2) says; the file is gone then.
+    pub fn persist(self, path: &Path) -> io::Result<()> {
+        let from: PathBuf = self.file.path().to_owned();
+        through(Act::Rename(&from, path), || self.file.persist(path).map(drop).map_err(|error| error.error))
+    }
+}
+
+impl Write for Unfinished {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let path = self.file.path().to_owned();
+        write(self.file.as_file_mut(), &path, bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,155 @@
+//! A store that was built with is looked after: what may go goes, what is damaged is found, and builds go on.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use kiln::cache::stock::files;
+use kiln::engine::build::Outcome;
+use kiln::store::{Store, StoreError};
+use kiln::upkeep::census::Census;
+use kiln::upkeep::collect::{Order, collect, set_limit};
+use kiln::upkeep::verify::{repair, verify};
+
+use super::{RECIPE, world};
+
+/// Every file that a verification looks at.
+fn checked(store: &Path) -> Vec<PathBuf> {
+    ["blobs", "images", "records", "traces", "last", "placed"]
+        .iter()
+        .flat_map(|folder| files(&store.join(folder)).expect("a store"))
+        .collect()
+}
+
+fn write(path: &Path, bytes: &[u8]) {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o644)).expect("mine");
+    fs::write(path, bytes).expect("room");
+}
+
+#[test]
+fn every_flip_cut_and_swap_is_found() {
+    let world = world();
+    world.build(RECIPE);
+    let found = |path: &Path| {
+        let name = path.strip_prefix(world.store.path()).expect("below it").to_string_lossy().into_owned();
+        verify(&world.store).expect("a store").damage.iter().any(|damage| damage.name == name)
+    };
+    assert_eq!(verify(&world.store).expect("a store").damage, []);
+    let all = checked(world.store.path());
+    assert!(all.len() > 15, "{all:?}");
+    for (number, path) in all.iter().enumerate() {
+        let bytes = fs::read(path).expect("a file");
+        let mut flipped = bytes.clone();
+        let at = (number * 31) % bytes.len();
+        flipped[at] ^= 1 << (number % 8);
+        for damaged in [&flipped[..], &bytes[..bytes.len() - 1], &[&bytes[..], b"x"].concat()] {
+            write(path, damaged);
+            assert!(found(path), "{}", path.display());
+        }
+        // Another of its kind in its place.
+        if let Some(other) = all.iter().find(|other| *other != path && other.parent() == path.parent()) {
+            write(path, &fs::read(other).expect("a file"));
+            assert!(found(path), "{} in place of {}", other.display(), path.display());
+        }
+        write(path, &bytes);
+    }
+    assert_eq!(verify(&world.store).expect("a store").damage, []);
+}
+
+#[test]
+fn what_is_damaged_is_repaired_by_the_next_build() {
+    let world = world();
+    world.build(RECIPE);
+    for path in checked(world.store.path()).iter().filter(|path| path.starts_with(world.path("store/blobs")))
+    {
+        let mut bytes = fs::read(path).expect("a file");
+        bytes[0] ^= 1;
+        write(path, &bytes);
+    }
+    let damage = verify(&world.store).expect("a store").damage;
+    assert!(!damage.is_empty());
+    assert_eq!(repair(&world.store, &damage).expect("a store"), []);
+    assert_eq!(verify(&world.store).expect("a store").damage, []);
+    assert!(world.build(RECIPE).summary.is_good());
+    assert_eq!(world.work("bin/program").as_deref(), Some("ab"));
+    assert_eq!(verify(&world.store).expect("a store").damage, []);
+}
+
+#[test]
+fn a_collection_takes_all_but_what_a_living_kiln_uses() {
+    let world = world();
+    world.build(RECIPE);
+    let order = Order { most_bytes: Some(0), unused: None, dry_run: false, own: false };
+    // This process used all of it.
+    assert_eq!(collect(&world.store, &order).expect("a store").taken, []);
+    let dry = collect(&world.store, &Order { own: true, dry_run: true, ..order }).expect("a store");
+    let before = checked(world.store.path());
+    assert!(dry.bytes() > 0);
+    let taken = collect(&world.store, &Order { own: true, ..order }).expect("a store");
+    assert_eq!(taken, dry);
+    assert!(checked(world.store.path()).len() < before.len());
+    assert_eq!(
+        fs::read_dir(world.path("store/traces/trusted"))
+            .expect("a scope")
+            .flatten()
+            .flat_map(|folder| fs::read_dir(folder.path()).expect("a folder"))
+            .count(),
+        0
+    );
+    assert_eq!(verify(&world.store).expect("a store").damage, []);
+    let again = world.build(RECIPE);
+    assert!(again.summary.is_good());
+    assert_eq!(again.ran.len(), 4);
+}
+
+#[test]
+fn what_is_used_by_another_kiln_stays_when_it_was_old() {
+    let world = world();
+    world.build(RECIPE);
+    let all = checked(world.store.path());
+    let old = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(1);
+    for path in &all {
+        fs::File::open(path).and_then(|file| file.set_modified(old)).expect("times");
+    }
+    // A hit dates the traces, and they keep what they name.
+    assert!(matches!(world.build(RECIPE).outcome("link"), Outcome::UpToDate { .. }));
+    let order = Order { most_bytes: Some(0), unused: None, dry_run: false, own: true };
+    let other = Store::open(world.store.path()).expect("a store");
+    let kept = collect(&other, &order).expect("a store");
+    assert!(kept.in_use_bytes > 0);
+    assert!(world.build(RECIPE).ran.is_empty());
+    fs::remove_dir_all(world.path("work")).expect("mine");
+    assert!(world.build(RECIPE).ran.is_empty());
+    assert_eq!(world.work("bin/program").as_deref(), Some("ab"));
+}
+
+#[test]
+fn a_store_that_is_full_of_what_is_in_use_says_so_with_numbers() {
+    let world = world();
+    set_limit(&world.store, 4096);
+    let built = world.store.blobs().put(&[0; 100_000][..]);
+    let error = built.expect_err("no room").to_string();
+    assert!(error.contains("4096") && error.contains("store-limit"), "{error}");
+}
+
+#[test]
+fn a_blob_says_what_keeps_it() {
+    let world = world();
+    world.build(RECIPE);
+    let census = Census::take(&world.store).expect("a store");
+    let digest = kiln_digest::Digest::of(b"ab").to_string();
+    let found = census.why(&digest[..8]);
+    let text = format!("{found:?}");
+    assert!(text.contains("step `link`") && text.contains("`bin/program`"), "{text}");
+    assert!(census.why("0000000000").is_empty());
+}
+
+#[test]
+fn a_store_of_a_newer_kiln_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    drop(Store::open(folder.path()).expect("a store"));
+    fs::write(folder.path().join("version"), "kiln store 2\n").expect("room");
+    let error = Store::open(folder.path()).expect_err("another form");
+    assert!(matches!(&error, StoreError::Version { version, .. } if version == "kiln store 2"), "{error}");
+}
