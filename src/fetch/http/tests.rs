@@ -75,7 +75,9 @@ impl Place {
     }
 
     fn is_clean(&self) -> bool {
-        std::fs::read_dir(self.store.temporary()).expect("a folder").next().is_none()
+        // But for the file that says since when the store is used.
+        let mut names = std::fs::read_dir(self.store.temporary()).expect("a folder").flatten();
+        names.all(|entry| entry.file_name().as_encoded_bytes().starts_with(b".since"))
     }
 }
 
