@@ -153,13 +153,20 @@ impl Store {
         let file = self.path.join(VERSION_FILE);
         match fs::read(&file) {
             Ok(found) if found == VERSION.as_bytes() => Ok(()),
-            // A power failure may leave it empty; what it was then is told by nothing that was lost.
-            Ok(found) if !found.is_empty() => {
+            Ok(found) => {
                 let found = String::from_utf8_lossy(&found[..found.len().min(LONGEST_VERSION)]).into_owned();
                 Err(StoreError::Version { path: self.path.clone(), version: found.trim_end().to_owned() })
             }
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::at(&file)(error)),
-            _ => self.replace(&file, VERSION.as_bytes()).map_err(StoreError::at(&file)),
+            Err(_) => {
+                // Synced before it has its name: half of it would be another version's.
+                let written = Unfinished::new_in(self.lease.temporary()).and_then(|mut version| {
+                    version.write_all(VERSION.as_bytes())?;
+                    version.sync()?;
+                    version.persist(&file)
+                });
+                written.map_err(StoreError::at(&file))
+            }
         }
     }
 

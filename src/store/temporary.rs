@@ -3,10 +3,10 @@
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// The file in each folder whose time says since when its process has been using the store.
-const SINCE: &str = ".since";
+/// What the name of each folder begins with. Nanoseconds since 1970 follow: since when its process has used the store.
+const PREFIX: &str = "kiln-";
 
 /// One process's folder; removed when dropped.
 #[derive(Debug)]
@@ -21,14 +21,13 @@ impl Temporary {
     /// Sweeps what dead processes left in `area`, and makes a folder there.
     pub fn new(area: &Path) -> io::Result<Self> {
         sweep(area)?;
-        let path = tempfile::Builder::new().prefix("kiln-").tempdir_in(area)?.keep();
+        let now = crate::clock::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let since = UNIX_EPOCH + now;
+        let prefix = format!("{PREFIX}{}-", now.as_nanos());
+        let path = tempfile::Builder::new().prefix(&prefix).tempdir_in(area)?.keep();
         // Between the two steps another kiln may take the folder for a dead one's: it is made anew then.
         match File::open(&path).and_then(|lock| lock.lock().map(|()| lock)) {
-            Ok(lock) if path.is_dir() => {
-                // By the clock of the file system, which dates all else in the store.
-                let since = File::create(path.join(SINCE))?.metadata()?.modified()?;
-                Ok(Self { path, since, _lock: lock })
-            }
+            Ok(lock) if path.is_dir() => Ok(Self { path, since, _lock: lock }),
             _ => Self::new(area),
         }
     }
@@ -44,6 +43,12 @@ impl Temporary {
     }
 }
 
+/// What the name of a process's folder says.
+fn since(folder: &Path) -> Option<SystemTime> {
+    let (nanos, _) = folder.file_name()?.to_str()?.strip_prefix(PREFIX)?.split_once('-')?;
+    Some(UNIX_EPOCH + Duration::from_nanos(nanos.parse().ok()?))
+}
+
 /// Since when the processes that live now have been using the store: the earliest of them, but for the one whose folder
 /// is `own`.
 pub(super) fn earliest(area: &Path, own: Option<&Path>) -> io::Result<Option<SystemTime>> {
@@ -55,9 +60,8 @@ pub(super) fn earliest(area: &Path, own: Option<&Path>) -> io::Result<Option<Sys
         }
         let Ok(lock) = File::open(&path) else { continue };
         if let Err(TryLockError::WouldBlock) = lock.try_lock() {
-            let since = fs::metadata(path.join(SINCE)).and_then(|meta| meta.modified());
-            // One that has no time yet has used nothing, or is not to be trusted with any.
-            let since = since.unwrap_or(SystemTime::UNIX_EPOCH);
+            // Of one that has another name nothing is known: it may use everything.
+            let since = since(&path).unwrap_or(UNIX_EPOCH);
             earliest = Some(earliest.map_or(since, |other| other.min(since)));
         }
     }

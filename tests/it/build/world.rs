@@ -28,7 +28,9 @@ use kiln_wire::{Outcome as Exit, Stream, Usage};
 
 /// All of it.
 pub struct World {
-    folder: tempfile::TempDir,
+    folder: PathBuf,
+    // Goes with this, where it is this one's own.
+    _own: Option<tempfile::TempDir>,
     pub settings: Settings,
     pub store: Store,
     pub options: Options,
@@ -54,10 +56,17 @@ impl Built {
 
 impl World {
     pub fn new() -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = |name: &str| folder.path().join(name);
+        let own = tempfile::tempdir().expect("a folder");
+        let mut world = Self::at(own.path());
+        world._own = Some(own);
+        world
+    }
+
+    /// The one in `folder`, which stays.
+    pub fn at(folder: &Path) -> Self {
+        let path = |name: &str| folder.join(name);
         for name in ["src", "work"] {
-            fs::create_dir(path(name)).expect("a folder");
+            fs::create_dir_all(path(name)).expect("a folder");
         }
         let settings = Settings::read(Flags {
             project: Some("p".to_owned()),
@@ -76,11 +85,12 @@ impl World {
             scope: kiln::cache::Scope::default(),
             read_scopes: Vec::new(),
         };
-        Self { settings: settings.expect("good settings"), folder, store, options }
+        let settings = settings.expect("good settings");
+        Self { settings, folder: folder.to_owned(), _own: None, store, options }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
+        self.folder.join(name)
     }
 
     /// A file of SRCDIR.
@@ -112,7 +122,7 @@ impl World {
             store: &self.store,
             runner: &runner,
             given: BTreeMap::new(),
-            folder: self.folder.path().to_owned(),
+            folder: self.folder.clone(),
             sources: Locked::default(),
             permission: Permission::default(),
             options: self.options.clone(),
@@ -276,7 +286,7 @@ impl<'a> Player<'a> {
         let mut manifest = None;
         let mut changed = 0;
         if code == 0 {
-            let tree = self.tree(&outputs);
+            let tree = self.tree(&outputs).map_err(|source| RunError::Io { what: "keep outputs", source })?;
             let merge = Merge {
                 store: &self.world.store,
                 work: &self.world.settings.work.value,
@@ -299,7 +309,7 @@ impl<'a> Player<'a> {
         })
     }
 
-    fn tree(&self, outputs: &BTreeMap<String, Vec<u8>>) -> Tree {
+    fn tree(&self, outputs: &BTreeMap<String, Vec<u8>>) -> io::Result<Tree> {
         let mut tree = Tree::new();
         for (path, bytes) in outputs {
             let path = TreePath::new(path.as_bytes()).expect("a good path");
@@ -309,11 +319,11 @@ impl<'a> Player<'a> {
                 let meta = Meta { mode: 0o755, ..Meta::default() };
                 tree.insert(folder, Node { kind: Kind::Directory, meta });
             }
-            let (digest, size) = self.world.store.blobs().put(&bytes[..]).expect("room");
+            let (digest, size) = self.world.store.blobs().put(&bytes[..])?;
             let meta = Meta { mode: 0o644, ..Meta::default() };
             tree.insert(path, Node { kind: Kind::File { digest, size }, meta });
         }
-        tree
+        Ok(tree)
     }
 }
 
