@@ -169,7 +169,6 @@ impl BootError {
         matches!(
             self,
             Self::Firmware(FirmwareError::Missing { .. })
-                | Self::Folder(FolderError::NoTool(_))
                 | Self::Machine(MachineError::Missing { .. } | MachineError::TooOld { .. })
         )
     }
@@ -177,20 +176,15 @@ impl BootError {
     /// Whether the user asked for something that cannot be.
     #[must_use]
     pub fn is_the_users(&self) -> bool {
-        matches!(
-            self,
+        match self {
+            Self::Folder(error) => error.is_the_users(),
             Self::Image(_)
-                | Self::Firmware(FirmwareError::NoKey { .. } | FirmwareError::NotAKey(_))
-                | Self::Folder(
-                    FolderError::Name { .. }
-                        | FolderError::Twice(..)
-                        | FolderError::Kind(_)
-                        | FolderError::TooLarge(_)
-                )
-                | Self::NotKept(_)
-                | Self::NoKey { .. }
-                | Self::Ssh(SshError::Key { .. })
-        )
+            | Self::Firmware(FirmwareError::NoKey { .. } | FirmwareError::NotAKey(_))
+            | Self::NotKept(_)
+            | Self::NoKey { .. }
+            | Self::Ssh(SshError::Key { .. }) => true,
+            _ => false,
+        }
     }
 
     fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
