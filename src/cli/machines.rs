@@ -7,7 +7,8 @@ use clap::Args;
 
 use super::show::{self, line};
 use super::{FAILED, Failure};
-use crate::keeper::{Entry, Registry};
+use crate::engine::Host;
+use crate::keeper::{Entry, Registry, ready};
 use crate::plan::{harmless, quote, show_age, show_bytes};
 
 /// How much of a command is shown.
@@ -89,7 +90,12 @@ fn row(entry: &Entry) -> [String; 7] {
 }
 
 /// Ends machines, each to its end.
-pub(super) fn stop(arguments: &StopArguments, registry: &Registry) -> Result<ExitCode, Failure> {
+pub(super) fn stop(arguments: &StopArguments, host: &Host) -> Result<ExitCode, Failure> {
+    let registry = Registry::open(&host.store.run())?;
+    if arguments.all {
+        // Not to be able to costs no more than its time in the background.
+        let _ = ready::call_off(&host.settings.store.value);
+    }
     let names = match arguments.all {
         true => registry.machines()?.into_iter().map(|entry| entry.name).collect(),
         false => arguments.names.clone(),

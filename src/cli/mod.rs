@@ -346,7 +346,7 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         Verb::Exec(arguments) => Ok(enter::exec(&arguments, flags)),
         Verb::Shell(arguments) => Ok(enter::shell(&arguments, flags)),
         Verb::Ps(arguments) => machines::ps(&arguments, &registry(flags)?),
-        Verb::Stop(arguments) => machines::stop(&arguments, &registry(flags)?),
+        Verb::Stop(arguments) => machines::stop(&arguments, &open(flags)?),
         Verb::Sign(arguments) => {
             flags.work.clone_from(&arguments.work);
             sign::sign(&arguments, &Settings::read(flags)?)

@@ -43,6 +43,9 @@ const QUIET: Duration = Duration::from_millis(100);
 /// Most machines of a store that wait for a step, where no build has more steps at once.
 const MOST_READY: usize = 4;
 
+/// What stands in place of a run's turn where no machine is wanted any more.
+const CALLED_OFF: &str = "none";
+
 /// Most that is told of a failure.
 const MOST_FAILURE_BYTES: usize = 1000;
 
@@ -145,6 +148,14 @@ pub fn take_turn(store: &Path, turn: &str) -> io::Result<()> {
     fs::write(turn_file(store), turn)
 }
 
+/// Lets what is being made in the store at `store` not be kept, until another run begins.
+///
+/// # Errors
+/// The store cannot be written to.
+pub fn call_off(store: &Path) -> io::Result<()> {
+    take_turn(store, CALLED_OFF)
+}
+
 /// A seat for one that makes a machine, where there are `most`, and how many others are taken; none where all are.
 fn take_seat(run: &Path, most: usize) -> io::Result<Option<(File, usize)>> {
     let (mut ours, mut others) = (None, 0);
@@ -231,13 +242,17 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
     if qemu.ready_key(&spec)? != Some(order.key) {
         return Err("the machine would not be the one that was ordered".into());
     }
-    let mut ready = qemu.make_ready(&spec)?;
+    let Some(mut ready) = qemu.make_ready(&spec)? else { return Ok(()) };
     ready.rehearse(&order.rehearsal)?;
     let entry = Entry::ready(&spec, ready.identity(), &order.key, idle);
     let (sender, callers) = channel();
     watch(&ready, sender.clone())?;
     let registration = registry.register_ready(entry, sender)?;
     drop(making);
+    // Looked at when it can be found: whoever calls it off looks for it after that.
+    if fs::read_to_string(turn_file(&order.store))? == CALLED_OFF {
+        return Ok(());
+    }
     hold(ready, registration, &callers, idle)?;
     Ok(())
 }

@@ -184,15 +184,18 @@ impl Qemu {
         Ok(Some(Digest::of(parts.join("\n").as_bytes())))
     }
 
-    /// Makes a machine ready for a step with the disks of `spec`.
+    /// Makes a machine ready for a step with the disks of `spec`; none where there is no template for it, of which the run
+    /// that looked for one has told.
     ///
     /// # Errors
-    /// [`MachineError`]; there is no template for it.
-    pub fn make_ready(&self, spec: &Spec) -> Result<Ready, MachineError> {
-        let no_template = || MachineError::Device("there is no template".to_owned());
-        let templates = self.templates.as_ref().ok_or_else(no_template)?;
-        let copy = templates.copy(self, spec, false)?;
-        copy.map(|machine| Ready { machine }).map_err(|_| no_template())
+    /// [`MachineError`]: what came of making it.
+    pub fn make_ready(&self, spec: &Spec) -> Result<Option<Ready>, MachineError> {
+        let Some(templates) = &self.templates else { return Ok(None) };
+        match templates.copy(self, spec, false)? {
+            Ok(machine) => Ok(Some(Ready { machine })),
+            Err(notes) if notes.is_empty() => Ok(None),
+            Err(notes) => Err(MachineError::Device(notes.join("; "))),
+        }
     }
 }
 
