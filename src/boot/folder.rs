@@ -132,14 +132,16 @@ pub fn check(folder: &Path) -> Result<(), FolderError> {
 }
 
 fn disk(tree: &Tree, files: &Files, scratch: &Path) -> Result<OwnedFd, FolderError> {
-    let image = tempfile::tempfile_in(scratch).map_err(io_error("write in", scratch))?;
+    let image = tempfile::NamedTempFile::new_in(scratch).map_err(io_error("write in", scratch))?;
     let size_bytes = (fat::least_bytes(tree)? + ROOM_BYTES).next_multiple_of(1 << 20);
     let options = fat::Options {
         size_bytes: Some(size_bytes),
         label: fat::Label::new("KILN"),
         ..fat::Options::default()
     };
-    gpt::write_esp(tree, files, &image, &options)?;
+    gpt::write_esp(tree, files, image.as_file(), &options)?;
+    // QEMU takes a descriptor only as it is opened: for reading.
+    let image = File::open(image.path()).map_err(io_error("read", image.path()))?;
     Ok(image.into())
 }
 
