@@ -34,7 +34,7 @@ fn the_processes_of_a_machine_have_no_powers_no_environment_and_what_they_need()
     // A descriptor that whoever called kiln left open.
     let leak = host.file("leak", "a secret");
     let script = format!("exec 9<{} \"$@\"", leak.display());
-    let kiln = host.command(&["--src", "source"], &["sh", "-c", "echo ready; read line"]);
+    let kiln = host.command(&["--stdin", "--src", "source"], &["sh", "-c", "echo ready; read line"]);
     let mut command = std::process::Command::new("sh");
     command.args(["-c", &script, "sh"]).arg(kiln.get_program()).args(kiln.get_args());
     command.envs(kiln.get_envs().filter_map(|(name, value)| Some((name, value?)))).current_dir(host.root());
