@@ -80,8 +80,8 @@ pub fn shares() -> Result<OwnedFd, Failure> {
 }
 
 /// Lets the kernel ask a file system for twice as much at once as it would: a question costs an emulated machine as much
-/// time as some hundred kilobytes. More does not pay: with all that the fs device gives, 1,024 KiB, reading 512 MiB in
-/// sequence took 1.2 times as long, and mapped 1.3 times (medians of six rounds by turns).
+/// time as some hundred kilobytes. How much hardly matters beyond that: with 128 to 1,024 KiB, reading 512 MiB took the same
+/// time within what two runs of eleven rounds differ by.
 fn read_far_ahead(mount: &OwnedFd) {
     if let Ok(stat) = rustix::fs::fstat(mount) {
         let (major, minor) = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
