@@ -11,14 +11,15 @@ use std::error::Error;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kiln::cache::{Entry, Scope, ShareTrace};
 use kiln::engine::build::sources::{Locked, Permission};
 use kiln::engine::build::{Build, Gate, Machines, Options, Ran, Runner, Timeline};
 use kiln::engine::{Ended, Event, Host, Listener, Phase, RunError, Step};
-use kiln::plan::Plan;
 use kiln::plan::recipe::Recipe;
+use kiln::plan::{Plan, RootSpec};
 use kiln::settings::{Flags, Settings};
 use kiln_artifact::tree::Tree;
 use kiln_digest::Digest;
@@ -70,6 +71,10 @@ impl Runner for Player<'_> {
             Some(machines) => machines.identify(step, progress),
             None => Ok(Vec::new()),
         }
+    }
+
+    fn files(&self, _: &RootSpec, _: &mut dyn FnMut(&str)) -> Result<Arc<Tree>, RunError> {
+        Ok(Arc::default())
     }
 
     fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError> {

@@ -21,7 +21,7 @@ use crate::cache::Index;
 use crate::engine::build::sources::{Locked, Permission};
 use crate::engine::build::{Build, Gate, Machines, News, Outcome, Timeline, work_name};
 use crate::engine::{Clock, Host, KernelChoice, Step};
-use crate::plan::graph::{Command, Kernel, Limits};
+use crate::plan::graph::{Command, Kernel, Limits, Root};
 use crate::plan::recipe::{ClockWord, NAMES, is_name};
 use crate::plan::{Plan, PlannedStep, RootSpec, StepId};
 use crate::settings::{Flags, Settings};
@@ -189,7 +189,7 @@ fn plan_step(name: &str, step: &Step) -> Result<PlannedStep, Failure> {
     let last = words.pop().unwrap_or_default();
     Ok(PlannedStep {
         name: name.to_owned(),
-        root: step.root.clone(),
+        root: Root::Spec(step.root.clone()),
         kernel: Some(match &step.kernel {
             KernelChoice::Debian(suite) => Kernel::Debian(suite.clone()),
             KernelChoice::File { kernel, modules } => {

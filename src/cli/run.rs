@@ -338,7 +338,7 @@ fn limits(named: &[String]) -> Result<Limits, Failure> {
 /// The root by its name, which is checked whole before anything is fetched.
 fn root(text: &str) -> Result<RootSpec, Failure> {
     let root = text.parse::<RootSpec>().map_err(|error| usage(&error))?;
-    if let RootSpec::Debian(_) = root {
+    if root.is_debian() {
         text.parse::<DebianSpec>().map_err(|error| Failure::new(&error, error.hint(), USAGE))?;
     }
     Ok(root)

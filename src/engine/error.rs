@@ -16,6 +16,13 @@ use crate::root::Filesystem;
 /// Linux's number for a file system that the kernel does not have.
 const ENODEV: i32 = 19;
 
+impl RunError {
+    /// A root that cannot be had.
+    pub(super) fn of_root(error: crate::root::RootError) -> Self {
+        Self::Host(Box::new(HostError::Root(error)))
+    }
+}
+
 /// A run that kiln could not carry through.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::build::sources::Permission;
 use crate::fetch::http::Client;
-use crate::fetch::lock::{Lock, LockError};
+use crate::fetch::lock::{Lock, LockError, LockedRoot};
 use crate::keeper::Registry;
 use crate::machine::jail::attempt::Targets;
 use crate::machine::jail::{Held, Profile};
@@ -444,9 +444,33 @@ impl Host {
         cpus: u16,
         progress: &mut dyn FnMut(&str),
     ) -> Result<Root, HostError> {
-        let RootSpec::Debian(_) = spec else {
+        if !spec.is_debian() {
             return Ok(root::import(&self.store, spec)?);
-        };
+        }
+        let locked = self.locked_root(spec, progress)?;
+        let workshop = Workshop { store: &self.store, archive: &self.archive, backend: qemu, bundle, cpus };
+        Ok(match spec {
+            RootSpec::Packages(_) => root::of_files(&self.store, &self.archive, &locked, progress)?,
+            _ => workshop.debian(&locked, progress)?,
+        })
+    }
+
+    /// A root of files alone, for which no machine is needed: all but those whose packages are configured.
+    ///
+    /// # Errors
+    /// [`HostError`].
+    pub fn root_of_files(&self, spec: &RootSpec, progress: &mut dyn FnMut(&str)) -> Result<Root, HostError> {
+        match spec {
+            RootSpec::Packages(_) => {
+                let locked = self.locked_root(spec, progress)?;
+                Ok(root::of_files(&self.store, &self.archive, &locked, progress)?)
+            }
+            _ => Ok(root::import(&self.store, spec)?),
+        }
+    }
+
+    /// The packages of the root `spec`, as they are locked.
+    fn locked_root(&self, spec: &RootSpec, progress: &mut dyn FnMut(&str)) -> Result<LockedRoot, HostError> {
         let spec: DebianSpec = spec.to_string().parse().map_err(RootError::from)?;
         let name = spec.to_string();
         let (locked, is_new) = self.locked(
@@ -466,7 +490,6 @@ impl Host {
             let path = self.lock_path().to_owned();
             return Err(HostError::Contradiction { path, spec: name, package });
         }
-        let workshop = Workshop { store: &self.store, archive: &self.archive, backend: qemu, bundle, cpus };
-        Ok(workshop.debian(&locked, progress)?)
+        Ok(locked)
     }
 }

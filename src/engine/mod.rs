@@ -8,6 +8,7 @@ mod event;
 mod host;
 mod inputs;
 pub mod lock;
+mod make;
 pub mod merge;
 mod mounts;
 mod prepare;

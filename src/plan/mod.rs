@@ -2,6 +2,7 @@
 
 mod environment;
 pub mod graph;
+pub mod make;
 mod output;
 mod overlap;
 mod quantity;

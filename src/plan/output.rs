@@ -23,9 +23,16 @@ pub enum OutputError {
 
 /// The declared outputs of a step. A glob that matches a folder takes all that is in it; `*` does not cross a `/`,
 /// `**` does.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Outputs {
     globs: Vec<(String, GlobMatcher)>,
+}
+
+/// As they were written: what they are compiled to says nothing more.
+impl std::fmt::Debug for Outputs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.globs()).finish()
+    }
 }
 
 impl Outputs {

@@ -8,6 +8,9 @@ use std::str::FromStr;
 pub enum RootSpec {
     /// `debian:SUITE+PKG,PKG…`: the suite's essential packages and those named. The text after `debian:`.
     Debian(String),
+    /// `deb:SUITE+PKG,PKG…`: the files of these packages, and of those that they need in exactly one version, as a
+    /// metapackage does. No script of theirs runs: not for steps, but for what is made of files.
+    Packages(String),
     /// `dir:PATH`: a directory, imported: the step gets an image of it as it is now, named by its digest.
     Directory(PathBuf),
     /// `file:PATH`: a tar archive, plain or compressed with gzip, xz or zstd, which is imported; or a squashfs or erofs
@@ -17,10 +20,17 @@ pub enum RootSpec {
     Live(PathBuf),
 }
 
+impl RootSpec {
+    /// Whether it is made of Debian packages, which are locked.
+    pub fn is_debian(&self) -> bool {
+        matches!(self, Self::Debian(_) | Self::Packages(_))
+    }
+}
+
 /// Text that names no root.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{0}` names no root: write debian:SUITE+PKG,PKG… or dir:PATH or file:ARCHIVE or file:IMAGE or live:PATH"
+    "`{0}` names no root: write debian:SUITE+PKG,PKG… or deb:SUITE+PKG,PKG… or dir:PATH or file:ARCHIVE or file:IMAGE or live:PATH"
 )]
 pub struct ParseRootError(String);
 
@@ -34,6 +44,7 @@ impl FromStr for RootSpec {
         }
         match kind {
             "debian" => Ok(Self::Debian(rest.to_owned())),
+            "deb" => Ok(Self::Packages(rest.to_owned())),
             "dir" => Ok(Self::Directory(rest.into())),
             "file" => Ok(Self::File(rest.into())),
             "live" => Ok(Self::Live(rest.into())),
@@ -46,6 +57,7 @@ impl std::fmt::Display for RootSpec {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Debian(spec) => write!(f, "debian:{spec}"),
+            Self::Packages(spec) => write!(f, "deb:{spec}"),
             Self::Directory(path) => write!(f, "dir:{}", path.display()),
             Self::File(path) => write!(f, "file:{}", path.display()),
             Self::Live(path) => write!(f, "live:{}", path.display()),

@@ -24,7 +24,7 @@ use crate::root::modules::{Modules, ModulesError};
 use crate::store::{Store, StoreError};
 
 /// Changes with what `initramfs` makes of the same inputs.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 /// The modules without which no machine comes up: the root's disk, its file system, and the layer above it.
 pub const NEEDED: [&str; 3] = ["virtio_blk", "erofs", "overlay"];

@@ -11,6 +11,7 @@ pub mod debian;
 mod decompress;
 pub mod directory;
 mod file;
+mod files;
 pub mod image;
 pub mod modules;
 mod stat;
@@ -26,6 +27,7 @@ use kiln_artifact::tree::{Tree, TreeError};
 use kiln_digest::Digest;
 
 pub use configure::Workshop;
+pub use files::{of_files, tree};
 pub use image::{Filesystem, Image, ImageError};
 
 use crate::agent::{SessionError, TransferError};
@@ -112,6 +114,9 @@ pub enum RootError {
     /// A root of packages is made in a machine; [`import`] has none.
     #[error("a root of Debian packages needs a machine to configure it")]
     NeedsMachine,
+    /// A root whose files cannot be taken.
+    #[error("the files of this root cannot be taken: it is a live one, or a compressed image")]
+    NoTree,
     /// The configuring machine could not be driven.
     #[error("the root's machine cannot be driven")]
     Machine(#[from] MachineError),
@@ -206,7 +211,7 @@ pub fn import(store: &Store, spec: &RootSpec) -> Result<Root, RootError> {
         RootSpec::File(path) => file::import(store, path)?,
         RootSpec::Live(path) if path.is_dir() => Root::Live(path.clone()),
         RootSpec::Live(path) => return Err(DirectoryError::NotADirectory(path.clone()).into()),
-        RootSpec::Debian(_) => return Err(RootError::NeedsMachine),
+        RootSpec::Debian(_) | RootSpec::Packages(_) => return Err(RootError::NeedsMachine),
     };
     if let Root::Image(image) = &root {
         catalog::note(store, image, spec, Provenance::default)?;

@@ -17,7 +17,7 @@ mod reader;
 use std::collections::BTreeMap;
 use std::io::{self, Seek, Write};
 
-pub use self::read::{Superblock as ReadSuperblock, read};
+pub use self::read::{Superblock as ReadSuperblock, extract, read};
 
 use self::format::{BLOCK, BLOCK_BYTES, Inode, Superblock};
 use self::image::Image;

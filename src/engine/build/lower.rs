@@ -15,7 +15,7 @@ use crate::engine::host::{Boundary, KernelChoice};
 use crate::engine::prepare::{environment, guest_places};
 use crate::engine::step::{Clock, Keep, Step};
 use crate::machine::Carrier;
-use crate::plan::graph::{Command, Ignore, Kernel};
+use crate::plan::graph::{Command, Ignore, Kernel, Root};
 use crate::plan::recipe::ClockWord;
 use crate::plan::{EnvError, PlannedStep, RootSpec};
 use crate::root::debian::DEFAULT_KERNEL_SUITE;
@@ -37,31 +37,63 @@ pub struct Lowered {
     pub key: Key,
 }
 
-/// The step `planned` as it is run, without its view. Paths of roots are relative to `folder`.
-pub(super) fn lower(planned: &PlannedStep, settings: &Settings, folder: &Path, overwrite: bool) -> Step {
+/// Memory of the machine of `planned`.
+pub(super) fn memory_bytes(planned: &PlannedStep) -> u64 {
+    planned.limits.memory_bytes.unwrap_or(MEMORY_BYTES).next_multiple_of(1 << 20)
+}
+
+/// What a step gets of what others put out.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// Its root.
+    pub root: Option<RootSpec>,
+    /// Its kernel.
+    pub kernel: Option<KernelChoice>,
+}
+
+/// `spec`, whose path is relative to `folder`.
+pub(super) fn located(spec: &RootSpec, folder: &Path) -> RootSpec {
+    match spec {
+        RootSpec::Directory(path) => RootSpec::Directory(folder.join(path)),
+        RootSpec::File(path) => RootSpec::File(folder.join(path)),
+        RootSpec::Live(path) => RootSpec::Live(folder.join(path)),
+        RootSpec::Debian(_) | RootSpec::Packages(_) => spec.clone(),
+    }
+}
+
+/// The step `planned`, which takes a machine, as it is run, without its view. Paths of roots are relative to `folder`;
+/// what others put out for it is in `found`.
+pub(super) fn lower(
+    planned: &PlannedStep,
+    settings: &Settings,
+    folder: &Path,
+    overwrite: bool,
+    found: &Found,
+) -> Step {
     let last = match &planned.command {
         Command::Text(text) => text.clone(),
         Command::Script(path) => format!("{}/{path}", guest_places(settings).0),
+        Command::Make(_) | Command::Sign => String::new(),
     };
     let words = planned.interpreter.iter().cloned().chain([last]);
     let limits = &planned.limits;
     let standard = Limits::default();
+    let kernel = match &planned.kernel {
+        Some(Kernel::Debian(suite)) => KernelChoice::Debian(suite.clone()),
+        Some(Kernel::File { kernel, modules }) => KernelChoice::File {
+            kernel: folder.join(kernel),
+            modules: modules.as_ref().map(|modules| folder.join(modules)),
+        },
+        None | Some(Kernel::Step(_)) => KernelChoice::Debian(DEFAULT_KERNEL_SUITE.to_owned()),
+    };
+    let root = match &planned.root {
+        Root::Spec(spec) => located(spec, folder),
+        Root::Step(_) => RootSpec::Debian(DEFAULT_KERNEL_SUITE.to_owned()),
+    };
     Step {
         name: planned.name.clone(),
-        root: match &planned.root {
-            RootSpec::Directory(path) => RootSpec::Directory(folder.join(path)),
-            RootSpec::File(path) => RootSpec::File(folder.join(path)),
-            RootSpec::Live(path) => RootSpec::Live(folder.join(path)),
-            RootSpec::Debian(spec) => RootSpec::Debian(spec.clone()),
-        },
-        kernel: match &planned.kernel {
-            None => KernelChoice::Debian(DEFAULT_KERNEL_SUITE.to_owned()),
-            Some(Kernel::Debian(suite)) => KernelChoice::Debian(suite.clone()),
-            Some(Kernel::File { kernel, modules }) => KernelChoice::File {
-                kernel: folder.join(kernel),
-                modules: modules.as_ref().map(|modules| folder.join(modules)),
-            },
-        },
+        root: found.root.clone().unwrap_or(root),
+        kernel: found.kernel.clone().unwrap_or(kernel),
         argv: words.map(String::into_bytes).collect(),
         env: planned.env.clone(),
         directory: planned.directory.clone(),
@@ -70,7 +102,7 @@ pub(super) fn lower(planned: &PlannedStep, settings: &Settings, folder: &Path, o
         disks: Vec::new(),
         outputs: planned.outputs.clone(),
         overwrite,
-        memory_bytes: limits.memory_bytes.unwrap_or(MEMORY_BYTES).next_multiple_of(1 << 20),
+        memory_bytes: memory_bytes(planned),
         cpus: limits.cpus.unwrap_or(0),
         scratch_bytes: limits.scratch_bytes.unwrap_or(SCRATCH_BYTES).next_multiple_of(4096),
         timeout: limits.timeout,

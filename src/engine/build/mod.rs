@@ -15,6 +15,8 @@
 
 mod check;
 mod gate;
+mod host_step;
+mod late;
 mod lower;
 mod meminfo;
 mod runner;
@@ -33,10 +35,12 @@ use kiln_digest::Digest;
 
 use super::error::RunError;
 use super::event::Event;
+use super::make::MakeError;
 use super::merge::MergeError;
 use crate::cache::{Index, Scope};
 use crate::plan::{Plan, StepId};
 use crate::settings::Settings;
+use crate::sign::images::SignError;
 use crate::store::Store;
 
 pub use check::{Explained, Standing, work_name};
@@ -74,6 +78,22 @@ pub enum BuildError {
     /// A source.
     #[error(transparent)]
     Source(#[from] sources::SourceError),
+    /// A signature.
+    #[error(transparent)]
+    Sign(#[from] SignError),
+    /// An artifact.
+    #[error(transparent)]
+    Make(#[from] MakeError),
+    /// What a step should have put out for another.
+    #[error("`{output}` is no {what} for step `{step}`")]
+    NotPutOut {
+        /// Who needs it.
+        step: String,
+        /// As what.
+        what: &'static str,
+        /// What is named, as it was written.
+        output: String,
+    },
     /// Two steps put out the same path.
     #[error("steps `{one}` and `{other}` both put out `{path}`")]
     SamePath {
@@ -114,6 +134,15 @@ impl BuildError {
             Self::Run(error) => error.hint(),
             Self::Merge(error) => error.hint(),
             Self::Source(error) => error.hint(),
+            Self::Make(error) => error.hint(),
+            Self::Sign(error) => error.hint(),
+            Self::NotPutOut { what: "kernel", .. } => Some(
+                "a kernel is one file vmlinuz-RELEASE, with its modules in modules/RELEASE; step:NAME/PATH names one of several"
+                    .to_owned(),
+            ),
+            Self::NotPutOut { .. } => {
+                Some("step:NAME/PATH names an image, an archive or a folder among what the step puts out".to_owned())
+            }
             Self::SamePath { .. } => Some("give their outputs names or folders of their own".to_owned()),
             Self::Lost { .. } => Some("build again: the step runs anew, and puts it back".to_owned()),
             Self::Io { .. } => None,

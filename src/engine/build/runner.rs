@@ -1,10 +1,10 @@
 //! What runs the steps of a build: machines of this host, or what a test puts in their place.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kiln_artifact::tree::TreePath;
+use kiln_artifact::tree::{Tree, TreePath};
 use kiln_digest::Digest;
 use kiln_virtio::fs::Attributes;
 use kiln_wire::Outcome;
@@ -12,11 +12,15 @@ use kiln_wire::Outcome;
 use crate::cache::{Entry, ShareTrace};
 use crate::engine::error::RunError;
 use crate::engine::event::{Event, Listener};
-use crate::engine::host::Host;
+use crate::engine::host::{Boundary, Host, KernelChoice};
 use crate::engine::reads::ReadsReport;
 use crate::engine::ready::Series;
 use crate::engine::run::{Ended, run_among};
 use crate::engine::step::Step;
+use crate::machine::Carrier;
+use crate::plan::RootSpec;
+use crate::root;
+use crate::root::debian::DEFAULT_KERNEL_SUITE;
 
 /// What a run of a step came to.
 #[derive(Debug)]
@@ -52,6 +56,12 @@ pub trait Runner: Sync {
         progress: &mut dyn FnMut(&str),
     ) -> Result<Vec<(String, String)>, RunError>;
 
+    /// The files of a root, all of whose contents the store has then.
+    ///
+    /// # Errors
+    /// [`RunError`].
+    fn files(&self, root: &RootSpec, progress: &mut dyn FnMut(&str)) -> Result<Arc<Tree>, RunError>;
+
     /// Runs it, and merges its outputs into WORK where it succeeds.
     ///
     /// # Errors
@@ -64,6 +74,8 @@ pub struct Machines<'a> {
     host: &'a Host,
     // Protects what was found out of roots and kernels, each once: held while it is found out.
     known: Mutex<BTreeMap<String, Vec<(String, String)>>>,
+    // Protects the files of roots that were asked for; held while they are found out.
+    files: Mutex<BTreeMap<String, Arc<Tree>>>,
     /// All steps that it runs.
     series: Series,
 }
@@ -72,8 +84,12 @@ impl<'a> Machines<'a> {
     /// Those of `host`.
     pub fn new(host: &'a Host) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { host, known: Mutex::default(), series: Series::new(processors) }
+        Self { host, known: Mutex::default(), files: Mutex::default(), series: Series::new(processors) }
     }
+}
+
+fn processors() -> u16 {
+    std::thread::available_parallelism().ok().and_then(|n| u16::try_from(n.get()).ok()).unwrap_or(1)
 }
 
 impl Runner for Machines<'_> {
@@ -89,9 +105,7 @@ impl Runner for Machines<'_> {
         }
         let qemu = self.host.backend(&step.boundary)?;
         let bundle = self.host.bundle(&step.kernel, step.carrier, progress)?;
-        let cpus =
-            std::thread::available_parallelism().ok().and_then(|n| u16::try_from(n.get()).ok()).unwrap_or(1);
-        let root = self.host.root(&step.root, &qemu, &bundle, cpus, progress)?;
+        let root = self.host.root(&step.root, &qemu, &bundle, processors(), progress)?;
         let digest = root.digest().map_or_else(|| "live".to_owned(), |digest| digest.to_string());
         let modules = bundle.modules.map_or_else(|| "none".to_owned(), |modules| modules.to_string());
         let parts = vec![
@@ -100,6 +114,25 @@ impl Runner for Machines<'_> {
         ];
         known.insert(name, parts.clone());
         Ok(parts)
+    }
+
+    fn files(&self, root: &RootSpec, progress: &mut dyn FnMut(&str)) -> Result<Arc<Tree>, RunError> {
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tree) = files.get(&root.to_string()) {
+            return Ok(Arc::clone(tree));
+        }
+        let found = match root {
+            RootSpec::Debian(_) => {
+                let qemu = self.host.backend(&Boundary::default())?;
+                let kernel = KernelChoice::Debian(DEFAULT_KERNEL_SUITE.to_owned());
+                let bundle = self.host.bundle(&kernel, Carrier::default(), progress)?;
+                self.host.root(root, &qemu, &bundle, processors(), progress)?
+            }
+            _ => self.host.root_of_files(root, progress)?,
+        };
+        let tree = Arc::new(root::tree(&self.host.store, &found).map_err(RunError::of_root)?);
+        files.insert(root.to_string(), Arc::clone(&tree));
+        Ok(tree)
     }
 
     fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError> {

@@ -16,7 +16,7 @@ use super::check::{Checker, Standing};
 use super::gate::Gate;
 use super::meminfo::available_bytes;
 use super::runner::Runner;
-use super::worker::{Kept, Message, Task, Told, Worker};
+use super::worker::{Kept, Keys, Message, Task, Told, Worker};
 use super::{Build, BuildError, News, Outcome, Summary, Timeline, lower};
 use crate::engine::error::RunError;
 use crate::engine::event::Event;
@@ -77,14 +77,20 @@ impl<R: Runner> Build<'_, R> {
         }
         let hidden = lower::hidden(self.settings, &self.plan.ignore);
         let checker = Checker::new(self, hidden);
-        let mut keys = BTreeMap::new();
+        let keys = Keys::default();
         let mut memory = BTreeMap::new();
         for id in wanted {
+            let planned = self.plan.step(*id);
+            if planned.follows_outputs() {
+                let bytes = if planned.command.is_run() { lower::memory_bytes(planned) } else { 0 };
+                memory.insert(*id, bytes);
+                continue;
+            }
             let lowered = self.lower(*id, &mut |text| {
                 let _ = news(News::Event(&self.plan.step(*id).name, &Event::Progress(text)));
             })?;
             memory.insert(*id, lowered.step.memory_bytes);
-            keys.insert(*id, lowered.key);
+            keys.set(*id, lowered.key);
         }
         let mut schedule = Schedule::new(self, wanted, &memory);
         let workers = self.options.jobs.max(thread::available_parallelism().map_or(1, usize::from));
@@ -116,7 +122,13 @@ impl<R: Runner> Build<'_, R> {
     /// [`BuildError`] where its root or kernel cannot be had, or its environment not be made.
     pub fn lower(&self, id: StepId, progress: &mut dyn FnMut(&str)) -> Result<lower::Lowered, BuildError> {
         let planned = self.plan.step(id);
-        let step = lower::lower(planned, self.settings, &self.folder, self.options.overwrite);
+        let step = lower::lower(
+            planned,
+            self.settings,
+            &self.folder,
+            self.options.overwrite,
+            &lower::Found::default(),
+        );
         let host = self.runner.identify(&step, progress)?;
         let key = lower::key(planned, &step, self.settings, &self.plan.ignore, &self.sources, host);
         Ok(lower::Lowered { key: key.map_err(RunError::from)?, step })

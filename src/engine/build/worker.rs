@@ -21,6 +21,7 @@ use crate::engine::event::{Event, Phase};
 use crate::engine::step::View;
 use crate::machine::{Identity, PathBytes};
 use crate::plan::StepId;
+use crate::plan::graph::Command;
 use std::collections::BTreeMap;
 
 /// An event of a step, on its way to the thread that tells it.
@@ -45,6 +46,20 @@ pub(super) struct Kept {
     pub same: bool,
 }
 
+/// The keys of steps: of those that follow what others put out, once that is known.
+#[derive(Default)]
+pub(super) struct Keys(Mutex<BTreeMap<StepId, Key>>);
+
+impl Keys {
+    pub fn get(&self, id: StepId) -> Option<Key> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+
+    pub fn set(&self, id: StepId, key: Key) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id, key);
+    }
+}
+
 pub(super) enum Task {
     Check(StepId, Vec<(StepId, Digest)>),
     Run(StepId, Vec<(StepId, Digest)>, String),
@@ -53,7 +68,7 @@ pub(super) enum Task {
 /// One that does tasks until there are no more.
 pub(super) struct Worker<'b, 'a, R> {
     pub checker: &'b Checker<'a, R>,
-    pub keys: &'b BTreeMap<StepId, Key>,
+    pub keys: &'b Keys,
     pub gate: &'b Gate,
     pub messages: SyncSender<Message>,
     /// What of SRCDIR no step is shown, found by whoever needs it first.
@@ -91,25 +106,41 @@ impl<R: Runner> Worker<'_, '_, R> {
         for (need, manifest) in
             needs.iter().filter(|(need, _)| self.checker.build.plan.step(*need).name == *step)
         {
-            if let Some(key) = self.keys.get(need) {
+            if let Some(key) = self.keys.get(*need) {
                 let _ = self.checker.index.forget(&key.digest(), manifest);
             }
         }
     }
 
     fn check(&self, id: StepId, needs: &[(StepId, Digest)]) -> Result<Standing, BuildError> {
-        let Some(key) = self.keys.get(&id) else { return Ok(Standing::Must("it has no key".to_owned())) };
+        let step = self.checker.build.plan.step(id);
+        if matches!(step.command, Command::Sign) {
+            return Ok(Standing::Must("signatures are made anew".to_owned()));
+        }
+        let key = match self.keys.get(id) {
+            Some(key) => key,
+            None => {
+                let key = self.checker.late_key(id, needs)?;
+                self.keys.set(id, key.clone());
+                key
+            }
+        };
         let merges = || {
             self.gate.enter(id);
-            Passed(self.gate, id)
+            Passed::new(self.gate, id)
         };
-        self.checker.check(self.checker.build.plan.step(id), key, needs, &merges)
+        self.checker.check(step, &key, needs, &merges)
     }
 
     fn run(&self, id: StepId, needs: &[(StepId, Digest)], why: &str) -> Result<Kept, BuildError> {
         let build = self.checker.build;
         let planned = build.plan.step(id);
         let stamped_nanos = now_nanos();
+        match &planned.command {
+            Command::Make(makes) => return self.make(id, makes, needs, why),
+            Command::Sign => return self.sign(id),
+            Command::Text(_) | Command::Script(_) => {}
+        }
         let names = || planned.sources.iter().map(|source| source.name.as_str());
         sources::fetch(names(), &build.sources, build.settings, build.store, &build.permission.client)?;
         let tree = self.checker.view(planned, needs)?;
@@ -129,7 +160,18 @@ impl<R: Runner> Worker<'_, '_, R> {
         let hidden = self.hidden.get_or_init(|| {
             self.checker.source().map_or_else(Vec::new, |source| walk(source, &self.checker.hidden))
         });
-        let mut step = lower::lower(planned, build.settings, &build.folder, build.options.overwrite);
+        let (mut step, _folders) = match planned.follows_outputs() {
+            true => {
+                let late = self.checker.late(planned, needs)?;
+                (late.lowered.step, late.folders)
+            }
+            false => {
+                let (settings, overwrite) = (build.settings, build.options.overwrite);
+                let step =
+                    lower::lower(planned, settings, &build.folder, overwrite, &lower::Found::default());
+                (step, Vec::new())
+            }
+        };
         step.view = Some(View {
             work: work.path().to_owned(),
             sources: sources.as_ref().map(|sources| sources.path().to_owned()),
@@ -162,7 +204,7 @@ impl<R: Runner> Worker<'_, '_, R> {
             return Err(io(error));
         }
         let (log, _) = log.finish().map_err(io)?;
-        let key = self.keys.get(&id).cloned().unwrap_or_default();
+        let key = self.keys.get(id).unwrap_or_default();
         let (not_kept, same) = self.checker.keep(planned, &key, &ran, Some(log), why, stamped_nanos)?;
         Ok(Kept { ran, not_kept, same })
     }
@@ -170,6 +212,13 @@ impl<R: Runner> Worker<'_, '_, R> {
 
 /// Somebody who is inside the gate.
 pub(super) struct Passed<'a>(&'a Gate, StepId);
+
+impl<'a> Passed<'a> {
+    /// `id`, which has entered.
+    pub fn new(gate: &'a Gate, id: StepId) -> Self {
+        Self(gate, id)
+    }
+}
 
 impl Drop for Passed<'_> {
     fn drop(&mut self) {

@@ -15,8 +15,8 @@ use super::host::Host;
 use crate::fetch::lock::difference;
 use crate::fetch::lock::{Lock, LockError};
 use crate::fetch::vendor::{self, VendorError, Written};
-use crate::plan::Plan;
 use crate::plan::graph::SourceOrigin;
+use crate::plan::{Plan, PlannedStep};
 use crate::root::debian::{ArchiveError, DEFAULT_KERNEL_SUITE, DebianSpec, SpecError};
 use crate::root::toolbox::{self, ToolboxError};
 
@@ -106,9 +106,9 @@ impl Named {
     /// [`RelockError::Spec`].
     pub fn of(plan: &Plan) -> Result<Self, RelockError> {
         let mut named = Self::default();
-        let roots = plan.steps.iter().map(|step| &step.root).chain(plan.roots.values());
-        for root in roots.map(ToString::to_string).filter(|root| root.starts_with("debian:")) {
-            named.roots.insert(root.parse::<DebianSpec>()?.to_string());
+        let roots = plan.steps.iter().flat_map(PlannedStep::roots).chain(plan.roots.values());
+        for root in roots.filter(|root| root.is_debian()) {
+            named.roots.insert(root.to_string().parse::<DebianSpec>()?.to_string());
         }
         for suite in plan.steps.iter().filter_map(|step| step.kernel_suite(DEFAULT_KERNEL_SUITE)) {
             named.kernels.insert(DebianSpec::essential(suite)?.to_string());

@@ -51,9 +51,11 @@ fn all(lock: &Lock, plan: Option<&Plan>) -> Result<Vec<(Target, Vec<String>)>, R
         };
     if let Some(plan) = plan {
         let named = plan.roots.iter().map(|(name, root)| (Some(name), root));
-        for (name, root) in named.chain(plan.steps.iter().map(|step| (None, &step.root))) {
+        for (name, root) in
+            named.chain(plan.steps.iter().flat_map(|step| step.roots().map(|root| (None, root))))
+        {
             let text = root.to_string();
-            if text.starts_with("debian:") {
+            if root.is_debian() {
                 let spec: DebianSpec = text.parse()?;
                 let names = [Some(spec.to_string()), Some(text), name.cloned()].into_iter().flatten();
                 add(Target::Root(spec), names.collect());
@@ -111,7 +113,9 @@ pub(super) fn targets(
             found.push(match name.as_str() {
                 "kernel" => Target::Kernel(DebianSpec::essential(DEFAULT_KERNEL_SUITE)?),
                 "toolbox" => Target::Toolbox(toolbox::spec(DEFAULT_KERNEL_SUITE)?),
-                spec if spec.starts_with("debian:") => Target::Root(spec.parse()?),
+                spec if spec.starts_with("debian:") || spec.starts_with("deb:") => {
+                    Target::Root(spec.parse()?)
+                }
                 _ => {
                     let known = all.iter().flat_map(|(_, names)| names.iter().map(String::as_str));
                     let meant = nearest(name, known.chain(["kernel", "toolbox"])).map(ToOwned::to_owned);

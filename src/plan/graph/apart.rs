@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use super::reader::Reader;
 use super::{Plan, StepId};
 use crate::plan::globs_meet;
-use crate::plan::recipe::{Expanded, Fault};
+use crate::plan::recipe::{Expanded, Fault, Text};
 
 impl Reader<'_> {
     /// Refuses two steps that put out the same path, and a step that takes as input what one puts out that it does
@@ -14,20 +14,18 @@ impl Reader<'_> {
     pub fn outputs_apart(&self, plan: &Plan, expanded: &[Expanded]) -> Result<(), Fault> {
         let mut all = Globs::default();
         for (index, step) in expanded.iter().enumerate() {
-            for glob in &step.table.outputs {
-                if let Some((other, earlier)) = all.meeting(glob.get_ref()).find(|(other, _)| *other != index)
-                {
+            let outputs = &plan.step(StepId(index)).outputs;
+            for (number, glob) in outputs.globs().enumerate() {
+                if let Some((other, earlier)) = all.meeting(glob).find(|(other, _)| *other != index) {
                     let message = format!(
                         "steps `{}` and `{}` both put out what `{}` and `{}` match",
-                        expanded[other].name,
-                        step.name,
-                        earlier,
-                        glob.get_ref()
+                        expanded[other].name, step.name, earlier, glob
                     );
                     let hint = "give them names or folders of their own";
-                    return Err(self.fault(glob.span(), message).hint(hint));
+                    let span = step.table.outputs.get(number).map_or(step.span.clone(), Text::span);
+                    return Err(self.fault(span, message).hint(hint));
                 }
-                all.insert(index, glob.get_ref());
+                all.insert(index, glob);
             }
         }
         for (index, step) in expanded.iter().enumerate().filter(|(_, step)| !step.table.inputs.is_empty()) {

@@ -3,6 +3,7 @@
 //! Everything that can be refused without looking at a file is refused here, before anything starts.
 
 mod apart;
+mod make;
 mod reader;
 mod sources;
 
@@ -12,6 +13,7 @@ use std::path::PathBuf;
 use globset::GlobSet;
 use kiln_digest::Digest;
 
+use super::make::{Make, Origin};
 use super::recipe::{ClockWord, Fault, Recipe, expand, nearest};
 use super::{Outputs, RootSpec};
 use reader::Reader;
@@ -23,13 +25,44 @@ pub const DEFAULT_ROOT: &str = "debian:bookworm";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StepId(pub usize);
 
-/// What a step runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What a step does.
+#[derive(Debug, Clone)]
 pub enum Command {
     /// A text for the interpreter.
     Text(String),
     /// A script file in SRCDIR.
     Script(String),
+    /// Artifacts that are made on the host.
+    Make(Vec<Make>),
+    /// Signatures of what it needs.
+    Sign,
+}
+
+impl Command {
+    /// Whether it takes a machine.
+    pub fn is_run(&self) -> bool {
+        matches!(self, Self::Text(_) | Self::Script(_))
+    }
+}
+
+/// The root of a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Root {
+    /// From elsewhere.
+    Spec(RootSpec),
+    /// What a step puts out.
+    Step(Output),
+}
+
+/// Something that a step puts out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Output {
+    /// The step.
+    pub step: StepId,
+    /// Its name, and the path behind it, as they were written.
+    pub shown: String,
+    /// A file or folder of what it puts out; all of it where this is empty.
+    pub path: String,
 }
 
 /// The kernel of a step. Paths are relative to the recipe.
@@ -44,16 +77,43 @@ pub enum Kernel {
         /// A folder with its modules.
         modules: Option<PathBuf>,
     },
+    /// What a step puts out.
+    Step(Output),
 }
 
 impl PlannedStep {
-    /// The suite of its kernel, which is `default` unless said; none where its kernel is a file.
+    /// The suite of its kernel, which is `default` unless said; none where its kernel is a file, or it takes no machine.
     pub fn kernel_suite<'a>(&'a self, default: &'a str) -> Option<&'a str> {
         match &self.kernel {
+            _ if !self.command.is_run() => None,
             None => Some(default),
             Some(Kernel::Debian(suite)) => Some(suite),
-            Some(Kernel::File { .. }) => None,
+            Some(Kernel::File { .. } | Kernel::Step(_)) => None,
         }
+    }
+
+    /// The roots that it has or takes files of.
+    pub fn roots(&self) -> impl Iterator<Item = &RootSpec> {
+        let own = match &self.root {
+            Root::Spec(spec) if self.command.is_run() => Some(spec),
+            _ => None,
+        };
+        let makes = match &self.command {
+            Command::Make(makes) => &makes[..],
+            _ => &[],
+        };
+        let taken = makes.iter().flat_map(Make::parts).filter_map(|part| match &part.origin {
+            Origin::Root { spec, .. } => Some(spec),
+            _ => None,
+        });
+        own.into_iter().chain(taken)
+    }
+
+    /// Whether it is known only by what steps that it needs put out, so that it has no key before.
+    pub fn follows_outputs(&self) -> bool {
+        !self.command.is_run()
+            || matches!(self.root, Root::Step(_))
+            || matches!(self.kernel, Some(Kernel::Step(_)))
     }
 }
 
@@ -119,7 +179,7 @@ pub struct PlannedStep {
     /// Its name.
     pub name: String,
     /// Its root.
-    pub root: RootSpec,
+    pub root: Root,
     /// Its kernel; the default bundle's where it names none.
     pub kernel: Option<Kernel>,
     /// What it runs.
@@ -206,10 +266,11 @@ impl Plan {
         for (name, table) in &recipe.roots {
             plan.roots.insert(name.get_ref().clone(), reader.named_root(table)?);
         }
+        let names: Vec<&str> = expanded.iter().map(|step| step.name.as_str()).collect();
         for (index, (step, needs)) in expanded.iter().zip(needs).enumerate() {
             plan.families.entry(step.family.clone()).or_default().push(StepId(index));
             plan.families.entry(step.name.clone()).or_default().push(StepId(index));
-            plan.steps.push(reader.step(step, needs)?);
+            plan.steps.push(reader.step(step, needs, &names)?);
         }
         for ids in plan.families.values_mut() {
             ids.dedup();

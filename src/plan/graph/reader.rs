@@ -5,9 +5,19 @@ use std::ops::Range;
 
 use globset::{GlobBuilder, GlobSetBuilder};
 
-use super::{Command, DEFAULT_ROOT, Ignore, Kernel, Limits, PlannedStep, StepId};
+use super::{Command, DEFAULT_ROOT, Ignore, Kernel, Limits, Output, PlannedStep, Root, StepId};
 use crate::plan::recipe::{Expanded, Fault, LimitsTable, Recipe, RootTable, StepTable, Text, nearest};
 use crate::plan::{Outputs, RootSpec, parse_bytes, parse_duration, show_bytes};
+
+/// What names something that a step puts out begins with.
+const STEP: &str = "step:";
+
+/// The text of a root or kernel that a step puts out, and that step's name.
+fn of_step(text: &Option<Text>) -> Option<(&Text, &str)> {
+    let text = text.as_ref()?;
+    let shown = text.get_ref().strip_prefix(STEP)?;
+    Some((text, shown.split('/').next().unwrap_or(shown)))
+}
 
 /// A recipe being read.
 pub(super) struct Reader<'a> {
@@ -41,6 +51,19 @@ impl Reader<'_> {
         let mut needs: Vec<Vec<(usize, Range<usize>)>> = Vec::new();
         for step in steps.iter() {
             let mut found = Vec::new();
+            for (text, name) in [&step.table.root, &step.table.kernel].into_iter().filter_map(of_step) {
+                match families.get(name).map(Vec::as_slice) {
+                    Some([id]) => found.push((*id, text.span())),
+                    Some(_) => {
+                        let message = format!("`{name}` is a matrix of steps, and just one is meant here");
+                        return Err(self.fault(text.span(), message));
+                    }
+                    None => {
+                        let known = families.keys().copied();
+                        return Err(self.unknown(&Text::new(text.span(), name.to_owned()), "step", known));
+                    }
+                }
+            }
             for need in &step.table.needs {
                 let ids = families.get(need.get_ref().as_str());
                 let ids = ids.ok_or_else(|| self.unknown(need, "step", families.keys().copied()))?;
@@ -133,7 +156,7 @@ impl Reader<'_> {
         Ok(Ignore { globs, set })
     }
 
-    fn globs(&self, texts: &[Text]) -> Result<Outputs, Fault> {
+    pub fn globs(&self, texts: &[Text]) -> Result<Outputs, Fault> {
         for text in texts {
             Outputs::parse([text.get_ref().as_str()])
                 .map_err(|error| self.fault(text.span(), error.to_string()))?;
@@ -142,7 +165,7 @@ impl Reader<'_> {
             .map_err(|error| self.fault(0..0, error.to_string()))
     }
 
-    fn root_spec(&self, text: &str, span: Range<usize>) -> Result<RootSpec, Fault> {
+    pub fn root_spec(&self, text: &str, span: Range<usize>) -> Result<RootSpec, Fault> {
         let spec = text.parse::<RootSpec>().map_err(|error| self.fault(span.clone(), error.to_string()))?;
         match spec {
             RootSpec::Live(_) => Err(self
@@ -152,8 +175,31 @@ impl Reader<'_> {
         }
     }
 
-    fn root(&self, step: &Expanded) -> Result<RootSpec, Fault> {
+    fn root(&self, step: &Expanded, names: &[&str]) -> Result<Root, Fault> {
+        match of_step(&step.table.root) {
+            Some((text, _)) => self.output(text, names).map(Root::Step),
+            None => self.spec_of_root(step).map(Root::Spec),
+        }
+    }
+
+    /// What `text`, `step:NAME` or `step:NAME/PATH`, names; `names` are those of the steps.
+    fn output(&self, text: &Text, names: &[&str]) -> Result<Output, Fault> {
+        let shown = text.get_ref().strip_prefix(STEP).unwrap_or_default();
+        let (name, path) = shown.split_once('/').unwrap_or((shown, ""));
+        let step = names.iter().position(|step| *step == name).map(StepId);
+        let step = step.ok_or_else(|| self.unknown(text, "step", names.iter().copied()))?;
+        if path.starts_with('/') || path.split('/').any(|part| part == "..") {
+            let message = format!("`{path}` is no path of what step `{name}` puts out");
+            return Err(self.fault(text.span(), message));
+        }
+        Ok(Output { step, shown: shown.to_owned(), path: path.trim_end_matches('/').to_owned() })
+    }
+
+    fn spec_of_root(&self, step: &Expanded) -> Result<RootSpec, Fault> {
         let roots = &self.recipe.roots;
+        // Those that are only files no step means without saying so.
+        let meant: Vec<_> =
+            roots.iter().filter(|(_, table)| !table.from.get_ref().starts_with("deb:")).collect();
         let table = match &step.table.root {
             Some(text) if text.get_ref().contains(':') => {
                 return self.root_spec(text.get_ref(), text.span());
@@ -165,16 +211,16 @@ impl Reader<'_> {
                     return Err(self.unknown(text, "root", known));
                 }
             },
-            None if roots.is_empty() => return self.root_spec(DEFAULT_ROOT, step.span.clone()),
-            None if roots.len() > 1 => {
-                let names: Vec<&str> = roots.keys().map(|name| name.get_ref().as_str()).collect();
+            None if meant.is_empty() => return self.root_spec(DEFAULT_ROOT, step.span.clone()),
+            None if meant.len() > 1 => {
+                let names: Vec<&str> = meant.iter().map(|(name, _)| name.get_ref().as_str()).collect();
                 let message = format!("step `{}` does not say which root it has", step.name);
                 return Err(self
                     .fault(step.span.clone(), message)
                     .hint(format!("root = one of {}", names.join(", "))));
             }
-            None => match roots.values().next() {
-                Some(found) => found,
+            None => match meant.first() {
+                Some((_, found)) => found,
                 None => return self.root_spec(DEFAULT_ROOT, step.span.clone()),
             },
         };
@@ -187,8 +233,8 @@ impl Reader<'_> {
         if table.packages.is_empty() {
             return self.root_spec(from, table.from.span());
         }
-        if !from.starts_with("debian:") {
-            let message = format!("`{from}` takes no packages: only debian: does");
+        if !from.starts_with("debian:") && !from.starts_with("deb:") {
+            let message = format!("`{from}` takes no packages: only debian: and deb: do");
             return Err(self.fault(table.packages[0].span(), message));
         }
         let names: Vec<&str> = table.packages.iter().map(|name| name.get_ref().as_str()).collect();
@@ -237,7 +283,7 @@ impl Reader<'_> {
         })
     }
 
-    fn kernel(&self, table: &StepTable) -> Result<Option<Kernel>, Fault> {
+    fn kernel(&self, table: &StepTable, names: &[&str]) -> Result<Option<Kernel>, Fault> {
         let modules = table.modules.as_ref();
         let of_no_file = |modules: &Text| {
             let fault = self.fault(modules.span(), "modules belong to a kernel that is a file".to_owned());
@@ -247,6 +293,7 @@ impl Reader<'_> {
             return modules.map_or(Ok(None), |modules| Err(of_no_file(modules)));
         };
         match (text.get_ref().split_once(':'), modules) {
+            (Some(("step", _)), None) => Ok(Some(Kernel::Step(self.output(text, names)?))),
             (Some(("debian", suite)), None) if !suite.is_empty() && !suite.contains('/') => {
                 Ok(Some(Kernel::Debian(suite.to_owned())))
             }
@@ -256,36 +303,71 @@ impl Reader<'_> {
                 modules: modules.map(|modules| modules.get_ref().into()),
             })),
             _ => {
-                let message =
-                    format!("`{}` names no kernel: write debian:SUITE or file:PATH", text.get_ref());
+                let message = format!(
+                    "`{}` names no kernel: write debian:SUITE, file:PATH or step:NAME",
+                    text.get_ref()
+                );
                 Err(self.fault(text.span(), message))
             }
         }
     }
 
-    pub fn step(&self, step: &Expanded, needs: Vec<StepId>) -> Result<PlannedStep, Fault> {
+    /// What `step` does, and what runs that unless it says.
+    fn command(&self, step: &Expanded) -> Result<(Command, &'static [&'static str]), Fault> {
         let table = &step.table;
-        let (command, interpreter) = match (&table.run, &table.script) {
-            (Some(run), None) => (Command::Text(run.get_ref().clone()), vec!["sh", "-eu", "-c"]),
-            (None, Some(script)) => {
-                let path = script.get_ref();
-                if path.is_empty() || path.starts_with('/') || path.split('/').any(|part| part == "..") {
-                    let message = format!("script `{path}` is no path in SRCDIR");
-                    return Err(self.fault(script.span(), message));
-                }
-                (Command::Script(path.clone()), vec!["sh", "-eu"])
+        let make = (!table.make.0.is_empty()).then(|| ("make", step.span.clone()));
+        let sign = table.sign.then(|| ("sign", step.span.clone()));
+        let run = table.run.as_ref().map(|run| ("run", run.span()));
+        let script = table.script.as_ref().map(|script| ("script", script.span()));
+        let mut said = [run, script, make, sign].into_iter().flatten();
+        if let (Some((one, _)), Some((other, span))) = (said.next(), said.next()) {
+            let message = format!("step `{}` has both {one} and {other}", step.name);
+            return Err(self.fault(span, message).hint("leave one of them out"));
+        }
+        if let Some(run) = &table.run {
+            return Ok((Command::Text(run.get_ref().clone()), &["sh", "-eu", "-c"]));
+        }
+        if let Some(script) = &table.script {
+            let path = script.get_ref();
+            if path.is_empty() || path.starts_with('/') || path.split('/').any(|part| part == "..") {
+                let message = format!("script `{path}` is no path in SRCDIR");
+                return Err(self.fault(script.span(), message));
             }
-            (Some(_), Some(script)) => {
-                let message = format!("step `{}` has both run and script", step.name);
-                return Err(self.fault(script.span(), message).hint("leave one of them out"));
+            return Ok((Command::Script(path.clone()), &["sh", "-eu"]));
+        }
+        if table.sign || !table.make.0.is_empty() {
+            let of_machines = [
+                ("root", table.root.as_ref().map(Text::span)),
+                ("kernel", table.kernel.as_ref().map(Text::span)),
+                ("outputs", table.outputs.first().map(Text::span)),
+            ];
+            if let Some((key, Some(span))) = of_machines.into_iter().find(|(_, span)| span.is_some()) {
+                let message = format!("`{key}` belongs to a step that runs in a machine");
+                let hint = match key {
+                    "outputs" => "what it makes is what it puts out: leave it out",
+                    _ => "leave it out",
+                };
+                return Err(self.fault(span, message).hint(hint));
             }
-            (None, None) => {
-                let message = format!("step `{}` does nothing", step.name);
-                return Err(self.fault(step.span.clone(), message).hint("say what with run or script"));
+            if table.sign {
+                return Ok((Command::Sign, &[]));
             }
+            return Ok((Command::Make(self.makes(step)?), &[]));
+        }
+        let message = format!("step `{}` does nothing", step.name);
+        Err(self.fault(step.span.clone(), message).hint("say what with run, script or make"))
+    }
+
+    /// The step; `names` are those of all steps, in their order.
+    pub fn step(&self, step: &Expanded, needs: Vec<StepId>, names: &[&str]) -> Result<PlannedStep, Fault> {
+        let table = &step.table;
+        let (command, interpreter) = self.command(step)?;
+        let outputs = match &command {
+            Command::Make(makes) => self.made(makes, step.span.clone())?,
+            _ => self.globs(&table.outputs)?,
         };
         let interpreter = match table.interpreter.is_empty() {
-            true => interpreter.into_iter().map(str::to_owned).collect(),
+            true => interpreter.iter().map(|word| (*word).to_owned()).collect(),
             false => table.interpreter.clone(),
         };
         let is_variable = |name: &String| !name.is_empty() && !name.contains(['=', '\0']);
@@ -296,13 +378,16 @@ impl Reader<'_> {
         let named = table.env.iter().map(|(name, value)| format!("{name}={value}"));
         Ok(PlannedStep {
             name: step.name.clone(),
-            root: self.root(step)?,
-            kernel: self.kernel(table)?,
+            root: match command.is_run() {
+                true => self.root(step, names)?,
+                false => Root::Spec(self.root_spec(DEFAULT_ROOT, step.span.clone())?),
+            },
+            kernel: self.kernel(table, names)?,
             command,
             interpreter,
             needs,
             inputs: self.globs(&table.inputs)?,
-            outputs: self.globs(&table.outputs)?,
+            outputs,
             sources: self.sources(table)?,
             env: named.chain(table.pass_env.iter().cloned()).collect(),
             directory: table.directory.clone(),

@@ -117,7 +117,10 @@ fn what_contradicts_itself_is_refused_where_it_stands() {
 
 #[test]
 fn a_root_is_put_together_of_its_packages() {
-    let root = |text: &str| plan(text).expect("good").steps[0].root.to_string();
+    let root = |text: &str| match &plan(text).expect("good").steps[0].root {
+        Root::Spec(spec) => spec.to_string(),
+        Root::Step(output) => format!("step:{}", output.shown),
+    };
     let table =
         "[roots.r]\nfrom = \"debian:bookworm\"\npackages = [\"gcc\", \"g++\"]\n[steps.a]\nrun = \"x\"\n";
     assert_eq!(root(table), "debian:bookworm+gcc,g++");

@@ -5,6 +5,7 @@
 
 mod expand;
 mod fault;
+mod make;
 mod nearest;
 
 use std::collections::BTreeMap;
@@ -16,6 +17,7 @@ use toml::Spanned;
 
 pub use expand::{Expanded, NAMES, expand, is_name};
 pub use fault::Fault;
+pub use make::{FromKeys, FromTable, MakeTable, Several};
 pub use nearest::nearest;
 
 /// A recipe that `kiln init` writes: it builds, and says what else there is.
@@ -197,13 +199,21 @@ pub struct StepTable {
     /// A script file in SRCDIR, in place of `run`.
     #[schemars(with = "Option<String>")]
     pub script: Option<Text>,
+    /// In place of `run`: artifacts that kiln makes on the host, without a machine, one after the other.
+    #[serde(default)]
+    pub make: Several<MakeTable>,
+    /// In place of `run`: sign what the steps it needs left in WORK, with the keys in SECRETS, on the host.
+    #[serde(default)]
+    pub sign: bool,
     /// What runs it: ["sh", "-eu", "-c"], for a script ["sh", "-eu"], unless said.
     #[serde(default)]
     pub interpreter: Vec<String>,
-    /// A root of the recipe by name, or a root as `--root` takes it. Not needed where the recipe has just one.
+    /// A root of the recipe by name, a root as `--root` takes it, or step:NAME/PATH for an image, archive or folder that a step
+    /// puts out. Not needed where the recipe has just one.
     #[schemars(with = "Option<String>")]
     pub root: Option<Text>,
-    /// The kernel: debian:SUITE, or file:PATH of a vmlinux or bzImage beside the recipe.
+    /// The kernel: debian:SUITE, file:PATH of a vmlinux or bzImage beside the recipe, or step:NAME and step:NAME/PATH for one
+    /// that a step puts out, with its modules.
     #[schemars(with = "Option<String>")]
     pub kernel: Option<Text>,
     /// A folder with the modules of a kernel that is a file, such as /lib/modules/RELEASE.

@@ -284,7 +284,7 @@ fn keep_manifest_of(store: &Store, root: &Digest, tree: &Tree) -> Result<(), Cat
 fn origin(spec: &RootSpec) -> String {
     let place = |path: &Path| fs::canonicalize(path).or_else(|_| std::path::absolute(path)).ok();
     match spec {
-        RootSpec::Debian(_) => match spec.to_string().parse::<DebianSpec>() {
+        RootSpec::Debian(_) | RootSpec::Packages(_) => match spec.to_string().parse::<DebianSpec>() {
             Ok(spec) => spec.to_string(),
             Err(_) => spec.to_string(),
         },

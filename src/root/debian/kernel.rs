@@ -78,6 +78,14 @@ pub enum KernelError {
 }
 
 impl KernelError {
+    /// Says of which package something is missing.
+    fn of_package(self, name: &str) -> Self {
+        match self {
+            Self::Incomplete { path, .. } => Self::Incomplete { package: name.to_owned(), path },
+            other => other,
+        }
+    }
+
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
@@ -168,42 +176,58 @@ impl Archive {
         let folder = folders.iter().filter_map(|path| TreePath::new(path.as_bytes()).ok());
         let folder = folder.into_iter().find(|path| data.get(path).is_some());
         let folder = folder.ok_or_else(|| incomplete(&folders[0]))?;
-        let read = |name: &str| -> Result<Vec<u8>, KernelError> {
-            let path = folder.join(name.as_bytes())?;
-            let missing = || incomplete(&format!("{folder}/{name}"));
-            let Some(Node { kind: Kind::File { digest, .. }, .. }) = data.get(&path) else {
-                return Err(missing());
-            };
-            let mut bytes = Vec::new();
-            let read = self.store.blobs().file(digest).and_then(|mut file| file.read_to_end(&mut bytes));
-            read.map_err(|source| KernelError::Read { path, source })?;
-            Ok(bytes)
-        };
-        let (order, builtin) = (read("modules.order")?, read("modules.builtin")?);
-        let (order, builtin) = (String::from_utf8_lossy(&order), String::from_utf8_lossy(&builtin));
-        let infos = module_infos(self.store.blobs(), &data, &folder)?;
-        let modules = Modules::from_infos(infos, &order, &builtin, &read("modules.builtin.modinfo")?);
-        let mut builder = Builder::new();
-        for (path, node) in data.iter().filter(|(path, _)| !path.is_root()) {
-            match &node.kind {
-                Kind::HardLink(target) if builder.link(path.clone(), target) => {}
-                _ => builder.put(path.clone(), node.clone()),
-            }
-        }
-        let mtime = Timestamp { seconds: locked.source_date_epoch(), nanoseconds: 0 };
-        for (name, bytes) in modules.depmod_files()? {
-            let (digest, size) = self.store.blobs().put(&bytes[..]).map_err(KernelError::Store)?;
-            let meta = Meta { mode: 0o644, mtime, ..Meta::default() };
-            builder.put(folder.join(name.as_bytes())?, Node { kind: Kind::File { digest, size }, meta });
-        }
-        Ok(KernelTree {
-            tree: builder.finish()?,
-            release: release.clone(),
-            image,
-            modules_folder: folder,
-            modules,
-        })
+        let (tree, modules) = depmod(self.store.blobs(), &data, &folder, locked.source_date_epoch())
+            .map_err(|error| error.of_package(&locked.package.name))?;
+        Ok(KernelTree { tree, release: release.clone(), image, modules_folder: folder, modules })
     }
+}
+
+/// `data` with what depmod writes for the modules in `folder`, dated `epoch`, and those modules.
+fn depmod(blobs: &Blobs, data: &Tree, folder: &TreePath, epoch: i64) -> Result<(Tree, Modules), KernelError> {
+    let read = |name: &str| -> Result<Vec<u8>, KernelError> {
+        let path = folder.join(name.as_bytes())?;
+        let missing = || KernelError::Incomplete { package: String::new(), path: format!("{folder}/{name}") };
+        let Some(Node { kind: Kind::File { digest, .. }, .. }) = data.get(&path) else {
+            return Err(missing());
+        };
+        let mut bytes = Vec::new();
+        let read = blobs.file(digest).and_then(|mut file| file.read_to_end(&mut bytes));
+        read.map_err(|source| KernelError::Read { path, source })?;
+        Ok(bytes)
+    };
+    let (order, builtin) = (read("modules.order")?, read("modules.builtin")?);
+    let (order, builtin) = (String::from_utf8_lossy(&order), String::from_utf8_lossy(&builtin));
+    let infos = module_infos(blobs, data, folder)?;
+    let modules = Modules::from_infos(infos, &order, &builtin, &read("modules.builtin.modinfo")?);
+    let mut builder = Builder::new();
+    for (path, node) in data.iter().filter(|(path, _)| !path.is_root()) {
+        match &node.kind {
+            Kind::HardLink(target) if builder.link(path.clone(), target) => {}
+            _ => builder.put(path.clone(), node.clone()),
+        }
+    }
+    let mtime = Timestamp { seconds: epoch, nanoseconds: 0 };
+    for (name, bytes) in modules.depmod_files()? {
+        let (digest, size) = blobs.put(&bytes[..]).map_err(KernelError::Store)?;
+        let meta = Meta { mode: 0o644, mtime, ..Meta::default() };
+        builder.put(folder.join(name.as_bytes())?, Node { kind: Kind::File { digest, size }, meta });
+    }
+    Ok((builder.finish()?, modules))
+}
+
+/// `tree` with what depmod writes for each kernel in `usr/lib/modules`, dated `epoch`.
+pub(super) fn with_depmod(blobs: &Blobs, mut tree: Tree, epoch: i64) -> Result<Tree, KernelError> {
+    let top = TreePath::new(b"usr/lib/modules")?;
+    let is_kernel = |path: &TreePath, tree: &Tree| {
+        let lists = |name: &[u8]| path.join(name).is_ok_and(|list| tree.get(&list).is_some());
+        path.parent().as_ref() == Some(&top) && lists(b"modules.order") && !lists(b"modules.dep")
+    };
+    let folders: Vec<TreePath> =
+        tree.subtree(&top).map(|(path, _)| path).filter(|path| is_kernel(path, &tree)).cloned().collect();
+    for folder in folders {
+        tree = depmod(blobs, &tree, &folder, epoch)?.0;
+    }
+    Ok(tree)
 }
 
 /// What each module below `folder` of `data` says of itself, by path below it.
@@ -261,6 +285,7 @@ fn is_module(path: &TreePath) -> bool {
 }
 
 fn below(path: &TreePath, folder: &TreePath) -> String {
-    let below = path.as_bytes().get(folder.as_bytes().len() + 1..).unwrap_or_default();
+    let above = if folder.is_root() { 0 } else { folder.as_bytes().len() + 1 };
+    let below = path.as_bytes().get(above..).unwrap_or_default();
     String::from_utf8_lossy(below).into_owned()
 }

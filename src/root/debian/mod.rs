@@ -170,7 +170,10 @@ impl Archive {
     ) -> Result<LockedRoot, ArchiveError> {
         let previous = previous.map_or(&[][..], |root| &root.indexes);
         self.with_packages(spec.suite(), previous, |universe, locate, indexes| {
-            let chosen = resolve::resolve(universe, spec)?;
+            let chosen = match spec.is_files_only() {
+                true => resolve::exact(universe, spec)?,
+                false => resolve::resolve(universe, spec)?,
+            };
             Ok(LockedRoot {
                 spec: spec.to_string(),
                 indexes,
@@ -220,6 +223,17 @@ impl Archive {
     /// [`ArchiveError::Unpack`].
     pub fn unpack(&self, locked: &LockedRoot) -> Result<Tree, ArchiveError> {
         Ok(unpack::unpack(&locked.packages, self.store.blobs(), locked.source_date_epoch())?)
+    }
+
+    /// The files of the packages of `locked`, which the store has, as one tree with `/usr` merged, and what depmod would add
+    /// to the kernels among them; contents go into the store.
+    ///
+    /// # Errors
+    /// [`ArchiveError::Unpack`] and [`ArchiveError::Kernel`].
+    pub fn unpack_files(&self, locked: &LockedRoot) -> Result<Tree, ArchiveError> {
+        let epoch = locked.source_date_epoch();
+        let tree = unpack::unpack_files(&locked.packages, self.store.blobs(), epoch)?;
+        Ok(kernel::with_depmod(self.store.blobs(), tree, epoch)?)
     }
 
     /// The base URL from which `suite` would be fetched.

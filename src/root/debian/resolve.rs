@@ -9,7 +9,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use super::packages::{Package, Priority};
-use super::relation::{self, Group, Relation, RelationError};
+use super::relation::{self, Group, Operator, Relation, RelationError};
 use super::spec::DebianSpec;
 use super::version;
 
@@ -279,6 +279,32 @@ pub fn closure<'a>(universe: &Universe<'a>, spec: &DebianSpec) -> Result<Vec<&'a
     let mut walk = Walk::of_named(universe, spec)?;
     walk.run()?;
     Ok(walk.packages())
+}
+
+/// The packages that `spec` names, and those that they need in exactly one version: what a metapackage stands for.
+///
+/// # Errors
+/// [`ResolveError`], as its variants say.
+pub fn exact<'a>(universe: &Universe<'a>, spec: &DebianSpec) -> Result<Vec<&'a Package<'a>>, ResolveError> {
+    let mut open: Vec<usize> =
+        spec.packages().map(|(name, wanted)| universe.named(name, wanted)).collect::<Result<_, _>>()?;
+    let mut taken: BTreeSet<usize> = BTreeSet::new();
+    while let Some(index) = open.pop() {
+        if !taken.insert(index) {
+            continue;
+        }
+        let package = universe.packages[index];
+        let groups = relation::parse(package.depends)
+            .map_err(|source| ResolveError::Relation { package: package.name.to_owned(), source })?;
+        for relation in groups.iter().filter_map(|group| group.first()) {
+            if let Some((Operator::Equal, version)) = relation.constraint {
+                open.push(universe.named(relation.name, Some(version))?);
+            }
+        }
+    }
+    let mut packages: Vec<_> = taken.into_iter().map(|index| universe.packages[index]).collect();
+    packages.sort_by_key(|package| package.name);
+    Ok(packages)
 }
 
 impl<'u, 'a> Walk<'u, 'a> {

@@ -11,6 +11,7 @@ use crate::fetch::lock::LockedPackage;
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct DebianSpec {
     suite: String,
+    files_only: bool,
     packages: BTreeMap<String, Option<String>>,
 }
 
@@ -69,7 +70,7 @@ impl DebianSpec {
         if !is_suite {
             return Err(SpecError::Suite(suite.to_owned()));
         }
-        Ok(Self { suite: suite.to_owned(), packages: BTreeMap::new() })
+        Ok(Self { suite: suite.to_owned(), files_only: false, packages: BTreeMap::new() })
     }
 
     /// Adds `package`, `NAME` or `NAME=VERSION`.
@@ -107,6 +108,11 @@ impl DebianSpec {
         &self.suite
     }
 
+    /// Whether only the files of the named packages are meant (`deb:`), and no root that programs run in.
+    pub fn is_files_only(&self) -> bool {
+        self.files_only
+    }
+
     /// A package that this names with a version and that `locked` does not have in it, for people.
     pub fn lacks(&self, locked: &[LockedPackage]) -> Option<String> {
         let pinned = self.packages.iter().filter_map(|(name, version)| Some((name, version.as_ref()?)));
@@ -129,23 +135,28 @@ impl FromStr for DebianSpec {
     type Err = SpecError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let rest = text.strip_prefix("debian:").ok_or_else(|| SpecError::Prefix(text.to_owned()))?;
+        let files = text.strip_prefix("deb:");
+        let rest = files.or_else(|| text.strip_prefix("debian:"));
+        let rest = rest.ok_or_else(|| SpecError::Prefix(text.to_owned()))?;
         let (suite, packages) = match rest.split_once('+') {
             Some((suite, packages)) => (suite, Some(packages)),
             None => (rest, None),
         };
-        let mut spec = Self::essential(suite)?;
+        let mut spec = Self { files_only: files.is_some(), ..Self::essential(suite)? };
         for package in packages.into_iter().flat_map(|packages| packages.split(',')) {
             spec.add(package.trim())?;
         }
-        Ok(spec)
+        match spec.files_only && spec.packages.is_empty() {
+            true => Err(SpecError::Package(String::new())),
+            false => Ok(spec),
+        }
     }
 }
 
 /// The one way to write the spec: packages sorted, each once.
 impl fmt::Display for DebianSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "debian:{}", self.suite)?;
+        write!(f, "{}:{}", if self.files_only { "deb" } else { "debian" }, self.suite)?;
         for (index, (name, version)) in self.packages.iter().enumerate() {
             f.write_str(if index == 0 { "+" } else { "," })?;
             f.write_str(name)?;
@@ -167,6 +178,7 @@ mod tests {
             ("debian:bookworm", "debian:bookworm"),
             ("debian:bookworm+make,gcc,make", "debian:bookworm+gcc,make"),
             ("debian:bookworm-backports+g++", "debian:bookworm-backports+g++"),
+            ("deb:trixie+b,a", "deb:trixie+a,b"),
             ("debian:trixie+gcc=4:14.2.0-1,gcc", "debian:trixie+gcc=4:14.2.0-1"),
         ] {
             let spec: DebianSpec = text.parse().expect(text);
@@ -179,6 +191,7 @@ mod tests {
         for text in [
             "bookworm",
             "debian:",
+            "deb:trixie",
             "debian:../x",
             "debian:a b",
             "debian:bookworm+",

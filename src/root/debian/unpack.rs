@@ -193,7 +193,23 @@ pub fn unpack(packages: &[LockedPackage], blobs: &Blobs, epoch: i64) -> Result<T
     lay_out(&debs, blobs, epoch)
 }
 
+/// As [`unpack`], without what makes a root of it: the database, and files that scripts would make.
+///
+/// # Errors
+/// [`UnpackError`], as its variants say.
+pub fn unpack_files(packages: &[LockedPackage], blobs: &Blobs, epoch: i64) -> Result<Tree, UnpackError> {
+    let debs = read_all(packages, blobs)?;
+    Ok(laid_out(&debs, epoch)?.builder.finish()?)
+}
+
 fn lay_out(debs: &[Deb], blobs: &Blobs, epoch: i64) -> Result<Tree, UnpackError> {
+    let mut layout = laid_out(debs, epoch)?;
+    layout.add_masters();
+    layout.add_database(blobs)?;
+    Ok(layout.builder.finish()?)
+}
+
+fn laid_out(debs: &[Deb], epoch: i64) -> Result<Layout<'_>, UnpackError> {
     let mtime = Timestamp { seconds: epoch, nanoseconds: 0 };
     let mut layout = Layout {
         builder: Builder::new(),
@@ -209,9 +225,7 @@ fn lay_out(debs: &[Deb], blobs: &Blobs, epoch: i64) -> Result<Tree, UnpackError>
     for index in order {
         layout.add(index)?;
     }
-    layout.add_masters();
-    layout.add_database(blobs)?;
-    Ok(layout.builder.finish()?)
+    Ok(layout)
 }
 
 struct Layout<'a> {

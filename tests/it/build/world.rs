@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kiln::cache::{Entry, ShareTrace};
@@ -16,8 +16,9 @@ use kiln::engine::build::sources::{Locked, Permission};
 use kiln::engine::build::{Build, Gate, News, Options, Outcome, Ran, Runner, Summary, Timeline};
 use kiln::engine::merge::Merge;
 use kiln::engine::{Ended, Event, Listener, Phase, RunError, Step};
-use kiln::plan::Plan;
 use kiln::plan::recipe::Recipe;
+use kiln::plan::{Plan, RootSpec};
+use kiln::root::directory;
 use kiln::settings::{Flags, Settings};
 use kiln::store::Store;
 use kiln_artifact::tree::{Kind, Meta, Node, Tree, TreePath};
@@ -330,6 +331,11 @@ impl<'a> Player<'a> {
 impl Runner for Player<'_> {
     fn identify(&self, step: &Step, _: &mut dyn FnMut(&str)) -> Result<Vec<(String, String)>, RunError> {
         Ok(vec![("root".to_owned(), step.root.to_string())])
+    }
+
+    fn files(&self, root: &RootSpec, _: &mut dyn FnMut(&str)) -> Result<Arc<Tree>, RunError> {
+        let RootSpec::Directory(path) = root else { unreachable!("only folders are played") };
+        Ok(Arc::new(directory::import(&self.world.store, path).expect("a folder")))
     }
 
     fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError> {

@@ -9,6 +9,7 @@ mod superblock;
 pub use superblock::Superblock;
 
 use self::inode::{Data, Inode};
+use crate::archive::ContentSink;
 use crate::image::{Collector, ContentHasher, Image, ImageError, Limits, ReadAt};
 use crate::tree::{Kind, MAX_PATH_BYTES, TreePath};
 
@@ -22,17 +23,38 @@ const DIRENT_BYTES: usize = 12;
 /// # Errors
 /// [`ImageError`].
 pub fn read(source: &dyn ReadAt, limits: &Limits) -> Result<Image, ImageError> {
+    walk(source, limits, None)
+}
+
+/// As [`read`], and gives the content of every file that can be read to `sink`, one file in memory at a time.
+///
+/// # Errors
+/// [`ImageError`].
+pub fn extract(
+    source: &dyn ReadAt,
+    limits: &Limits,
+    sink: &mut dyn ContentSink,
+) -> Result<Image, ImageError> {
+    walk(source, limits, Some(sink))
+}
+
+fn walk<'a>(
+    source: &'a dyn ReadAt,
+    limits: &'a Limits,
+    sink: Option<&'a mut (dyn ContentSink + 'a)>,
+) -> Result<Image, ImageError> {
     let superblock = Superblock::read(source)?;
     if let Some(feature) = superblock.unknown_feature() {
         return Err(ImageError::Unsupported(feature));
     }
-    Walk { source, superblock, collector: Collector::new(limits) }.run()
+    Walk { source, superblock, collector: Collector::new(limits), sink }.run()
 }
 
 struct Walk<'a> {
     source: &'a dyn ReadAt,
     superblock: Superblock,
     collector: Collector<'a>,
+    sink: Option<&'a mut (dyn ContentSink + 'a)>,
 }
 
 /// A folder still to be listed.
@@ -121,13 +143,24 @@ impl Walk<'_> {
             0o10 => {
                 self.collector.content(inode.size)?;
                 let mut hasher = ContentHasher::default();
+                let mut kept = self.sink.is_some().then(Vec::new);
                 self.content(inode.data, inode.size, 0, inode.size, &mut |piece| {
                     match piece {
-                        Piece::Bytes(bytes) => hasher.update(bytes),
-                        Piece::Zeros(count) => hasher.zeros(count),
+                        Piece::Bytes(bytes) => {
+                            hasher.update(bytes);
+                            kept.iter_mut().for_each(|kept| kept.extend_from_slice(bytes));
+                        }
+                        Piece::Zeros(count) => {
+                            hasher.zeros(count);
+                            let count = usize::try_from(count).unwrap_or(usize::MAX);
+                            kept.iter_mut().for_each(|kept| kept.resize(kept.len().saturating_add(count), 0));
+                        }
                     }
                     Ok(())
                 })?;
+                if let (Some(sink), Some(kept)) = (&mut self.sink, kept) {
+                    sink.store(&mut &kept[..])?;
+                }
                 hasher.finish()
             }
             0o12 => self.link_text(&inode)?,

@@ -1,0 +1,100 @@
+//! Steps that need no machine: what is made and what is signed, on a worker's thread.
+
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use kiln_digest::Digest;
+use kiln_wire::{Outcome, Usage};
+
+use super::BuildError;
+use super::check::now_nanos;
+use super::runner::{Ran, Runner};
+use super::worker::{Kept, Message, Passed, Told, Worker};
+use crate::engine::merge::Merge;
+use crate::engine::run::Ended;
+use crate::plan::StepId;
+use crate::plan::make::Make;
+use crate::sign::images::{Source, Work};
+use crate::sign::keys::{KeyError, Keys};
+
+/// What did it, in words.
+const HERE: &str = "kiln, without a machine";
+
+impl<R: Runner> Worker<'_, '_, R> {
+    fn tell(&self, id: StepId, text: &str) {
+        let _ = self.messages.send(Message::Event(id, Told::Progress(text.to_owned())));
+    }
+
+    /// Makes what the step `id` makes, and merges it into WORK.
+    pub(super) fn make(
+        &self,
+        id: StepId,
+        makes: &[Make],
+        needs: &[(StepId, Digest)],
+        why: &str,
+    ) -> Result<Kept, BuildError> {
+        let (build, started, stamped_nanos) = (self.checker.build, Instant::now(), now_nanos());
+        let step = build.plan.step(id);
+        let made =
+            self.checker.at_bench(step, needs, |bench| bench.make(makes, &mut |text| self.tell(id, text)))?;
+        let io =
+            |source| BuildError::Io { what: "write to", path: build.settings.store.value.clone(), source };
+        let (manifest, _) = build.store.blobs().put(&made.manifest()[..]).map_err(io)?;
+        let merge = Merge {
+            store: build.store,
+            work: &build.settings.work.value,
+            step: &step.name,
+            overwrite: build.options.overwrite,
+        };
+        self.gate.enter(id);
+        let passed = Passed::new(self.gate, id);
+        let changed = merge.run(&made)?.len();
+        let ran = ran(Some(manifest), changed, started.elapsed());
+        let key = self.keys.get(id).unwrap_or_default();
+        let (not_kept, same) = self.checker.keep(step, &key, &ran, None, why, stamped_nanos)?;
+        drop(passed);
+        Ok(Kept { ran, not_kept, same })
+    }
+
+    /// Signs what the build's record names, where there are keys.
+    pub(super) fn sign(&self, id: StepId) -> Result<Kept, BuildError> {
+        let (build, started) = (self.checker.build, Instant::now());
+        let (work, secrets) = (&build.settings.work.value, &build.settings.secrets.value);
+        let now = crate::clock::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        let opened = Work::open(work, secrets)?;
+        let not_kept = match Keys::open(secrets, now) {
+            Ok(keys) => {
+                self.gate.enter(id);
+                let _passed = Passed::new(self.gate, id);
+                opened.sign(&keys, Source::Keys)?;
+                keys.warnings.iter().for_each(|warning| self.tell(id, &format!("warning: {warning}")));
+                "signatures are made anew each time".to_owned()
+            }
+            Err(KeyError::None(_)) => {
+                opened.check()?;
+                for image in &opened.record.unified {
+                    self.tell(id, &format!("to be signed: {} -> {}", image.file, image.signed));
+                }
+                format!(
+                    "nothing was signed: SECRETS ({}) has no keys; `kiln sign` makes them and signs",
+                    secrets.display()
+                )
+            }
+            Err(error) => return Err(crate::sign::images::SignError::from(error).into()),
+        };
+        Ok(Kept { ran: ran(None, 0, started.elapsed()), not_kept: Some(not_kept), same: true })
+    }
+}
+
+/// What came of a step that ran here.
+fn ran(outputs: Option<Digest>, changed: usize, command: Duration) -> Ran {
+    Ran {
+        ended: Ended::Ran(Outcome::Exit(0), Usage::default()),
+        outputs,
+        shares: Vec::new(),
+        spoiled: None,
+        undeclared: Vec::new(),
+        changed,
+        command,
+        machine: HERE.to_owned(),
+    }
+}

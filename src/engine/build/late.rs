@@ -1,0 +1,269 @@
+//! Steps that are known only by what others put out: those that make artifacts of it, and those whose root or kernel it is.
+
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kiln_artifact::tree::{Kind, Tree, TreePath};
+use kiln_digest::Digest;
+use kiln_virtio::fs::{Open, open_beneath};
+
+use super::check::Checker;
+use super::lower::{self, Found};
+use super::runner::Runner;
+use super::view::{self, Directory};
+use super::{BuildError, Lowered};
+use crate::cache::Key;
+use crate::engine::error::RunError;
+use crate::engine::host::KernelChoice;
+use crate::engine::make::{Bench, MakeError, Materials, Source};
+use crate::plan::graph::{Command, Kernel, Output, Root};
+use crate::plan::make::Make;
+use crate::plan::{PlannedStep, RootSpec, StepId};
+use crate::root::{bundle, directory, image};
+
+/// Names of kernels among outputs, and where their modules may lie.
+const KERNELS: &str = "vmlinuz-";
+const MODULES: [&str; 3] = ["modules", "lib/modules", "usr/lib/modules"];
+/// Which of several kernels is the one for machines.
+const VERSION_OF_MACHINES: &str = "boot/version-virt";
+
+/// A step that is known by outputs of others.
+pub(super) struct Late {
+    /// As it is run, and its key.
+    pub lowered: Lowered,
+    /// Folders that it needs while it runs.
+    pub folders: Vec<Directory>,
+}
+
+/// What a step of this build can make things of.
+struct Ingredients<'b, 'a, R> {
+    checker: &'b Checker<'a, R>,
+}
+
+impl<R: Runner> Checker<'_, R> {
+    /// When files are dated.
+    fn epoch(&self) -> i64 {
+        crate::plan::DEFAULT_SOURCE_DATE_EPOCH.try_into().unwrap_or_default()
+    }
+
+    /// Does `work` where things are made, for `step`.
+    pub fn at_bench<T>(
+        &self,
+        step: &PlannedStep,
+        needs: &[(StepId, Digest)],
+        work: impl FnOnce(&Bench<'_>) -> Result<T, MakeError>,
+    ) -> Result<T, BuildError> {
+        let view = self.view(step, needs)?;
+        let materials = Ingredients { checker: self };
+        let bench =
+            Bench { store: self.build.store, materials: &materials, view: &view, epoch: self.epoch() };
+        Ok(work(&bench)?)
+    }
+
+    /// The key of a step that makes `makes`.
+    pub fn key_of_makes(
+        &self,
+        step: &PlannedStep,
+        makes: &[Make],
+        needs: &[(StepId, Digest)],
+    ) -> Result<Key, BuildError> {
+        let mut key = Key::default();
+        for (name, value) in self.at_bench(step, needs, |bench| bench.ingredients(makes))? {
+            key.add(name, value);
+        }
+        Ok(key)
+    }
+
+    /// The key of `id`, which follows from what the steps that it needs put out.
+    pub fn late_key(&self, id: StepId, needs: &[(StepId, Digest)]) -> Result<Key, BuildError> {
+        let step = self.build.plan.step(id);
+        match &step.command {
+            Command::Make(makes) => self.key_of_makes(step, makes, needs),
+            Command::Sign => Ok(Key::default()),
+            Command::Text(_) | Command::Script(_) => Ok(self.late(step, needs)?.lowered.key),
+        }
+    }
+
+    /// `step`, whose root or kernel a step puts out.
+    pub fn late(&self, step: &PlannedStep, needs: &[(StepId, Digest)]) -> Result<Late, BuildError> {
+        let build = self.build;
+        let mut folders = Vec::new();
+        let mut found = Found::default();
+        if let Root::Step(output) = &step.root {
+            found.root = Some(self.root_of(step, output, needs)?);
+        }
+        if let Some(Kernel::Step(output)) = &step.kernel {
+            found.kernel = Some(self.kernel_of(step, output, needs, &mut folders)?);
+        }
+        let lowered = lower::lower(step, build.settings, &build.folder, build.options.overwrite, &found);
+        let mut host = build.runner.identify(&lowered, &mut |_| {})?;
+        for (name, value) in &mut host {
+            // Where the store keeps it is no part of what it is.
+            if let (Root::Step(output), "root") = (&step.root, name.as_str()) {
+                *value = format!("step:{} {}", output.shown, value.rsplit(' ').next().unwrap_or_default());
+            }
+        }
+        let key = lower::key(step, &lowered, build.settings, &build.plan.ignore, &build.sources, host);
+        let key = key.map_err(RunError::from)?;
+        Ok(Late { lowered: Lowered { step: lowered, key }, folders })
+    }
+
+    /// What the step that `output` names has put out.
+    fn outputs(&self, output: &Output, needs: &[(StepId, Digest)]) -> Result<Arc<Tree>, BuildError> {
+        let manifest = needs.iter().find(|(id, _)| *id == output.step).map(|(_, manifest)| *manifest);
+        let name = self.build.plan.step(output.step).name.clone();
+        let lost = |digest| BuildError::Lost {
+            step: name.clone(),
+            path: "the manifest of its outputs".to_owned(),
+            digest,
+        };
+        let manifest = manifest.ok_or_else(|| lost(Digest::of(b"")))?;
+        self.tree(&manifest).ok_or_else(|| lost(manifest))
+    }
+
+    fn root_of(
+        &self,
+        step: &PlannedStep,
+        output: &Output,
+        needs: &[(StepId, Digest)],
+    ) -> Result<RootSpec, BuildError> {
+        let tree = self.outputs(output, needs)?;
+        let none = |what: &'static str| BuildError::NotPutOut {
+            step: step.name.clone(),
+            what,
+            output: output.shown.clone(),
+        };
+        let at = TreePath::new(output.path.as_bytes()).map_err(|_| none("root"))?;
+        match tree.shown(&at).map(|node| &node.kind) {
+            Some(Kind::File { digest, .. }) => Ok(RootSpec::File(self.build.store.blobs().path(digest))),
+            Some(Kind::Directory) => {
+                let mut root = Tree::new();
+                let length = if at.is_root() { 0 } else { at.as_bytes().len() + 1 };
+                for (path, node) in tree.subtree(&at).filter(|(path, _)| **path != at) {
+                    let below = TreePath::new(path.as_bytes().get(length..).unwrap_or_default());
+                    let node = tree.shown(path).unwrap_or(node).clone();
+                    root.insert(below.map_err(|_| none("root"))?, node);
+                }
+                let made = image::make(self.build.store, &root);
+                let digest = made.map_err(crate::root::RootError::from).map_err(RunError::of_root)?;
+                Ok(RootSpec::File(image::path(self.build.store, &digest)))
+            }
+            _ => Err(none("root")),
+        }
+    }
+
+    fn kernel_of(
+        &self,
+        step: &PlannedStep,
+        output: &Output,
+        needs: &[(StepId, Digest)],
+        folders: &mut Vec<Directory>,
+    ) -> Result<KernelChoice, BuildError> {
+        let tree = self.outputs(output, needs)?;
+        let none = || BuildError::NotPutOut {
+            step: step.name.clone(),
+            what: "kernel",
+            output: output.shown.clone(),
+        };
+        let name_of = |path: &TreePath| String::from_utf8_lossy(path.name()).into_owned();
+        let of_machines = || {
+            let path = TreePath::new(VERSION_OF_MACHINES.as_bytes()).ok()?;
+            let Kind::File { digest, .. } = &tree.shown(&path)?.kind else { return None };
+            String::from_utf8(self.build.store.blobs().read(digest).ok()?).ok()
+        };
+        let mut kernels: Vec<&TreePath> = tree
+            .iter()
+            .filter(|(path, node)| {
+                matches!(node.kind, Kind::File { .. }) && name_of(path).starts_with(KERNELS)
+            })
+            .map(|(path, _)| path)
+            .collect();
+        if !output.path.is_empty() {
+            kernels =
+                tree.iter().map(|(path, _)| path).filter(|path| path.to_string() == output.path).collect();
+        } else if kernels.len() > 1
+            && let Some(version) = of_machines()
+        {
+            kernels.retain(|path| name_of(path) == format!("{KERNELS}{}", version.trim()));
+        }
+        let [path] = kernels[..] else { return Err(none()) };
+        let Some(Kind::File { digest, .. }) = tree.shown(path).map(|node| &node.kind) else {
+            return Err(none());
+        };
+        let name = name_of(path);
+        let release = name.strip_prefix(KERNELS).unwrap_or_default();
+        let modules = MODULES.iter().find_map(|folder| {
+            let path = TreePath::new(format!("{folder}/{release}").as_bytes()).ok()?;
+            tree.get(&path).map(|_| path)
+        });
+        let modules = match modules.filter(|_| !release.is_empty()) {
+            None => None,
+            Some(folder) => {
+                // As `lib/modules/RELEASE` lies, with all that is in it.
+                let mut kept = Tree::clone(&tree);
+                kept.retain(|path, _| path.is_within(&folder) || folder.is_within(path));
+                let written = view::write(&kept, self.build.store, |_| String::new())?;
+                let place = written.path().join(folder.to_string());
+                folders.push(written);
+                Some(place)
+            }
+        };
+        Ok(KernelChoice::File { kernel: self.build.store.blobs().path(digest), modules })
+    }
+}
+
+impl<R: Runner> Materials for Ingredients<'_, '_, R> {
+    fn source(&self, path: &str) -> Result<Option<Source>, MakeError> {
+        let (Some(top), hidden) = (self.checker.source(), &self.checker.hidden) else {
+            return Err(MakeError::NoSource(path.to_owned()));
+        };
+        let parts: Vec<&str> = path.split('/').collect();
+        if (1..=parts.len()).any(|end| hidden.hides(parts[..end].join("/").as_bytes())) {
+            return Ok(None);
+        }
+        let store = self.checker.build.store;
+        let place = |file: std::os::fd::BorrowedFd<'_>| {
+            let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+            std::fs::read_link(link).unwrap_or_else(|_| PathBuf::from(path))
+        };
+        if let Ok(folder) = open_beneath(top, path.as_bytes(), Open::Directory) {
+            let mut tree = directory::import(store, &place(folder.as_fd()))?;
+            tree.retain(|below, _| {
+                let inner = below.to_string();
+                let parts: Vec<&str> = inner.split('/').collect();
+                let full = |end: usize| match path {
+                    "" => parts[..end].join("/"),
+                    path => format!("{path}/{}", parts[..end].join("/")),
+                };
+                below.is_root() || !(1..=parts.len()).any(|end| hidden.hides(full(end).as_bytes()))
+            });
+            for (_, node) in tree.iter_mut() {
+                // As a share shows it: whose a source is, and when it was written, is no part of it.
+                (node.meta.uid, node.meta.gid) = (0, 0);
+                node.meta.mtime.seconds = self.checker.epoch();
+                node.meta.mtime.nanoseconds = 0;
+                node.meta.xattrs.clear();
+            }
+            return Ok(Some(Source::Folder(tree)));
+        }
+        let Ok(file) = open_beneath(top, path.as_bytes(), Open::Regular) else { return Ok(None) };
+        let file = std::fs::File::from(file);
+        let meta = file.metadata().map_err(MakeError::io("read a file of SRCDIR"))?;
+        let mode = u16::try_from(std::os::unix::fs::MetadataExt::mode(&meta) & 0o777).unwrap_or(0o644);
+        let (digest, size) = store.blobs().put(file).map_err(MakeError::io("read a file of SRCDIR"))?;
+        Ok(Some(Source::File(digest, size, mode)))
+    }
+
+    fn root(&self, spec: &RootSpec) -> Result<Arc<Tree>, MakeError> {
+        let spec = lower::located(spec, &self.checker.build.folder);
+        let tree = self.checker.build.runner.files(&spec, &mut |_| {});
+        tree.map_err(|error| MakeError::Root(Box::new(error)))
+    }
+
+    fn program(&self, name: &str) -> Option<PathBuf> {
+        let agent = bundle::find_agent(self.checker.build.settings.agent.value.as_deref())?;
+        let path = agent.parent().unwrap_or(Path::new("/")).join(name);
+        path.is_file().then_some(path)
+    }
+}

@@ -1,0 +1,333 @@
+//! Steps that make artifacts: on the host, by kiln's own writers, from what is known by digest. No machine, no foreign
+//! tool, no foreign code.
+//!
+//! [`select`] takes files out of WORK, SRCDIR, roots and kiln's programs; this file puts them together and writes. All
+//! that goes in is in the step's key ([`Bench::ingredients`]), so its trace has nothing to say but what came out.
+
+mod error;
+mod select;
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+
+use kiln_artifact::tree::{Kind, Layer, Meta, Node, Timestamp, Tree, TreePath};
+use kiln_artifact::uefi::uki;
+use kiln_artifact::{cpio, erofs, fat, squashfs, verity};
+use kiln_digest::Digest;
+
+use crate::plan::make::{From, Make, Origin, Pattern, Unified, What, fill};
+use crate::store::Store;
+
+pub use error::MakeError;
+pub use select::{Materials, Source};
+
+/// Changes with what is made of the same ingredients.
+const FORMAT: u32 = 1;
+/// Parts of a unified kernel image are held in memory.
+const PART_BYTES_MAX: u64 = 1 << 32;
+
+/// Where things are made.
+pub struct Bench<'a> {
+    /// Contents, and what is made.
+    pub store: &'a Store,
+    /// What there is to make them of.
+    pub materials: &'a dyn Materials,
+    /// What the step sees in WORK.
+    pub view: &'a Tree,
+    /// What made files are dated, seconds since 1970.
+    pub epoch: i64,
+}
+
+impl Bench<'_> {
+    /// What goes into `makes`, for a key: names, and digests of what they stand for now.
+    ///
+    /// # Errors
+    /// [`MakeError`].
+    pub fn ingredients(&self, makes: &[Make]) -> Result<Vec<(String, String)>, MakeError> {
+        let mut parts = vec![
+            ("the form of what is made".to_owned(), FORMAT.to_string()),
+            ("what is made".to_owned(), format!("{makes:?}")),
+            ("the date of what is made".to_owned(), self.epoch.to_string()),
+        ];
+        let mut seen = BTreeSet::new();
+        for from in makes.iter().flat_map(Make::parts) {
+            let name = match &from.origin {
+                Origin::Work(path) => format!("`{}` in WORK", path.text()),
+                Origin::Source(path) => format!("`{}` in SRCDIR", path.text()),
+                Origin::Root { spec, .. } => format!("root {spec}"),
+                Origin::Program(name) => format!("kiln's program `{name}`"),
+                Origin::Text(_) => continue,
+            };
+            if seen.insert((name.clone(), format!("{from:?}"))) {
+                parts.push((name, self.known(from)?));
+            }
+        }
+        Ok(parts)
+    }
+
+    /// What `from` stands for, as a digest; of what an earlier make makes nothing is known yet, and its own ingredients
+    /// say all.
+    fn known(&self, from: &From) -> Result<String, MakeError> {
+        let stars = match from.origin.pattern() {
+            Some(pattern) if pattern.has_star() => self.stars(from, &Tree::new())?,
+            _ => vec![String::new()],
+        };
+        let mut text = String::new();
+        for star in stars {
+            let digest = match self.take(from, &star, &Tree::new()) {
+                Ok(tree) => tree.digest().to_string(),
+                Err(MakeError::Missing { .. }) => "nothing".to_owned(),
+                Err(error) => return Err(error),
+            };
+            text.push_str(&format!("{star} {digest}\n"));
+        }
+        Ok(text.trim().to_owned())
+    }
+
+    /// Makes it all, and gives the tree of what was made; the contents are in the store.
+    ///
+    /// # Errors
+    /// [`MakeError`].
+    pub fn make(&self, makes: &[Make], progress: &mut dyn FnMut(&str)) -> Result<Tree, MakeError> {
+        let mut made = Tree::new();
+        for make in makes {
+            let stars = match make.range() {
+                Some(range) => self.stars(range, &made)?,
+                None => vec![String::new()],
+            };
+            if stars.is_empty() && !make.optional {
+                let range = make.range().map(|range| format!("{range:?}")).unwrap_or_default();
+                let pattern = make.range().and_then(|range| range.origin.pattern());
+                return Err(MakeError::Nothing(pattern.map_or(range, |path| path.text().to_owned())));
+            }
+            let is_single = make.globs().iter().all(|glob| !glob.contains('*') || glob.contains("**"));
+            if let (true, [one, other, ..]) = (is_single, &stars[..]) {
+                let path = make.path.text().to_owned();
+                return Err(MakeError::Several { path, one: one.clone(), other: other.clone() });
+            }
+            for star in &stars {
+                let made_before = made.clone();
+                match self.make_one(make, star, &mut made, progress) {
+                    Err(MakeError::Missing { .. } | MakeError::Empty(_)) if make.optional => {
+                        made = made_before
+                    }
+                    done => done?,
+                }
+            }
+        }
+        Ok(made)
+    }
+
+    fn make_one(
+        &self,
+        make: &Make,
+        star: &str,
+        made: &mut Tree,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<(), MakeError> {
+        let path = make.path.bind(star);
+        match &make.what {
+            What::Unified(parts) => {
+                progress(&format!("making {path}"));
+                let image = self.unified(parts, star, made)?;
+                return self.put(made, &path, &mut &image[..]);
+            }
+            What::Verity { hash } => {
+                progress(&format!("making {path}"));
+                return self.verity(&make.from, hash.as_ref(), &path, star, made);
+            }
+            _ => {}
+        }
+        let mut tree = self.folder_tree();
+        for from in &make.from {
+            let part = self.take(from, star, made)?;
+            let mut layer = Layer::new();
+            for (path, node) in part.iter().filter(|(path, _)| !path.is_root()) {
+                layer.insert(path.clone(), node.clone());
+            }
+            if let Some(root) = part.get(&TreePath::root()).filter(|_| from.at.is_none() && part.len() > 1) {
+                layer.insert(TreePath::root(), root.clone());
+            }
+            tree = tree.overlay(&layer)?;
+        }
+        if tree.len() < 2 {
+            return Err(MakeError::Empty(path));
+        }
+        let contents = self.store.blobs();
+        let mut file = match &make.what {
+            What::Files => return self.keep(made, &path, &tree),
+            _ => {
+                progress(&format!("making {path}"));
+                tempfile::tempfile_in(self.store.temporary())
+                    .map_err(MakeError::io("make a file in the store"))?
+            }
+        };
+        match &make.what {
+            What::Squashfs { codec, block_bytes } => {
+                let options = squashfs::Options {
+                    codec: *codec,
+                    block_bytes: *block_bytes,
+                    mkfs_time: u32::try_from(self.epoch).unwrap_or_default(),
+                    ..squashfs::Options::default()
+                };
+                squashfs::write(&tree, contents, &mut file, &options)
+                    .map_err(|source| MakeError::Squashfs { path: path.clone(), source })?;
+            }
+            What::Erofs => {
+                erofs::write(&tree, contents, &mut file)
+                    .map_err(|source| MakeError::Erofs { path: path.clone(), source })?;
+            }
+            What::Cpio(encoding) => {
+                let options = cpio::Options { omit_root: true, drop_xattrs: true };
+                let mut out = io::BufWriter::new(&mut file);
+                cpio::write_encoded(&tree, contents, &mut out, options, *encoding)
+                    .map_err(|source| MakeError::Cpio { path: path.clone(), source })?;
+                out.flush().map_err(MakeError::io("write an archive"))?;
+            }
+            What::Fat { label, size_bytes } => {
+                let options =
+                    fat::Options { size_bytes: *size_bytes, label: *label, ..fat::Options::default() };
+                fat::write(&tree, contents, &mut file, &options)
+                    .map_err(|source| MakeError::Fat { path: path.clone(), source })?;
+            }
+            What::Files | What::Verity { .. } | What::Unified(_) => {}
+        }
+        self.put_file(made, &path, file)
+    }
+
+    fn verity(
+        &self,
+        from: &[From],
+        hash: Option<&Pattern>,
+        path: &str,
+        star: &str,
+        made: &mut Tree,
+    ) -> Result<(), MakeError> {
+        let Some(from) = from.first() else { return Err(MakeError::Empty(path.to_owned())) };
+        let (digest, name) = self.file(from, star, made)?;
+        let data = self.store.blobs().file(&digest).map_err(MakeError::io("read an image"))?;
+        let mut out = tempfile::tempfile_in(self.store.temporary())
+            .map_err(MakeError::io("make a file in the store"))?;
+        let root = verity::write(&data, &verity::Parameters::derived(&digest), &mut out)
+            .map_err(|source| MakeError::Verity { path: name, source })?;
+        self.put_file(made, path, out)?;
+        match hash {
+            Some(hash) => self.put(made, &hash.bind(star), &mut root.to_string().as_bytes()),
+            None => Ok(()),
+        }
+    }
+
+    fn unified(&self, parts: &Unified, star: &str, made: &Tree) -> Result<Vec<u8>, MakeError> {
+        let read = |from: &From| self.bytes(from, star, made);
+        let some = |from: &Option<From>| from.as_ref().map(read).transpose();
+        let (stub, kernel) = (read(&parts.stub)?, read(&parts.linux)?);
+        let initrds = parts.initrds.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        let (os_release, sbat) = (some(&parts.os_release)?, some(&parts.sbat)?);
+        let command_line = one_line(&String::from_utf8_lossy(&read(&parts.command_line)?));
+        let release = parts.release.as_ref().map(|text| fill(text, star));
+        let initrds: Vec<&[u8]> = initrds.iter().map(Vec::as_slice).collect();
+        let parts = uki::Parts {
+            os_release: os_release.as_deref(),
+            release: release.as_deref(),
+            command_line: &command_line,
+            kernel: &kernel,
+            initrds: &initrds,
+            sbat: sbat.as_deref(),
+        };
+        Ok(uki::write(&stub, &parts)?)
+    }
+
+    /// The content of the one file that `from` stands for.
+    fn bytes(&self, from: &From, star: &str, made: &Tree) -> Result<Vec<u8>, MakeError> {
+        let (digest, _) = self.file(from, star, made)?;
+        let file = self.store.blobs().file(&digest).map_err(MakeError::io("read a part"))?;
+        let mut bytes = Vec::new();
+        file.take(PART_BYTES_MAX).read_to_end(&mut bytes).map_err(MakeError::io("read a part"))?;
+        match Digest::of(&bytes) == digest {
+            true => Ok(bytes),
+            false => Err(MakeError::io("read a part")(io::ErrorKind::InvalidData.into())),
+        }
+    }
+
+    /// The one file that `from` stands for: its digest and name.
+    fn file(&self, from: &From, star: &str, made: &Tree) -> Result<(Digest, String), MakeError> {
+        let tree = self.take(from, star, made)?;
+        let mut files = tree.iter().filter(|(path, node)| !path.is_root() && node.kind != Kind::Directory);
+        let shown = from.origin.pattern().map_or_else(String::new, |pattern| pattern.bind(star));
+        match (files.next(), files.next()) {
+            (Some((path, Node { kind: Kind::File { digest, .. }, .. })), None) => {
+                Ok((*digest, path.to_string()))
+            }
+            _ => Err(MakeError::NotAFile(shown)),
+        }
+    }
+
+    fn meta(&self, mode: u16) -> Meta {
+        Meta { mode, mtime: Timestamp { seconds: self.epoch, nanoseconds: 0 }, ..Meta::default() }
+    }
+
+    fn folder_tree(&self) -> Tree {
+        let mut tree = Tree::new();
+        tree.insert(TreePath::root(), Node { kind: Kind::Directory, meta: self.meta(0o755) });
+        tree
+    }
+
+    /// Puts a finished file into the store, and into `made` at `path`.
+    fn put_file(&self, made: &mut Tree, path: &str, mut file: File) -> Result<(), MakeError> {
+        file.seek(SeekFrom::Start(0)).map_err(MakeError::io("read what was made"))?;
+        self.put(made, path, &mut file)
+    }
+
+    fn put(&self, made: &mut Tree, path: &str, content: &mut dyn Read) -> Result<(), MakeError> {
+        let (digest, size) = self.store.blobs().put(content).map_err(MakeError::io("keep what was made"))?;
+        let path = TreePath::new(path.as_bytes())?;
+        self.add(made, path, Node { kind: Kind::File { digest, size }, meta: self.meta(0o644) })
+    }
+
+    /// Puts `tree` into `made`, below `folder`.
+    fn keep(&self, made: &mut Tree, folder: &str, tree: &Tree) -> Result<(), MakeError> {
+        for (path, node) in tree.iter().filter(|(path, _)| !path.is_root()) {
+            let mut node = tree.shown(path).unwrap_or(node).clone();
+            // When a file was made is no part of what it is.
+            node.meta.mtime = self.meta(0).mtime;
+            let place = match folder {
+                "" => path.clone(),
+                folder => TreePath::new(&[folder.as_bytes(), b"/", path.as_bytes()].concat())?,
+            };
+            if node.kind == Kind::Directory
+                && made.get(&place).is_some_and(|node| node.kind == Kind::Directory)
+            {
+                continue;
+            }
+            self.add(made, place, node)?;
+        }
+        Ok(())
+    }
+
+    /// Puts one node into `made`, with the folders above it. Nothing is made twice.
+    fn add(&self, made: &mut Tree, path: TreePath, node: Node) -> Result<(), MakeError> {
+        let mut above = path.parent();
+        while let Some(folder) = above.filter(|folder| !folder.is_root()) {
+            match made.get(&folder).map(|node| &node.kind) {
+                None => {
+                    made.insert(folder.clone(), Node { kind: Kind::Directory, meta: self.meta(0o755) });
+                }
+                Some(Kind::Directory) => {}
+                Some(_) => return Err(MakeError::Twice(folder)),
+            }
+            above = folder.parent();
+        }
+        if made.get(&path).is_some() {
+            return Err(MakeError::Twice(path));
+        }
+        made.insert(path, node);
+        Ok(())
+    }
+}
+
+/// A command line from a file that people write: without lines of comments, in one line.
+fn one_line(text: &str) -> String {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.collect::<Vec<_>>().join(" ")
+}

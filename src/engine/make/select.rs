@@ -1,0 +1,344 @@
+//! Taking files out of WORK, SRCDIR, roots and kiln's own programs.
+
+use std::io::Read;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use kiln_artifact::tree::{Kind, Node, Tree, TreePath};
+use kiln_digest::Digest;
+
+use super::{Bench, MakeError};
+use crate::plan::RootSpec;
+use crate::plan::make::{From, Origin, Pattern, fill};
+use crate::root::modules::{Modules, normal_name};
+
+/// Linux's limit on links in one path (path_resolution(7)).
+const MOST_LINKS: usize = 40;
+/// What a folder of modules keeps of its lists when only some modules are taken.
+const DEPENDENCIES: &[u8] = b"modules.dep";
+const BUILTIN: &[u8] = b"modules.builtin";
+
+/// Something in SRCDIR.
+pub enum Source {
+    /// A folder as a tree; contents are in the store.
+    Folder(Tree),
+    /// A regular file with its permission bits.
+    File(Digest, u64, u16),
+}
+
+/// What there is to make artifacts of, beside WORK.
+pub trait Materials {
+    /// The file or folder at `path` in SRCDIR, without what steps are not shown; nothing where there is none.
+    ///
+    /// # Errors
+    /// [`MakeError`].
+    fn source(&self, path: &str) -> Result<Option<Source>, MakeError>;
+
+    /// The files of a root.
+    ///
+    /// # Errors
+    /// [`MakeError`].
+    fn root(&self, spec: &RootSpec) -> Result<Arc<Tree>, MakeError>;
+
+    /// Where a program that comes with kiln lies.
+    fn program(&self, name: &str) -> Option<PathBuf>;
+}
+
+impl Bench<'_> {
+    /// What the star of `from`'s path matches now, in order.
+    pub(super) fn stars(&self, from: &From, made: &Tree) -> Result<Vec<String>, MakeError> {
+        let Some(pattern) = from.origin.pattern() else { return Ok(vec![String::new()]) };
+        let mut found: Vec<String> = Vec::new();
+        let mut look = |tree: &Tree, pattern: &Pattern| {
+            let paths = tree.iter().filter_map(|(path, _)| std::str::from_utf8(path.as_bytes()).ok());
+            found.extend(paths.filter_map(|path| pattern.matches(path)).map(str::to_owned));
+        };
+        match &from.origin {
+            Origin::Work(pattern) => {
+                look(self.view, pattern);
+                look(made, pattern);
+            }
+            Origin::Root { spec, .. } => {
+                let tree = self.materials.root(spec)?;
+                let folder = pattern.text().rsplit_once('/').map_or("", |(folder, _)| folder);
+                match folder.contains('*') {
+                    true => look(&tree, pattern),
+                    // The folder may be reached by links.
+                    false => {
+                        let resolved =
+                            resolve(&tree, folder).map(|path| path.to_string()).unwrap_or_default();
+                        let name = pattern.text().rsplit('/').next().unwrap_or_default();
+                        let text =
+                            if resolved.is_empty() { name.to_owned() } else { format!("{resolved}/{name}") };
+                        if let Ok(pattern) = Pattern::parse(&text) {
+                            look(&tree, &pattern);
+                        }
+                    }
+                }
+            }
+            Origin::Source(pattern) => {
+                let (folder, below) = above_star(pattern.text());
+                if let Some(Source::Folder(tree)) = self.materials.source(folder)?
+                    && let Ok(pattern) = Pattern::parse(below)
+                {
+                    look(&tree, &pattern);
+                }
+            }
+            Origin::Program(_) | Origin::Text(_) => {}
+        }
+        found.sort();
+        found.dedup();
+        Ok(found)
+    }
+
+    /// What `from` stands for, laid out as it goes into an artifact.
+    pub(super) fn take(&self, from: &From, star: &str, made: &Tree) -> Result<Tree, MakeError> {
+        let path = from.origin.pattern().map(|pattern| pattern.bind(star)).unwrap_or_default();
+        let missing = |place: &str| MakeError::Missing { path: path.clone(), place: place.to_owned() };
+        let found = match &from.origin {
+            Origin::Work(_) => {
+                // What is being made lies above what was there.
+                let at = TreePath::new(path.as_bytes())?;
+                let tree = if made.get(&at).is_some() { made } else { self.view };
+                cut(tree, &path).ok_or_else(|| missing("WORK, as this step sees it"))?
+            }
+            Origin::Root { spec, .. } => {
+                let tree = self.materials.root(spec)?;
+                cut(&tree, &path).ok_or_else(|| missing(&format!("root {spec}")))?
+            }
+            Origin::Source(_) => match self.materials.source(&path)? {
+                Some(Source::Folder(tree)) => tree,
+                Some(Source::File(digest, size, mode)) => {
+                    let name = path.rsplit('/').next().unwrap_or(&path);
+                    self.single(name, digest, size, mode)?
+                }
+                None => return Err(missing("SRCDIR")),
+            },
+            Origin::Program(name) => {
+                let place = self.materials.program(name).ok_or_else(|| MakeError::Program(name.clone()))?;
+                let file = std::fs::File::open(place).map_err(MakeError::io("read a program of kiln's"))?;
+                let put = self.store.blobs().put(file).map_err(MakeError::io("keep a program of kiln's"))?;
+                self.single(name, put.0, put.1, 0o755)?
+            }
+            Origin::Text(text) => {
+                let text = fill(text, star);
+                let put = self.store.blobs().put(text.as_bytes()).map_err(MakeError::io("keep a text"))?;
+                self.single("text", put.0, put.1, 0o644)?
+            }
+        };
+        let found = match from.modules.is_empty() {
+            true => found,
+            false => self.modules(found, &from.modules)?,
+        };
+        self.laid_out(found, from, star)
+    }
+
+    /// A tree with one file.
+    fn single(&self, name: &str, digest: Digest, size: u64, mode: u16) -> Result<Tree, MakeError> {
+        let mut tree = Tree::default();
+        let path = TreePath::new(name.as_bytes())?;
+        tree.insert(path, Node { kind: Kind::File { digest, size }, meta: self.meta(mode) });
+        Ok(tree)
+    }
+
+    /// Leaves out what `from` does not take of `tree`, and moves the rest to where it goes. A tree without a root folder is
+    /// one file.
+    fn laid_out(&self, tree: Tree, from: &From, star: &str) -> Result<Tree, MakeError> {
+        let at = from.at.as_ref().map(|at| at.bind(star));
+        let is_file = tree.get(&TreePath::root()).is_none();
+        let is_taken = |path: &TreePath| {
+            (from.only.is_empty() || from.only.declare(path)) && !from.exclude.declare(path)
+        };
+        let mut kept = tree.clone();
+        if !is_file {
+            kept.retain(|path, _| path.is_root() || is_taken(path));
+        }
+        if from.join {
+            return self.joined(&kept, &at.unwrap_or_default());
+        }
+        let place = |path: &TreePath| match &at {
+            None => Ok(path.clone()),
+            Some(at) if is_file || path.is_root() => TreePath::new(at.as_bytes()),
+            Some(at) if at.is_empty() => Ok(path.clone()),
+            Some(at) => TreePath::new(&[at.as_bytes(), b"/", path.as_bytes()].concat()),
+        };
+        let mut out = self.folder_tree();
+        for (path, node) in kept.iter() {
+            let mut node = node.clone();
+            if let Kind::HardLink(holder) = &node.kind {
+                node.kind = Kind::HardLink(place(holder)?);
+            }
+            if let (Kind::File { .. }, Some(mode)) = (&node.kind, from.mode) {
+                node.meta.mode = mode;
+            }
+            let place = place(path)?;
+            // Folders on the way: the tree's own, or plain ones.
+            let mut above = place.parent();
+            while let Some(folder) = above.filter(|folder| out.get(folder).is_none()) {
+                out.insert(folder.clone(), Node { kind: Kind::Directory, meta: self.meta(0o755) });
+                above = folder.parent();
+            }
+            out.insert(place, node);
+        }
+        if !from.only.is_empty() && !is_file {
+            for (path, node) in tree.iter().filter(|(_, node)| node.kind == Kind::Directory) {
+                if let Ok(place) = place(path)
+                    && let Some(there) = out.get_mut(&place)
+                {
+                    there.meta = node.meta.clone();
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    /// All files of `tree`, one behind the other, as one file at `at`.
+    fn joined(&self, tree: &Tree, at: &str) -> Result<Tree, MakeError> {
+        let mut out = self.folder_tree();
+        let mut writer = self.store.blobs().writer().map_err(MakeError::io("keep what was joined"))?;
+        let mut is_empty = true;
+        for (path, node) in tree.iter() {
+            if let Kind::File { digest, .. } = &tree.shown(path).unwrap_or(node).kind {
+                let mut file =
+                    self.store.blobs().file(digest).map_err(MakeError::io("read what is joined"))?;
+                std::io::copy(&mut Read::by_ref(&mut file), &mut writer)
+                    .map_err(MakeError::io("keep what was joined"))?;
+                is_empty = false;
+            }
+        }
+        if is_empty {
+            return Err(MakeError::Empty(at.to_owned()));
+        }
+        let (digest, size) = writer.finish().map_err(MakeError::io("keep what was joined"))?;
+        let path = TreePath::new(at.as_bytes())?;
+        self.add(&mut out, path, Node { kind: Kind::File { digest, size }, meta: self.meta(0o644) })?;
+        Ok(out)
+    }
+
+    /// Of a folder of modules those that `wanted` names and all they need, with the lists that say so.
+    fn modules(&self, tree: Tree, wanted: &[String]) -> Result<Tree, MakeError> {
+        let text = |name: &[u8]| -> Result<String, MakeError> {
+            let node = TreePath::root().join(name).ok().and_then(|path| tree.get(&path).cloned());
+            match node.map(|node| node.kind) {
+                Some(Kind::File { digest, .. }) => {
+                    let bytes =
+                        self.store.blobs().read(&digest).map_err(MakeError::io("read a list of modules"))?;
+                    Ok(String::from_utf8_lossy(&bytes).into_owned())
+                }
+                _ => Err(MakeError::Missing {
+                    path: String::from_utf8_lossy(name).into_owned(),
+                    place: "the folder of modules".to_owned(),
+                }),
+            }
+        };
+        let (dependencies, builtin) = (text(DEPENDENCIES)?, text(BUILTIN)?);
+        let all = Modules::from_dep(&dependencies, &builtin)?;
+        let mut taken = std::collections::BTreeSet::new();
+        for name in wanted {
+            let (name, may_lack) = name.strip_suffix('?').map_or((name.as_str(), false), |name| (name, true));
+            match all.load_order(&[name]) {
+                Ok(paths) => taken.extend(paths.into_iter().map(str::to_owned)),
+                Err(_) if may_lack => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let names: std::collections::BTreeSet<String> = taken.iter().map(|path| normal_name(path)).collect();
+        let lines = dependencies.lines().filter(|line| {
+            line.split(':').next().is_some_and(|path| names.contains(&normal_name(path.trim())))
+        });
+        let list: String = lines.map(|line| format!("{line}\n")).collect();
+        let put = self.store.blobs().put(list.as_bytes()).map_err(MakeError::io("keep a list of modules"))?;
+        let mut kept = tree.clone();
+        kept.retain(|path, _| {
+            let bytes = path.as_bytes();
+            let text = String::from_utf8_lossy(bytes);
+            path.is_root()
+                || bytes == BUILTIN
+                || taken.contains(&*text)
+                || taken.iter().any(|module| module.starts_with(&format!("{text}/")))
+        });
+        let node = Node { kind: Kind::File { digest: put.0, size: put.1 }, meta: self.meta(0o644) };
+        kept.insert(TreePath::root().join(DEPENDENCIES)?, node);
+        Ok(kept)
+    }
+}
+
+/// The folder of a pattern above its star, and what is below.
+fn above_star(text: &str) -> (&str, &str) {
+    let star = text.find('*').unwrap_or(text.len());
+    match text[..star].rfind('/') {
+        Some(slash) => (&text[..slash], &text[slash + 1..]),
+        None => ("", text),
+    }
+}
+
+/// What is at `path` of `tree`, from there on; a file as a tree without a root folder, under its own name.
+fn cut(tree: &Tree, path: &str) -> Option<Tree> {
+    let at = resolve(tree, path)?;
+    let node = tree.shown(&at)?;
+    let mut out = Tree::default();
+    if node.kind != Kind::Directory {
+        let name = path.rsplit('/').next()?;
+        out.insert(TreePath::root().join(name.as_bytes()).ok()?, node.clone());
+        return Some(out);
+    }
+    let length = if at.is_root() { 0 } else { at.as_bytes().len() + 1 };
+    let below = |path: &TreePath| TreePath::new(path.as_bytes().get(length..).unwrap_or_default()).ok();
+    for (path, node) in tree.subtree(&at) {
+        let mut node = node.clone();
+        if let Kind::HardLink(holder) = &node.kind {
+            match holder.is_within(&at) {
+                true => node.kind = Kind::HardLink(below(holder)?),
+                // Its holder stays behind.
+                false => node = tree.shown(path)?.clone(),
+            }
+        }
+        let place = if *path == at { TreePath::root() } else { below(path)? };
+        out.insert(place, node);
+    }
+    Some(out)
+}
+
+/// Where `path` lies in `tree`, once links on the way to it are followed, and the last one where it leads to a folder.
+fn resolve(tree: &Tree, path: &str) -> Option<TreePath> {
+    let mut left: Vec<String> =
+        path.split('/').rev().filter(|part| !part.is_empty()).map(str::to_owned).collect();
+    let mut at = TreePath::root();
+    let mut links = 0;
+    while let Some(part) = left.pop() {
+        match part.as_str() {
+            "." => continue,
+            ".." => {
+                at = at.parent().unwrap_or_else(TreePath::root);
+                continue;
+            }
+            _ => {}
+        }
+        let next = at.join(part.as_bytes()).ok()?;
+        let node = tree.shown(&next)?;
+        let Kind::Symlink(target) = &node.kind else {
+            at = next;
+            continue;
+        };
+        links += 1;
+        let target = std::str::from_utf8(target).ok()?;
+        if left.is_empty() {
+            let folder = if target.starts_with('/') { String::new() } else { format!("{at}/") };
+            let followed =
+                (links < MOST_LINKS).then(|| resolve(tree, &format!("{folder}{target}"))).flatten();
+            let is_folder = followed
+                .as_ref()
+                .and_then(|path| tree.shown(path))
+                .is_some_and(|node| node.kind == Kind::Directory);
+            return Some(if is_folder { followed? } else { next });
+        }
+        if links > MOST_LINKS {
+            return None;
+        }
+        if target.starts_with('/') {
+            at = TreePath::root();
+        }
+        left.extend(target.split('/').rev().filter(|part| !part.is_empty()).map(str::to_owned));
+    }
+    Some(at)
+}
