@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use super::folder::Folder;
+use super::judge;
 
 /// A variable of the host's that no guest may see, unless a run names it.
 pub const TOKEN: (&str, &str) = ("KILN_TEST_TOKEN", "sesame");
@@ -358,8 +359,21 @@ impl Told {
         lines.take_while(|line| !(line.starts_with('[') && line.ends_with(']'))).collect()
     }
 
-    /// The events that `--json` wrote.
+    /// The events that `--json` wrote, or the machines that `kiln ps --json` did; all of them are as the schema says.
     pub fn events(&self) -> Vec<serde_json::Value> {
-        self.text().lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
+        static SCHEMAS: OnceLock<[String; 2]> = OnceLock::new();
+        let schemas = SCHEMAS.get_or_init(|| {
+            ["events", "ps"].map(|what| {
+                let printed = Command::new(program()).args(["schema", what]).output().expect("kiln is there");
+                String::from_utf8(printed.stdout).expect("text")
+            })
+        });
+        let lines = self.text().lines().map(|line| serde_json::from_str(line).expect("a line of JSON"));
+        let lines: Vec<serde_json::Value> = lines.collect();
+        let are_events = lines.iter().any(|line| line.get("event").is_some());
+        if !lines.is_empty() {
+            judge::holds(&schemas[usize::from(!are_events)], self.text());
+        }
+        lines
     }
 }

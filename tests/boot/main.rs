@@ -14,6 +14,8 @@ mod failure;
 mod folder;
 mod host;
 mod jail;
+#[path = "../judge/mod.rs"]
+mod judge;
 mod keep;
 mod leftovers;
 mod made;
