@@ -364,7 +364,7 @@ impl Told {
         static SCHEMAS: OnceLock<[String; 2]> = OnceLock::new();
         let schemas = SCHEMAS.get_or_init(|| {
             ["events", "ps"].map(|what| {
-                let printed = Command::new(program()).args(["schema", what]).output().expect("kiln is there");
+                let printed = Command::new(binary()).args(["schema", what]).output().expect("kiln is there");
                 String::from_utf8(printed.stdout).expect("text")
             })
         });

@@ -24,6 +24,7 @@ mod outputs;
 mod reads;
 mod ready;
 mod roots;
+mod screen;
 mod secure;
 mod squashfs;
 mod strace;

@@ -65,6 +65,8 @@ const NAME_COLUMNS: usize = 24;
 const WORD_COLUMNS: usize = "collecting".len();
 /// Columns of a time, as long as it is below 100 minutes.
 const TIME_COLUMNS: usize = "99 m 59 s".len();
+/// With fewer, a time takes no more columns than it has.
+const ALIGNED_COLUMNS: usize = 50;
 /// With fewer left, what a step says is left out rather than cut to nothing.
 const WORTH_SAYING_COLUMNS: usize = 8;
 
@@ -92,7 +94,7 @@ pub(super) fn lines(board: &Board, now: Duration, room: Room) -> Vec<Line> {
     let names = busy.iter().take(shown).map(|busy| width(&busy.step)).max().unwrap_or(0);
     let names = names.min(NAME_COLUMNS).min(columns / 3);
     for step in busy.iter().take(shown) {
-        let mut line = row(step, now, names);
+        let mut line = row(step, now, names, columns);
         let said = step.tail.iter().rev().take(tail.max(1)).rev();
         if tail == 0 {
             let taken = line.width() + 2;
@@ -135,10 +137,11 @@ fn head(board: &Board, now: Duration) -> Line {
     line
 }
 
-fn row(busy: &Busy, now: Duration, names: usize) -> Line {
+fn row(busy: &Busy, now: Duration, names: usize, columns: usize) -> Line {
     let time = clock(now.saturating_sub(busy.since));
+    let time = if columns < ALIGNED_COLUMNS { time } else { format!("{time:>TIME_COLUMNS$}") };
     let (name, word) = (fill(&busy.step, names), fill(busy.doing.word(), WORD_COLUMNS));
-    Line(vec![(Look::Strong, format!("  {name}")), (Look::Plain, format!("  {word}  {time:>TIME_COLUMNS$}"))])
+    Line(vec![(Look::Strong, format!("  {name}")), (Look::Plain, format!("  {word}  {time}"))])
 }
 
 /// A time that counts on: whole seconds.
