@@ -479,7 +479,7 @@ impl std::ops::Add for Read {
 }
 
 #[cfg(test)]
-#[path = "../../tests/judge/mod.rs"]
+#[path = "../../tests/judge/schema.rs"]
 mod judge;
 
 #[cfg(test)]

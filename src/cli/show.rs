@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use kiln_wire::Stream;
 
+use super::screen::cut;
 use super::terminal;
 use crate::plan::{harmless, without_commands};
 
@@ -81,7 +82,9 @@ impl Narrator {
         }
         let text = for_people(text);
         if self.terminal {
-            eprint!("\r\x1b[2Kkiln: {text}");
+            // Of a line that the terminal breaks, only the last part could be taken away.
+            let columns = usize::from(terminal::size_of(io::stderr()).columns);
+            eprint!("\r\x1b[2K{}", cut(&format!("kiln: {text}"), columns.saturating_sub(1)));
             self.over = true;
         } else if skeleton(&text) != skeleton(&self.last) {
             eprintln!("kiln: {text}");

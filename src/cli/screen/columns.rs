@@ -14,7 +14,7 @@ pub(super) fn width(text: &str) -> usize {
 
 /// The text in at most `columns`, with a mark where it was cut. A tab is one space; what has no width of its own goes where it is
 /// one too many.
-pub(super) fn cut(text: &str, columns: usize) -> String {
+pub(in crate::cli) fn cut(text: &str, columns: usize) -> String {
     let mut shown = String::new();
     // Where the mark would go.
     let mut fits = 0;

@@ -95,18 +95,16 @@ pub(super) fn lines(board: &Board, now: Duration, room: Room) -> Vec<Line> {
     let names = names.min(NAME_COLUMNS).min(columns / 3);
     for step in busy.iter().take(shown) {
         let mut line = row(step, now, names, columns);
-        let said = step.tail.iter().rev().take(tail.max(1)).rev();
-        if tail == 0 {
-            let taken = line.width() + 2;
-            if let Some(said) = said.last().filter(|_| columns.saturating_sub(taken) >= WORTH_SAYING_COLUMNS)
-            {
-                line.0.push((Look::Faint, format!("  {said}")));
-            }
-            lines.push(line);
-        } else {
-            lines.push(line);
-            lines.extend(said.map(|said| Line::of(Look::Faint, format!("    {said}"))));
+        let taken = line.width() + 2;
+        if tail == 0
+            && let Some(said) = step.tail.back()
+            && columns.saturating_sub(taken) >= WORTH_SAYING_COLUMNS
+        {
+            line.0.push((Look::Faint, format!("  {said}")));
         }
+        lines.push(line);
+        let said = step.tail.iter().rev().take(tail).rev();
+        lines.extend(said.map(|said| Line::of(Look::Faint, format!("    {said}"))));
     }
     if shown < busy.len() && lines.len() < most {
         lines.push(Line::of(Look::Plain, format!("  and {} more", busy.len() - shown)));

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use signal_hook::consts::SIGCONT;
 
 pub(super) use board::{Change, Doing};
+pub(super) use columns::cut;
 
 use super::terminal;
 use board::Board;

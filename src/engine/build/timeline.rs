@@ -188,7 +188,7 @@ fn microseconds(time: Duration) -> u64 {
 }
 
 #[cfg(test)]
-#[path = "../../../tests/judge/mod.rs"]
+#[path = "../../../tests/judge/timeline.rs"]
 mod judge;
 
 #[cfg(test)]
