@@ -62,8 +62,8 @@ fn a_build_is_drawn_while_it_runs_and_ends_with_plain_lines() {
     terminal.sees("1 waiting");
     terminal.sees("nasty \u{241b}[2J\u{241b}[31m text");
     // Narrower: it is drawn anew, within what there is.
-    terminal.resizes(ROWS, 30);
-    terminal.sees("running\u{1b}[m, …");
+    terminal.resizes(ROWS, 12);
+    terminal.sees("kiln: [0/2…");
     terminal.resizes(ROWS, COLUMNS);
     terminal.sees("1 running");
     let (code, shown) = terminal.ends();

@@ -34,16 +34,21 @@ impl Line {
 
     /// The same, in at most `columns`.
     fn cut(self, columns: usize) -> Self {
+        if self.width() <= columns {
+            return self;
+        }
         let mut left = columns;
         let mut pieces = Vec::new();
         for (look, text) in self.0 {
-            let shown = cut(&text, left);
-            let is_whole = shown == text;
-            left = left.saturating_sub(width(&shown));
-            pieces.push((look, shown));
-            if !is_whole {
-                break;
+            let wide = width(&text);
+            if wide < left {
+                left -= wide;
+                pieces.push((look, text));
+                continue;
             }
+            // With something after it, which does not fit, so that the mark stands here.
+            pieces.push((look, cut(&format!("{text} "), left)));
+            break;
         }
         Self(pieces)
     }
