@@ -8,14 +8,15 @@ use schemars::{JsonSchema, Schema};
 
 use super::choice::Choice;
 use super::show::line;
-use super::{FAILED, Failure, USAGE, events, lock, root, store};
+use super::{FAILED, Failure, USAGE, ask, events, lock, root, store};
 use crate::keeper::Entry;
 
 /// What has a schema: by what name, and which.
 type Named = (&'static str, fn() -> Schema);
 
-const SCHEMAS: [Named; 7] = [
+const SCHEMAS: [Named; 8] = [
     ("events", of::<events::Line<'static>>),
+    ("inputs", of::<ask::Input<'static>>),
     ("lock-show", of::<Vec<lock::Row<'static>>>),
     ("ps", of::<Entry>),
     ("root-diff", of::<root::Differing>),
@@ -28,6 +29,7 @@ const SCHEMAS: [Named; 7] = [
 #[derive(Debug, Args)]
 #[command(after_help = "\
   events      a line of `kiln build --json` and of `kiln run --json`; docs/events.md tells of them
+  inputs      a line of `kiln inputs --json`
   ps          a line of `kiln ps --json`
   root-diff   a line of `kiln root diff --json`
   root-ls, root-show, lock-show, store-du
@@ -41,7 +43,7 @@ Examples:
 pub(super) struct SchemaArguments {
     /// Of what
     #[arg(value_name = "WHAT", value_parser = Choice(&[
-        "events", "lock-show", "ps", "root-diff", "root-ls", "root-show", "store-du",
+        "events", "inputs", "lock-show", "ps", "root-diff", "root-ls", "root-show", "store-du",
     ]))]
     what: String,
 }

@@ -225,6 +225,14 @@ fn a_script_that_is_run_again_runs_only_what_has_something_new_to_read() {
     host.end(host.kiln().args(["log", "compile"]), &[]).ends(0, &["exited with status 7"]);
     let told = host.end(host.kiln().args(["why", "compile"]), &[]);
     assert!(told.ends(0, &[]).text().contains("compile: it ran last because"), "{told:?}");
+    let told = host.end(host.kiln().args(["inputs", "link", "--all", "--json"]), &[]);
+    let inputs = told.ends(0, &[]).lines_of("inputs");
+    let asked = |path: &str| {
+        let input = inputs.iter().find(|input| input["path"].as_str().is_some_and(|it| it.ends_with(path)));
+        input.expect(path).clone()
+    };
+    assert_eq!((&asked("/object")["asked"], &asked("/object")["share"]), (&"content".into(), &"work".into()));
+    assert_eq!(asked("/object")["digest"].as_str().map(str::len), Some(64));
     let told = host.end(host.kiln().args(["inputs", "link"]), &[]);
     assert!(told.ends(0, &[]).text().contains("/object"), "{told:?}");
 }

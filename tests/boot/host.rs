@@ -359,21 +359,15 @@ impl Told {
         lines.take_while(|line| !(line.starts_with('[') && line.ends_with(']'))).collect()
     }
 
-    /// The events that `--json` wrote, or the machines that `kiln ps --json` did; all of them are as the schema says.
+    /// The events that `--json` wrote.
     pub fn events(&self) -> Vec<serde_json::Value> {
-        static SCHEMAS: OnceLock<[String; 2]> = OnceLock::new();
-        let schemas = SCHEMAS.get_or_init(|| {
-            ["events", "ps"].map(|what| {
-                let printed = Command::new(binary()).args(["schema", what]).output().expect("kiln is there");
-                String::from_utf8(printed.stdout).expect("text")
-            })
-        });
-        let lines = self.text().lines().map(|line| serde_json::from_str(line).expect("a line of JSON"));
-        let lines: Vec<serde_json::Value> = lines.collect();
-        let are_events = lines.iter().any(|line| line.get("event").is_some());
-        if !lines.is_empty() {
-            judge::holds(&schemas[usize::from(!are_events)], self.text());
-        }
-        lines
+        self.lines_of("events")
+    }
+
+    /// The lines of JSON that were written: each is as the schema of `what` says.
+    pub fn lines_of(&self, what: &str) -> Vec<serde_json::Value> {
+        let printed = Command::new(binary()).args(["schema", what]).output().expect("kiln is there");
+        judge::holds(std::str::from_utf8(&printed.stdout).expect("text"), self.text());
+        self.text().lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
     }
 }

@@ -1,4 +1,4 @@
-//! Judges of what kiln writes for programs, which know nothing of how kiln writes it. Unit tests and two test programs use them.
+//! Judges of what kiln writes for programs, which know nothing of how kiln writes it. Unit tests and test programs use them.
 
 mod schema;
 mod timeline;

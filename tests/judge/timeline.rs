@@ -1,5 +1,6 @@
 //! The judge of timelines: a reader that goes by the trace event format alone.
 
+#![allow(clippy::panic, reason = "a judge fails by panicking")]
 #![allow(dead_code, reason = "each test program looks at some of it")]
 
 use std::collections::{BTreeMap, BTreeSet};
