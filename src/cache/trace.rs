@@ -108,6 +108,13 @@ impl Entry {
 }
 
 impl ShareTrace {
+    /// Files whose content was read, and their bytes together.
+    pub fn contents(&self) -> (u64, u64) {
+        let read = |entry: &&Entry| entry.kind == Kind::Regular && entry.observed.contains(Observed::CONTENT);
+        let entries = self.entries.iter().filter(read);
+        entries.fold((0, 0), |(count, bytes), entry| (count + 1, bytes + entry.fingerprint.size_bytes))
+    }
+
     fn write(&self, to: &mut Writer) {
         to.text(self.name.as_bytes());
         to.text(self.guest.as_bytes());
@@ -160,9 +167,8 @@ impl Trace {
 
     /// Files whose content was read, and their bytes together.
     pub fn contents(&self) -> (u64, u64) {
-        let read = |entry: &&Entry| entry.kind == Kind::Regular && entry.observed.contains(Observed::CONTENT);
-        let entries = self.shares.iter().flat_map(|share| &share.entries).filter(read);
-        entries.fold((0, 0), |(count, bytes), entry| (count + 1, bytes + entry.fingerprint.size_bytes))
+        let each = self.shares.iter().map(ShareTrace::contents);
+        each.fold((0, 0), |all, one| (all.0 + one.0, all.1 + one.1))
     }
 }
 

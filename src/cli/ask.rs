@@ -5,7 +5,10 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Args;
+use kiln_digest::Digest;
 use kiln_virtio::fs::record::{Observed, PathBytes};
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use super::build::{Opened, ScopeFlags, looking, open_for_scripts};
 use super::show::{self, line};
@@ -36,6 +39,9 @@ pub(super) struct InputsArguments {
     /// Also what it only asked about, and what it looked for in vain
     #[arg(long, short)]
     all: bool,
+    /// Write one JSON object a line
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     scopes: ScopeFlags,
 }
@@ -188,7 +194,7 @@ pub(super) fn inputs(arguments: &InputsArguments, flags: Flags) -> Result<ExitCo
         code: FAILED,
     })?;
     let mut out = io::stdout().lock();
-    let printed = print_inputs(&mut out, &trace, arguments.all).and_then(|()| out.flush());
+    let printed = print_inputs(&mut out, &trace, arguments).and_then(|()| out.flush());
     if printed.is_err() {
         // Who reads it has enough.
         return Ok(ExitCode::SUCCESS);
@@ -202,24 +208,74 @@ pub(super) fn inputs(arguments: &InputsArguments, flags: Flags) -> Result<ExitCo
     Ok(ExitCode::SUCCESS)
 }
 
-fn print_inputs(out: &mut impl Write, trace: &Trace, all: bool) -> io::Result<()> {
-    for share in &trace.shares {
-        let shown = |path: &[u8]| match path.is_empty() {
-            true => share.guest.clone(),
-            false => harmless(format!("{}/{}", share.guest, PathBytes(path.to_vec())).as_bytes()),
+/// Something that a step asked about, as `--json` has it.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Input<'a> {
+    /// Its path in the guest; `%NN` for a byte that is not UTF-8, and for `%`.
+    #[schemars(with = "String")]
+    path: PathBytes,
+    /// Of what it is a part: `src`, `work` or `sources`.
+    share: &'a str,
+    /// What was asked.
+    asked: Asked,
+    /// Digest of the content, of a link's text or of the listing.
+    #[schemars(with = "Option<String>")]
+    digest: Option<Digest>,
+}
+
+/// The most that was asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+enum Asked {
+    /// What is in it.
+    Content,
+    /// Which names are in it.
+    Listing,
+    /// What it is.
+    Metadata,
+    /// It is not there.
+    Missed,
+}
+
+impl Input<'_> {
+    fn row(&self) -> String {
+        let how = match (self.asked, &self.digest) {
+            (Asked::Content, Some(digest)) => digest.to_string(),
+            (Asked::Content | Asked::Metadata, _) => "asked about".to_owned(),
+            (Asked::Listing, _) => "listed".to_owned(),
+            (Asked::Missed, _) => "looked for in vain".to_owned(),
         };
-        for entry in &share.entries {
-            let content = entry.content.map(|digest| digest.to_string());
-            let how = match (&content, entry.observed.contains(Observed::LISTING)) {
-                (Some(digest), _) => digest,
-                (None, true) => "listed",
-                (None, false) if all => "asked about",
-                (None, false) => continue,
+        format!("{how:64}  {}", harmless(self.path.to_string().as_bytes()))
+    }
+}
+
+/// What a step read; with `all`, also what it only asked about.
+fn inputs_of(trace: &Trace, all: bool) -> impl Iterator<Item = Input<'_>> {
+    trace.shares.iter().flat_map(move |share| {
+        let input = |path: &[u8], asked, digest| {
+            let slash: &[u8] = if path.is_empty() { b"" } else { b"/" };
+            let path = PathBytes([share.guest.as_bytes(), slash, path].concat());
+            Input { path, share: &share.name, asked, digest }
+        };
+        let entries = share.entries.iter().map(move |entry| {
+            let (asked, digest) = match (entry.content, entry.observed.contains(Observed::LISTING)) {
+                (Some(digest), _) => (Asked::Content, Some(digest)),
+                (None, true) => (Asked::Listing, entry.listing),
+                (None, false) => (Asked::Metadata, None),
             };
-            writeln!(out, "{how:64}  {}", shown(&entry.path))?;
-        }
-        for path in share.missed.iter().filter(|_| all) {
-            writeln!(out, "{:64}  {}", "looked for in vain", shown(path))?;
+            input(&entry.path, asked, digest)
+        });
+        let entries = entries.filter(move |input| all || input.asked != Asked::Metadata);
+        let missed = share.missed.iter().filter(move |_| all);
+        entries.chain(missed.map(move |path| input(path, Asked::Missed, None)))
+    })
+}
+
+fn print_inputs(out: &mut impl Write, trace: &Trace, arguments: &InputsArguments) -> io::Result<()> {
+    for input in inputs_of(trace, arguments.all) {
+        match arguments.json {
+            true => writeln!(out, "{}", serde_json::to_string(&input)?)?,
+            false => writeln!(out, "{}", input.row())?,
         }
     }
     Ok(())

@@ -1,8 +1,7 @@
 //! `kiln build`: its flags, and the recipe opened for it and for the verbs that ask about a build.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -12,10 +11,13 @@ use std::thread;
 use clap::Args;
 use signal_hook::iterator::Signals;
 
+use super::events::Line;
 use super::interrupt::{heeded_signals, write_now};
-use super::report::Reporter;
+use super::report::{Manner, Reporter};
+use super::screen::Screen;
+use super::trace::TraceOut;
 use super::{FAILED, Failure, USAGE, recipe, show};
-use crate::cache::Scope;
+use crate::cache::{Index, Scope};
 use crate::engine::Host;
 use crate::engine::build::sources::{self, Locked, Permission};
 use crate::engine::build::{Build, Gate, Machines, Options, Outcome, Timeline};
@@ -160,7 +162,27 @@ impl Opened {
 }
 
 /// `kiln build`.
-pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<ExitCode, Failure> {
+pub(super) fn build(arguments: &BuildArguments, flags: Flags) -> Result<ExitCode, Failure> {
+    let timeline = Timeline::default();
+    let built = TraceOut::create(arguments.trace_out.as_deref(), &timeline).and_then(|trace| {
+        let built = carry_out(arguments, flags, timeline, &trace);
+        // Of a build that failed, too; which is what is said then.
+        let written = trace.write();
+        built.and_then(|code| written.map(|()| code))
+    });
+    built.inspect_err(|failure| {
+        if arguments.json {
+            show::line(&failure.event().to_string());
+        }
+    })
+}
+
+fn carry_out(
+    arguments: &BuildArguments,
+    mut flags: Flags,
+    mut timeline: Timeline,
+    trace: &TraceOut,
+) -> Result<ExitCode, Failure> {
     flags.work.clone_from(&arguments.work);
     flags.no_template = arguments.no_template;
     let opened = open(flags)?;
@@ -173,23 +195,23 @@ pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<Exit
     options.dry_run = arguments.dry_run;
     options.overwrite = arguments.overwrite;
     let wanted = opened.plan.wanted(&arguments.targets)?;
-    let trace_out = arguments.trace_out.as_deref().map(|path| File::create(path).map(|file| (path, file)));
-    let trace_out = trace_out.transpose().map_err(|error| Failure {
-        text: format!("cannot write the timeline: {error}"),
-        hint: None,
-        code: USAGE,
-    })?;
 
+    let manner = match Manner::of(arguments.json, arguments.quiet) {
+        // What would run, and why, is all there is to say.
+        Manner::Drawn if arguments.dry_run => Manner::Plain,
+        manner => manner,
+    };
+    let (settings, store) = (&opened.host.settings, &opened.host.store);
+    let index = Index::new(store, options.scope.clone(), options.read_scopes.clone());
+    let mut reporter = Reporter::begin(manner, wanted.len(), &opened.host, index);
     let gate = Gate::default();
-    let is_interrupted = watch(&gate, &opened.host, arguments.json)?;
-    let mut reporter = Reporter::new(arguments.quiet, arguments.json, wanted.len());
+    let is_interrupted = Leaving { json: arguments.json, screen: reporter.screen(), trace: trace.clone() }
+        .watch(&gate, &opened.host)?;
     let permission = opened.host.permission();
     let steps = wanted.iter().flat_map(|id| &opened.plan.step(*id).sources);
-    let (settings, store) = (&opened.host.settings, &opened.host.store);
     let sources = sources::lock(steps, settings, store, &permission, &mut |text| reporter.progress(text))?;
     let machines = Machines::new(&opened.host);
     let build = opened.build(&machines, sources, permission, options);
-    let mut timeline = Timeline::default();
     let summary = build.run(&wanted, &gate, &mut timeline, &mut |news| {
         // A terminal sends its signal to the machines as well: what ends because of that is not news, and the watcher
         // ends all of it.
@@ -198,15 +220,6 @@ pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<Exit
         }
         reporter.tell(&news)
     })?;
-    if let Some((path, file)) = trace_out {
-        let mut out = BufWriter::new(file);
-        let written = timeline.write(&mut out).and_then(|()| out.flush());
-        written.map_err(|error| Failure {
-            text: format!("cannot write the timeline to `{}`: {error}", path.display()),
-            hint: None,
-            code: FAILED,
-        })?;
-    }
     let failed_to_start = summary.outcomes.iter().find_map(|(_, outcome)| match outcome {
         Outcome::Failed(error) => Some(super::report::code_of(error)),
         _ => None,
@@ -216,33 +229,54 @@ pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<Exit
     Ok(ExitCode::from(code))
 }
 
-/// Ends the build on Ctrl-C and its like: between two merges, and with a word on what stays.
-/// Gives what the signal's handler itself sets: whatever fails because of the signal fails after that.
-pub(super) fn watch(gate: &Gate, host: &Host, json: bool) -> Result<Arc<AtomicBool>, Failure> {
-    let failure = |error: io::Error| Failure::new(&error, None, FAILED);
-    let is_interrupted = Arc::<AtomicBool>::default();
-    let heeded = heeded_signals();
-    let mut signals = Signals::new(&heeded).map_err(failure)?;
-    for signal in heeded {
-        signal_hook::flag::register(signal, Arc::clone(&is_interrupted)).map_err(failure)?;
-    }
-    let gate = gate.clone();
-    let (temporary, work) = (host.store.temporary(), host.settings.work.value.clone());
-    thread::spawn(move || {
-        let Some(signal) = signals.forever().next() else { return };
-        gate.shut();
-        let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
-        let text = format!(
-            "interrupted by {name}; what ended before is done and its outputs are in WORK `{}`, nothing else is",
-            work.display()
-        );
-        let _ = std::fs::remove_dir_all(&temporary);
-        if json {
-            let event = serde_json::json!({"event": "error", "text": text, "hint": null});
-            write_now(io::stdout(), &format!("{event}\n"));
+/// How a build is left on Ctrl-C and its like.
+pub(super) struct Leaving {
+    /// Whether an event is written.
+    pub json: bool,
+    /// What is drawn on.
+    pub screen: Option<Screen>,
+    /// Where the timeline goes.
+    pub trace: TraceOut,
+}
+
+impl Leaving {
+    /// Ends the build on Ctrl-C and its like: between two merges, and with a word on what stays.
+    /// Gives what the signal's handler itself sets: whatever fails because of the signal fails after that.
+    pub fn watch(self, gate: &Gate, host: &Host) -> Result<Arc<AtomicBool>, Failure> {
+        let failure = |error: io::Error| Failure::new(&error, None, FAILED);
+        let is_interrupted = Arc::<AtomicBool>::default();
+        let heeded = heeded_signals();
+        let mut signals = Signals::new(&heeded).map_err(failure)?;
+        for signal in heeded {
+            signal_hook::flag::register(signal, Arc::clone(&is_interrupted)).map_err(failure)?;
         }
-        write_now(io::stderr(), &format!("\n{}", show::error_line(&text)));
-        std::process::exit(128 + signal)
-    });
-    Ok(is_interrupted)
+        let gate = gate.clone();
+        let (temporary, work) = (host.store.temporary(), host.settings.work.value.clone());
+        thread::spawn(move || {
+            let Some(signal) = signals.forever().next() else { return };
+            gate.shut();
+            let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
+            let text = format!(
+                "interrupted by {name}; what ended before is done and its outputs are in WORK `{}`, nothing else is",
+                work.display()
+            );
+            let _ = std::fs::remove_dir_all(&temporary);
+            let _ = self.trace.write();
+            if self.json {
+                let event = Line::Error { text: &text, hint: None, again: None };
+                write_now(io::stdout(), &format!("{event}\n"));
+            }
+            // Else there may be a line of progress, and what the terminal shows of the key.
+            let before = match &self.screen {
+                Some(screen) => {
+                    screen.leave();
+                    ""
+                }
+                None => "\n",
+            };
+            write_now(io::stderr(), &format!("{before}{}", show::error_line(&text)));
+            std::process::exit(128 + signal)
+        });
+        Ok(is_interrupted)
+    }
 }

@@ -6,7 +6,7 @@
 //! into WORK it lets the run go on: that is short, and what it says afterwards is then true.
 
 use std::fs;
-use std::io::{self, IsTerminal};
+use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,11 +14,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::show;
+use super::events::Line;
+use super::{show, terminal};
 use crate::engine::{Event, Phase};
 
 /// Where a run is.
@@ -136,11 +136,11 @@ fn leave(shared: &Shared, signal: i32, manner: &Manner) -> ! {
     };
     let _ = fs::remove_dir_all(&manner.temporary);
     if manner.json {
-        let event = json!({"event": "error", "text": text, "hint": null});
+        let event = Line::Error { text: &text, hint: None, again: None };
         write_now(io::stdout(), &format!("{event}\n"));
     }
     // Over the line of progress, if there is one.
-    let clear = if io::stderr().is_terminal() { "\r\x1b[2K" } else { "" };
+    let clear = if terminal::is_drawn_on() { "\r\x1b[2K" } else { "" };
     write_now(io::stderr(), &format!("{clear}{}", show::error_line(&text)));
     // The state stays locked: the run gets no further.
     std::process::exit(128 + signal)

@@ -4,9 +4,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use serde_json::json;
 
 use super::choice::Choice;
+use super::events::Line;
 use super::show::{self, line};
 use super::{Failure, USAGE};
 use crate::engine::Keep;
@@ -79,10 +79,7 @@ pub(super) fn stay(
     let name = &keeper.entry().name;
     if as_json {
         let entry = keeper.entry();
-        line(
-            &json!({"event": "kept", "name": name, "idle_seconds": idle.as_secs(), "pid": entry.pid})
-                .to_string(),
-        );
+        line(&Line::Kept { name, idle_seconds: idle.as_secs(), pid: entry.pid }.to_string());
     } else {
         show::note(&format!("kept as {name}; it ends after {} with nobody in it", show_age(idle)));
         show::note(&format!("look into it:  kiln shell{store} {name}"));

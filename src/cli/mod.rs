@@ -8,6 +8,7 @@ mod choice;
 mod config;
 mod doctor;
 mod enter;
+mod events;
 mod interrupt;
 mod keep;
 mod kernel;
@@ -19,11 +20,15 @@ mod recipe;
 mod report;
 mod root;
 mod run;
+mod schema;
+mod screen;
 mod show;
 mod sign;
 mod signals;
 mod store;
 mod terminal;
+mod totals;
+mod trace;
 mod verdict;
 
 use std::ffi::OsString;
@@ -161,6 +166,8 @@ enum Verb {
     Root(root::RootArguments),
     /// Say what is in the store, remove what may go, and check it
     Store(store::StoreArguments),
+    /// Print the JSON schema of what kiln writes for programs
+    Schema(schema::SchemaArguments),
     /// Say what this host can do, by doing it, and how to get what is missing
     Doctor(doctor::DoctorArguments),
     /// Print every setting and where it was set
@@ -189,6 +196,11 @@ struct Failure {
 impl Failure {
     fn new(error: &dyn std::error::Error, hint: Option<String>, code: u8) -> Self {
         Self { text: show::chain(error), hint, code }
+    }
+
+    /// As `--json` has it.
+    fn event(&self) -> events::Line<'_> {
+        events::Line::Error { text: &self.text, hint: self.hint.as_deref(), again: None }
     }
 
     /// The same, of an attempt to `what`.
@@ -357,6 +369,7 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         Verb::Lock(arguments) => lock::lock(&arguments, flags),
         Verb::Root(arguments) => root::root(&arguments, open(flags)),
         Verb::Store(arguments) => store::store(&arguments, &open(flags)?),
+        Verb::Schema(arguments) => schema::schema(&arguments),
         Verb::Doctor(arguments) => match open(flags) {
             Ok(host) => doctor::doctor(&host, &arguments),
             Err(failure) => Ok(doctor::no_store(&failure)),

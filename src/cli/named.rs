@@ -10,12 +10,12 @@ use std::sync::atomic::Ordering;
 use std::thread;
 
 use clap::Args;
-use serde_json::json;
 
-use super::build::{ScopeFlags, looking, watch};
-use super::report::{Reporter, code_of};
+use super::build::{Leaving, ScopeFlags, looking};
+use super::report::{Manner, Reporter, code_of};
 use super::run::{KILN_FAILED, RunArguments};
 use super::show::{self, line};
+use super::trace::TraceOut;
 use super::{CANNOT, Failure, USAGE, again, recipe, verdict};
 use crate::cache::Index;
 use crate::engine::build::sources::{Locked, Permission};
@@ -57,7 +57,7 @@ pub(super) fn run(arguments: &RunArguments, name: &str, flags: Flags) -> ExitCod
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
             if arguments.json {
-                line(&json!({"event": "error", "text": failure.text, "hint": failure.hint}).to_string());
+                line(&failure.event().to_string());
             }
             show::failure(&failure.text, failure.hint.as_deref());
             ExitCode::from(status(failure.code))
@@ -112,7 +112,10 @@ fn try_run(arguments: &RunArguments, name: &str, flags: Flags) -> Result<u8, Fai
     plan.steps.push(PlannedStep { needs: given.keys().copied().collect(), ..planned });
 
     let gate = Gate::default();
-    let is_interrupted = watch(&gate, &host, arguments.json)?;
+    let mut reporter = Reporter::begin(Manner::of(arguments.json, arguments.quiet), 1, &host, index);
+    let is_interrupted =
+        Leaving { json: arguments.json, screen: reporter.screen(), trace: TraceOut::default() }
+            .watch(&gate, &host)?;
     let machines = Machines::new(&host);
     let build = Build {
         plan: &plan,
@@ -126,7 +129,6 @@ fn try_run(arguments: &RunArguments, name: &str, flags: Flags) -> Result<u8, Fai
         permission: Permission::default(),
         options,
     };
-    let mut reporter = Reporter::new(arguments.quiet, arguments.json, 1);
     let summary = build.run(&[id].into(), &gate, &mut Timeline::default(), &mut |news: News<'_>| {
         while is_interrupted.load(Ordering::SeqCst) {
             thread::park();
@@ -144,6 +146,7 @@ fn try_run(arguments: &RunArguments, name: &str, flags: Flags) -> Result<u8, Fai
         }
         _ => reporter.end(&summary, code, &host.settings),
     }
+    drop(reporter);
     if code != 0 && !arguments.json {
         show::note(&format!("again: {}", again::command()));
     }

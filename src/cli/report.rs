@@ -1,39 +1,71 @@
-//! What a build shows: a line for what matters, each step's output with its name before it, and a report at the end.
+//! What a build shows: lines that are drawn over and over on a terminal, plain ones elsewhere, or events; and a report at the end.
 
-use std::collections::BTreeMap;
-use std::io;
-use std::time::Duration;
+use std::collections::{BTreeMap, VecDeque};
+use std::io::{self, Read, Seek, SeekFrom};
 
 use kiln_wire::Stream;
-use serde_json::{Value, json};
 
-use super::run::as_json;
-use super::show::{self, Narrator, chain, line, try_line};
-use super::{Failure, USAGE};
-use crate::engine::build::{BuildError, News, Outcome, Ran, Summary};
-use crate::engine::{Event, Phase};
+use super::events::Line;
+use super::screen::{Change, Doing, Screen};
+use super::show::{self, Narrator, chain, for_people, line, try_line};
+use super::totals::{Totals, counted, counts};
+use super::{FAILED, USAGE};
+use crate::cache::Index;
+use crate::engine::build::{BuildError, News, Outcome, Summary, work_name};
+use crate::engine::{Event, Host, Phase};
 use crate::plan::{show_bytes, show_duration};
 use crate::settings::Settings;
 
-/// How much of a failed step's output is shown again where it was not shown before.
+/// How many lines of a step's output are remembered where they are not shown, for when kiln fails to carry it through.
 const TAIL_LINES: usize = 20;
 /// The longest line that is held back until its end comes.
 const LONGEST_LINE_BYTES: usize = 8 << 10;
-/// How many steps the end report names as those that took longest.
-const SLOWEST: usize = 3;
+/// How much of a failed step's output is shown where it was not shown before.
+const LONGEST_LOG_BYTES: u64 = 1 << 20;
+
+/// How a build is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Manner {
+    /// As events.
+    Json,
+    /// Nothing but errors and what failed steps printed.
+    Quiet,
+    /// Line by line.
+    Plain,
+    /// Drawn, where there is a terminal; else line by line.
+    Drawn,
+}
+
+impl Manner {
+    /// What flags ask for.
+    pub fn of(json: bool, quiet: bool) -> Self {
+        match (json, quiet) {
+            (true, _) => Self::Json,
+            (false, true) => Self::Quiet,
+            (false, false) => Self::Drawn,
+        }
+    }
+}
+
+/// Where lines go.
+enum Shown {
+    Json,
+    Quiet(Narrator),
+    Plain(Narrator),
+    Drawn(Screen),
+}
 
 /// Shows a build.
-pub(super) struct Reporter {
-    narrator: Narrator,
-    quiet: bool,
-    json: bool,
+pub(super) struct Reporter<'a> {
+    shown: Shown,
+    host: &'a Host,
+    index: Index,
     steps: usize,
     ended: usize,
     /// Output whose line has not ended yet, by step and stream.
     pending: BTreeMap<(String, bool), Vec<u8>>,
-    tails: BTreeMap<String, Vec<String>>,
-    phases: BTreeMap<&'static str, Duration>,
-    read: (u64, u64),
+    tails: BTreeMap<String, VecDeque<String>>,
+    totals: Totals,
     has_named_machine: bool,
 }
 
@@ -44,72 +76,142 @@ pub(super) fn code_of(error: &BuildError) -> u8 {
             crate::engine::HostError::Boundary { .. } | crate::engine::HostError::NoAgent { .. } => {
                 super::CANNOT
             }
-            _ => super::FAILED,
+            _ => FAILED,
         },
         BuildError::Run(crate::engine::RunError::Input(_)) => USAGE,
-        _ => super::FAILED,
+        _ => FAILED,
     }
 }
 
-impl Reporter {
-    /// One for a build of so many steps.
-    pub fn new(quiet: bool, json: bool, steps: usize) -> Self {
+impl<'a> Reporter<'a> {
+    /// One for a build of so many steps, which begins. What they print is found by `index`.
+    pub fn begin(manner: Manner, steps: usize, host: &'a Host, index: Index) -> Self {
+        let shown = match manner {
+            Manner::Json => {
+                line(&Line::begin(steps).to_string());
+                Shown::Json
+            }
+            Manner::Quiet => Shown::Quiet(Narrator::new(true)),
+            Manner::Plain => Shown::Plain(Narrator::new(false)),
+            // What a CI system reads is a log, also where it looks like a terminal.
+            Manner::Drawn if show::is_in_ci() => Shown::Plain(Narrator::new(false)),
+            Manner::Drawn => match Screen::take(steps) {
+                Some(screen) => Shown::Drawn(screen),
+                None => Shown::Plain(Narrator::new(false)),
+            },
+        };
         Self {
-            narrator: Narrator::new(quiet || json),
-            quiet,
-            json,
+            shown,
+            host,
+            index,
             steps,
             ended: 0,
             pending: BTreeMap::new(),
             tails: BTreeMap::new(),
-            phases: BTreeMap::new(),
-            read: (0, 0),
+            totals: Totals::default(),
             has_named_machine: false,
+        }
+    }
+
+    /// The screen that is drawn on: whoever ends the build from outside leaves it first.
+    pub fn screen(&self) -> Option<Screen> {
+        match &self.shown {
+            Shown::Drawn(screen) => Some(screen.clone()),
+            _ => None,
         }
     }
 
     /// Something slow is going on before the first step.
     pub fn progress(&mut self, text: &str) {
-        self.narrator.progress(text);
+        match &mut self.shown {
+            Shown::Json => line(&Line::Progress { step: None, text }.to_string()),
+            Shown::Quiet(narrator) | Shown::Plain(narrator) => narrator.progress(text),
+            Shown::Drawn(screen) => screen.change(Change::Note(for_people(text))),
+        }
     }
 
     /// A line that stays.
     pub fn say(&mut self, text: &str) {
-        self.narrator.say(text);
+        match &mut self.shown {
+            Shown::Json => {}
+            Shown::Quiet(narrator) | Shown::Plain(narrator) => narrator.say(text),
+            Shown::Drawn(screen) => screen.above(&format!("kiln: {}", for_people(text))),
+        }
+    }
+
+    fn warn(&mut self, text: &str) {
+        match &mut self.shown {
+            Shown::Json => {}
+            Shown::Quiet(narrator) | Shown::Plain(narrator) => narrator.warn(text),
+            Shown::Drawn(screen) => screen.above(&format!("kiln: warning: {}", for_people(text))),
+        }
+    }
+
+    fn fail(&mut self, text: &str, hint: Option<&str>) {
+        match &mut self.shown {
+            Shown::Json => {}
+            Shown::Quiet(narrator) | Shown::Plain(narrator) => {
+                narrator.clear();
+                show::failure(text, hint);
+            }
+            Shown::Drawn(screen) => screen.above(show::failure_lines(text, hint).trim_end()),
+        }
+    }
+
+    /// A line of a step's output that stays, whatever else does.
+    fn show(&mut self, step: &str, text: &str) {
+        let text = format!("{step} | {text}");
+        match &mut self.shown {
+            Shown::Json => {}
+            Shown::Quiet(narrator) | Shown::Plain(narrator) => narrator.show(&text),
+            Shown::Drawn(screen) => screen.above(&for_people(&text)),
+        }
+    }
+
+    /// What is drawn is another now.
+    fn change(&self, change: impl FnOnce() -> Change) {
+        if let Shown::Drawn(screen) = &self.shown {
+            screen.change(change());
+        }
     }
 
     /// Shows the news.
     pub fn tell(&mut self, news: &News<'_>) -> io::Result<()> {
-        if let News::Event(_, Event::Phase(phase, time)) = news {
-            *self.phases.entry(phase.name()).or_default() += *time;
-        }
-        if let News::Ends(_, Outcome::Ran { ran, .. }) = news {
-            let contents = ran.shares.iter().flat_map(|share| &share.entries).filter(|entry| {
-                entry.kind == kiln_virtio::fs::record::Kind::Regular && entry.content.is_some()
-            });
-            for entry in contents {
-                self.read = (self.read.0 + 1, self.read.1 + entry.fingerprint.size_bytes);
-            }
-        }
-        if self.json {
-            return try_line(&json_of(news).to_string());
+        self.totals.note(news);
+        if let Shown::Json = self.shown {
+            return Line::of_news(news).map_or(Ok(()), |event| try_line(&event.to_string()));
         }
         match news {
-            News::Starts(step, why) => self.narrator.say(&format!("{step}: {why}")),
-            News::Event(step, event) => self.event(step, event)?,
-            News::Ends(step, outcome) => self.ends(step, outcome),
+            News::Checks(step) => self.change(|| Change::Is((*step).to_owned(), Doing::Checking)),
+            News::Checked(step, _) => self.change(|| Change::Waits((*step).to_owned())),
+            News::Starts(step, why) => match &self.shown {
+                Shown::Drawn(screen) => {
+                    screen.change(Change::Is((*step).to_owned(), Doing::Preparing));
+                    screen.change(Change::Says((*step).to_owned(), for_people(why)));
+                }
+                _ => self.say(&format!("{step}: {why}")),
+            },
+            News::Event(step, event) => self.event(step, event),
+            News::Ends(step, outcome) => {
+                self.ends(step, outcome);
+                self.change(|| Change::Ends((*step).to_owned(), (*outcome).into()));
+            }
         }
         Ok(())
     }
 
-    fn event(&mut self, step: &str, event: &Event<'_>) -> io::Result<()> {
+    fn event(&mut self, step: &str, event: &Event<'_>) {
         match event {
-            Event::Progress(text) => self.narrator.progress(&format!("{step}: {text}")),
-            Event::Warning(text) => self.narrator.warn(&format!("{step}: {text}")),
+            Event::Progress(text) => match &mut self.shown {
+                Shown::Drawn(screen) => screen.change(Change::Says(step.to_owned(), for_people(text))),
+                _ => self.progress(&format!("{step}: {text}")),
+            },
+            Event::Warning(text) => self.warn(&format!("{step}: {text}")),
             // One line says it for all.
             Event::Machine(identity) if !std::mem::replace(&mut self.has_named_machine, true) => {
-                self.narrator.say(&identity.to_string());
+                self.say(&identity.to_string());
             }
+            Event::Machine(_) => {}
             Event::Output(stream, data) => {
                 let key = (step.to_owned(), *stream == Stream::Stderr);
                 let mut pending = self.pending.remove(&key).unwrap_or_default();
@@ -123,22 +225,34 @@ impl Reporter {
                     self.pending.insert(key, pending);
                 }
             }
-            Event::Machine(_) | Event::Phase(Phase::Prepare, _) | Event::Phase(..) => {}
+            Event::Phase(phase, _) => {
+                let doing = match phase {
+                    Phase::Setup => Doing::Running,
+                    Phase::Command => Doing::Collecting,
+                    Phase::Record => Doing::Merging,
+                    Phase::Prepare | Phase::Boot | Phase::Collect | Phase::Merge => return,
+                };
+                self.change(|| Change::Is(step.to_owned(), doing));
+            }
         }
-        Ok(())
     }
 
+    /// A whole line that a step wrote.
     fn output(&mut self, step: &str, bytes: &[u8]) {
         let text = String::from_utf8_lossy(bytes);
         let text = text.trim_end_matches(['\n', '\r']);
-        if self.quiet {
-            let tail = self.tails.entry(step.to_owned()).or_default();
-            if tail.len() == TAIL_LINES {
-                tail.remove(0);
-            }
-            tail.push(text.to_owned());
-        } else {
-            self.narrator.show(&format!("{step} | {text}"));
+        if let Shown::Plain(_) = self.shown {
+            return self.show(step, text);
+        }
+        let tail = self.tails.entry(step.to_owned()).or_default();
+        if tail.len() == TAIL_LINES {
+            tail.pop_front();
+        }
+        tail.push_back(text.to_owned());
+        // What a line was written over with is what a terminal would show of it.
+        let last = text.rsplit('\r').find(|part| !part.trim().is_empty());
+        if let Some(last) = last {
+            self.change(|| Change::Says(step.to_owned(), for_people(last)));
         }
     }
 
@@ -154,145 +268,99 @@ impl Reporter {
         match outcome {
             Outcome::UpToDate { restored: 0, .. } | Outcome::Skipped | Outcome::WouldRun => {}
             Outcome::UpToDate { restored, .. } => {
-                self.narrator.say(&format!("{of} {step}: up to date; {restored} outputs put back into WORK"));
+                self.say(&format!("{of} {step}: up to date; {restored} outputs put back into WORK"));
             }
             Outcome::Ran { ran, not_kept, same } => {
                 let same = if *same { ", as before" } else { "" };
                 let took = show_duration(ran.command);
-                self.narrator
-                    .say(&format!("{of} {step}: done in {took}, {} changed in WORK{same}", ran.changed));
+                self.say(&format!("{of} {step}: done in {took}, {} changed in WORK{same}", ran.changed));
                 if let Some(first) = ran.undeclared.first() {
                     let more = ran.undeclared.len() - 1;
                     let rest = if more == 0 { String::new() } else { format!(" and {more} more") };
-                    self.narrator.say(&format!("{step}: written but not declared, dropped: {first}{rest}"));
+                    self.say(&format!("{step}: written but not declared, dropped: {first}{rest}"));
                 }
                 if let Some(why) = not_kept {
-                    self.narrator
-                        .warn(&format!("{step}: its result is not kept, so it runs again next time: {why}"));
+                    self.warn(&format!("{step}: its result is not kept, so it runs again next time: {why}"));
                 }
             }
             Outcome::CommandFailed(ran) => {
-                self.narrator.clear();
-                for text in tail {
-                    self.narrator.show_always(&format!("{step} | {text}"));
-                }
-                show::failure(
-                    &format!("step `{step}` {}", how(ran)),
-                    Some(&format!("`kiln log {step}` prints all it said")),
-                );
+                let is_all_shown = self.whole_output(step, tail);
+                let hint = format!("`kiln log {step}` prints all it said");
+                let how = ran.failure().unwrap_or_else(|| "failed".to_owned());
+                self.fail(&format!("step `{step}` {how}"), (!is_all_shown).then_some(hint.as_str()));
             }
             Outcome::Failed(error) => {
-                self.narrator.clear();
-                show::failure(&format!("step `{step}`: {}", chain(error.as_ref())), error.hint().as_deref());
+                self.lines(step, tail);
+                let text = format!("step `{step}`: {}", chain(error.as_ref()));
+                self.fail(&text, error.hint().as_deref());
             }
         }
+    }
+
+    fn lines(&mut self, step: &str, lines: impl IntoIterator<Item = String>) {
+        for text in lines {
+            self.show(step, &text);
+        }
+    }
+
+    /// Shows what a step whose command failed has printed, where it was not shown as it came. Whether all of it was shown together.
+    fn whole_output(&mut self, step: &str, tail: VecDeque<String>) -> bool {
+        match self.shown {
+            Shown::Json | Shown::Plain(_) => false,
+            Shown::Quiet(_) | Shown::Drawn(_) => match self.log(step) {
+                Ok((left_out, log)) => {
+                    if left_out > 0 {
+                        self.show(step, &format!("… {} before", show_bytes(left_out)));
+                    }
+                    let text = String::from_utf8_lossy(&log);
+                    self.lines(step, text.lines().map(ToOwned::to_owned));
+                    left_out == 0
+                }
+                Err(_) => {
+                    self.lines(step, tail);
+                    false
+                }
+            },
+        }
+    }
+
+    /// The end of what a step has printed that is over, and how many bytes are before it.
+    fn log(&self, step: &str) -> io::Result<(u64, Vec<u8>)> {
+        let work = work_name(&self.host.settings.work.value);
+        let log = self.index.last_run(&work, step).and_then(|last| last.log);
+        let mut file = self.host.store.blobs().file(&log.ok_or(io::ErrorKind::NotFound)?)?;
+        let left_out = file.metadata()?.len().saturating_sub(LONGEST_LOG_BYTES);
+        file.seek(SeekFrom::Start(left_out))?;
+        let mut bytes = Vec::new();
+        file.take(LONGEST_LOG_BYTES).read_to_end(&mut bytes)?;
+        Ok((left_out, bytes))
     }
 
     /// The end report.
     pub fn end(&mut self, summary: &Summary, code: u8, settings: &Settings) {
-        let count = |is: fn(&Outcome) -> bool| summary.count(is);
-        let ran = count(|outcome| matches!(outcome, Outcome::Ran { .. }));
-        let cut_off = count(|outcome| matches!(outcome, Outcome::UpToDate { cut_off: true, .. }));
-        let up_to_date = count(|outcome| matches!(outcome, Outcome::UpToDate { cut_off: false, .. }));
-        let would_run = count(|outcome| matches!(outcome, Outcome::WouldRun));
-        let failed = count(|outcome| matches!(outcome, Outcome::Failed(_) | Outcome::CommandFailed(_)));
-        let skipped = count(|outcome| matches!(outcome, Outcome::Skipped));
-        if self.json {
-            line(
-                &json!({
-                    "event": "end", "version": 1, "code": code, "run": ran, "cut_off": cut_off,
-                    "up_to_date": up_to_date, "would_run": would_run, "failed": failed, "skipped": skipped,
-                    "seconds": summary.total.as_secs_f64(), "command_seconds": summary.commands.as_secs_f64(),
-                    "read": {"files": self.read.0, "bytes": self.read.1},
-                })
-                .to_string(),
-            );
-            return;
+        if let Shown::Json = self.shown {
+            return line(&Line::EndOfBuild(self.totals.event(summary, code)).to_string());
         }
-        let parts = [
-            (would_run, "would run"),
-            (ran, "run"),
-            (cut_off, "cut off"),
-            (up_to_date, "up to date"),
-            (failed, "failed"),
-            (skipped, "skipped"),
-        ];
-        let parts: Vec<String> = parts
-            .iter()
-            .filter(|(count, _)| *count > 0)
-            .map(|(count, what)| format!("{count} {what}"))
-            .collect();
-        let parts = if parts.is_empty() { "nothing to do".to_owned() } else { parts.join(", ") };
-        self.narrator.say(&format!(
-            "{parts} in {}; WORK is {}",
-            show_duration(summary.total),
-            settings.work.value.display()
-        ));
-        if ran > 0 {
-            let mut slowest: Vec<(&str, Duration)> = summary
-                .outcomes
-                .iter()
-                .filter_map(|(name, outcome)| match outcome {
-                    Outcome::Ran { ran, .. } => Some((name.as_str(), ran.command)),
-                    _ => None,
-                })
-                .collect();
-            slowest.sort_by_key(|(_, time)| std::cmp::Reverse(*time));
-            let slowest: Vec<String> = slowest
-                .iter()
-                .take(SLOWEST)
-                .map(|(name, time)| format!("{name} {}", show_duration(*time)))
-                .collect();
-            let phases: Vec<String> = self
-                .phases
-                .iter()
-                .filter(|(_, time)| **time >= Duration::from_millis(10))
-                .map(|(phase, time)| format!("{phase} {}", show_duration(*time)))
-                .collect();
-            self.narrator.say(&format!(
-                "time: {}; longest: {}; read {} files ({})",
-                phases.join(", "),
-                slowest.join(", "),
-                self.read.0,
-                show_bytes(self.read.1)
-            ));
+        let parts = counted(&counts(summary));
+        let (total, work) = (show_duration(summary.total), settings.work.value.display());
+        self.say(&format!("{parts} in {total}; WORK is {work}"));
+        for text in self.totals.lines() {
+            self.say(&text);
+        }
+        self.leave();
+    }
+
+    /// Leaves the screen, where there is one: what follows is plain.
+    fn leave(&mut self) {
+        if let Shown::Drawn(screen) = &self.shown {
+            screen.leave();
+            self.shown = Shown::Plain(Narrator::new(false));
         }
     }
 }
 
-fn how(ran: &Ran) -> String {
-    ran.failure().unwrap_or_else(|| "failed".to_owned())
-}
-
-fn json_of(news: &News<'_>) -> Value {
-    match news {
-        News::Starts(step, why) => json!({"event": "start", "step": step, "why": why}),
-        News::Event(step, event) => {
-            let mut value = as_json(event);
-            value["step"] = json!(step);
-            value
-        }
-        News::Ends(step, outcome) => {
-            let mut value = match outcome {
-                Outcome::UpToDate { cut_off, restored } => {
-                    json!({"outcome": "up-to-date", "cut_off": cut_off, "restored": restored})
-                }
-                Outcome::Ran { ran, not_kept, same } => json!({
-                    "outcome": "run", "outputs": ran.outputs, "same": same, "changed": ran.changed,
-                    "seconds": ran.command.as_secs_f64(), "not_kept": not_kept,
-                    "undeclared": ran.undeclared.iter().map(ToString::to_string).collect::<Vec<_>>(),
-                }),
-                Outcome::WouldRun => json!({"outcome": "would-run"}),
-                Outcome::CommandFailed(ran) => json!({"outcome": "failed", "how": how(ran)}),
-                Outcome::Failed(error) => {
-                    let failure = Failure::new(error.as_ref(), error.hint(), super::FAILED);
-                    json!({"outcome": "failed", "how": failure.text, "hint": failure.hint})
-                }
-                Outcome::Skipped => json!({"outcome": "skipped"}),
-            };
-            value["event"] = json!("step");
-            value["step"] = json!(step);
-            value
-        }
+impl Drop for Reporter<'_> {
+    fn drop(&mut self) {
+        self.leave();
     }
 }

@@ -8,11 +8,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use kiln_wire::{Outcome, Stream};
-use serde_json::{Value, json};
 
 use super::again;
 use super::choice::Choice;
+use super::events::Line;
 use super::interrupt::Interrupts;
 use super::keep::{self, KeepFlags};
 use super::kernel::KernelFlags;
@@ -22,7 +21,7 @@ use super::{CANNOT, Failure, USAGE, verdict};
 use crate::agent::{Limits, SessionError};
 use crate::engine::RunError;
 use crate::engine::{
-    Boundary, Clock, DiskArgument, Ended, Event, Host, MountArgument, Phase, ReadsError, ReadsReport, Report,
+    Boundary, Clock, DiskArgument, Event, Host, MountArgument, Phase, ReadsError, ReadsReport, Report,
     Require, Step, run as run_step,
 };
 use crate::keeper::Kept;
@@ -183,11 +182,8 @@ pub(super) fn run(arguments: &RunArguments, flags: Flags, caller: Option<Caller>
         Err(failure) => {
             let again = (!matches!(failure.code, USAGE | CANNOT)).then(again::command);
             if arguments.json {
-                let text = &failure.text;
-                line(
-                    &json!({"event": "error", "text": text, "hint": failure.hint, "again": again})
-                        .to_string(),
-                );
+                let (text, hint) = (&failure.text, failure.hint.as_deref());
+                line(&Line::Error { text, hint, again: again.as_deref() }.to_string());
             }
             show::failure(&failure.text, failure.hint.as_deref());
             if let Some(again) = again.filter(|_| !arguments.json) {
@@ -382,7 +378,7 @@ fn try_run(arguments: &RunArguments, flags: Flags, left: &mut Left) -> Result<u8
             phases.push((phase, time));
         }
         if arguments.json {
-            return show::try_line(&as_json(&event).to_string());
+            return show::try_line(&Line::of_event(None, &event).to_string());
         }
         match event {
             Event::Progress(text) => narrator.progress(text),
@@ -421,7 +417,8 @@ fn try_run(arguments: &RunArguments, flags: Flags, left: &mut Left) -> Result<u8
             .map_err(|error| Failure::new(&error, None, super::FAILED))?;
     }
     if arguments.json {
-        line(&ended_as_json(&report, &phases, code).to_string());
+        let again = (code != 0).then(again::command);
+        line(&Line::of_report(&report, &phases, code, again).to_string());
     } else {
         tell(&mut narrator, &report, &phases);
         if let Some((text, hint)) = verdict::complaint(&step, arguments, &report.ended) {
@@ -490,75 +487,4 @@ fn tell(narrator: &mut Narrator, report: &Report, phases: &[(Phase, Duration)]) 
         .map(|(phase, time)| format!("{} {}", phase.name(), show_duration(*time)))
         .collect();
     narrator.say(&format!("{} in all: {}", show_duration(total), parts.join(", ")));
-}
-
-pub(super) fn as_json(event: &Event<'_>) -> Value {
-    match event {
-        Event::Progress(text) => json!({"event": "progress", "text": text}),
-        Event::Warning(text) => json!({"event": "warning", "text": text}),
-        Event::Machine(identity) => json!({
-            "event": "machine",
-            "version": 1,
-            "backend": identity.backend,
-            "accelerator": format!("{:?}", identity.accelerator).to_lowercase(),
-            "origin": format!("{:?}", identity.origin).to_lowercase(),
-            "jail": identity.jail.layers,
-            "jail_missing": identity.jail.missing.iter().map(|(layer, _)| layer).collect::<Vec<_>>(),
-        }),
-        Event::Output(stream, data) => {
-            let stream = match stream {
-                Stream::Stdout => "stdout",
-                Stream::Stderr => "stderr",
-            };
-            match std::str::from_utf8(data) {
-                Ok(text) => json!({"event": "output", "stream": stream, "text": text}),
-                Err(_) => {
-                    json!({"event": "output", "stream": stream, "escaped": data.escape_ascii().to_string()})
-                }
-            }
-        }
-        Event::Phase(phase, time) => {
-            json!({"event": "phase", "phase": phase.name(), "seconds": time.as_secs_f64()})
-        }
-    }
-}
-
-fn ended_as_json(report: &Report, phases: &[(Phase, Duration)], code: u8) -> Value {
-    let (how, usage) = match &report.ended {
-        Ended::Ran(Outcome::Exit(code), usage) => (json!({"exit": code}), Some(usage)),
-        Ended::Ran(Outcome::Signal(signal), usage) => (json!({"signal": signal}), Some(usage)),
-        Ended::Ran(Outcome::TimedOut, usage) => (json!("timed out"), Some(usage)),
-        Ended::NotStarted { error, why } if why.is_empty() => {
-            (json!({"not-started": error.to_string()}), None)
-        }
-        Ended::NotStarted { error, why } => (json!({"not-started": format!("{error}: {why}")}), None),
-    };
-    let (files, bytes) = report.reads.contents();
-    json!({
-        "event": "end",
-        "version": 1,
-        "code": code,
-        "again": (code != 0).then(again::command),
-        "ended": how,
-        "root": report.reads.beside.root,
-        "bundle": report.bundle,
-        "usage": usage.map(|usage| json!({
-            "wall_us": usage.wall_us,
-            "user_us": usage.user_us,
-            "system_us": usage.system_us,
-            "max_rss_bytes": usage.max_rss_bytes,
-            "peak_memory_bytes": usage.peak_memory_bytes,
-            "oom_kills": usage.oom_kills,
-            "refused_processes": usage.refused_processes,
-        })),
-        "outputs": report.collected.as_ref().map(|collected| json!({
-            "manifest": collected.manifest,
-            "files": collected.files.0,
-            "bytes": collected.files.1,
-            "changed": collected.changed.iter().map(ToString::to_string).collect::<Vec<_>>(),
-            "undeclared": collected.undeclared.iter().map(ToString::to_string).collect::<Vec<_>>(),
-        })),
-        "reads": {"files": files, "bytes": bytes, "spoiled": report.reads.spoiled()},
-        "seconds": phases.iter().map(|(_, time)| time.as_secs_f64()).sum::<f64>(),
-    })
 }

@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 
 use kiln_wire::Stream;
 
+use super::screen::cut;
+use super::terminal;
 use crate::plan::{harmless, without_commands};
 
 /// An error and what it came from, each said once.
@@ -25,10 +27,13 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 
 /// What failed and what to do.
 pub(super) fn failure(text: &str, hint: Option<&str>) {
-    eprint!("{}", error_line(text));
-    if let Some(hint) = hint {
-        eprintln!("kiln: hint: {}", quoted(hint));
-    }
+    eprint!("{}", failure_lines(text, hint));
+}
+
+/// The lines that say what failed and what to do, each with its end.
+pub(super) fn failure_lines(text: &str, hint: Option<&str>) -> String {
+    let hint = hint.map_or_else(String::new, |hint| format!("kiln: hint: {}\n", quoted(hint)));
+    error_line(text) + &hint
 }
 
 /// The line that says what failed.
@@ -67,7 +72,7 @@ pub(super) struct Narrator {
 impl Narrator {
     /// One for this process's standard error.
     pub fn new(quiet: bool) -> Self {
-        Self { terminal: io::stderr().is_terminal(), quiet, over: false, last: String::new() }
+        Self { terminal: terminal::is_drawn_on(), quiet, over: false, last: String::new() }
     }
 
     /// Something slow is going on. In a log, figures that only count on are left out.
@@ -77,7 +82,9 @@ impl Narrator {
         }
         let text = for_people(text);
         if self.terminal {
-            eprint!("\r\x1b[2Kkiln: {text}");
+            // Of a line that the terminal breaks, only the last part could be taken away.
+            let columns = usize::from(terminal::size_of(io::stderr()).columns);
+            eprint!("\r\x1b[2K{}", cut(&format!("kiln: {text}"), columns.saturating_sub(1)));
             self.over = true;
         } else if skeleton(&text) != skeleton(&self.last) {
             eprintln!("kiln: {text}");
@@ -93,15 +100,8 @@ impl Narrator {
         }
     }
 
-    /// A line that stays and is not kiln's own.
+    /// A line that stays and is not kiln's own, also when all else is quiet.
     pub fn show(&mut self, text: &str) {
-        if !self.quiet {
-            self.show_always(text);
-        }
-    }
-
-    /// The same, also when all else is quiet.
-    pub fn show_always(&mut self, text: &str) {
         self.clear();
         eprintln!("{}", for_people(text));
     }
@@ -158,7 +158,7 @@ pub(super) fn is_in_ci() -> bool {
 }
 
 /// Text for standard error, where a guest may have had a word in it.
-fn for_people(text: &str) -> String {
+pub(super) fn for_people(text: &str) -> String {
     let text = harmless(text.as_bytes());
     match is_in_ci() {
         true => text.split('\n').map(without_commands).collect::<Vec<_>>().join("\n"),

@@ -1,10 +1,12 @@
 //! `kiln store`: what is in the store, what may go, and whether it is what was written.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use serde_json::json;
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use super::show::{self, line};
 use super::{FAILED, Failure, USAGE};
@@ -86,6 +88,17 @@ pub(super) fn store(arguments: &StoreArguments, host: &Host) -> Result<ExitCode,
     }
 }
 
+/// What takes up how much, in bytes, as `--json` has it.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Usage {
+    /// By kind.
+    kinds: BTreeMap<String, u64>,
+    /// All together.
+    total: u64,
+    /// How much the store may hold, where there is a limit.
+    limit: Option<u64>,
+}
+
 fn du(host: &Host, json: bool) -> Result<ExitCode, Failure> {
     let census = Census::take(&host.store)?;
     let limit = host.settings.store_limit.value;
@@ -93,9 +106,8 @@ fn du(host: &Host, json: bool) -> Result<ExitCode, Failure> {
     let usage: Vec<(String, u64)> =
         census.usage().into_iter().map(|(kind, bytes)| (name(kind).unwrap_or_default(), bytes)).collect();
     if json {
-        let kinds: serde_json::Map<_, _> =
-            usage.into_iter().map(|(kind, bytes)| (kind, json!(bytes))).collect();
-        line(&json!({ "kinds": kinds, "total": census.total(), "limit": limit }).to_string());
+        let usage = Usage { kinds: usage.into_iter().collect(), total: census.total(), limit };
+        line(&serde_json::to_string(&usage).unwrap_or_default());
         return Ok(ExitCode::SUCCESS);
     }
     for (kind, bytes) in usage {

@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use kiln_wire::TerminalSize;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
+use crate::settings::host_variable;
+
 /// Whether there is one to type on and to show things.
 pub(super) fn is_there() -> bool {
     io::stdin().is_terminal() && io::stdout().is_terminal()
@@ -17,6 +19,27 @@ pub(super) fn size() -> TerminalSize {
         Ok(size) => TerminalSize { rows: size.ws_row, columns: size.ws_col },
         Err(_) => TerminalSize::default(),
     }
+}
+
+/// The size of the one that is drawn on; as large as most were, where it does not know.
+pub(super) fn size_of(drawn_on: impl AsFd) -> TerminalSize {
+    match tcgetwinsize(drawn_on) {
+        Ok(size) if size.ws_row > 0 && size.ws_col > 0 => {
+            TerminalSize { rows: size.ws_row, columns: size.ws_col }
+        }
+        _ => TerminalSize { rows: 24, columns: 80 },
+    }
+}
+
+/// Whether standard error is one on which the cursor can be moved.
+pub(super) fn is_drawn_on() -> bool {
+    let kind = host_variable("TERM").unwrap_or_default();
+    io::stderr().is_terminal() && !kind.is_empty() && kind != b"dumb"
+}
+
+/// Whether colours are wanted (no-color.org).
+pub(super) fn has_colours() -> bool {
+    host_variable("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 /// The terminal with its keys handed over as they are: no line editing, no echo, no Ctrl-C of its own. Dropping this gives

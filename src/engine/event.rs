@@ -4,11 +4,14 @@ use std::io;
 use std::time::Duration;
 
 use kiln_wire::Stream;
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use crate::machine::Identity;
 
 /// A part of a run, for saying where the time went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum Phase {
     /// Kernel and root found or made.
     Prepare,

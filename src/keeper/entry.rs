@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use kiln_digest::Digest;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::machine::{Accelerator, Identity, Spec};
@@ -17,7 +18,7 @@ const READY: &str = "ready";
 const NAME_BYTES: usize = 20;
 
 /// What a machine is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
     /// Its step runs.
@@ -44,7 +45,7 @@ impl State {
 }
 
 /// A machine as the registry has it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Entry {
     /// Its name; empty until it is registered.
     #[serde(default)]
@@ -68,6 +69,7 @@ pub struct Entry {
     pub cpus: u16,
     /// For which steps it is ready, where it waits for one.
     #[serde(default)]
+    #[schemars(with = "Option<String>")]
     pub key: Option<Digest>,
     /// The version of the kiln that holds it; empty in an older one's.
     #[serde(default)]

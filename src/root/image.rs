@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use kiln_artifact::erofs::{self, ErofsError};
 use kiln_artifact::tree::{Kind, Tree};
 use kiln_digest::Digest;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::store::Store;
@@ -46,7 +47,7 @@ const LOCK_PATIENCE: Duration = Duration::from_millis(300);
 pub const SUMS: &str = "image";
 
 /// What is on an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Filesystem {
     /// erofs: kiln's own, or another tool's.

@@ -6,9 +6,10 @@ use std::process::Stdio;
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
 use super::host::{Host, Running, Told, busybox};
+use super::judge;
 
 /// A recipe in the host's folder, with SRCDIR and WORK below it.
-fn recipe(host: &Host, steps: &str) {
+pub fn recipe(host: &Host, steps: &str) {
     let root = busybox().display();
     host.file(
         "kiln.toml",
@@ -109,7 +110,10 @@ fn a_build_that_is_interrupted_keeps_what_is_done_and_goes_on_from_there() {
     // As `kill` does, and as a terminal does.
     for send in [kill_process, kill_process_group] {
         let mut command = host.kiln();
-        command.args(["build", "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(["build", "--json", "--trace-out", "trace.json"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut running = Running::start(&mut command);
         let group = running.id();
         running.read_until("begun");
@@ -117,6 +121,11 @@ fn a_build_that_is_interrupted_keeps_what_is_done_and_goes_on_from_there() {
         let told = running.end();
         told.ends(130, &["interrupted by SIGINT"]);
         assert_eq!(told.stderr.matches("kiln: error: ").count(), 1, "{told:?}");
+        assert_eq!(told.events().last().expect("events")["event"], "error");
+        let spans = judge::timeline(&host.read("trace.json"));
+        let second = spans.iter().find(|span| span.name == "second" && span.process == "steps");
+        let second = second.expect("the step that ran");
+        assert_eq!(second.arguments["outcome"], "unfinished");
         host.is_clean(group);
     }
     assert_eq!(host.read("work/first"), "1\n");
@@ -135,13 +144,47 @@ fn a_recipe_that_was_just_begun_builds() {
     let told = build(&host, &["--trace-out", &trace.display().to_string()]);
     told.ends(0, &["2 run"]);
     assert!(host.read("work/hello.txt").contains("hello from a machine"));
-    let trace: serde_json::Value = serde_json::from_str(&host.read("trace.json")).expect("JSON");
-    let spans = trace["traceEvents"].as_array().expect("a list");
-    assert!(
-        spans
-            .iter()
-            .any(|span| span["ph"] == "X" && span["name"] == "command" && span["args"]["step"] == "hello")
+    let spans = judge::timeline(&host.read("trace.json"));
+    let hello = spans.iter().find(|span| span.name == "hello" && span.process == "steps").expect("it ran");
+    assert_eq!((&hello.arguments["outcome"], hello.depth), (&"run".into(), 0));
+    let phases = spans.iter().filter(|span| span.depth == 1 && span.arguments["step"] == "hello");
+    let phases: Vec<&str> = phases.map(|span| span.name.as_str()).collect();
+    assert_eq!(phases, ["prepare", "boot", "setup", "command", "collect", "record", "merge"]);
+    assert_eq!(spans.iter().filter(|span| span.process == "checks").count(), 2);
+}
+
+#[test]
+fn the_end_of_a_build_says_where_the_time_went_and_what_was_read() {
+    let host = Host::new();
+    recipe(
+        &host,
+        "[steps.reader]\nrun = \"cat a b; test -e missing || echo there\"\n\
+         [steps.bad]\nneeds = [\"reader\"]\nrun = \"cat a; exit 3\"\n\
+         [steps.after]\nneeds = [\"bad\"]\nrun = \"true\"\n",
     );
+    host.file("src/a", "a".repeat(1000));
+    host.file("src/b", "b".repeat(3000));
+    let trace = host.path("trace.json");
+    let told = build(&host, &["--trace-out", &trace.display().to_string()]);
+    told.ends(
+        1,
+        &[
+            "kiln: 1 run, 1 failed, 1 skipped in ",
+            "kiln: time, all steps together: ",
+            "commands ",
+            "kiln: longest: ",
+            "; most: reader 2 files (3.9 KiB, ",
+        ],
+    );
+    let spans = judge::timeline(&host.read("trace.json"));
+    assert!(spans.iter().any(|span| span.name == "bad" && span.arguments["outcome"] == "failed"));
+    // The same, for programs: the reader is up to date now.
+    let events = build(&host, &["--json"]).ends(1, &[]).events();
+    assert_eq!((&events[0]["event"], &events[0]["steps"]), (&"begin".into(), &3.into()));
+    let end = events.last().expect("an end");
+    assert_eq!((&end["up_to_date"], &end["failed"], &end["skipped"]), (&1.into(), &1.into(), &1.into()));
+    assert_eq!((&end["read"]["files"], &end["read"]["bytes"]), (&1.into(), &1000.into()));
+    assert!(end["phase_seconds"]["command"].as_f64() > Some(0.0), "{end}");
 }
 
 #[test]
@@ -182,6 +225,14 @@ fn a_script_that_is_run_again_runs_only_what_has_something_new_to_read() {
     host.end(host.kiln().args(["log", "compile"]), &[]).ends(0, &["exited with status 7"]);
     let told = host.end(host.kiln().args(["why", "compile"]), &[]);
     assert!(told.ends(0, &[]).text().contains("compile: it ran last because"), "{told:?}");
+    let told = host.end(host.kiln().args(["inputs", "link", "--all", "--json"]), &[]);
+    let inputs = told.ends(0, &[]).lines_of("inputs");
+    let asked = |path: &str| {
+        let input = inputs.iter().find(|input| input["path"].as_str().is_some_and(|it| it.ends_with(path)));
+        input.expect(path).clone()
+    };
+    assert_eq!((&asked("/object")["asked"], &asked("/object")["share"]), (&"content".into(), &"work".into()));
+    assert_eq!(asked("/object")["digest"].as_str().map(str::len), Some(64));
     let told = host.end(host.kiln().args(["inputs", "link"]), &[]);
     assert!(told.ends(0, &[]).text().contains("/object"), "{told:?}");
 }

@@ -12,6 +12,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use super::folder::Folder;
+use super::judge;
 
 /// A variable of the host's that no guest may see, unless a run names it.
 pub const TOKEN: (&str, &str) = ("KILN_TEST_TOKEN", "sesame");
@@ -360,6 +361,13 @@ impl Told {
 
     /// The events that `--json` wrote.
     pub fn events(&self) -> Vec<serde_json::Value> {
+        self.lines_of("events")
+    }
+
+    /// The lines of JSON that were written: each is as the schema of `what` says.
+    pub fn lines_of(&self, what: &str) -> Vec<serde_json::Value> {
+        let printed = Command::new(binary()).args(["schema", what]).output().expect("kiln is there");
+        judge::holds(std::str::from_utf8(&printed.stdout).expect("text"), self.text());
         self.text().lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
     }
 }

@@ -33,7 +33,7 @@ fn exec(host: &Host, name: &str, command: &[&str]) -> Told {
 fn machines(host: &Host) -> Vec<Value> {
     let told = kiln(host, &["ps", "--json"]);
     told.ends(0, &[]);
-    told.events()
+    told.lines_of("ps")
 }
 
 /// The process that holds a machine; it leads the group of all that belongs to it.

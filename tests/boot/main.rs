@@ -14,6 +14,8 @@ mod failure;
 mod folder;
 mod host;
 mod jail;
+#[path = "../judge/mod.rs"]
+mod judge;
 mod keep;
 mod leftovers;
 mod made;
@@ -22,6 +24,7 @@ mod outputs;
 mod reads;
 mod ready;
 mod roots;
+mod screen;
 mod secure;
 mod squashfs;
 mod strace;

@@ -20,7 +20,7 @@ fn with_keeper(host: &Host, arguments: &[&str], script: &str) -> Told {
 /// The keepers of `host`.
 fn keepers(host: &Host) -> Vec<String> {
     let (told, _) = Host::told(host.kiln().args(["ps", "--json"]), &[]);
-    let entries = told.events();
+    let entries = told.lines_of("ps");
     entries.iter().filter(|entry| entry["state"] == "ready").map(|entry| entry["pid"].to_string()).collect()
 }
 

@@ -20,9 +20,11 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Typist {
     keys: File,
     // Held open, so that the terminal's settings can be looked at to the end.
-    terminal: OwnedFd,
+    terminal: Option<OwnedFd>,
     shown: Receiver<Vec<u8>>,
     seen: String,
+    // All that was shown.
+    all: Vec<u8>,
     child: Child,
 }
 
@@ -38,7 +40,9 @@ impl Typist {
         resize(&keys, rows, columns);
         // A session of its own, whose terminal this is.
         let mut session = started_by(&["setsid", "--ctty"], command);
-        session.env("TERM", "xterm");
+        if command.get_envs().all(|(name, _)| name != "TERM") {
+            session.env("TERM", "xterm");
+        }
         let side = || terminal.try_clone().expect("a descriptor");
         let child = session.stdin(side()).stdout(side()).stderr(side()).spawn().expect("setsid is there");
         let (sender, shown) = channel();
@@ -51,7 +55,7 @@ impl Typist {
                 }
             }
         });
-        Self { keys, terminal, shown, seen: String::new(), child }
+        Self { keys, terminal: Some(terminal), shown, seen: String::new(), all: Vec::new(), child }
     }
 
     pub fn types(&mut self, keys: &str) {
@@ -73,13 +77,18 @@ impl Typist {
             let left = by.saturating_duration_since(Instant::now());
             let bytes = self.shown.recv_timeout(left);
             assert!(bytes.is_ok(), "no {text:?} in {:?}", self.seen);
-            self.seen.push_str(&String::from_utf8_lossy(&bytes.unwrap_or_default()));
+            self.takes(&bytes.unwrap_or_default());
         }
+    }
+
+    fn takes(&mut self, bytes: &[u8]) {
+        self.all.extend_from_slice(bytes);
+        self.seen.push_str(&String::from_utf8_lossy(bytes));
     }
 
     /// The terminal's settings.
     pub fn settings(&self) -> Termios {
-        tcgetattr(&self.terminal).expect("a terminal")
+        tcgetattr(self.terminal.as_ref().expect("it has not ended")).expect("a terminal")
     }
 
     pub fn pid(&self) -> u32 {
@@ -87,15 +96,27 @@ impl Typist {
     }
 
     /// Waits for the command's end, and gives its status.
-    pub fn leaves(mut self) -> Option<i32> {
+    pub fn leaves(self) -> Option<i32> {
+        self.ends().0
+    }
+
+    /// The same, and all that was shown from the beginning on.
+    pub fn ends(mut self) -> (Option<i32>, Vec<u8>) {
         let by = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = self.child.try_wait().expect("it is ours") {
-                return status.code();
+                // With nobody left at the terminal, what it shows has an end.
+                self.terminal = None;
+                while let Ok(bytes) = self.shown.recv_timeout(by.saturating_duration_since(Instant::now())) {
+                    self.takes(&bytes);
+                }
+                return (status.code(), std::mem::take(&mut self.all));
             }
             assert!(Instant::now() < by, "it does not end; shown: {:?}", self.seen);
             // What it still shows must not hold it up.
-            let _ = self.shown.recv_timeout(Duration::from_millis(20));
+            if let Ok(bytes) = self.shown.recv_timeout(Duration::from_millis(20)) {
+                self.takes(&bytes);
+            }
         }
     }
 }

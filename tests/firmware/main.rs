@@ -11,6 +11,8 @@ mod folder;
 #[path = "../boot/host.rs"]
 #[expect(dead_code, reason = "what machines with an agent are asked for is not asked here")]
 mod host;
+#[path = "../judge/schema.rs"]
+mod judge;
 mod uki;
 
 use std::fs;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::folder::Folder;
+use super::judge;
 
 /// A mirror that nobody serves: a test that would fetch something fails instead.
 pub const NOWHERE: &str = "http://127.0.0.1:1/debian";
@@ -60,6 +61,11 @@ impl Host {
 
     pub fn run(&self, arguments: &[&str]) -> Told {
         Told::by(self.kiln().args(arguments))
+    }
+
+    /// Asserts that each line of `told` is as the schema of `what` says.
+    pub fn is_as_the_schema_says(&self, what: &str, told: &Told) {
+        judge::holds(&self.run(&["schema", what]).succeeds().stdout, &told.stdout);
     }
 
     /// Asserts that nothing unfinished is left in the store, and that WORK was not made. The next kiln sweeps what a

@@ -14,6 +14,8 @@ mod host;
 mod hub;
 mod inputs;
 mod jail;
+#[path = "../judge/mod.rs"]
+mod judge;
 mod keeper;
 mod lock;
 mod manual;

@@ -53,7 +53,7 @@ fn made(host: &Host, spec: &str) {
 /// What `kiln root ls --json` says.
 fn list(host: &Host) -> Vec<Value> {
     let told = host.run(&["root", "ls", "--json"]);
-    told.succeeds();
+    host.is_as_the_schema_says("root-ls", told.succeeds());
     serde_json::from_str(&told.stdout).expect("JSON")
 }
 
@@ -107,8 +107,9 @@ fn a_root_is_shown_by_its_name_or_by_some_digits() {
             assert!(told.stdout.contains(word), "no {word} in: {}", told.stdout);
         }
     }
-    let shown: Value =
-        serde_json::from_str(&host.run(&["root", "show", "--json", &digest]).stdout).expect("JSON");
+    let told = host.run(&["root", "show", "--json", &digest]);
+    host.is_as_the_schema_says("root-show", &told);
+    let shown: Value = serde_json::from_str(&told.stdout).expect("JSON");
     let tree = shown["tree"].as_array().expect("a tree");
     let node = |path: &str| tree.iter().find(|node| node["path"] == path).expect(path);
     assert_eq!(node("/bin/tool")["digest"], kiln_digest::Digest::of(b"new").to_string());
@@ -143,6 +144,7 @@ fn two_roots_are_compared_as_diff_does() {
         host.run(&["root", "diff", "--ignore", "content", "--ignore", "xattrs", "dir:one", "dir:other"]);
     assert_eq!(told.stdout, "~ /bin/tool: mode (0755 -> 4755)\n- /only-one\n+ /only-other\n");
     let told = host.run(&["root", "diff", "--json", "dir:one", "dir:other"]);
+    host.is_as_the_schema_says("root-diff", &told);
     let lines: Vec<Value> =
         told.stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
     assert_eq!(lines[0]["aspects"], serde_json::json!(["content", "mode"]));

@@ -166,11 +166,36 @@ fn modules_without_their_kernel_are_refused() {
 
 #[test]
 fn an_error_is_an_event_too_where_events_are_asked_for() {
-    let told = run(&Host::new(), &["--json", "--root", "moon"]);
-    told.fails(2, &["`moon`"]);
-    let event: serde_json::Value = serde_json::from_str(told.stdout.trim()).expect("one line of JSON");
-    assert_eq!(event["event"], "error");
-    assert!(event["text"].as_str().expect("text").contains("`moon`"));
+    let host = Host::new();
+    host.file("kiln.toml", "[steps.s]\nrun = \"x\"\n");
+    for (told, word) in [
+        (run(&host, &["--json", "--root", "moon"]), "`moon`"),
+        (run(&host, &["--json", "--step", "s", "--needs", "s"]), "cannot need itself"),
+        (host.run(&["build", "--json", "nothing"]), "`nothing`"),
+    ] {
+        told.fails(2, &[word]);
+        host.is_as_the_schema_says("events", &told);
+        let event: serde_json::Value = serde_json::from_str(told.stdout.trim()).expect("one line of JSON");
+        assert_eq!(event["event"], "error");
+        assert!(event["text"].as_str().expect("text").contains(word));
+    }
+}
+
+#[test]
+fn a_build_that_cannot_begin_leaves_a_timeline_and_an_unwritable_one_stops_it_before() {
+    let host = Host::new();
+    host.run(&["build", "--trace-out", "trace.json"]).fails(2, &["kiln.toml"]);
+    let text = std::fs::read_to_string(host.path("trace.json")).expect("it was written");
+    assert!(super::judge::timeline(&text).is_empty());
+    host.run(&["build", "--trace-out", "nowhere/trace.json"]).fails(2, &["cannot write the timeline"]);
+}
+
+#[test]
+fn what_has_no_schema_is_said_to_have_none() {
+    let host = Host::new();
+    host.run(&["schema", "moon"]).fails(2, &["`moon`", "events"]);
+    host.run(&["schema", "recipe"]).fails(2, &["`recipe`"]).hints(&["kiln recipe schema"]);
+    host.is_as_the_schema_says("store-du", host.run(&["store", "du", "--json"]).succeeds());
 }
 
 #[test]

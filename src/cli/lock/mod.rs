@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use serde_json::{Value, json};
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use super::show::{Narrator, line, note};
 use super::{FAILED, Failure, USAGE, recipe};
@@ -124,6 +125,42 @@ pub(super) fn lock(arguments: &LockArguments, flags: Flags) -> Result<ExitCode, 
     Ok(ExitCode::SUCCESS)
 }
 
+/// What is locked under a name, as `--json` has it.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Row<'a> {
+    /// What it is.
+    kind: &'a str,
+    /// What names it.
+    name: String,
+    /// Whether the recipe names it, where there is a recipe.
+    in_recipe: Option<bool>,
+    /// Whether all its bytes are in the store.
+    in_store: bool,
+    /// Its files.
+    files: Vec<LockedFile>,
+}
+
+/// A file that is locked.
+#[derive(Debug, Serialize, JsonSchema)]
+struct LockedFile {
+    /// What it is.
+    what: String,
+    /// Its digest.
+    #[schemars(with = "String")]
+    sha256: kiln_digest::Digest,
+    /// Its bytes.
+    size: u64,
+}
+
+impl<'a> Row<'a> {
+    fn of(entry: &crate::engine::lock::Entry<'a>, in_recipe: Option<bool>, in_store: bool) -> Self {
+        let files = entry.files().into_iter().map(|(what, sha256, size)| LockedFile { what, sha256, size });
+        let (kind, name) = (entry.kind(), entry.name());
+        Self { kind, name: name.to_string(), in_recipe, in_store, files: files.collect() }
+    }
+}
+
 fn show(host: &Host, plan: Option<&Plan>, json: bool) -> Result<(), Failure> {
     let lock = lock::read(host)?;
     let named = plan.map(Named::of).transpose()?;
@@ -133,18 +170,9 @@ fn show(host: &Host, plan: Option<&Plan>, json: bool) -> Result<(), Failure> {
         rows.push((entry, is_named, lock::is_here(host, entry)));
     }
     if json {
-        let row = |(entry, is_named, is_here): &(crate::engine::lock::Entry<'_>, Option<bool>, bool)| {
-            let files = entry.files();
-            let file = |(what, digest, size): &(String, kiln_digest::Digest, u64)| json!({"what": what, "sha256": digest, "size": size});
-            json!({
-                "kind": entry.kind(),
-                "name": entry.name(),
-                "in-recipe": is_named,
-                "in-store": is_here,
-                "files": files.iter().map(file).collect::<Vec<_>>(),
-            })
-        };
-        line(&Value::from(rows.iter().map(row).collect::<Vec<_>>()).to_string());
+        let rows: Vec<Row<'_>> =
+            rows.iter().map(|(entry, named, here)| Row::of(entry, *named, *here)).collect();
+        line(&serde_json::to_string(&rows).unwrap_or_default());
         return Ok(());
     }
     if rows.is_empty() {

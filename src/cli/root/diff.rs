@@ -4,11 +4,13 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 
 use kiln_artifact::tree::{Aspect, Difference, Kind, Node, Tree, TreePath};
-use serde_json::{Value, json};
+use kiln_virtio::fs::record::PathBytes;
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use super::super::show::{self, try_line};
 use super::super::{Failure, USAGE};
-use super::show::{kind_name, path_as_json};
+use super::show::{from_the_root, kind_name};
 use crate::engine::Host;
 use crate::plan::harmless;
 use crate::root::catalog;
@@ -51,7 +53,7 @@ pub(super) fn diff(
         };
         differ = true;
         let text = match json {
-            true => difference_as_json(path, &difference).to_string(),
+            true => serde_json::to_string(&Differing::of(path, &difference)).unwrap_or_default(),
             false => harmless(difference_row(path, &difference, &old.tree, &new.tree).as_bytes()),
         };
         if try_line(&text).is_err() {
@@ -120,14 +122,30 @@ fn told(aspect: Aspect, old: &Node, new: &Node) -> String {
     format!("{}{values}", aspect.name())
 }
 
-fn difference_as_json(path: &TreePath, difference: &Difference) -> Value {
-    let path = path_as_json(path);
-    match difference {
-        Difference::Added => json!({"path": path, "change": "added"}),
-        Difference::Removed => json!({"path": path, "change": "removed"}),
-        Difference::Changed(aspects) => {
-            let aspects: Vec<&str> = aspects.iter().map(|aspect| aspect.name()).collect();
-            json!({"path": path, "change": "changed", "aspects": aspects})
-        }
+/// A path that differs, as `--json` has it.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(in crate::cli) struct Differing {
+    /// The path from the root on; `%NN` for a byte that is not UTF-8, and for `%`.
+    #[schemars(with = "String")]
+    path: PathBytes,
+    /// How it differs.
+    #[schemars(extend("enum" = ["added", "removed", "changed"]))]
+    change: &'static str,
+    /// In what, where it is in both.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<Vec<String>>")]
+    aspects: Option<Vec<&'static str>>,
+}
+
+impl Differing {
+    fn of(path: &TreePath, difference: &Difference) -> Self {
+        let (change, aspects) = match difference {
+            Difference::Added => ("added", None),
+            Difference::Removed => ("removed", None),
+            Difference::Changed(aspects) => {
+                ("changed", Some(aspects.iter().map(|aspect| aspect.name()).collect()))
+            }
+        };
+        Self { path: from_the_root(path), change, aspects }
     }
 }

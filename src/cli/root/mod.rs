@@ -8,15 +8,19 @@ use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 use kiln_digest::Digest;
-use serde_json::{Value, json};
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use super::choice::Choice;
 use super::show::line;
 use super::{FAILED, Failure, USAGE};
 use crate::engine::Host;
 use crate::plan::{harmless, show_age, show_bytes};
+use crate::root::Filesystem;
 use crate::root::catalog::{self, CatalogError, Entry};
+pub(super) use diff::Differing;
 use diff::{TROUBLE, diff};
+pub(super) use show::Shown;
 use show::show;
 
 /// Digits of a digest that a person sees.
@@ -98,6 +102,43 @@ pub(super) fn root(arguments: &RootArguments, host: Result<Host, Failure>) -> Re
     }
 }
 
+/// A root, as `--json` has it.
+#[derive(Debug, Serialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Listed<'a> {
+    /// The digest of its tree's manifest.
+    #[schemars(with = "String")]
+    digest: &'a Digest,
+    /// What is on its image.
+    image: Filesystem,
+    /// Bytes of its image.
+    size: u64,
+    /// When the image was made.
+    #[schemars(with = "String")]
+    made: &'a jiff::Timestamp,
+    /// When a step got it last.
+    #[schemars(with = "String")]
+    used: &'a jiff::Timestamp,
+    /// The names by which steps asked for it, the last one first.
+    made_of: &'a [String],
+    /// How many packages are in it.
+    packages: usize,
+}
+
+impl<'a> Listed<'a> {
+    fn of(entry: &'a Entry) -> Self {
+        Self {
+            digest: &entry.digest,
+            image: entry.filesystem,
+            size: entry.size_bytes,
+            made: &entry.made,
+            used: &entry.used,
+            made_of: &entry.origins,
+            packages: entry.provenance.packages.len(),
+        }
+    }
+}
+
 fn digits(digest: &Digest) -> String {
     digest.to_string()[..DIGITS].to_owned()
 }
@@ -105,7 +146,8 @@ fn digits(digest: &Digest) -> String {
 fn list(host: &Host, json: bool) -> Result<ExitCode, Failure> {
     let entries = catalog::list(&host.store)?;
     if json {
-        line(&Value::from(entries.iter().map(entry_as_json).collect::<Vec<_>>()).to_string());
+        let rows: Vec<Listed<'_>> = entries.iter().map(Listed::of).collect();
+        line(&serde_json::to_string(&rows).unwrap_or_default());
         return Ok(ExitCode::SUCCESS);
     }
     line("DIGEST        IMAGE     SIZE       PACKAGES  AGE     USED        MADE OF");
@@ -128,18 +170,6 @@ fn list(host: &Host, json: bool) -> Result<ExitCode, Failure> {
         ));
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn entry_as_json(entry: &Entry) -> Value {
-    json!({
-        "digest": entry.digest,
-        "image": entry.filesystem,
-        "size": entry.size_bytes,
-        "made": entry.made,
-        "used": entry.used,
-        "made-of": entry.origins,
-        "packages": entry.provenance.packages.len(),
-    })
 }
 
 fn remove(host: &Host, roots: &[String]) -> Result<ExitCode, Failure> {

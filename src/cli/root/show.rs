@@ -1,19 +1,22 @@
 //! `kiln root show`: where a root came from, and every file in it.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::io;
 use std::process::ExitCode;
 
 use kiln_artifact::tree::{Kind, Node, TreePath};
+use kiln_digest::Digest;
 use kiln_virtio::fs::record::PathBytes;
-use serde_json::{Map, Value, json};
+use schemars::JsonSchema;
+use serde::Serialize;
 
 use super::super::Failure;
 use super::super::show::{line, try_line};
-use super::{digits, entry_as_json};
+use super::{Listed, digits};
 use crate::engine::Host;
 use crate::plan::{harmless, show_age, show_bytes};
-use crate::root::catalog::{self, Listing};
+use crate::root::catalog::{self, Listing, Provenance};
 
 /// Prints lines until their reader has gone.
 fn print(lines: impl IntoIterator<Item = String>) -> io::Result<()> {
@@ -25,10 +28,12 @@ pub(super) fn show(host: &Host, name: &str, json: bool) -> Result<ExitCode, Fail
     let entry = catalog::find(&host.store, name)?;
     let listing = catalog::listing(&host.store, &entry)?;
     if json {
-        let mut all = entry_as_json(&entry);
-        all["provenance"] = json!(entry.provenance);
-        all["tree"] = listing.tree.iter().map(|(path, node)| node_as_json(path, node, &listing)).collect();
-        line(&all.to_string());
+        let shown = Shown {
+            root: Listed::of(&entry),
+            provenance: &entry.provenance,
+            tree: listing.tree.iter().map(|(path, node)| Name::of(path, node, &listing)).collect(),
+        };
+        line(&serde_json::to_string(&shown).unwrap_or_default());
         return Ok(ExitCode::SUCCESS);
     }
     let mut head = vec![
@@ -123,8 +128,8 @@ fn row(path: &TreePath, node: &Node, listing: &Listing) -> String {
 }
 
 /// A path from the root on, as JSON has it.
-pub(super) fn path_as_json(path: &TreePath) -> Value {
-    json!(PathBytes([b"/", path.as_bytes()].concat()))
+pub(super) fn from_the_root(path: &TreePath) -> PathBytes {
+    PathBytes([b"/", path.as_bytes()].concat())
 }
 
 /// A kind's name.
@@ -141,41 +146,91 @@ pub(super) fn kind_name(kind: &Kind) -> &'static str {
     }
 }
 
-fn node_as_json(path: &TreePath, node: &Node, listing: &Listing) -> Value {
-    let mut all = Map::new();
-    all.insert("path".to_owned(), path_as_json(path));
-    all.insert("kind".to_owned(), json!(kind_name(&node.kind)));
-    if let Kind::HardLink(holder) = &node.kind {
-        all.insert("target".to_owned(), path_as_json(holder));
-        return Value::Object(all);
-    }
-    let meta = &node.meta;
-    all.insert("mode".to_owned(), json!(format!("{:04o}", meta.mode)));
-    all.insert("uid".to_owned(), json!(meta.uid));
-    all.insert("gid".to_owned(), json!(meta.gid));
-    all.insert("mtime".to_owned(), json!(format!("{}.{:09}", meta.mtime.seconds, meta.mtime.nanoseconds)));
-    match &node.kind {
-        Kind::File { digest, size } => {
-            all.insert("size".to_owned(), json!(size));
-            if !listing.unread.contains(path) {
-                all.insert("digest".to_owned(), json!(digest));
+/// A root and what is in it, as `--json` has it.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(in crate::cli) struct Shown<'a> {
+    #[serde(flatten)]
+    root: Listed<'a>,
+    /// What it was made of.
+    provenance: &'a Provenance,
+    /// Every name in it, in the order of a walk.
+    tree: Vec<Name>,
+}
+
+/// A name in a root. Paths begin at the root; in them and in names, `%NN` stands for a byte that is not UTF-8, and for `%`.
+#[derive(Debug, Default, Serialize, JsonSchema)]
+struct Name {
+    /// Its path.
+    #[schemars(with = "String")]
+    path: PathBytes,
+    /// What it is.
+    kind: &'static str,
+    /// Where a symbolic link leads, or the name of which this hard link is another; that has the rest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    target: Option<PathBytes>,
+    /// Permissions, in octal digits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mode: Option<String>,
+    /// Its owner.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uid: Option<u32>,
+    /// Its group.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    gid: Option<u32>,
+    /// When its content changed: seconds since 1970-01-01 UTC, with nine digits after the point.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mtime: Option<String>,
+    /// A file's bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    size: Option<u64>,
+    /// A file's digest, where kiln reads how it is compressed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    digest: Option<Digest>,
+    /// A device's number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    major: Option<u32>,
+    /// A device's number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    minor: Option<u32>,
+    /// Extended attributes.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(with = "BTreeMap<String, String>")]
+    xattrs: BTreeMap<String, PathBytes>,
+}
+
+impl Name {
+    fn of(path: &TreePath, node: &Node, listing: &Listing) -> Self {
+        let name = Self { path: from_the_root(path), kind: kind_name(&node.kind), ..Self::default() };
+        if let Kind::HardLink(holder) = &node.kind {
+            return Self { target: Some(from_the_root(holder)), ..name };
+        }
+        let meta = &node.meta;
+        let xattrs = meta.xattrs.iter();
+        let xattrs =
+            xattrs.map(|(name, value)| (PathBytes(name.clone()).to_string(), PathBytes(value.clone())));
+        let mut name = Self {
+            mode: Some(format!("{:04o}", meta.mode)),
+            uid: Some(meta.uid),
+            gid: Some(meta.gid),
+            mtime: Some(format!("{}.{:09}", meta.mtime.seconds, meta.mtime.nanoseconds)),
+            xattrs: xattrs.collect(),
+            ..name
+        };
+        match &node.kind {
+            Kind::File { digest, size } => {
+                name.size = Some(*size);
+                name.digest = (!listing.unread.contains(path)).then_some(*digest);
             }
+            Kind::Symlink(target) => name.target = Some(PathBytes(target.to_vec())),
+            Kind::CharDevice { major, minor } | Kind::BlockDevice { major, minor } => {
+                (name.major, name.minor) = (Some(*major), Some(*minor));
+            }
+            _ => {}
         }
-        Kind::Symlink(target) => drop(all.insert("target".to_owned(), json!(PathBytes(target.to_vec())))),
-        Kind::CharDevice { major, minor } | Kind::BlockDevice { major, minor } => {
-            all.insert("major".to_owned(), json!(major));
-            all.insert("minor".to_owned(), json!(minor));
-        }
-        _ => {}
+        name
     }
-    if !meta.xattrs.is_empty() {
-        let xattrs = meta
-            .xattrs
-            .iter()
-            .map(|(name, value)| (PathBytes(name.clone()).to_string(), json!(PathBytes(value.clone()))));
-        all.insert("xattrs".to_owned(), Value::Object(xattrs.collect()));
-    }
-    Value::Object(all)
 }
 
 #[cfg(test)]

@@ -180,6 +180,17 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// Its name in timelines.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::UpToDate { .. } => "up-to-date",
+            Self::Ran { .. } => "run",
+            Self::WouldRun => "would-run",
+            Self::CommandFailed(_) | Self::Failed(_) => "failed",
+            Self::Skipped => "skipped",
+        }
+    }
+
     /// Whether steps that need it can go on.
     pub fn is_good(&self) -> bool {
         matches!(self, Self::UpToDate { .. } | Self::Ran { .. } | Self::WouldRun)
@@ -189,6 +200,10 @@ impl Outcome {
 /// What a build tells whoever shows it.
 #[derive(Debug)]
 pub enum News<'a> {
+    /// Whether a step has to run is being found out.
+    Checks(&'a str),
+    /// That is found out, and took so long.
+    Checked(&'a str, Duration),
     /// A step starts: its name, and why it must.
     Starts(&'a str, &'a str),
     /// Something happens in it.

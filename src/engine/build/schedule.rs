@@ -10,7 +10,6 @@ use std::sync::{Mutex, OnceLock};
 use std::thread;
 
 use kiln_digest::Digest;
-use serde_json::json;
 
 use super::check::{Checker, Standing};
 use super::gate::Gate;
@@ -193,9 +192,10 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
                 self.hand_out_check(id, &tasks, timeline, news);
             }
             while !stops && let Some((id, why)) = self.next_to_run() {
-                let _ = news(News::Starts(&self.build.plan.step(id).name, &why));
+                let name = &self.build.plan.step(id).name;
+                let _ = news(News::Starts(name, &why));
                 self.states[id.0] = State::Runs;
-                self.running.insert(id, timeline.take_lane());
+                self.running.insert(id, timeline.begin(name));
                 let _ = tasks.send(Task::Run(id, self.needs(id), why));
             }
             if self.running.is_empty() && self.checking == 0 {
@@ -204,8 +204,11 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             let Ok(message) = messages.recv() else { break };
             match message {
                 Message::Event(id, event) => self.tell(id, event, timeline, news).map_err(told)?,
-                Message::Checked(id, standing) => {
+                Message::Checked(id, standing, took) => {
                     self.checking -= 1;
+                    let name = &self.build.plan.step(id).name;
+                    timeline.check(name, took);
+                    let _ = news(News::Checked(name, took));
                     self.checked(id, standing, timeline, news);
                 }
                 Message::Ran(id, kept) => self.over(id, kept, timeline, news),
@@ -239,6 +242,7 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             return;
         }
         self.checking += 1;
+        let _ = news(News::Checks(&step.name));
         let _ = tasks.send(Task::Check(id, self.needs(id)));
     }
 
@@ -270,9 +274,10 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             Told::Warning(text) => Event::Warning(text),
             Told::Machine(identity) => Event::Machine(identity),
             Told::Output(stream, data) => Event::Output(*stream, data),
-            Told::Phase(phase, time) => {
-                let lane = self.running.get(&id).copied().unwrap_or(0);
-                timeline.span(phase.name(), "phase", lane, *time, json!({"step": name}));
+            Told::Phase(phase, time, ended) => {
+                if let Some(lane) = self.running.get(&id) {
+                    timeline.phase(*lane, *phase, *time, *ended);
+                }
                 Event::Phase(*phase, *time)
             }
         };
@@ -337,7 +342,7 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
     ) {
         let name = &self.build.plan.step(id).name;
         if let Some(lane) = self.running.remove(&id) {
-            timeline.free_lane(lane);
+            timeline.end(lane, &outcome);
         }
         let _ = news(News::Ends(name, &outcome));
         let is_good = outcome.is_good();

@@ -1,66 +1,134 @@
 //! Where the time of a build went, in the trace event format that Perfetto and Chrome's viewer open.
 //!
-//! A lane is a row: a step takes the lowest that is free. Times are microseconds since the build began.
+//! Steps are one process of the trace and checks another; a lane is a thread of it. A step takes the lowest lane that is free
+//! for as long as it runs, and its phases lie within it, one after the other. A check is told when it is over, and goes into the
+//! lowest lane where nothing was at the time. Times are whole microseconds since the build began.
 
 use std::io::{self, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-/// What happened when.
-#[derive(Debug)]
+use super::Outcome;
+use crate::engine::event::Phase;
+
+/// The trace's processes: their number and name.
+const STEPS: (u32, &str) = (1, "steps");
+const CHECKS: (u32, &str) = (2, "checks");
+
+/// What happened when. A copy is the same timeline: whoever ends a build from outside writes what there is of it.
+#[derive(Debug, Clone)]
 pub struct Timeline {
     began: Instant,
-    spans: Vec<Span>,
-    lanes: Vec<bool>,
+    // Protects what is noted: held to note one thing, or to write all.
+    noted: Arc<Mutex<Noted>>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
+struct Noted {
+    spans: Vec<Span>,
+    lanes: Vec<Lane>,
+    /// When the last check of each lane was over.
+    checks: Vec<u64>,
+}
+
+/// A lane of steps.
+#[derive(Debug, Default)]
+struct Lane {
+    /// The step that runs, and since when.
+    runs: Option<(String, u64)>,
+    /// When the last that lies in it was over.
+    last: u64,
+}
+
+#[derive(Debug, Clone)]
 struct Span {
+    process: u32,
+    lane: usize,
     name: String,
     category: &'static str,
-    lane: usize,
-    start: Duration,
-    length: Duration,
-    arguments: serde_json::Value,
+    start: u64,
+    end: u64,
+    arguments: Value,
 }
 
 impl Default for Timeline {
     fn default() -> Self {
-        Self { began: Instant::now(), spans: Vec::new(), lanes: Vec::new() }
+        Self { began: Instant::now(), noted: Arc::default() }
     }
 }
 
 impl Timeline {
-    /// The lowest lane that is free, taken.
-    pub(super) fn take_lane(&mut self) -> usize {
-        let free = self.lanes.iter().position(|taken| !taken);
-        let lane = free.unwrap_or(self.lanes.len());
+    fn noted(&self) -> MutexGuard<'_, Noted> {
+        self.noted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn at(&self, moment: Instant) -> u64 {
+        microseconds(moment.saturating_duration_since(self.began))
+    }
+
+    /// A step begins to run: in the lane that is given.
+    pub(super) fn begin(&self, step: &str) -> usize {
+        let now = self.at(Instant::now());
+        let mut noted = self.noted();
+        let free = noted.lanes.iter().position(|lane| lane.runs.is_none());
+        let number = free.unwrap_or(noted.lanes.len());
         if free.is_none() {
-            self.lanes.push(true);
+            noted.lanes.push(Lane::default());
         }
-        self.lanes[lane] = true;
-        lane
+        let lane = &mut noted.lanes[number];
+        let start = now.max(lane.last);
+        *lane = Lane { runs: Some((step.to_owned(), start)), last: start };
+        number
     }
 
-    /// Gives a lane back.
-    pub(super) fn free_lane(&mut self, lane: usize) {
-        if let Some(taken) = self.lanes.get_mut(lane) {
-            *taken = false;
+    /// A phase of the step in `lane` was over at the moment `ended` and took `length`.
+    pub(super) fn phase(&self, lane: usize, phase: Phase, length: Duration, ended: Instant) {
+        let end = self.at(ended);
+        let mut noted = self.noted();
+        let Some(Lane { runs: Some((step, _)), last }) = noted.lanes.get_mut(lane) else { return };
+        // Each clock of its own: what is before ends where this begins.
+        let end = end.max(*last);
+        let start = end.saturating_sub(microseconds(length)).max(*last);
+        *last = end;
+        let span = Span {
+            process: STEPS.0,
+            lane,
+            name: phase.name().to_owned(),
+            category: "phase",
+            start,
+            end,
+            arguments: json!({"step": step}),
+        };
+        noted.spans.push(span);
+    }
+
+    /// The step in `lane` is over.
+    pub(super) fn end(&self, lane: usize, outcome: &Outcome) {
+        let now = self.at(Instant::now());
+        let mut noted = self.noted();
+        let Some(found) = noted.lanes.get_mut(lane) else { return };
+        let end = now.max(found.last);
+        found.last = end;
+        if let Some((step, start)) = found.runs.take() {
+            noted.spans.push(whole(lane, step, start, end, json!({"outcome": outcome.name()})));
         }
     }
 
-    /// Something that ends now and took `length`.
-    pub(super) fn span(
-        &mut self,
-        name: &str,
-        category: &'static str,
-        lane: usize,
-        length: Duration,
-        arguments: serde_json::Value,
-    ) {
-        let start = self.began.elapsed().saturating_sub(length);
-        self.spans.push(Span { name: name.to_owned(), category, lane, start, length, arguments });
+    /// It was found out now whether a step has to run, which took `length`.
+    pub(super) fn check(&self, step: &str, length: Duration) {
+        let end = self.at(Instant::now());
+        let start = end.saturating_sub(microseconds(length));
+        let mut noted = self.noted();
+        let free = noted.checks.iter().position(|last| *last <= start);
+        let lane = free.unwrap_or(noted.checks.len());
+        if free.is_none() {
+            noted.checks.push(0);
+        }
+        noted.checks[lane] = end;
+        let (name, arguments) = (step.to_owned(), json!({}));
+        noted.spans.push(Span { process: CHECKS.0, lane, name, category: "check", start, end, arguments });
     }
 
     /// How long ago the build began.
@@ -68,25 +136,141 @@ impl Timeline {
         self.began.elapsed()
     }
 
-    /// Writes the file.
+    /// Writes the file: what was noted until now. Steps that run end there.
     ///
     /// # Errors
     /// What `out` fails with.
     pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
-        let name = |lane: &usize| json!({"name": "thread_name", "ph": "M", "pid": 1, "tid": lane, "args": {"name": format!("lane {lane}")}});
-        let microseconds = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let spans = self.spans.iter().map(|span| {
+        let now = self.at(Instant::now());
+        let (mut spans, steps, checks) = {
+            let noted = self.noted();
+            let mut spans = noted.spans.clone();
+            spans.extend(noted.lanes.iter().enumerate().filter_map(|(number, lane)| {
+                let (step, start) = lane.runs.clone()?;
+                Some(whole(number, step, start, now.max(lane.last), json!({"outcome": "unfinished"})))
+            }));
+            (spans, noted.lanes.len(), noted.checks.len())
+        };
+        // What holds others comes before them.
+        spans.sort_by_key(|span| (span.start, std::cmp::Reverse(span.end), span.category == "phase"));
+        let named = |what: &str, process: u32, lane: usize, name: String| json!({"name": what, "ph": "M", "pid": process, "tid": lane, "args": {"name": name}});
+        let mut events = Vec::new();
+        for ((process, name), lanes) in [(STEPS, steps), (CHECKS, checks)] {
+            if lanes > 0 {
+                events.push(named("process_name", process, 0, name.to_owned()));
+            }
+            events.extend(
+                (0..lanes).map(|lane| named("thread_name", process, lane, format!("lane {}", lane + 1))),
+            );
+        }
+        let spans = spans.into_iter().map(|span| {
             json!({
-                "name": span.name, "cat": span.category, "ph": "X", "pid": 1, "tid": span.lane,
-                "ts": microseconds(span.start), "dur": microseconds(span.length), "args": span.arguments,
+                "name": span.name, "cat": span.category, "ph": "X", "pid": span.process, "tid": span.lane,
+                "ts": span.start, "dur": span.end - span.start, "args": span.arguments,
             })
         });
-        let lanes: Vec<usize> = (0..self.lanes.len()).collect();
         out.write_all(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[")?;
-        for (number, event) in lanes.iter().map(name).chain(spans).enumerate() {
+        for (number, event) in events.into_iter().chain(spans).enumerate() {
             out.write_all(if number == 0 { b"\n" } else { b",\n" })?;
             serde_json::to_writer(&mut *out, &event)?;
         }
         out.write_all(b"\n]}\n")
+    }
+}
+
+/// A step from its beginning to its end.
+fn whole(lane: usize, step: String, start: u64, end: u64, arguments: Value) -> Span {
+    Span { process: STEPS.0, lane, name: step, category: "step", start, end, arguments }
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+#[path = "../../../tests/judge/timeline.rs"]
+mod judge;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::judge::{self, Span};
+    use super::*;
+
+    fn read(timeline: &Timeline) -> Vec<Span> {
+        let mut text = Vec::new();
+        timeline.write(&mut text).expect("memory");
+        judge::timeline(std::str::from_utf8(&text).expect("text"))
+    }
+
+    #[test]
+    fn a_step_holds_its_phases_and_is_there_before_it_is_over() {
+        let timeline = Timeline::default();
+        let lane = timeline.begin("a");
+        // Longer than the build has gone on, as by another clock.
+        timeline.phase(lane, Phase::Prepare, Duration::from_secs(9), Instant::now());
+        timeline.phase(lane, Phase::Command, Duration::from_secs(9), Instant::now());
+        let other = timeline.begin("b");
+        assert_ne!(lane, other);
+        timeline.end(lane, &Outcome::Skipped);
+        assert_eq!(timeline.begin("c"), lane);
+        let spans = read(&timeline);
+        let of = |name: &str| spans.iter().find(|span| span.name == name).expect(name);
+        assert_eq!((of("a").depth, of("prepare").depth, of("command").depth), (0, 1, 1));
+        assert_eq!(of("command").arguments["step"], "a");
+        assert!(of("prepare").end <= of("command").start && of("a").end <= of("c").start);
+        assert_eq!(of("a").arguments["outcome"], "skipped");
+        assert_eq!(of("b").arguments["outcome"], "unfinished");
+    }
+
+    #[test]
+    fn a_timeline_of_nothing_is_one() {
+        assert!(read(&Timeline::default()).is_empty());
+    }
+
+    /// Something that is noted.
+    #[derive(Debug, Clone)]
+    enum Deed {
+        Begin,
+        Phase(usize, u64),
+        End(usize),
+        Check(u64),
+    }
+
+    fn deed() -> impl Strategy<Value = Deed> {
+        prop_oneof![
+            Just(Deed::Begin),
+            (0..4_usize, 0..2000_u64).prop_map(|(lane, length)| Deed::Phase(lane, length)),
+            (0..4_usize).prop_map(Deed::End),
+            (0..2000_u64).prop_map(Deed::Check),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_noted_a_timeline_is_in_order(deeds in proptest::collection::vec(deed(), 0..60)) {
+            let timeline = Timeline::default();
+            let (mut steps, mut checks) = (0, 0);
+            for deed in deeds {
+                match deed {
+                    Deed::Begin => {
+                        timeline.begin("step");
+                        steps += 1;
+                    }
+                    Deed::Phase(lane, length) => {
+                        timeline.phase(lane, Phase::Command, Duration::from_micros(length), Instant::now());
+                    }
+                    Deed::End(lane) => timeline.end(lane, &Outcome::WouldRun),
+                    Deed::Check(length) => {
+                        timeline.check("checked", Duration::from_micros(length));
+                        checks += 1;
+                    }
+                }
+            }
+            let spans = read(&timeline);
+            let count = |name: &str| spans.iter().filter(|span| span.name == name).count();
+            prop_assert_eq!((count("step"), count("checked")), (steps, checks));
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_artifact::tree::TreePath;
 use kiln_digest::Digest;
@@ -30,11 +30,13 @@ pub(super) enum Told {
     Warning(String),
     Machine(Identity),
     Output(Stream, Vec<u8>),
-    Phase(Phase, Duration),
+    /// With the moment at which it was over.
+    Phase(Phase, Duration, Instant),
 }
 
 pub(super) enum Message {
-    Checked(StepId, Result<Standing, BuildError>),
+    /// How it stands, and how long it took to say so.
+    Checked(StepId, Result<Standing, BuildError>, Duration),
     Event(StepId, Told),
     Ran(StepId, Result<Kept, BuildError>),
 }
@@ -84,8 +86,10 @@ impl<R: Runner> Worker<'_, '_, R> {
             let message = match task {
                 Err(_) => return,
                 Ok(Task::Check(id, needs)) => {
+                    let began = Instant::now();
                     let standing = self.check(id, &needs);
-                    Message::Checked(id, standing.inspect_err(|error| self.forget(error, &needs)))
+                    let standing = standing.inspect_err(|error| self.forget(error, &needs));
+                    Message::Checked(id, standing, began.elapsed())
                 }
                 Ok(Task::Run(id, needs, why)) => {
                     let kept = self.run(id, &needs, &why);
@@ -194,7 +198,7 @@ impl<R: Runner> Worker<'_, '_, R> {
                     if phase == Phase::Record {
                         self.gate.enter(id);
                     }
-                    Told::Phase(phase, time)
+                    Told::Phase(phase, time, Instant::now())
                 }
             };
             self.messages.send(Message::Event(id, told)).map_err(|_| io::ErrorKind::BrokenPipe.into())

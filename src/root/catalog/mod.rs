@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use kiln_artifact::image::ImageError as ReadImageError;
 use kiln_artifact::tree::{ManifestError, Tree};
 use kiln_digest::Digest;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use listing::{Listing, listing};
@@ -119,7 +120,7 @@ impl CatalogError {
 }
 
 /// What a root was made of, beyond its name.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Provenance {
     /// Signed indexes that its packages were taken from.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -129,28 +130,32 @@ pub struct Provenance {
     pub packages: Vec<Package>,
     /// The boot bundle of the machine that configured it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub bundle: Option<Digest>,
 }
 
 /// A signed index.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Index {
     /// The suite.
     pub suite: String,
     /// Its own date.
+    #[schemars(with = "String")]
     pub date: Timestamp,
     /// Digest of the signed file.
+    #[schemars(with = "String")]
     pub sha256: Digest,
 }
 
 /// A package.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Package {
     /// Its name.
     pub name: String,
     /// Its version.
     pub version: String,
     /// Digest of its file.
+    #[schemars(with = "String")]
     pub sha256: Digest,
 }
 

@@ -137,7 +137,8 @@ fn what_the_recipe_does_not_name_is_shown_as_such_and_pruned() {
     assert!(row("debian:testing ").ends_with("(the recipe does not name it)"), "{}", told.stdout);
     assert!(row(ROOT).ends_with(ROOT), "{}", told.stdout);
     let json = world.run(&["lock", "show", "--json"]);
-    let rows: serde_json::Value = serde_json::from_str(&json.succeeds().stdout).expect("JSON");
+    world.host.is_as_the_schema_says("lock-show", json.succeeds());
+    let rows: serde_json::Value = serde_json::from_str(&json.stdout).expect("JSON");
     assert_eq!((rows[0]["in-recipe"].as_bool(), rows[1]["in-recipe"].as_bool()), (Some(false), Some(true)));
     let before = world.lock();
     let dry = world.run(&["lock", "prune", "-n"]);
