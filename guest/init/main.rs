@@ -7,6 +7,7 @@
 mod boot;
 mod efi;
 mod linux;
+mod modules;
 mod sys;
 mod verity;
 
