@@ -240,7 +240,9 @@ impl System for Linux {
     fn variable(&mut self, name: &str) -> Option<Vec<u8>> {
         let folder = "/sys/firmware/efi/efivars";
         if fs::read_dir(folder).ok()?.next().is_none() {
-            let _ = mount("efivarfs", folder, "efivarfs", MountFlags::RDONLY, NO_OPTIONS);
+            // The root goes on with it: whoever installs the other slot writes there which is next.
+            let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+            let _ = mount("efivarfs", folder, "efivarfs", flags, NO_OPTIONS);
         }
         fs::read(format!("{folder}/{name}")).ok()
     }
