@@ -2,7 +2,6 @@
 
 use std::ffi::CStr;
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -40,7 +39,6 @@ const NO_OPTIONS: Option<&CStr> = None;
 pub struct Linux {
     release: String,
     modules: Modules,
-    kmsg: Option<File>,
     opened: Vec<Opened>,
 }
 
@@ -76,10 +74,9 @@ impl Linux {
             let _ = fs::create_dir_all(path);
             let _ = mount(kind, path, kind, flags, Some(options));
         }
-        let kmsg = File::options().write(true).open("/dev/kmsg").ok();
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         let modules = Self::read_modules(&release);
-        Self { release, modules, kmsg, opened: Vec::new() }
+        Self { release, modules, opened: Vec::new() }
     }
 
     /// The kernel's release.
@@ -203,13 +200,7 @@ fn in_root(path: &str) -> PathBuf {
 
 impl System for Linux {
     fn say(&mut self, text: &str) {
-        // The priority is that of warnings: a quiet kernel shows them from level 5 on.
-        if let Some(kmsg) = &mut self.kmsg {
-            let _ = kmsg.write_all(format!("<4>INITOS: {text}\n").as_bytes());
-        }
-        if let Ok(mut port) = File::options().write(true).open("/dev/hvc0") {
-            let _ = port.write_all(format!("INITOS: {text}\r\n").as_bytes());
-        }
+        crate::report::say(text);
     }
 
     fn load_module(&mut self, name: &str) -> Result<Loaded, String> {

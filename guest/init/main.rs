@@ -8,6 +8,7 @@ mod boot;
 mod efi;
 mod linux;
 mod modules;
+mod report;
 mod sys;
 mod verity;
 

@@ -70,7 +70,7 @@ impl Machine {
                 .args(["-device", &format!("{device},drive=d{index}")]);
         }
         if shape.has_network {
-            qemu.args(["-netdev", "user,id=n,restrict=on", "-device", "virtio-net-pci,netdev=n"]);
+            qemu.args(["-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n"]);
         }
         let qemu = qemu.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
         let mut process = qemu.spawn().expect("QEMU is installed");
@@ -97,6 +97,22 @@ impl Machine {
                 return before;
             }
             assert!(self.read(give_up), "`{text}` was not printed, and this was:\n{}", self.seen);
+        }
+    }
+
+    /// Waits until the console has printed all of `texts`, in any order, after what was matched last. Gives all that came.
+    pub fn expect_all(&mut self, texts: &[&str]) -> String {
+        let give_up = Instant::now() + PATIENCE;
+        let start = self.matched;
+        loop {
+            let missing: Vec<&&str> =
+                texts.iter().filter(|text| !self.seen[start..].contains(**text)).collect();
+            if missing.is_empty() {
+                self.matched = self.seen.len();
+                return self.seen[start..].to_owned();
+            }
+            let missing = format!("{missing:?}");
+            assert!(self.read(give_up), "{missing} were not printed, and this was:\n{}", self.seen);
         }
     }
 

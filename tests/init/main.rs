@@ -15,6 +15,7 @@ mod host;
 mod images;
 mod machine;
 mod slots;
+mod standalone;
 
 use std::path::{Path, PathBuf};
 
