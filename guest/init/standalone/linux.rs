@@ -194,8 +194,12 @@ pub fn spawn(service: &Service, variables: &[(String, String)]) -> Result<i32, S
     command.envs(variables.iter().map(|(name, value)| (name, value)));
     match &service.terminal {
         Some(path) => {
-            let open =
-                || File::options().read(true).write(true).open(path).map_err(|error| words(path, error));
+            // Nobody but who is started is to have it as the controlling terminal.
+            let open = || {
+                let mut options = File::options();
+                options.read(true).write(true).custom_flags(libc::O_NOCTTY);
+                options.open(path).map_err(|error| words(path, error))
+            };
             command.stdin(open()?).stdout(open()?).stderr(open()?).env("TERM", "linux").current_dir("/");
         }
         None => {
