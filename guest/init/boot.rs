@@ -10,14 +10,18 @@
 //! A signed image is named by a hash in /local or /boot of the initrd, which the firmware verified with the kernel. The copy
 //! of the hash on the partition only says which partition is meant; what is opened is opened with the signed one.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use crate::efi::{self, Start};
 use crate::verity::{OnCorruption, RootHash, VerityError};
 
-/// Modules without which nothing is found. What a kernel has built in is no failure; what is missing shows later.
-const MODULES: [&str; 12] = [
+/// Modules without which nothing is found, beside the drivers that devices ask for. What a kernel has built in is no failure;
+/// what is missing shows later.
+const MODULES: [&str; 14] = [
     "simpledrm",
+    // Hashes as quickly as the processor can; verity takes what is there when it is opened.
+    "sha256-ssse3",
     "virtio_blk",
     "scsi_mod",
     "sd_mod",
@@ -29,11 +33,15 @@ const MODULES: [&str; 12] = [
     "dm-verity",
     "vfat",
     "nls_cp437",
+    // FAT wants its table for long names too.
+    "nls_ascii",
 ];
 /// Beside them, for sticks.
-const USB_MODULES: [&str; 5] = ["usbcore", "ehci-hcd", "ohci-hcd", "xhci-pci", "usb-storage"];
-/// FAT wants its table for long names too.
-const CHARSET: &str = "nls_ascii";
+const USB_MODULES: [&str; 6] = ["usbcore", "ehci-pci", "ohci-pci", "xhci-pci", "usb-storage", "uas"];
+/// Drivers make further devices appear; this often is looked for those that they ask for.
+const DRIVER_ROUNDS: usize = 4;
+/// Programs of the initrd that take the place of the root's: an image whose initrd was made anew needs no new root.
+const PROGRAMS: [&str; 2] = ["initos", "setup-initos"];
 
 /// How long devices may take to appear.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
@@ -100,6 +108,15 @@ impl Orders {
     }
 }
 
+/// What became of a module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loaded {
+    /// It is there now, or was built in.
+    Yes,
+    /// This initrd does not have it.
+    Absent,
+}
+
 /// What the state machine asks of the machine. Errors are words for people.
 pub trait System {
     /// Writes to the kernel's log and to the virtio console.
@@ -107,8 +124,10 @@ pub trait System {
     /// Loads a module of the initrd and what it needs.
     ///
     /// # Errors
-    /// It is not there, or the kernel refuses.
-    fn load_module(&mut self, name: &str) -> Result<(), String>;
+    /// The kernel refuses.
+    fn load_module(&mut self, name: &str) -> Result<Loaded, String>;
+    /// The modules that the devices which are there ask for; those of USB only `with_usb`.
+    fn drivers(&mut self, with_usb: bool) -> Vec<String>;
     /// A variable of the firmware's, with its attributes.
     fn variable(&mut self, name: &str) -> Option<Vec<u8>>;
     /// A file of the initrd's; none where there is none.
@@ -148,6 +167,11 @@ pub trait System {
     /// # Errors
     /// It cannot be written.
     fn copy_local(&mut self, to: &str) -> Result<(), String>;
+    /// Copies files of the initrd's /sbin whose names begin so over those of the root's.
+    ///
+    /// # Errors
+    /// They cannot be written.
+    fn copy_programs(&mut self, prefixes: &[&str]) -> Result<(), String>;
     /// Writes what explains a failure onto the partition.
     fn write_logs(&mut self);
     /// Waits.
@@ -195,12 +219,7 @@ pub enum Fatal {
 /// [`Fatal`], after which only [`fail`] is left.
 pub fn boot(system: &mut dyn System, orders: &Orders) -> Result<&'static str, Fatal> {
     system.say(&format!("Starting INITOS initramfs {}", orders.release));
-    let usb: &[&str] = if orders.is_usb { &USB_MODULES } else { &[] };
-    for name in MODULES.iter().chain(usb).chain(&[CHARSET, "efivarfs"]) {
-        if let Err(why) = system.load_module(name) {
-            system.say(&format!("no module {name}: {why}"));
-        }
-    }
+    load_modules(system, orders.is_usb);
     let variable = |name: &str| format!("{name}-{}", efi::GLOBAL);
     let secure = system.variable(&variable("SecureBoot"));
     let start = Start::of(secure.as_deref(), system.variable(&variable("BootCurrent")).as_deref());
@@ -213,6 +232,34 @@ pub fn boot(system: &mut dyn System, orders: &Orders) -> Result<&'static str, Fa
     let init = choose(system, start, orders)?;
     system.say(&format!("Handing over to {init}"));
     Ok(init)
+}
+
+fn load_modules(system: &mut dyn System, is_usb: bool) {
+    let mut absent: Vec<&str> = Vec::new();
+    let usb: &[&str] = if is_usb { &USB_MODULES } else { &[] };
+    for name in MODULES.iter().chain(usb).chain(&["efivarfs"]) {
+        match system.load_module(name) {
+            Ok(Loaded::Yes) => {}
+            Ok(Loaded::Absent) => absent.push(name),
+            Err(why) => system.say(&format!("no module {name}: {why}")),
+        }
+    }
+    if !absent.is_empty() {
+        system.say(&format!("Not in this initrd: {}", absent.join(", ")));
+    }
+    let mut tried = BTreeSet::new();
+    for _ in 0..DRIVER_ROUNDS {
+        let new: Vec<String> =
+            system.drivers(is_usb).into_iter().filter(|name| tried.insert(name.clone())).collect();
+        if new.is_empty() {
+            break;
+        }
+        for name in new {
+            if let Err(why) = system.load_module(&name) {
+                system.say(&format!("no driver {name}: {why}"));
+            }
+        }
+    }
 }
 
 /// Says what failed, leaves logs, and waits until the machine may be restarted.
@@ -348,7 +395,7 @@ fn mount(system: &mut dyn System, images: &[Image], orders: &Orders) -> Result<(
     if system.root_has(&modules) { Ok(()) } else { Err(Fatal::NotARoot(modules)) }
 }
 
-/// Tells the root how it was booted.
+/// Tells the root how it was booted, and gives it what the initrd has for it.
 fn describe(system: &mut dyn System, start: Start, volume: &Volume) -> Result<(), Fatal> {
     let slot = efi::slot(start);
     let entry = start.entry.map_or_else(String::new, |entry| format!("{entry:04X}"));
@@ -361,7 +408,8 @@ fn describe(system: &mut dyn System, start: Start, volume: &Volume) -> Result<()
     for (name, text) in files {
         system.write_root(&format!("/var/initos/{name}"), text.as_bytes()).map_err(Fatal::Prepare)?;
     }
-    system.copy_local("/var/initos/local").map_err(Fatal::Prepare)
+    system.copy_local("/var/initos/local").map_err(Fatal::Prepare)?;
+    system.copy_programs(&PROGRAMS).map_err(Fatal::Prepare)
 }
 
 /// The root's init: the way to unlock disks that the partition asks for, which nothing vouches for and which decides

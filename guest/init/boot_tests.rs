@@ -23,14 +23,23 @@ struct Played {
     /// Files that verity refuses.
     damaged: Vec<&'static str>,
     logs: usize,
+    loaded: Vec<String>,
+    programs: Vec<String>,
 }
 
 impl System for Played {
     fn say(&mut self, text: &str) {
         self.said.push(text.to_owned());
     }
-    fn load_module(&mut self, _: &str) -> Result<(), String> {
-        Ok(())
+    fn load_module(&mut self, name: &str) -> Result<Loaded, String> {
+        self.loaded.push(name.to_owned());
+        if name == "simpledrm" { Ok(Loaded::Absent) } else { Ok(Loaded::Yes) }
+    }
+    fn drivers(&mut self, with_usb: bool) -> Vec<String> {
+        // What is behind a controller appears once that has its driver.
+        let behind = self.loaded.iter().any(|name| name == "vmd").then_some("ahci");
+        let usb = with_usb.then_some("sdhci_usb");
+        ["vmd"].into_iter().chain(behind).chain(usb).map(ToOwned::to_owned).collect()
     }
     fn variable(&mut self, name: &str) -> Option<Vec<u8>> {
         self.variables.get(name).cloned()
@@ -78,6 +87,11 @@ impl System for Played {
         Ok(())
     }
     fn copy_local(&mut self, _: &str) -> Result<(), String> {
+        Ok(())
+    }
+    fn copy_programs(&mut self, prefixes: &[&str]) -> Result<(), String> {
+        assert!(self.mounted.is_some(), "the root is there");
+        self.programs.extend(prefixes.iter().map(ToString::to_string));
         Ok(())
     }
     fn write_logs(&mut self) {
@@ -227,6 +241,20 @@ fn the_partition_says_who_unlocks_and_a_secure_boot_never_takes_the_insecure_way
     played.mounted = None;
     played.variables.clear();
     assert_eq!(start(&mut played, "initos=USB"), Ok("/sbin/initos-init-insecure"));
+}
+
+#[test]
+fn drivers_are_loaded_for_what_appears_and_absent_modules_are_one_line() {
+    let mut played = machine(0x1001);
+    start(&mut played, "").expect("it boots");
+    let count = |played: &Played, wanted: &str| played.loaded.iter().filter(|name| *name == wanted).count();
+    assert_eq!((count(&played, "vmd"), count(&played, "ahci"), count(&played, "sdhci_usb")), (1, 1, 0));
+    assert_eq!(count(&played, "usb-storage"), 0, "sticks are for the image of sticks");
+    assert!(played.said.iter().any(|line| line == "Not in this initrd: simpledrm"), "{:?}", played.said);
+    assert_eq!(played.programs, PROGRAMS, "the initrd's programs win");
+    let mut played = machine(0x1001);
+    start(&mut played, "initos=usb").expect("it boots");
+    assert_eq!((count(&played, "usb-storage"), count(&played, "sdhci_usb")), (1, 1));
 }
 
 #[test]

@@ -2,7 +2,6 @@
 
 use std::ffi::CStr;
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -13,7 +12,8 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, mount_move, unmount};
 use rustix::system::{RebootCommand, finit_module, reboot};
 
-use crate::boot::{Image, Role, System, Volume};
+use crate::boot::{Image, Loaded, Role, System, Volume};
+use crate::modules::Modules;
 use crate::sys;
 use crate::verity::{OnCorruption, SUPERBLOCK_BYTES, Superblock};
 
@@ -23,6 +23,10 @@ const VOLUME: &str = "/boot/efi";
 const PLACE: &str = "/initos";
 /// Where the root is put together.
 const ROOT: &str = "/sysroot";
+/// Where each kernel's modules are.
+const MODULES: &str = "/lib/modules";
+/// How deep folders of devices are looked into.
+const DEVICE_DEPTH: usize = 16;
 /// The largest small file that is read from a partition that nothing vouches for.
 const SMALL_BYTES: u64 = 4096;
 /// `MODULE_INIT_COMPRESSED_FILE` of linux/module.h.
@@ -34,7 +38,7 @@ const NO_OPTIONS: Option<&CStr> = None;
 /// The machine.
 pub struct Linux {
     release: String,
-    kmsg: Option<File>,
+    modules: Modules,
     opened: Vec<Opened>,
 }
 
@@ -70,9 +74,9 @@ impl Linux {
             let _ = fs::create_dir_all(path);
             let _ = mount(kind, path, kind, flags, Some(options));
         }
-        let kmsg = File::options().write(true).open("/dev/kmsg").ok();
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
-        Self { release, kmsg, opened: Vec::new() }
+        let modules = Self::read_modules(&release);
+        Self { release, modules, opened: Vec::new() }
     }
 
     /// The kernel's release.
@@ -81,25 +85,9 @@ impl Linux {
         &self.release
     }
 
-    /// The files to load for a module, dependencies first (modules.dep(5)); none where there is no such module.
-    fn module_files(&self, name: &str) -> Option<Vec<PathBuf>> {
-        let top = Path::new("/lib/modules").join(&self.release);
-        let index = fs::read_to_string(top.join("modules.dep")).ok()?;
-        let dashed = name.replace('_', "-");
-        index.lines().find_map(|line| {
-            let (file, needed) = line.split_once(':')?;
-            let stem = file.rsplit('/').next()?.split_once(".ko")?.0.replace('_', "-");
-            let files =
-                || needed.split_ascii_whitespace().rev().chain([file]).map(|file| top.join(file)).collect();
-            (stem == dashed).then(files)
-        })
-    }
-
-    fn is_built_in(&self, name: &str) -> bool {
-        let dashed = format!("/{}.ko", name.replace('_', "-"));
-        let list =
-            fs::read_to_string(format!("/lib/modules/{}/modules.builtin", self.release)).unwrap_or_default();
-        list.lines().any(|line| line.replace('_', "-").ends_with(&dashed))
+    fn read_modules(release: &str) -> Modules {
+        let read = |name| fs::read_to_string(format!("{MODULES}/{release}/{name}")).unwrap_or_default();
+        Modules::new(read("modules.dep"), read("modules.alias"), read("modules.builtin"))
     }
 
     fn attach(&self, path: &str) -> Result<(u32, File, File), String> {
@@ -176,6 +164,18 @@ fn clear(folder: &Path, device: u64) {
     }
 }
 
+/// The modaliases of the devices beneath `folder`.
+fn find_devices(folder: &Path, depth: usize, found: &mut Vec<String>) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if entry.file_name() == "modalias" {
+            found.extend(fs::read_to_string(path).map(|text| text.trim().to_owned()));
+        } else if depth > 0 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            find_devices(&path, depth - 1, found);
+        }
+    }
+}
+
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
@@ -200,22 +200,16 @@ fn in_root(path: &str) -> PathBuf {
 
 impl System for Linux {
     fn say(&mut self, text: &str) {
-        // The priority is that of warnings: a quiet kernel shows them from level 5 on.
-        if let Some(kmsg) = &mut self.kmsg {
-            let _ = kmsg.write_all(format!("<4>INITOS: {text}\n").as_bytes());
-        }
-        if let Ok(mut port) = File::options().write(true).open("/dev/hvc0") {
-            let _ = port.write_all(format!("INITOS: {text}\r\n").as_bytes());
-        }
+        crate::report::say(text);
     }
 
-    fn load_module(&mut self, name: &str) -> Result<(), String> {
-        let Some(files) = self.module_files(name) else {
-            return if self.is_built_in(name) { Ok(()) } else { Err("not in this initrd".to_owned()) };
+    fn load_module(&mut self, name: &str) -> Result<Loaded, String> {
+        let Some(files) = self.modules.files(name) else {
+            return Ok(if self.modules.is_built_in(name) { Loaded::Yes } else { Loaded::Absent });
         };
-        for path in files {
-            let shown = path.display().to_string();
-            let file = rustix::fs::openat(CWD, &path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        for below in files {
+            let shown = format!("{MODULES}/{}/{below}", self.release);
+            let file = rustix::fs::openat(CWD, &shown, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
             let file = file.map_err(words(&shown))?;
             let flags = if shown.ends_with(".ko") { 0 } else { COMPRESSED };
             match finit_module(&file, c"", flags) {
@@ -223,13 +217,23 @@ impl System for Linux {
                 Err(errno) => return Err(format!("{shown}: {errno}")),
             }
         }
-        Ok(())
+        Ok(Loaded::Yes)
+    }
+
+    fn drivers(&mut self, with_usb: bool) -> Vec<String> {
+        let mut devices = Vec::new();
+        find_devices(Path::new("/sys/devices"), DEVICE_DEPTH, &mut devices);
+        devices.sort_unstable();
+        devices.dedup();
+        self.modules.answering(&devices, with_usb).into_iter().map(ToOwned::to_owned).collect()
     }
 
     fn variable(&mut self, name: &str) -> Option<Vec<u8>> {
         let folder = "/sys/firmware/efi/efivars";
         if fs::read_dir(folder).ok()?.next().is_none() {
-            let _ = mount("efivarfs", folder, "efivarfs", MountFlags::RDONLY, NO_OPTIONS);
+            // The root goes on with it: whoever installs the other slot writes there which is next.
+            let flags = MountFlags::NOSUID | MountFlags::NOEXEC | MountFlags::NODEV;
+            let _ = mount("efivarfs", folder, "efivarfs", flags, NO_OPTIONS);
         }
         fs::read(format!("{folder}/{name}")).ok()
     }
@@ -357,6 +361,20 @@ impl System for Linux {
             return Ok(());
         }
         copy_tree(from, &in_root(to)).map_err(|error| format!("{to}: {error}"))
+    }
+
+    fn copy_programs(&mut self, prefixes: &[&str]) -> Result<(), String> {
+        for entry in fs::read_dir("/sbin").into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !prefixes.iter().any(|prefix| name.starts_with(prefix)) {
+                continue;
+            }
+            let to = in_root(&format!("/sbin/{name}"));
+            // What is there may be a link, which must not be written through.
+            let _ = fs::remove_file(&to);
+            fs::copy(entry.path(), &to).map_err(|error| format!("{}: {error}", to.display()))?;
+        }
+        Ok(())
     }
 
     fn write_logs(&mut self) {

@@ -7,6 +7,8 @@
 mod boot;
 mod efi;
 mod linux;
+mod modules;
+mod report;
 mod sys;
 mod verity;
 

@@ -45,6 +45,12 @@ fn binary() -> PathBuf {
     path
 }
 
+/// A program for guests, where an installation has it.
+#[allow(dead_code, reason = "tests of initOS put them into images")]
+pub fn built_for_guests(name: &str) -> PathBuf {
+    binary().with_file_name("../libexec/kiln").join(name)
+}
+
 /// The store that all tests share, with the kernel in it.
 fn shared_store() -> &'static Path {
     static STORE: OnceLock<PathBuf> = OnceLock::new();

@@ -6,11 +6,13 @@
 
 mod depmod;
 mod info;
+mod initrd;
 mod trie;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 pub use info::{InfoError, ModuleInfo};
+pub use initrd::Profile;
 
 /// Why modules cannot be loaded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

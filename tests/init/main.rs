@@ -1,0 +1,181 @@
+//! initOS's own programs in machines: what the initrd's init opens, passes over and refuses, and what is started then. Each
+//! refusal is waited for by what the console says of it, beside a boot that differs in nothing else and succeeds.
+//!
+//! `ci/test firmware` runs them. The kernel is booted directly where firmware is not the point: some five seconds under
+//! emulation.
+
+#![allow(clippy::panic, reason = "a test fails by panicking")]
+
+#[path = "../folder/mod.rs"]
+#[expect(dead_code, reason = "files are written by others here")]
+mod folder;
+#[path = "../boot/host.rs"]
+#[expect(dead_code, reason = "what machines with an agent are asked for is not asked here")]
+mod host;
+mod images;
+mod machine;
+mod slots;
+mod standalone;
+
+use std::path::{Path, PathBuf};
+
+use host::Host;
+use images::{Image, Separate, disk, initrd, initrd_of, kernel, single, single_layout};
+use machine::{Bus, Machine, Shape};
+
+/// Typed at every opportunity. A shell would answer with SH2ELL, and a program that restarts by key would restart.
+const TYPED: &str = "\x03\x1b\radrc\r\recho SH$((1+1))ELL\r";
+
+fn start(initrd: &Path, disks: &[(&Path, Bus)], command_line: &str) -> Machine {
+    // A quiet kernel shows warnings at this level, and the init's words are of that kind.
+    let command_line = format!("quiet loglevel=5 {command_line}");
+    let kernel = &kernel().image;
+    Machine::start(&Shape { kernel, initrd, command_line: &command_line, disks, has_network: false })
+}
+
+#[test]
+fn one_image_of_all_on_a_virtio_disk_starts_its_init_whatever_is_typed() {
+    let disk = disk(&single_layout(single()), "BOOTA");
+    let mut machine = start(&initrd_of(single()), &[(&disk, Bus::Virtio)], "");
+    for milestone in [
+        "INITOS: Starting INITOS initramfs 6.",
+        "INITOS: INSECURE: Secure Boot is off",
+        "INITOS: Found InitOS partition vda ",
+        "INITOS: Mounting overlay",
+        "INITOS: Mounted verity root",
+        "INITOS: Handing over to /sbin/init\r",
+    ] {
+        machine.expect(milestone);
+        machine.types(TYPED);
+    }
+    machine.expect("ROOT is 1 with 0 of the initrd");
+    for said in
+        ["CURRENT=\r", "NEXT=B", "SECURE=0", "DEVICE=vda", "local: of this machine", "firmware: inside"]
+    {
+        machine.expect(said);
+    }
+    let printed = machine.ends();
+    assert!(printed.contains("END of it") && !printed.contains("SH2ELL"), "{printed}");
+}
+
+#[test]
+fn separate_images_on_an_nvme_disk_are_put_together() {
+    let separate = Separate::new();
+    let disk = disk(&separate.layout(), "BOOTA");
+    let mut machine = start(&initrd(&separate.hashes()), &[(&disk, Bus::Nvme)], "");
+    machine.expect("Found InitOS partition nvme0n1 ");
+    for role in ["root", "modules", "firmware"] {
+        machine.expect(&format!("Mounted verity {role}"));
+    }
+    machine.expect("modules: drivers net");
+    machine.expect("firmware: separate");
+    machine.ends();
+}
+
+/// A disk of an image that this initrd does not name.
+fn disk_of_another_version() -> PathBuf {
+    let other = Image { hash: "b".repeat(64), ..single().clone() };
+    disk(&single_layout(&other), "BOOTA")
+}
+
+#[test]
+fn an_image_of_another_version_is_passed_over_for_the_signed_one() {
+    let (other, right) = (disk_of_another_version(), disk(&single_layout(single()), "BOOTB"));
+    let mut machine = start(&initrd_of(single()), &[(&other, Bus::Virtio), (&right, Bus::Virtio)], "");
+    machine.expect("Skipping vda (BOOTA): initos/initos.hash is of another version");
+    machine.expect("Found InitOS partition vdb ");
+    machine.expect("DEVICE=vdb");
+    machine.ends();
+}
+
+#[test]
+fn with_no_image_left_it_fails_and_restarts_and_no_key_gives_a_shell() {
+    let other = disk_of_another_version();
+    let mut machine = start(&initrd_of(single()), &[(&other, Bus::Virtio)], "");
+    for milestone in
+        ["initos.hash is of another version", "FAILED: boot partition not found", "Rebooting in 20 sec"]
+    {
+        machine.expect(milestone);
+        machine.types(TYPED);
+    }
+    // It waits, in which time it might listen, and ends by itself.
+    let printed = machine.ends();
+    assert!(printed.contains("INITOS: Restarting") && !printed.contains("SH2ELL"), "{printed}");
+    assert!(!printed.contains("Kernel panic") && !printed.contains("ROOT is"), "{printed}");
+}
+
+#[test]
+fn one_flipped_bit_of_the_image_or_of_its_hashes_restarts_the_machine() {
+    let right = single();
+    let initrd = initrd_of(right);
+    for (image, said) in [
+        // What mounting reads first, the start of busybox, which only the root's init reads, and the hash of hashes.
+        (right.with_flipped_data(64), "data block 0 is corrupted"),
+        (right.with_flipped_data(16 << 10), "data block 4 is corrupted"),
+        (right.with_flipped_tree(4096 + 1), "metadata block 1 is corrupted"),
+    ] {
+        let disk = disk(&single_layout(&image), "BOOTA");
+        let mut machine = start(&initrd, &[(&disk, Bus::Virtio)], "");
+        machine.expect("Found InitOS partition vda ");
+        machine.expect("device-mapper: verity: ");
+        machine.expect(said);
+        let printed = machine.ends();
+        assert!(printed.contains("dm-verity device corrupted"), "{printed}");
+        assert!(!printed.contains("ROOT is"), "{printed}");
+    }
+}
+
+#[test]
+fn a_tree_or_an_image_that_is_cut_off_is_passed_over() {
+    let right = single();
+    let mut short = right.clone();
+    short.data.truncate(right.data.len() - 4096);
+    let mut without_tree = right.clone();
+    without_tree.tree.truncate(100);
+    let disks = [&short, &without_tree].map(|image| disk(&single_layout(image), "BOOTA"));
+    let disks = [(disks[0].as_path(), Bus::Virtio), (disks[1].as_path(), Bus::Virtio)];
+    let mut machine = start(&initrd_of(right), &disks, "");
+    machine.expect("Skipping vda (BOOTA): initos/initos.sqfs: it is shorter than its hash tree says");
+    machine.expect("Skipping vdb (BOOTA): initos/initos.sqfs: ");
+    machine.expect("FAILED: boot partition not found");
+}
+
+#[test]
+fn the_image_for_sticks_takes_a_stick_first_and_programs_of_the_initrd_before_the_roots() {
+    let (slot, stick) = (disk(&single_layout(single()), "BOOTA"), disk(&single_layout(single()), "BOOTUSB"));
+    let initrd = initrd(&[
+        ("local/initos.hash".to_owned(), single().hash.clone()),
+        ("sbin/initos-init-insecure".to_owned(), "#!/bin/sh\necho OF THE INITRD\npoweroff -f\n".to_owned()),
+    ]);
+    let mut machine = start(&initrd, &[(&slot, Bus::Virtio), (&stick, Bus::Virtio)], "initos=usb");
+    machine.expect("Found InitOS partition vdb ");
+    machine.expect("Handing over to /sbin/initos-init-insecure");
+    machine.expect("OF THE INITRD");
+    machine.ends();
+}
+
+/// Real firmware, with keys: that it is on is read, modules are what a kernel under lockdown loads, and the entry that was
+/// taken decides. The root makes the second entry and asks for it.
+#[test]
+fn under_secure_boot_the_firmwares_entry_decides_the_slot() {
+    let host = Host::new();
+    let disk = slots::disk();
+    let mut kiln = host.kiln();
+    kiln.arg("boot").arg(&disk.image).arg("--secure-boot").arg(&disk.keys);
+    for statement in [
+        "within 200s",
+        "reject FAILED",
+        "expect SECURE: Secure Boot is on",
+        "expect Found InitOS partition vda1",
+        "expect BOOT_NEXT=B",
+        "expect BOOT_SECURE=1",
+        "reboot",
+        "expect Found InitOS partition vda2",
+        "expect BOOT_CURRENT=1002",
+        "expect BOOT_NEXT=A",
+        "poweroff",
+    ] {
+        kiln.args(["-e", statement]);
+    }
+    host.end(&mut kiln, &[]).ends(0, &["as the script wants it"]);
+}
