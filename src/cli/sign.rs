@@ -10,12 +10,12 @@ use super::show::{line, note};
 use super::{FAILED, Failure, USAGE};
 use crate::clock;
 use crate::settings::Settings;
-use crate::sign::SignError;
 use crate::sign::images::Source;
 use crate::sign::keys::{KeyError, Keys};
 use crate::sign::local::{Local, LocalError, Origin};
 use crate::sign::make::{self, MakeError};
 use crate::sign::work::{Roots, Work};
+use crate::sign::{SignError, close_process};
 
 /// Arguments of `kiln sign`.
 #[derive(Debug, Args)]
@@ -85,6 +85,7 @@ impl From<SignError> for Failure {
 
 /// Does what `kiln sign` says.
 pub(super) fn sign(arguments: &SignArguments, settings: &Settings) -> Result<ExitCode, Failure> {
+    close_process();
     let now = clock::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
     let (work, secrets) = (&settings.work.value, &settings.secrets.value);
     if arguments.init {

@@ -18,6 +18,7 @@ pub mod work;
 
 pub use error::SignError;
 pub use folder::FolderError;
+pub use private::close_process;
 
 /// The folder of SECRETS that has the keys for firmware and the mesh.
 pub const KEYS: &str = "uefi-keys";

@@ -1,11 +1,19 @@
-//! Finds the private keys of a set in bytes that are about to leave it: copied whole, in another encoding, or beside
-//! something else in one file.
+//! Private keys stay where they are: they are looked for in bytes that are about to leave (copied whole, in another encoding,
+//! or beside something else in one file), and a process that reads them leaves no core and lets nobody look in.
 
 use base64ct::{Base64, Encoding as _};
 use der::zeroize::Zeroizing;
+use rustix::process::{DumpableBehavior, Resource, Rlimit};
 
 /// How much of a key is looked for: enough to be no chance, and less than any has.
 const PART_BYTES: usize = 32;
+
+/// Lets this process leave no core file, and no other process of its user read its memory. Where the system refuses, keys
+/// are as safe as in any other program.
+pub fn close_process() {
+    let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
+}
 
 /// What a set's private keys look like. Keys that are elsewhere are known by their public halves.
 #[derive(Default)]

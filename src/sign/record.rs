@@ -266,17 +266,22 @@ impl Record {
     fn check_fat(&self) -> Result<(), RecordError> {
         let verity = self.kernels.iter().flat_map(|kernel| &kernel.verity);
         let verity = verity.flat_map(|verity| [&verity.image, &verity.tree.file, &verity.hash.file]);
+        let paths = self.signed().chain(verity.map(String::as_str)).map(|path| {
+            TreePath::new(path.as_bytes()).map_err(|_: PathError| RecordError::Path(path.to_owned()))
+        });
+        let paths = paths.collect::<Result<Vec<TreePath>, _>>()?;
+        let node = |kind| Node { kind, meta: Meta::default() };
         let mut tree = Tree::new();
-        for path in self.signed().chain(verity.map(String::as_str)) {
-            let bad = |_: PathError| RecordError::Path(path.to_owned());
-            let path = TreePath::new(path.as_bytes()).map_err(bad)?;
+        for path in &paths {
             let mut parent = path.parent();
             while let Some(folder) = parent {
                 parent = folder.parent();
-                tree.insert(folder, Node { kind: Kind::Directory, meta: Meta::default() });
+                tree.insert(folder, node(Kind::Directory));
             }
-            let kind = Kind::File { digest: Digest::of(b""), size: 0 };
-            tree.insert(path, Node { kind, meta: Meta::default() });
+        }
+        // A file in the place of a folder leaves what should be in that without one.
+        for path in paths {
+            tree.insert(path, node(Kind::File { digest: Digest::of(b""), size: 0 }));
         }
         fat::least_bytes(&tree).map(drop).map_err(RecordError::Fat)
     }

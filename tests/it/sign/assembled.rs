@@ -88,6 +88,37 @@ fn the_hashes_in_the_image_are_those_by_which_the_images_verify() {
 }
 
 #[test]
+fn two_kernels_share_a_root_and_each_knows_its_own_modules_alone() {
+    let mut built = Built::with_keys();
+    let mut second = built.record.kernels[0].clone();
+    second.release = "6.12-cloud".to_owned();
+    second.signed = vec!["boot/efi/InitOS-Signed-6.12-cloud.EFI".to_owned()];
+    second.verity.truncate(1);
+    built.record.kernels.insert(0, second);
+    let image = "modules-6.12-cloud";
+    built.image(
+        &format!("hash.{image}"),
+        &format!("boot/efi/{image}.sqfs"),
+        &format!("boot/efi/hash.{image}"),
+        200,
+    );
+    built.record.kernels.swap(0, 1);
+    built.write();
+    built.sign(&[]).succeeds();
+    let local = built.local();
+    assert!(local.contains_key("hash.recovery") && local.contains_key("hash.modules-6.12-x"));
+    assert!(!local.contains_key("hash.modules-6.12-cloud"));
+    let cloud = fs::read(built.work().join("boot/efi/InitOS-Signed-6.12-cloud.EFI")).expect("signed");
+    assert_eq!(section(&cloud, ".uname"), b"6.12-cloud");
+    let certificate = built.host.path("secrets/uefi-keys/db.crt");
+    let arguments = ["--cert", &certificate.to_string_lossy(), "boot/efi/InitOS-Signed-6.12-cloud.EFI"];
+    judge("sbverify", &arguments, &built.work());
+    fs::create_dir(built.host.path("out")).expect("a folder");
+    built.sign(&["--request", "out"]).succeeds();
+    assert_eq!(files(&built.host.path("out")).len(), 2);
+}
+
+#[test]
 fn an_image_tree_or_hash_that_do_not_belong_together_are_never_signed() {
     let refused = |change: &dyn Fn(&mut Built), words: &[&str]| {
         let mut built = Built::with_keys();

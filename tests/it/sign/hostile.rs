@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -271,6 +271,22 @@ fn private_keys_appear_in_no_file_and_in_no_output() {
     for path in written {
         assert_eq!(found(&fs::read(&path).expect("readable")), None, "{}", path.display());
     }
+}
+
+#[test]
+fn a_process_that_reads_keys_leaves_no_core() {
+    let mut built = Built::with_keys();
+    built.rebuild(|kernel| &mut kernel.initrds[1], &archive("bin/busybox", &vec![7; 8 << 20]));
+    let mut kiln = built.command(&[]);
+    let mut kiln = kiln.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("kiln starts");
+    let limits = format!("/proc/{}/limits", kiln.id());
+    let mut closed = false;
+    while kiln.try_wait().expect("a child").is_none() {
+        let said = fs::read_to_string(&limits).unwrap_or_default();
+        let core = said.lines().find_map(|line| line.strip_prefix("Max core file size"));
+        closed |= core.is_some_and(|line| line.split_whitespace().take(2).eq(["0", "0"]));
+    }
+    assert!(closed);
 }
 
 #[test]
