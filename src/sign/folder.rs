@@ -153,8 +153,11 @@ impl Folder {
     /// Reads the file `name`, of at most `limit_bytes`, once and whole.
     pub fn read(&self, name: &Path, limit_bytes: u64) -> Result<Vec<u8>, FolderError> {
         let path = self.path.join(name);
-        let mut bytes = Vec::new();
-        let read = self.file(name)?.take(limit_bytes.saturating_add(1)).read_to_end(&mut bytes);
+        let file = self.file(name)?;
+        // Room for all of it at once: kernels and initrds are tens of megabytes.
+        let length = file.metadata().map_or(0, |metadata| metadata.len().min(limit_bytes));
+        let mut bytes = Vec::with_capacity(usize::try_from(length).map_or(0, |length| length + 1));
+        let read = file.take(limit_bytes.saturating_add(1)).read_to_end(&mut bytes);
         read.map_err(|source| FolderError::System { what: "read", path: path.clone(), source })?;
         if u64::try_from(bytes.len()).is_ok_and(|length| length > limit_bytes) {
             return Err(FolderError::TooLong { path, limit_bytes });

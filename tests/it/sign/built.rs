@@ -106,7 +106,8 @@ impl Built {
 
     /// Adds an image of so many blocks to the first kernel.
     pub fn image(&mut self, name: &str, path: &str, hash_path: &str, blocks: usize) {
-        let bytes: Vec<u8> = (0..blocks * verity::BLOCK_BYTES).map(|at| (at / 7 % 253) as u8).collect();
+        let bytes: Vec<u8> =
+            (0..blocks * verity::BLOCK_BYTES).map(|at| (at / 7 % 253).to_le_bytes()[0]).collect();
         let mut tree = Vec::new();
         let root = verity::write(&&bytes[..], &Parameters::derived(&Digest::of(&bytes)), &mut tree);
         let root = root.expect("whole blocks").to_string();

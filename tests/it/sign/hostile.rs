@@ -223,7 +223,7 @@ fn private_keys_appear_in_no_file_and_in_no_output() {
             .collect();
         let bytes = bytes.expect("hexadecimal");
         canaries.push((format!("{name}'s number"), bytes[..24].to_vec()));
-        canaries.push((format!("{name}'s number in text"), number[..48].as_bytes().to_vec()));
+        canaries.push((format!("{name}'s number in text"), number.as_bytes()[..48].to_vec()));
     }
     let found = |bytes: &[u8]| {
         let there = |canary: &[u8]| bytes.windows(canary.len()).any(|window| window == canary);
