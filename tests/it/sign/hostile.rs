@@ -153,6 +153,15 @@ fn a_record_that_names_what_it_should_not_signs_nothing() {
     assert!(!built.work().join("boot/efi/KEYS/db.crt").exists());
 }
 
+/// Ends a thread when it goes.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn whoever_swaps_a_part_while_it_is_signed_gets_no_signature_over_another() {
     let mut built = Built::with_keys();
@@ -183,6 +192,8 @@ fn whoever_swaps_a_part_while_it_is_signed_gets_no_signature_over_another() {
                 }
             }
         });
+        // Also where an assertion fails, or the scope would wait for good.
+        let _stop = Stop(&stop);
         for _ in 0..60 {
             let told = built.sign(&[]);
             if told.code == Some(0) {
@@ -195,7 +206,6 @@ fn whoever_swaps_a_part_while_it_is_signed_gets_no_signature_over_another() {
                 told.fails(1, &["is not what was built"]);
             }
         }
-        stop.store(true, Ordering::Relaxed);
     });
     println!("signed {signed} times, refused {refused} times");
     assert!(refused > 0, "nothing was ever swapped in time");
