@@ -81,6 +81,14 @@ pub fn read(image: &[u8]) -> Result<Kernel, KernelError> {
     Ok(Kernel { elf, release, pvh_entry })
 }
 
+/// The release that a bzImage's header says, without unpacking it; none where it says none.
+///
+/// # Errors
+/// [`KernelError`]: [`KernelError::NotAKernel`] for what is no bzImage.
+pub fn release(image: &[u8]) -> Result<Option<String>, KernelError> {
+    Setup::parse(image).map(|setup| setup.release)
+}
+
 /// The bytes of `image` at `offset`, or that it ends within `what`.
 fn slice<'a>(image: &'a [u8], offset: u64, length: u64, what: &'static str) -> Result<&'a [u8], KernelError> {
     let start = usize::try_from(offset).ok();

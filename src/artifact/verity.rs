@@ -201,6 +201,16 @@ pub fn verify(data: &(dyn ReadAt + Sync), tree: &dyn ReadAt, root: &Digest) -> R
     }
 }
 
+/// How many bytes of data the hash tree that begins with `superblock` covers. No device shows what lies behind them.
+///
+/// # Errors
+/// [`VerityError::Superblock`].
+pub fn covered_bytes(superblock: &[u8]) -> Result<u64, VerityError> {
+    let block =
+        superblock.get(..BLOCK_BYTES).ok_or(VerityError::Superblock("it ends before its first block"))?;
+    Parameters::read(block).map(|(_, data_blocks)| data_blocks * BLOCK)
+}
+
 /// A computed tree: levels of whole blocks of hashes, the lowest first.
 struct HashTree {
     levels: Vec<Vec<u8>>,
@@ -290,6 +300,7 @@ mod tests {
         // Three blocks of hashes over 300 of data, one over those.
         assert_eq!(tree.len(), 5 * BLOCK_BYTES);
         verify(&&good[..], &&tree[..], &root).expect("untouched");
+        assert_eq!(covered_bytes(&tree).expect("a superblock"), 300 * BLOCK);
         for block in [0, 127, 128, 255, 299] {
             let mut bad = good.clone();
             bad[block * BLOCK_BYTES + 4095] ^= 1;

@@ -1,4 +1,5 @@
-//! One folder, held open, whose files are read and written without following a link: of SECRETS or of WORK.
+//! One folder, held open, whose files are read and written without following a link: of SECRETS, of WORK or of
+//! configuration.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
@@ -6,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 
 /// What files that are not finished begin with; the next kiln that signs sweeps them.
@@ -104,12 +105,31 @@ impl Folder {
         let stat = rustix::fs::fstat(&self.top).map_err(|errno| system("look at", &self.path, errno))?;
         let open = |fault, fix| FolderError::Open { path: self.path.clone(), fault, fix };
         if stat.st_uid != rustix::process::geteuid().as_raw() {
-            return Err(open("belongs to another user, who could change the keys in it", "chown $(id -u)"));
+            return Err(open("belongs to another user, who could change what is in it", "chown $(id -u)"));
         }
         if stat.st_mode & 0o022 != 0 {
-            return Err(open("can be written by others, who could change the keys in it", "chmod go-w"));
+            return Err(open("can be written by others, who could change what is in it", "chmod go-w"));
         }
         Ok(())
+    }
+
+    /// Its permissions.
+    pub fn mode(&self) -> Result<u32, FolderError> {
+        let stat = rustix::fs::fstat(&self.top).map_err(|errno| system("look at", &self.path, errno))?;
+        Ok(stat.st_mode & 0o7777)
+    }
+
+    /// What `name` in it is; links are not followed.
+    pub fn kind(&self, name: &Path) -> Result<FileType, FolderError> {
+        let stat = rustix::fs::statat(&self.top, name, AtFlags::SYMLINK_NOFOLLOW);
+        let stat = stat.map_err(|errno| system("look at", &self.path.join(name), errno))?;
+        Ok(FileType::from_raw_mode(stat.st_mode))
+    }
+
+    /// The text of the link `name` in it.
+    pub fn link(&self, name: &Path) -> Result<Vec<u8>, FolderError> {
+        let text = rustix::fs::readlinkat(&self.top, name, Vec::new());
+        Ok(text.map_err(|errno| system("read", &self.path.join(name), errno))?.into_bytes())
     }
 
     /// Opens the file `name` for reading.
@@ -133,8 +153,11 @@ impl Folder {
     /// Reads the file `name`, of at most `limit_bytes`, once and whole.
     pub fn read(&self, name: &Path, limit_bytes: u64) -> Result<Vec<u8>, FolderError> {
         let path = self.path.join(name);
-        let mut bytes = Vec::new();
-        let read = self.file(name)?.take(limit_bytes.saturating_add(1)).read_to_end(&mut bytes);
+        let file = self.file(name)?;
+        // Room for all of it at once: kernels and initrds are tens of megabytes.
+        let length = file.metadata().map_or(0, |metadata| metadata.len().min(limit_bytes));
+        let mut bytes = Vec::with_capacity(usize::try_from(length).map_or(0, |length| length + 1));
+        let read = file.take(limit_bytes.saturating_add(1)).read_to_end(&mut bytes);
         read.map_err(|source| FolderError::System { what: "read", path: path.clone(), source })?;
         if u64::try_from(bytes.len()).is_ok_and(|length| length > limit_bytes) {
             return Err(FolderError::TooLong { path, limit_bytes });
@@ -173,7 +196,8 @@ impl Folder {
     }
 
     /// Whether `name` is there.
-    pub fn has(&self, name: &str) -> bool {
+    pub fn has(&self, name: impl AsRef<Path>) -> bool {
+        let name = name.as_ref();
         rustix::fs::statat(&self.top, name, AtFlags::SYMLINK_NOFOLLOW).is_ok()
     }
 
@@ -182,7 +206,8 @@ impl Folder {
         Ok(self.names()?.is_empty())
     }
 
-    fn names(&self) -> Result<Vec<Vec<u8>>, FolderError> {
+    /// The names in it, sorted.
+    pub fn names(&self) -> Result<Vec<Vec<u8>>, FolderError> {
         let read = |errno| system("read", &self.path, errno);
         let mut names = Vec::new();
         for entry in rustix::fs::Dir::read_from(&self.top).map_err(read)? {
@@ -191,10 +216,11 @@ impl Folder {
                 names.push(name);
             }
         }
+        names.sort();
         Ok(names)
     }
 
-    /// Writes `bytes` beside where they go, synced; [`Unfinished::put`] gives them their name.
+    /// Writes `bytes` beside where they go, synced; [`put`] gives them their name.
     pub fn write<'a>(&'a self, name: &str, bytes: &[u8], mode: u32) -> Result<Unfinished<'a>, FolderError> {
         let unfinished = format!("{UNFINISHED}{}-{name}", std::process::id());
         let path = self.path.join(&unfinished);
@@ -231,13 +257,70 @@ pub(super) struct Unfinished<'a> {
     name: String,
 }
 
+/// How a file got its name, and so how it loses it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Put {
+    /// Nothing had it.
+    New,
+    /// What had it has the unfinished one now.
+    Exchanged,
+    /// What had it is gone: the file system cannot exchange names.
+    Replaced,
+}
+
+/// Gives all `files` their names, in place of files that had them, or none: where one cannot get its name, those before it
+/// lose theirs again.
+pub(super) fn put(files: Vec<Unfinished<'_>>) -> Result<(), FolderError> {
+    let mut done: Vec<(&Unfinished<'_>, Put)> = Vec::new();
+    for file in &files {
+        match file.put() {
+            Ok(put) => done.push((file, put)),
+            Err(error) => {
+                done.iter().rev().for_each(|(file, put)| file.take_back(*put));
+                return Err(error);
+            }
+        }
+    }
+    files.iter().try_for_each(|file| file.folder.sync())
+}
+
 impl Unfinished<'_> {
-    /// Gives the file its name, in place of what had it.
-    pub fn put(self) -> Result<(), FolderError> {
-        let (top, path) = (&self.folder.top, self.folder.path.join(&self.name));
-        rustix::fs::renameat(top, &self.unfinished, top, &self.name)
-            .map_err(|errno| system("write", &path, errno))?;
-        self.folder.sync()
+    fn put(&self) -> Result<Put, FolderError> {
+        let path = self.folder.path.join(&self.name);
+        let there = match rustix::fs::statat(&self.folder.top, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => {
+                return Err(system("write", &path, Errno::ISDIR));
+            }
+            Ok(_) => true,
+            Err(Errno::NOENT) => false,
+            Err(errno) => return Err(system("look at", &path, errno)),
+        };
+        let (flags, put) =
+            if there { (RenameFlags::EXCHANGE, Put::Exchanged) } else { (RenameFlags::NOREPLACE, Put::New) };
+        let put = match self.rename(flags) {
+            Ok(()) => Ok(put),
+            Err(Errno::INVAL | Errno::NOSYS) => self.rename(RenameFlags::empty()).map(|()| Put::Replaced),
+            Err(errno) => Err(errno),
+        };
+        put.map_err(|errno| system("write", &path, errno))
+    }
+
+    fn rename(&self, flags: RenameFlags) -> Result<(), Errno> {
+        let top = &self.folder.top;
+        if flags.is_empty() {
+            return rustix::fs::renameat(top, &self.unfinished, top, &self.name);
+        }
+        rustix::fs::renameat_with(top, &self.unfinished, top, &self.name, flags)
+    }
+
+    fn take_back(&self, put: Put) {
+        let top = &self.folder.top;
+        // What fails here leaves a whole file, and the error that led here is the one to know.
+        let _ = match put {
+            Put::New => rustix::fs::renameat(top, &self.name, top, &self.unfinished),
+            Put::Exchanged => self.rename(RenameFlags::EXCHANGE),
+            Put::Replaced => Ok(()),
+        };
     }
 }
 

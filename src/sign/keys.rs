@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use der::zeroize::Zeroizing;
 use kiln_artifact::uefi::auth::{self, AuthError, Variable};
 use kiln_artifact::uefi::esl::{self, EslError};
 use kiln_artifact::uefi::{CertificateError, Signer};
@@ -14,16 +15,17 @@ use sha2::Sha256;
 
 use super::KEYS;
 use super::folder::{Folder, FolderError};
+use super::private::{self, Privates};
 
 /// No key, certificate or enrolment file is nearly as long.
 const FILE_BYTES_MAX: u64 = 64 << 10;
+const ROOT: &str = "root.pem";
+const AUTHORIZED: &str = "authorized_keys";
 /// From when on it is said that a certificate will expire.
 const WARNING: Duration = Duration::from_secs(90 * 24 * 3600);
 /// What goes to those who enrol the keys.
-const PUBLIC: [&str; 10] = [
-    "PK.auth", "PK.crt", "PK.cer", "KEK.auth", "KEK.crt", "KEK.cer", "db.auth", "db.crt", "db.cer",
-    "root.pem",
-];
+const PUBLIC: [&str; 10] =
+    ["PK.auth", "PK.crt", "PK.cer", "KEK.auth", "KEK.crt", "KEK.cer", "db.auth", "db.crt", "db.cer", ROOT];
 
 /// Why keys are not used.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +83,9 @@ pub enum KeyError {
         /// What is wrong.
         fault: String,
     },
+    /// A private key where everybody would read it.
+    #[error("`{0}` has a private key in it, and would be published")]
+    Published(String),
     /// The library refuses to sign.
     #[error("cannot sign with `{0}`")]
     Sign(String, #[source] rsa::signature::Error),
@@ -106,6 +111,7 @@ impl KeyError {
             Self::Time { .. } => {
                 Some("make new keys (`kiln sign --init` with another SECRETS) and enrol them".to_owned())
             }
+            Self::Published(file) => Some(format!("leave only what is public in `{file}`")),
             Self::Apart { .. } | Self::Enrolment { .. } => Some("take all files of one set".to_owned()),
             _ => None,
         }
@@ -119,6 +125,7 @@ pub struct Keys {
     /// What is said of keys that are in order and will not be for long.
     pub warnings: Vec<String>,
     folder: Folder,
+    privates: Privates,
 }
 
 impl Keys {
@@ -142,6 +149,7 @@ impl Keys {
         };
         let signers = [("PK", read("PK")?), ("KEK", read("KEK")?), ("db", read("db")?)];
         let mut warnings = Vec::new();
+        let mut privates = Privates::default();
         for (index, (name, signer)) in signers.iter().enumerate() {
             warnings.extend(check_time(name, signer, now)?);
             let same = |(_, other): &&(&str, Signer)| other.key() == signer.key();
@@ -152,6 +160,8 @@ impl Keys {
             if folder.has(&file) {
                 private(&folder, &file, signer)?;
             }
+            let public = signer.certificate().tbs_certificate().subject_public_key_info();
+            privates.public(&file, public.subject_public_key.raw_bytes());
         }
         let [(_, pk), (_, kek), (_, db)] = signers;
         for (variable, enrolled, by) in
@@ -162,7 +172,19 @@ impl Keys {
         if folder.has("root.key") {
             folder.check_secret(Path::new("root.key"))?;
         }
-        Ok(Self { db, warnings, folder })
+        for name in folder.names()?.iter().filter_map(|name| std::str::from_utf8(name).ok()) {
+            if name.ends_with(".key") {
+                let bytes = Zeroizing::new(folder.read(Path::new(name), FILE_BYTES_MAX)?);
+                privates.secret(name, &bytes);
+            }
+        }
+        if folder.has(ROOT) {
+            let public = folder.read(Path::new(ROOT), FILE_BYTES_MAX)?;
+            if let Ok((_, public)) = pem_rfc7468::decode_vec(&public) {
+                privates.public("root.key", &public);
+            }
+        }
+        Ok(Self { db, warnings, folder, privates })
     }
 
     /// Who signs images.
@@ -188,17 +210,35 @@ impl Keys {
     /// # Errors
     /// [`KeyError`].
     pub fn public(&self) -> Result<Vec<(&'static str, Vec<u8>)>, KeyError> {
-        PUBLIC
-            .into_iter()
-            .map(|name| Ok((name, self.folder.read(Path::new(name), FILE_BYTES_MAX)?)))
-            .collect::<Result<_, KeyError>>()
+        PUBLIC.into_iter().map(|name| Ok((name, self.publish(name)?))).collect()
+    }
+
+    /// What an initrd has of the set: who may log in, and the public half of the mesh's root.
+    ///
+    /// # Errors
+    /// [`KeyError`].
+    pub fn local(&self) -> Result<[(&'static str, Vec<u8>); 2], KeyError> {
+        Ok([(AUTHORIZED, self.publish(AUTHORIZED)?), (ROOT, self.publish(ROOT)?)])
+    }
+
+    /// The name of a private key of the set that is in `bytes`.
+    pub fn find_private(&self, bytes: &[u8]) -> Option<&str> {
+        self.privates.find(bytes)
+    }
+
+    fn publish(&self, name: &str) -> Result<Vec<u8>, KeyError> {
+        let bytes = self.folder.read(Path::new(name), FILE_BYTES_MAX)?;
+        if private::has_private_key(&bytes) || self.privates.find(&bytes).is_some() {
+            return Err(KeyError::Published(name.to_owned()));
+        }
+        Ok(bytes)
     }
 }
 
 /// The private key in `file`, which must be `signer`'s and readable to nobody else.
 fn private(folder: &Folder, file: &str, signer: &Signer) -> Result<SigningKey<Sha256>, KeyError> {
     folder.check_secret(Path::new(file))?;
-    let text = der::zeroize::Zeroizing::new(folder.read(Path::new(file), FILE_BYTES_MAX)?);
+    let text = Zeroizing::new(folder.read(Path::new(file), FILE_BYTES_MAX)?);
     let key = std::str::from_utf8(&text).ok().and_then(|text| rsa::PrivateKey::from_pkcs8_pem(text).ok());
     let key = key.ok_or_else(|| KeyError::Key(file.to_owned()))?;
     if key.as_public_key() != signer.key() {

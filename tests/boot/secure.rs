@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use kiln::sign::record::{Record, Unified, VERSION};
+use kiln::sign::record::{Record, Unified};
 use kiln_artifact::cpio::{self, Options};
 use kiln_artifact::tree::{Kind, Meta, Node, Tree, TreePath};
 use kiln_artifact::uefi::uki::{self, Parts, Uki};
@@ -187,12 +187,7 @@ fn firmware_takes_the_keys_and_starts_what_is_signed_and_nothing_else() {
         signed: "boot/efi/A.EFI".to_owned(),
         sections,
     };
-    let record = Record {
-        version: VERSION,
-        unified: vec![image],
-        images: Vec::new(),
-        keys: "boot/efi/KEYS".to_owned(),
-    };
+    let record = Record { unified: vec![image], ..Record::default() };
     fs::write(work.join("boot/record.json"), serde_json::to_vec(&record).expect("plain data")).expect("room");
     let sign = |secrets: &str| {
         // Signing needs nothing of an installation.

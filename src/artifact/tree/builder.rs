@@ -7,7 +7,7 @@ use super::{Kind, Node, Tree, TreeError, TreePath, within};
 
 /// Builds a tree the way a file system does: names come, are replaced and linked in any order, and a hard link
 /// is a second name of what the first names at that moment. For unpackers and collectors.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Builder {
     inodes: Vec<Option<Node>>,
     names: BTreeMap<TreePath, usize>,

@@ -1,5 +1,10 @@
-//! `kiln sign`: keys, the record that images are held against, and both ways to a signature. Judged by sbverify,
-//! OpenSSL and virt-firmware.
+//! `kiln sign`: keys, the record that images are held against, and both ways to a signature, here with images that a build
+//! has assembled. Judged by sbverify, OpenSSL and virt-firmware.
+
+mod assembled;
+mod built;
+mod configured;
+mod hostile;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -8,11 +13,11 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kiln::sign::make;
-use kiln::sign::record::{File, Record, Unified, VERSION};
+use kiln::sign::record::{File, Record, Unified};
 use kiln_artifact::uefi::uki::{self, Parts};
 use kiln_digest::Digest;
 
-use super::host::{Host, Told};
+use super::host::{self, Host, Told};
 
 const EFI: &str = "/usr/lib/systemd/boot/efi";
 const COMMAND_LINE: &str = "console=ttyS0 quiet";
@@ -27,13 +32,7 @@ impl Signing {
     fn new() -> Self {
         let host = Host::new();
         fs::create_dir_all(host.path("work/boot/efi")).expect("folders");
-        let record = Record {
-            version: VERSION,
-            unified: Vec::new(),
-            images: Vec::new(),
-            keys: "boot/efi/KEYS".to_owned(),
-        };
-        let mut signing = Self { host, record };
+        let mut signing = Self { host, record: Record::default() };
         signing.image("a", &unified(COMMAND_LINE, b"initrd"));
         signing.images(b"a root");
         signing.write();
