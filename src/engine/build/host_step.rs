@@ -13,8 +13,11 @@ use crate::engine::merge::Merge;
 use crate::engine::run::Ended;
 use crate::plan::StepId;
 use crate::plan::make::Make;
-use crate::sign::images::{Source, Work};
+use crate::sign::SignError;
+use crate::sign::images::Source;
 use crate::sign::keys::{KeyError, Keys};
+use crate::sign::local::Local;
+use crate::sign::work::Work;
 
 /// What did it, in words.
 const HERE: &str = "kiln, without a machine";
@@ -60,26 +63,33 @@ impl<R: Runner> Worker<'_, '_, R> {
         let (build, started) = (self.checker.build, Instant::now());
         let (work, secrets) = (&build.settings.work.value, &build.settings.secrets.value);
         let now = crate::clock::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        let opened = Work::open(work, secrets)?;
-        let not_kept = match Keys::open(secrets, now) {
-            Ok(keys) => {
+        let opened = Work::open(work, secrets, None)?;
+        let keys = match Keys::open(secrets, now) {
+            Ok(keys) => Some(keys),
+            Err(KeyError::None(_)) => None,
+            Err(error) => return Err(SignError::from(error).into()),
+        };
+        let local = Local::read(secrets, None, None, keys.as_ref()).map_err(SignError::from)?;
+        let roots = opened.verify()?;
+        let not_kept = match &keys {
+            Some(keys) => {
                 self.gate.enter(id);
                 let _passed = Passed::new(self.gate, id);
-                opened.sign(&keys, Source::Keys)?;
+                opened.sign(&roots, &local, keys, Source::Keys)?;
                 keys.warnings.iter().for_each(|warning| self.tell(id, &format!("warning: {warning}")));
                 "signatures are made anew each time".to_owned()
             }
-            Err(KeyError::None(_)) => {
-                opened.check()?;
-                for image in &opened.record.unified {
-                    self.tell(id, &format!("to be signed: {} -> {}", image.file, image.signed));
+            None => {
+                opened.check(&roots, &local)?;
+                for kernel in &opened.record.kernels {
+                    let to = kernel.signed.join(", ");
+                    self.tell(id, &format!("to be signed: kernel {} as {to}", kernel.release));
                 }
                 format!(
                     "nothing was signed: SECRETS ({}) has no keys; `kiln sign` makes them and signs",
                     secrets.display()
                 )
             }
-            Err(error) => return Err(crate::sign::images::SignError::from(error).into()),
         };
         Ok(Kept { ran: ran(None, 0, started.elapsed()), not_kept: Some(not_kept), same: true })
     }

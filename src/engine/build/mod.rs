@@ -40,7 +40,7 @@ use super::merge::MergeError;
 use crate::cache::{Index, Scope};
 use crate::plan::{Plan, StepId};
 use crate::settings::Settings;
-use crate::sign::images::SignError;
+use crate::sign::SignError;
 use crate::store::Store;
 
 pub use check::{Explained, Standing, work_name};
