@@ -125,6 +125,8 @@ pub struct From {
     pub mode: Option<u16>,
     /// Whether files become one.
     pub join: bool,
+    /// Whether it may be missing.
+    pub optional: bool,
     /// Kernel modules by name, with `?` behind those that a kernel need not have; all where there are none.
     pub modules: Vec<String>,
 }
@@ -178,6 +180,21 @@ pub enum What {
     },
     /// A unified kernel image.
     Unified(Box<Unified>),
+    /// What is to be assembled and signed.
+    Record(Box<Recorded>),
+}
+
+/// Images that are to be assembled of parts in WORK, and signed.
+#[derive(Debug, Clone)]
+pub struct Recorded {
+    /// Their parts.
+    pub parts: Unified,
+    /// Where each goes.
+    pub signed: Vec<Pattern>,
+    /// A file with the release of the one that paths without a star are for.
+    pub default: Option<Pattern>,
+    /// Images that their initrds open through verity, and whether each may be missing.
+    pub images: Vec<(Pattern, bool)>,
 }
 
 /// Something to be made.
@@ -199,7 +216,8 @@ impl Make {
     /// All that it is made of.
     pub fn parts(&self) -> impl Iterator<Item = &From> {
         let unified = match &self.what {
-            What::Unified(unified) => Some(unified),
+            What::Unified(unified) => Some(&**unified),
+            What::Record(recorded) => Some(&recorded.parts),
             _ => None,
         };
         let parts = unified.into_iter().flat_map(|unified| {

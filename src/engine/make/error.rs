@@ -11,8 +11,10 @@ use kiln_artifact::uefi::uki::UkiError;
 use kiln_artifact::verity::VerityError;
 
 use crate::engine::error::RunError;
+use crate::root::debian::ArchiveError;
 use crate::root::directory::DirectoryError;
 use crate::root::modules::ModulesError;
+use crate::sign::record::RecordError;
 
 /// Why something could not be made. Nothing of the step is in WORK then.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +67,9 @@ pub enum MakeError {
     /// Modules that are not there.
     #[error(transparent)]
     Modules(#[from] ModulesError),
+    /// Modules that cannot be read.
+    #[error(transparent)]
+    Kernel(ArchiveError),
     /// A root cannot be had.
     #[error(transparent)]
     Root(Box<RunError>),
@@ -116,6 +121,9 @@ pub enum MakeError {
     /// A unified kernel image.
     #[error("the unified kernel image cannot be made")]
     Unified(#[from] UkiError),
+    /// A record that could not be signed by.
+    #[error("the record would be of no use")]
+    Record(#[from] RecordError),
     /// The store or a file.
     #[error("cannot {what}")]
     Io {

@@ -5,6 +5,7 @@
 //! that goes in is in the step's key ([`Bench::ingredients`]), so its trace has nothing to say but what came out.
 
 mod error;
+mod record;
 mod select;
 
 use std::collections::BTreeSet;
@@ -74,6 +75,8 @@ impl Bench<'_> {
             _ => vec![String::new()],
         };
         let mut text = String::new();
+        // Which modules are taken says the recipe, and of what the folder.
+        let from = &From { modules: Vec::new(), ..from.clone() };
         for star in stars {
             let digest = match self.take(from, &star, &Tree::new()) {
                 Ok(tree) => tree.digest().to_string(),
@@ -92,6 +95,11 @@ impl Bench<'_> {
     pub fn make(&self, makes: &[Make], progress: &mut dyn FnMut(&str)) -> Result<Tree, MakeError> {
         let mut made = Tree::new();
         for make in makes {
+            if let What::Record(recorded) = &make.what {
+                let record = self.record(recorded, make.range(), &made)?;
+                self.put(&mut made, make.path.text(), &mut &record[..])?;
+                continue;
+            }
             let stars = match make.range() {
                 Some(range) => self.stars(range, &made)?,
                 None => vec![String::new()],
@@ -141,7 +149,10 @@ impl Bench<'_> {
         }
         let mut tree = self.folder_tree();
         for from in &make.from {
-            let part = self.take(from, star, made)?;
+            let part = match self.take(from, star, made) {
+                Err(MakeError::Missing { .. }) if from.optional => continue,
+                part => part?,
+            };
             let mut layer = Layer::new();
             for (path, node) in part.iter().filter(|(path, _)| !path.is_root()) {
                 layer.insert(path.clone(), node.clone());
@@ -191,7 +202,7 @@ impl Bench<'_> {
                 fat::write(&tree, contents, &mut file, &options)
                     .map_err(|source| MakeError::Fat { path: path.clone(), source })?;
             }
-            What::Files | What::Verity { .. } | What::Unified(_) => {}
+            What::Files | What::Verity { .. } | What::Unified(_) | What::Record(_) => {}
         }
         self.put_file(made, &path, file)
     }
@@ -222,7 +233,13 @@ impl Bench<'_> {
         let read = |from: &From| self.bytes(from, star, made);
         let some = |from: &Option<From>| from.as_ref().map(read).transpose();
         let (stub, kernel) = (read(&parts.stub)?, read(&parts.linux)?);
-        let initrds = parts.initrds.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        let mut initrds = Vec::with_capacity(parts.initrds.len());
+        for from in &parts.initrds {
+            match read(from) {
+                Err(MakeError::Missing { .. }) if from.optional => {}
+                initrd => initrds.push(initrd?),
+            }
+        }
         let (os_release, sbat) = (some(&parts.os_release)?, some(&parts.sbat)?);
         let command_line = one_line(&String::from_utf8_lossy(&read(&parts.command_line)?));
         let release = parts.release.as_ref().map(|text| fill(text, star));

@@ -1,5 +1,6 @@
 //! Taking files out of WORK, SRCDIR, roots and kiln's own programs.
 
+use std::collections::BTreeSet;
 use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -10,12 +11,12 @@ use kiln_digest::Digest;
 use super::{Bench, MakeError};
 use crate::plan::RootSpec;
 use crate::plan::make::{From, Origin, Pattern, fill};
-use crate::root::modules::{Modules, normal_name};
+use crate::root::debian;
+use crate::root::modules::{Modules, Profile};
 
 /// Linux's limit on links in one path (path_resolution(7)).
 const MOST_LINKS: usize = 40;
-/// What a folder of modules keeps of its lists when only some modules are taken.
-const DEPENDENCIES: &[u8] = b"modules.dep";
+/// What the kernel has without modules.
 const BUILTIN: &[u8] = b"modules.builtin";
 
 /// Something in SRCDIR.
@@ -215,15 +216,12 @@ impl Bench<'_> {
         Ok(out)
     }
 
-    /// Of a folder of modules those that `wanted` names and all they need, with the lists that say so.
+    /// Of a folder of modules those that `wanted` names and all they need, with depmod's lists of these.
     fn modules(&self, tree: Tree, wanted: &[String]) -> Result<Tree, MakeError> {
-        let text = |name: &[u8]| -> Result<String, MakeError> {
-            let node = TreePath::root().join(name).ok().and_then(|path| tree.get(&path).cloned());
-            match node.map(|node| node.kind) {
+        let bytes = |name: &[u8]| -> Result<Vec<u8>, MakeError> {
+            match TreePath::root().join(name).ok().and_then(|path| tree.shown(&path)).map(|node| &node.kind) {
                 Some(Kind::File { digest, .. }) => {
-                    let bytes =
-                        self.store.blobs().read(&digest).map_err(MakeError::io("read a list of modules"))?;
-                    Ok(String::from_utf8_lossy(&bytes).into_owned())
+                    self.store.blobs().read(digest).map_err(MakeError::io("read a list of modules"))
                 }
                 _ => Err(MakeError::Missing {
                     path: String::from_utf8_lossy(name).into_owned(),
@@ -231,34 +229,46 @@ impl Bench<'_> {
                 }),
             }
         };
-        let (dependencies, builtin) = (text(DEPENDENCIES)?, text(BUILTIN)?);
-        let all = Modules::from_dep(&dependencies, &builtin)?;
-        let mut taken = std::collections::BTreeSet::new();
+        let text = |name: &[u8]| bytes(name).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        let infos = debian::module_infos(self.store.blobs(), &tree, &TreePath::root())
+            .map_err(debian::ArchiveError::from);
+        let infos = infos.map_err(MakeError::Kernel)?;
+        let (order, builtin) = (text(b"modules.order").unwrap_or_default(), text(BUILTIN)?);
+        let all = Modules::from_infos(
+            infos,
+            &order,
+            &builtin,
+            &bytes(b"modules.builtin.modinfo").unwrap_or_default(),
+        );
+        let mut taken: BTreeSet<&str> = BTreeSet::new();
         for name in wanted {
             let (name, may_lack) = name.strip_suffix('?').map_or((name.as_str(), false), |name| (name, true));
-            match all.load_order(&[name]) {
-                Ok(paths) => taken.extend(paths.into_iter().map(str::to_owned)),
+            let found = match name {
+                "profile:cloud" => all.for_initrd(Profile::Cloud),
+                "profile:host" => all.for_initrd(Profile::Host),
+                name => all.load_order(&[name]),
+            };
+            match found {
+                Ok(paths) => taken.extend(paths),
                 Err(_) if may_lack => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        let names: std::collections::BTreeSet<String> = taken.iter().map(|path| normal_name(path)).collect();
-        let lines = dependencies.lines().filter(|line| {
-            line.split(':').next().is_some_and(|path| names.contains(&normal_name(path.trim())))
-        });
-        let list: String = lines.map(|line| format!("{line}\n")).collect();
-        let put = self.store.blobs().put(list.as_bytes()).map_err(MakeError::io("keep a list of modules"))?;
         let mut kept = tree.clone();
-        kept.retain(|path, _| {
-            let bytes = path.as_bytes();
-            let text = String::from_utf8_lossy(bytes);
+        kept.retain(|path, node| {
+            let text = String::from_utf8_lossy(path.as_bytes());
+            let is_above = || taken.iter().any(|module| module.starts_with(&format!("{text}/")));
             path.is_root()
-                || bytes == BUILTIN
+                || path.as_bytes() == BUILTIN
                 || taken.contains(&*text)
-                || taken.iter().any(|module| module.starts_with(&format!("{text}/")))
+                || (node.kind == Kind::Directory && is_above())
         });
-        let node = Node { kind: Kind::File { digest: put.0, size: put.1 }, meta: self.meta(0o644) };
-        kept.insert(TreePath::root().join(DEPENDENCIES)?, node);
+        let files: Vec<&str> = taken.iter().copied().collect();
+        for (name, bytes) in all.only(&files).depmod_files()? {
+            let put = self.store.blobs().put(&bytes[..]).map_err(MakeError::io("keep a list of modules"))?;
+            let node = Node { kind: Kind::File { digest: put.0, size: put.1 }, meta: self.meta(0o644) };
+            kept.insert(TreePath::root().join(name.as_bytes())?, node);
+        }
         Ok(kept)
     }
 }

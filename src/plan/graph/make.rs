@@ -7,12 +7,12 @@ use kiln_artifact::fat::Label;
 use kiln_artifact::squashfs::Codec;
 
 use super::reader::Reader;
-use crate::plan::make::{From, Make, Origin, Pattern, Unified, What};
+use crate::plan::make::{From, Make, Origin, Pattern, Recorded, Unified, What};
 use crate::plan::recipe::{Expanded, Fault, FromTable, MakeTable, Text};
 use crate::plan::{Outputs, RootSpec, parse_bytes};
 
 /// Programs that come with kiln.
-const PROGRAMS: [&str; 2] = ["init", "agent"];
+const PROGRAMS: [&str; 3] = ["init", "initos-init", "agent"];
 /// The block size of squashfs images, as mksquashfs has it.
 const BLOCK_BYTES: u32 = 128 << 10;
 
@@ -31,11 +31,13 @@ impl Reader<'_> {
             ("files", &table.files),
             ("verity", &table.verity),
             ("uki", &table.uki),
+            ("record", &table.record),
         ];
         let mut given = named.iter().filter_map(|(name, path)| path.as_ref().map(|path| (*name, path)));
         let (name, path) = given.next().ok_or_else(|| {
             let message = format!("step `{}` does not say what it makes", step.name);
-            let hint = "one of squashfs, erofs, cpio, fat, files, verity and uki says what, and where";
+            let hint =
+                "one of squashfs, erofs, cpio, fat, files, verity, uki and record says what, and where";
             self.fault(step.span.clone(), message).hint(hint)
         })?;
         if let Some((other, span)) = given.next().map(|(other, path)| (other, path.span())) {
@@ -50,10 +52,10 @@ impl Reader<'_> {
         self.check_keys(name, table, &span)?;
         let from = table.from.iter().map(|from| self.from(step, from)).collect::<Result<Vec<_>, _>>()?;
         let what = self.what(step, name, table, &span)?;
-        let is_unified = matches!(what, What::Unified(_));
+        let is_unified = matches!(what, What::Unified(_) | What::Record(_));
         if from.is_empty() != is_unified || (from.len() != 1 && matches!(what, What::Verity { .. })) {
             let message = match name {
-                "uki" => {
+                "uki" | "record" => {
                     "a unified kernel image takes stub, linux, initrd and cmdline, and no from".to_owned()
                 }
                 "verity" => "verity takes the one file that from names".to_owned(),
@@ -74,8 +76,11 @@ impl Reader<'_> {
 
     /// Refuses keys that belong to another kind.
     fn check_keys(&self, name: &str, table: &MakeTable, span: &Range<usize>) -> Result<(), Fault> {
-        let unified = ["uki"];
-        let keys: [(&str, bool, &[&str]); 11] = [
+        let unified = ["uki", "record"];
+        let keys: [(&str, bool, &[&str]); 14] = [
+            ("default", table.default.is_some(), &["record"]),
+            ("signed", !table.signed.is_empty(), &["record"]),
+            ("images", !table.images.is_empty(), &["record"]),
             ("compression", table.compression.is_some(), &["squashfs", "cpio"]),
             ("block", table.block.is_some(), &["squashfs"]),
             ("label", table.label.is_some(), &["fat"]),
@@ -111,6 +116,7 @@ impl Reader<'_> {
             "verity" => {
                 What::Verity { hash: table.hash.as_ref().map(|hash| self.pattern(hash)).transpose()? }
             }
+            "record" => What::Record(Box::new(self.recorded(step, table, span)?)),
             _ => What::Unified(Box::new(self.unified(step, table, span)?)),
         })
     }
@@ -135,6 +141,38 @@ impl Reader<'_> {
             os_release: some(&table.osrel)?,
             release: table.uname.as_ref().map(|text| text.get_ref().clone()),
             sbat: some(&table.sbat)?,
+        })
+    }
+
+    fn recorded(&self, step: &Expanded, table: &MakeTable, span: &Range<usize>) -> Result<Recorded, Fault> {
+        let parts = self.unified(step, table, span)?;
+        let all = [&parts.stub, &parts.linux, &parts.command_line].into_iter();
+        let all = all.chain(&parts.initrds).chain(&parts.os_release).chain(&parts.sbat);
+        let is_in_work = |from: &From| matches!(from.origin, Origin::Work(_));
+        if !all.into_iter().all(is_in_work) || parts.os_release.is_none() || parts.release.is_none() {
+            let message =
+                "a record names files in WORK: stub, linux, initrd, cmdline and osrel, and uname".to_owned();
+            let hint = "{ files = \"boot\", from = […] } puts a file of a root or a text there first";
+            return Err(self.fault(span.clone(), message).hint(hint));
+        }
+        if table.signed.is_empty() {
+            let message = "nothing says where signed images go".to_owned();
+            return Err(self
+                .fault(span.clone(), message)
+                .hint("signed = [\"boot/efi/EFI/BOOT/BOOTX64.EFI\"]"));
+        }
+        let image = |text: &Text| {
+            let (path, may_lack) = match text.get_ref().strip_suffix('?') {
+                Some(path) => (path, true),
+                None => (text.get_ref().as_str(), false),
+            };
+            Ok((self.pattern(&Text::new(text.span(), path.to_owned()))?, may_lack))
+        };
+        Ok(Recorded {
+            parts,
+            signed: table.signed.iter().map(|path| self.pattern(path)).collect::<Result<_, _>>()?,
+            default: table.default.as_ref().map(|path| self.pattern(path)).transpose()?,
+            images: table.images.iter().map(image).collect::<Result<_, _>>()?,
         })
     }
 
@@ -189,6 +227,7 @@ impl Reader<'_> {
             exclude: self.globs(&says.exclude)?,
             mode: mode.transpose()?,
             join: says.join,
+            optional: says.optional,
             modules: says.modules.iter().map(|name| name.get_ref().clone()).collect(),
         })
     }

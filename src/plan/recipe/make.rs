@@ -10,7 +10,7 @@ use toml::Spanned;
 
 use super::Text;
 
-/// One thing that a step makes: exactly one of squashfs, erofs, cpio, fat, files, verity and uki says what, and where in
+/// One thing that a step makes: exactly one of squashfs, erofs, cpio, fat, files, verity, uki and record says what, and where in
 /// WORK. A `*` in that path stands for what the first `*` in a path of `each`, `linux` or `from` matches, and one is made
 /// for each match; everywhere else `*` is then the same text.
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
@@ -37,6 +37,21 @@ pub struct MakeTable {
     /// A unified kernel image of stub, linux, initrd, cmdline, osrel, uname and sbat.
     #[schemars(with = "Option<String>")]
     pub uki: Option<Text>,
+    /// The record by which `kiln sign` assembles and signs images of stub, linux, initrd, cmdline, osrel and sbat, one for each
+    /// match, all of them files in WORK; `uname` is their release.
+    #[schemars(with = "Option<String>")]
+    pub record: Option<Text>,
+    /// Of a record: where each signed image goes in WORK.
+    #[schemars(with = "Vec<String>")]
+    pub signed: Vec<Text>,
+    /// Of a record: a file in WORK with the release of the kernel that `signed` paths without `*` are for, where there are
+    /// several kernels.
+    #[schemars(with = "Option<String>")]
+    pub default: Option<Text>,
+    /// Of a record: images that the initrd opens through verity, each with PATH.verity and a file of its root hash beside it;
+    /// `?` behind a path that need not be there.
+    #[schemars(with = "Vec<String>")]
+    pub images: Vec<Text>,
     /// What goes into it; a later one lies above an earlier.
     pub from: Vec<FromTable>,
     /// What `*` ranges over, where no path of `from` or `linux` has one.
@@ -86,6 +101,8 @@ impl MakeTable {
             &mut self.files,
             &mut self.verity,
             &mut self.uki,
+            &mut self.record,
+            &mut self.default,
             &mut self.compression,
             &mut self.block,
             &mut self.label,
@@ -102,7 +119,8 @@ impl MakeTable {
             &mut self.sbat,
         ];
         let parts = parts.into_iter().flatten().chain(&mut self.from).chain(&mut self.initrd);
-        own.into_iter().flatten().chain(parts.flat_map(|part| part.says.texts()))
+        let lists = self.signed.iter_mut().chain(&mut self.images);
+        own.into_iter().flatten().chain(lists).chain(parts.flat_map(|part| part.says.texts()))
     }
 }
 
@@ -145,7 +163,7 @@ pub struct FromKeys {
     /// A root of the recipe by name, or a root as `--root` takes it.
     #[schemars(with = "Option<String>")]
     pub root: Option<Text>,
-    /// A program that comes with kiln: `init` of an initrd, or `agent`.
+    /// A program that comes with kiln: `init` of initOS's initrd, `initos-init` of its root, or `agent`.
     #[schemars(with = "Option<String>")]
     pub kiln: Option<Text>,
     /// A file of this text.
@@ -169,7 +187,10 @@ pub struct FromKeys {
     pub mode: Option<Text>,
     /// All files that are taken, one behind the other in the order of their paths, as one file at `at`.
     pub join: bool,
-    /// Of a folder of kernel modules (with modules.dep): only those named here and all they need.
+    /// Nothing, where there is none.
+    pub optional: bool,
+    /// Of a folder of kernel modules: only those named here and all they need, `?` behind those that a kernel need not have;
+    /// `profile:cloud` and `profile:host` are what initOS's initrd loads in virtual machines, and on any host.
     #[schemars(with = "Vec<String>")]
     pub modules: Vec<Text>,
 }
