@@ -108,10 +108,12 @@ pub enum Outcome {
     Mute(String),
 }
 
-/// What the firmware's boot manager begins its lines with on the console.
-const FIRMWARE: &[u8] = b"BdsDxe: ";
-/// And where it hands over to what it boots.
+/// What the firmware's boot manager begins a line with where it hands over to what it boots; where it tells anything
+/// else; and its shell, which it starts where there is nothing to boot.
 const HANDED_OVER: &[u8] = b"BdsDxe: starting ";
+const FIRMWARE: [&[u8]; 2] = [b"BdsDxe: ", b"Shell>"];
+/// How long the rest of a line with a rejected text may take.
+const REST_OF_LINE: Duration = Duration::from_millis(300);
 
 /// What of a command's output is shown where it is not as it should be.
 const SHOWN_BYTES: usize = 4096;
@@ -208,24 +210,27 @@ impl Trial<'_> {
         Outcome::Over
     }
 
-    /// Whether nothing was printed that was not the firmware's.
-    fn is_mute(&self) -> bool {
+    /// The last line with something in it, whether it has ended or not.
+    fn last(&self) -> &[u8] {
         let current = self.console.current().trim_ascii();
-        (self.last_line.is_empty() || self.last_line.starts_with(FIRMWARE))
-            && (current.is_empty() || current.starts_with(FIRMWARE))
+        if current.is_empty() { &self.last_line } else { current }
+    }
+
+    /// Whether nothing came, or the firmware has the last word.
+    fn is_mute(&self) -> bool {
+        self.last().is_empty() || FIRMWARE.iter().any(|word| self.last().starts_with(word))
     }
 
     /// Where the console stands, for somebody who waited for more.
     fn last_words(&self) -> String {
-        let current = self.console.current().trim_ascii();
-        let last = if current.is_empty() { &self.last_line } else { current };
+        let last = self.last();
         if last.is_empty() {
             return "; nothing was printed at all".to_owned();
         }
         let shown = crate::plan::harmless(last);
         if last.starts_with(HANDED_OVER) {
             format!("; the firmware handed over, and the image printed nothing: {shown}")
-        } else if last.starts_with(FIRMWARE) {
+        } else if self.is_mute() {
             format!("; the firmware does not boot the image: {shown}")
         } else {
             format!("; the last line was: {shown}")
@@ -345,8 +350,10 @@ impl Trial<'_> {
                     self.last_line = line;
                     refused?;
                 }
-                let current = self.console.current().to_vec();
-                self.refuse(&current)
+                match self.refuse(self.console.current()) {
+                    Ok(()) => Ok(()),
+                    Err((index, _)) => Err((index, rejected(&self.rest_of_line()))),
+                }
             }
             Input::Silent => {
                 self.is_silent = true;
@@ -367,6 +374,22 @@ impl Trial<'_> {
                 Ok(())
             }
         }
+    }
+
+    /// The line that has not ended, with what else comes of it soon: a rejected text is told with what follows it.
+    fn rest_of_line(&mut self) -> Vec<u8> {
+        let give_up = Instant::now() + REST_OF_LINE;
+        while let Ok(input) = self.inputs.recv_timeout(give_up.saturating_duration_since(Instant::now())) {
+            let Input::Printed(bytes) = input else { continue };
+            let ended = self.console.feed(&bytes);
+            for line in &ended {
+                self.note(What::Line(line.clone()));
+            }
+            if let Some(line) = ended.into_iter().next() {
+                return line;
+            }
+        }
+        self.console.current().to_vec()
     }
 
     fn refuse(&self, line: &[u8]) -> Result<(), Failed> {
@@ -474,6 +497,11 @@ mod tests {
     fn a_rejected_text_fails_the_statement_that_rejects_it() {
         let (index, why) = not_met("reject panic\nexpect login:", vec![printed("Kernel panic\nlogin: ")]);
         assert_eq!((index, why.as_str()), (0, "the guest printed: Kernel panic"));
+        let pieces = ["Kernel pan", "ic: no", "t syncing\nmore\n"].map(printed).into_iter().collect();
+        assert_eq!(
+            not_met("reject panic\nexpect login:", pieces).1,
+            "the guest printed: Kernel panic: not syncing"
+        );
         // Also where it is there before, and where its line has no end.
         assert_eq!(not_met("expect a\nreject b", vec![printed("a b")]).0, 1);
         let (outcome, rig) = play("reject c\nexpect a", vec![printed("a")]);
@@ -493,6 +521,7 @@ mod tests {
             why.contains("handed over, and the image printed nothing: BdsDxe: starting Boot0001"),
             "{why}"
         );
+        assert!(waited("Press ESC\nShell> ").contains("does not boot the image: Shell>"));
         let why = waited("BdsDxe: starting Boot0001\nBdsDxe: No bootable option or device was found.\n");
         assert!(why.contains("does not boot the image: BdsDxe: No bootable"), "{why}");
     }
