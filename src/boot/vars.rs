@@ -33,9 +33,9 @@ pub enum VarsError {
         /// Which.
         path: PathBuf,
         /// Its size.
-        found: usize,
+        found: u64,
         /// The size it should have.
-        wanted: usize,
+        wanted: u64,
     },
     /// Its contents are none.
     #[error("cannot use {}", .path.display())]
@@ -109,9 +109,10 @@ impl Vars {
             Err(std::fs::TryLockError::Error(error)) => return Err(io_error("lock", path)(error)),
         }
         let vars = Self { file, path: Some(path.to_owned()), is_old };
-        let found = vars.bytes()?.len();
-        if found != fresh.len() {
-            return Err(VarsError::Size { path: path.to_owned(), found, wanted: fresh.len() });
+        let found = vars.file.metadata().map_err(io_error("read", path))?.len();
+        let wanted = u64::try_from(fresh.len()).unwrap_or(u64::MAX);
+        if found != wanted {
+            return Err(VarsError::Size { path: path.to_owned(), found, wanted });
         }
         vars.have_keys()?;
         Ok(vars)
@@ -164,4 +165,29 @@ fn make(path: &Path, fresh: &[u8]) -> Result<File, VarsError> {
 fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VarsError + use<> {
     let path = path.to_owned();
     move |source| VarsError::Io { what, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_another_size_or_of_no_variables_is_refused_and_stays_as_it_is() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("vars.fd");
+        std::fs::write(&path, "mine").expect("room");
+        assert!(matches!(Vars::kept(&path, &[0; 8]), Err(VarsError::Size { found: 4, wanted: 8, .. })));
+        assert!(matches!(Vars::kept(&path, &[0; 4]), Err(VarsError::Store { .. })));
+        assert_eq!(std::fs::read(&path).expect("it is there"), b"mine");
+    }
+
+    #[test]
+    fn a_file_that_a_machine_has_is_given_to_no_other() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("vars.fd");
+        std::fs::write(&path, "mine").expect("room");
+        let held = File::open(&path).expect("it is there");
+        held.lock().expect("nobody has it");
+        assert!(matches!(Vars::kept(&path, &[0; 4]), Err(VarsError::Busy(_))));
+    }
 }
