@@ -153,8 +153,8 @@ impl VariableStore {
     /// # Errors
     /// There is one of that name, or no room.
     pub fn add_authenticated(&mut self, name: &str, vendor: Guid, data: &[u8]) -> Result<(), VariableError> {
-        let spelled: Vec<u8> = name.encode_utf16().chain([0]).flat_map(u16::to_le_bytes).collect();
-        if self.names.iter().any(|(of, known)| *of == vendor && *known == spelled) {
+        let spelled = spelled(name);
+        if self.has(name, vendor) {
             return Err(VariableError::Exists(name.to_owned()));
         }
         let full = || VariableError::Full(name.to_owned());
@@ -184,11 +184,23 @@ impl VariableStore {
         Ok(())
     }
 
+    /// Whether there is such a variable.
+    #[must_use]
+    pub fn has(&self, name: &str, vendor: Guid) -> bool {
+        let spelled = spelled(name);
+        self.names.iter().any(|(of, known)| *of == vendor && *known == spelled)
+    }
+
     /// The store's bytes.
     #[must_use]
     pub fn into_bytes(self) -> Vec<u8> {
         self.bytes
     }
+}
+
+/// A name as a store has it.
+fn spelled(name: &str) -> Vec<u8> {
+    name.encode_utf16().chain([0]).flat_map(u16::to_le_bytes).collect()
 }
 
 /// Variables begin at multiples of four.
@@ -224,6 +236,7 @@ mod tests {
         store.add_authenticated("db", SECURITY_DATABASE, b"second").expect("room");
         let mut again = VariableStore::read(store.into_bytes()).expect("a store");
         assert_eq!(again.names.len(), 2);
+        assert!(again.has("PK", GLOBAL_VARIABLE) && !again.has("PK", SECURITY_DATABASE));
         let exists = Err(VariableError::Exists("PK".to_owned()));
         assert_eq!(again.add_authenticated("PK", GLOBAL_VARIABLE, b"third"), exists);
         again.add_authenticated("PK", SECURITY_DATABASE, b"another's").expect("it is another variable");

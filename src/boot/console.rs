@@ -33,21 +33,13 @@ pub struct Console {
     // Lines that ended and that no expectation has looked at.
     lines: VecDeque<Vec<u8>>,
     kept_bytes: usize,
-    printed: bool,
     // How much of the first of `lines`, or of `current` where there are none, was matched.
     matched: usize,
 }
 
 impl Default for Console {
     fn default() -> Self {
-        Self {
-            state: State::Text,
-            current: Vec::new(),
-            lines: VecDeque::new(),
-            kept_bytes: 0,
-            printed: false,
-            matched: 0,
-        }
+        Self { state: State::Text, current: Vec::new(), lines: VecDeque::new(), kept_bytes: 0, matched: 0 }
     }
 }
 
@@ -106,7 +98,6 @@ impl Console {
             b'\n' => self.end_line(ended),
             b'\t' | 0x20..=0x7e | 0x80.. => {
                 self.current.push(byte);
-                self.printed = true;
                 if self.current.len() >= LONGEST_LINE_BYTES {
                     self.end_line(ended);
                 }
@@ -134,11 +125,6 @@ impl Console {
     fn forget_first(&mut self) {
         self.matched = 0;
         self.kept_bytes -= self.lines.pop_front().map_or(0, |line| line.len());
-    }
-
-    /// Whether nothing was ever printed.
-    pub fn is_empty_so_far(&self) -> bool {
-        !self.printed
     }
 
     /// The line that has not ended.

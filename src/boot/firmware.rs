@@ -18,6 +18,8 @@ pub enum SecureBoot {
     Setup,
     /// On, with the keys of this folder: PK, KEK and db, each as .esl, .cer, .der, .crt or .pem; dbx where it is there.
     Keys(PathBuf),
+    /// Setup mode first, in which the firmware takes PK.auth, KEK.auth and db.auth of this folder.
+    Enrol(PathBuf),
 }
 
 /// Firmware files.
@@ -29,6 +31,16 @@ pub struct Firmware {
     pub vars: PathBuf,
     /// Whether it guards its variables by system management mode.
     pub smm: bool,
+}
+
+impl Firmware {
+    /// Its code, for a machine.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn open_code(&self) -> Result<fs::File, FirmwareError> {
+        fs::File::open(&self.code).map_err(|source| FirmwareError::Read { path: self.code.clone(), source })
+    }
 }
 
 /// Why a machine has no firmware.

@@ -16,6 +16,8 @@ use kiln_digest::Digest;
 
 /// Where firmware looks for a program on a disk that it knows nothing of (UEFI 2.10 §3.5.1.1).
 const DEFAULT_PROGRAM: [&str; 3] = ["EFI", "EFI/BOOT", "EFI/BOOT/BOOTX64.EFI"];
+/// What a partition is called unless said.
+const LABEL: &str = "KILN";
 /// What a partition has beyond what it takes to hold the folder: loaders write to where they came from.
 const ROOM_BYTES: u64 = 16 << 20;
 
@@ -100,10 +102,14 @@ impl Files {
 ///
 /// # Errors
 /// FAT cannot hold what is in the folder, or it cannot be read or written.
-pub fn disk_of_folder(folder: &Path, scratch: &Path) -> Result<OwnedFd, FolderError> {
+pub fn disk_of_folder(
+    folder: &Path,
+    label: Option<fat::Label>,
+    scratch: &Path,
+) -> Result<OwnedFd, FolderError> {
     let mut files = Files::default();
     let tree = tree(folder, &mut |path, _| files.add(path))?;
-    disk(&tree, &files, scratch)
+    disk(&tree, &files, label, scratch)
 }
 
 /// Makes a disk that holds one program where firmware looks for it.
@@ -117,7 +123,7 @@ pub fn disk_of_program(program: &Path, scratch: &Path) -> Result<OwnedFd, Folder
         let kind = if name.ends_with(".EFI") { files.add(program)? } else { Kind::Directory };
         insert(&mut tree, Path::new(name), kind)?;
     }
-    disk(&tree, &files, scratch)
+    disk(&tree, &files, None, scratch)
 }
 
 /// Whether FAT can hold all beneath `folder`.
@@ -131,12 +137,17 @@ pub fn check(folder: &Path) -> Result<(), FolderError> {
     Ok(())
 }
 
-fn disk(tree: &Tree, files: &Files, scratch: &Path) -> Result<OwnedFd, FolderError> {
+fn disk(
+    tree: &Tree,
+    files: &Files,
+    label: Option<fat::Label>,
+    scratch: &Path,
+) -> Result<OwnedFd, FolderError> {
     let image = tempfile::NamedTempFile::new_in(scratch).map_err(io_error("write in", scratch))?;
     let size_bytes = (fat::least_bytes(tree)? + ROOM_BYTES).next_multiple_of(1 << 20);
     let options = fat::Options {
         size_bytes: Some(size_bytes),
-        label: fat::Label::new("KILN"),
+        label: label.or(fat::Label::new(LABEL)),
         ..fat::Options::default()
     };
     gpt::write_esp(tree, files, image.as_file(), &options)?;

@@ -2,9 +2,12 @@
 //!
 //! [`boot`] takes a [`Boot`]: an image ([`image`]), [`firmware`] with or without keys, and a [`script`]. It starts the
 //! machine, lets [`trial`] carry the script out, and leaves pictures and a timeline where it is told to. The image stays
-//! as it is: what the guest writes goes to a [`layer`] that dies with the machine, unless it is said otherwise.
+//! as it is: what the guest writes goes to a [`layer`] that dies with the machine, unless it is said otherwise. Keys are
+//! in the variables from the beginning, or the firmware takes them first ([`enrol`]).
 
 pub mod console;
+mod disks;
+mod enrol;
 pub mod firmware;
 pub mod folder;
 pub mod image;
@@ -12,28 +15,34 @@ mod layer;
 pub mod report;
 pub mod script;
 mod ssh;
+mod stage;
 pub mod trial;
+mod vars;
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use kiln_artifact::fat::Label;
+use std::fs;
+use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::machine::qemu::Qemu;
-use crate::machine::qemu::firmware::{BootDisk, Bus, FirmwareMachine, FirmwareSpec, Format, Network, Tpm};
+use crate::machine::qemu::firmware::{Bus, FirmwareMachine, FirmwareSpec, Format, Network, Tpm};
 use crate::machine::{Identity, MachineError};
-use crate::plan::harmless;
+use crate::plan::{harmless, show_duration};
+pub use enrol::EnrolError;
 use firmware::{Firmware, FirmwareError, SecureBoot};
 use folder::FolderError;
 use image::{ImageError, Subject};
 use script::{Statement, Step};
 use ssh::Ssh;
 pub use ssh::SshError;
-use trial::{Input, Moment, Outcome, Rig, What};
+use stage::{Report, Stage};
+use trial::{Input, Moment, Outcome, Rig};
+use vars::Vars;
+pub use vars::VarsError;
 
 /// A disk that is named for a machine.
 #[derive(Debug, Clone)]
@@ -46,6 +55,8 @@ pub struct DiskChoice {
     pub bus: Bus,
     /// Whether what the guest writes stays.
     pub keep_writes: bool,
+    /// What the partition of a folder is called.
+    pub label: Option<Label>,
 }
 
 /// How commands get in.
@@ -68,6 +79,8 @@ pub struct Boot {
     pub secure_boot: SecureBoot,
     /// Firmware that was named, instead of the host's.
     pub firmware: Option<Firmware>,
+    /// A file that keeps the variables between runs.
+    pub vars: Option<PathBuf>,
     /// swtpm, where the machine is to have a TPM.
     pub tpm: Option<PathBuf>,
     /// Guest memory.
@@ -93,6 +106,8 @@ pub enum Told<'a> {
     Started(&'a Identity),
     /// Something happened.
     Moment(&'a Moment),
+    /// Something that is worth knowing.
+    Note(String),
     /// Something could not be done that is not the guest's fault.
     Warning(String),
 }
@@ -120,6 +135,12 @@ pub enum BootError {
     /// The firmware.
     #[error(transparent)]
     Firmware(#[from] FirmwareError),
+    /// The variables.
+    #[error(transparent)]
+    Vars(#[from] VarsError),
+    /// Enrolment.
+    #[error(transparent)]
+    Enrol(#[from] EnrolError),
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -135,6 +156,18 @@ pub enum BootError {
     /// The script wants ssh, and there is no key.
     #[error("{place} needs a key to get in with")]
     NoKey {
+        /// The statement's place.
+        place: String,
+    },
+    /// The script looks at a command's output before there was one.
+    #[error("{place} has no command over ssh before it")]
+    NoCommand {
+        /// The statement's place.
+        place: String,
+    },
+    /// The script wants a picture, and there is no report.
+    #[error("{place} needs a folder for its picture")]
+    NoReport {
         /// The statement's place.
         place: String,
     },
@@ -157,8 +190,12 @@ impl BootError {
             Self::Image(error) => error.hint(),
             Self::Folder(error) => error.hint(),
             Self::Firmware(error) => error.hint(),
+            Self::Vars(error) => error.hint(),
+            Self::Enrol(error) => error.hint(),
             Self::Machine(error) => error.hint(),
+            Self::Ssh(error) => error.hint(),
             Self::NoKey { .. } => Some("name a private key with --ssh-key".to_owned()),
+            Self::NoReport { .. } => Some("name one with --report".to_owned()),
             _ => None,
         }
     }
@@ -169,6 +206,7 @@ impl BootError {
         matches!(
             self,
             Self::Firmware(FirmwareError::Missing { .. })
+                | Self::Enrol(EnrolError::NoEnroller)
                 | Self::Machine(MachineError::Missing { .. } | MachineError::TooOld { .. })
         )
     }
@@ -178,11 +216,15 @@ impl BootError {
     pub fn is_the_users(&self) -> bool {
         match self {
             Self::Folder(error) => error.is_the_users(),
+            Self::Vars(error) => error.is_the_users(),
+            Self::Ssh(error) => error.is_the_users(),
             Self::Image(_)
             | Self::Firmware(FirmwareError::NoKey { .. } | FirmwareError::NotAKey(_))
             | Self::NotKept(_)
+            | Self::Enrol(EnrolError::NoFile { .. })
             | Self::NoKey { .. }
-            | Self::Ssh(SshError::Key { .. }) => true,
+            | Self::NoCommand { .. }
+            | Self::NoReport { .. } => true,
             _ => false,
         }
     }
@@ -197,9 +239,18 @@ impl BootError {
 /// # Errors
 /// [`BootError`], the user's.
 pub fn check(boot: &Boot) -> Result<(), BootError> {
-    let wants_ssh = boot.script.iter().find(|statement| matches!(statement.step, Step::Ssh(_)));
-    if let (Some(statement), None) = (wants_ssh, &boot.ssh) {
-        return Err(BootError::NoKey { place: statement.place.clone() });
+    let mut ran = false;
+    for statement in &boot.script {
+        let place = || statement.place.clone();
+        match &statement.step {
+            Step::Ssh { .. } if boot.ssh.is_none() => return Err(BootError::NoKey { place: place() }),
+            Step::Ssh { .. } => ran = true,
+            Step::Output(_) if !ran => return Err(BootError::NoCommand { place: place() }),
+            Step::Screenshot(_) if boot.report.is_none() => {
+                return Err(BootError::NoReport { place: place() });
+            }
+            _ => {}
+        }
     }
     for choice in &boot.disks {
         match image::look(&choice.path, choice.format, choice.keep_writes && choice.path.is_file())? {
@@ -209,8 +260,10 @@ pub fn check(boot: &Boot) -> Result<(), BootError> {
             Subject::Program(_) => {}
         }
     }
-    if let SecureBoot::Keys(folder) = &boot.secure_boot {
-        firmware::keys(folder)?;
+    match &boot.secure_boot {
+        SecureBoot::Keys(folder) => drop(firmware::keys(folder)?),
+        SecureBoot::Enrol(folder) => enrol::check(folder)?,
+        SecureBoot::Off | SecureBoot::Setup => {}
     }
     Ok(())
 }
@@ -220,26 +273,22 @@ pub fn check(boot: &Boot) -> Result<(), BootError> {
 /// # Errors
 /// [`BootError`] where nothing could be judged; a script that is not met is a [`Verdict`].
 pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<Verdict, BootError> {
-    let wants_ssh = boot.script.iter().any(|statement| matches!(statement.step, Step::Ssh(_)));
+    let wants_ssh = boot.script.iter().any(|statement| matches!(statement.step, Step::Ssh { .. }));
     let scratch =
         tempfile::tempdir_in(&boot.scratch).map_err(BootError::io("make a folder for the machine"))?;
     let firmware = match &boot.firmware {
         Some(firmware) => firmware.clone(),
         None => firmware::find(boot.secure_boot != SecureBoot::Off)?,
     };
-    let vars = firmware::variables(&firmware, &boot.secure_boot)?;
     let mut disks = Vec::new();
     for choice in &boot.disks {
-        disks.push(disk(choice, scratch.path())?);
+        disks.push(disks::disk(choice, scratch.path())?);
     }
-    let ssh_port =
-        if wants_ssh { Some(free_port().map_err(BootError::io("find a free port"))?) } else { None };
-    let ssh = match (&boot.ssh, ssh_port) {
-        (Some(choice), Some(port)) => {
-            Some(Ssh::new(port, &choice.user, &choice.key, choice.host_key.as_deref())?)
-        }
+    let ssh = match &boot.ssh {
+        Some(choice) if wants_ssh => Some(Ssh::new(&choice.user, &choice.key, choice.host_key.as_deref())?),
         _ => None,
     };
+    let vars = variables(qemu, boot, &firmware, scratch.path(), told)?;
     let tpm = match &boot.tpm {
         Some(program) => {
             let state = scratch.path().join("tpm");
@@ -248,43 +297,95 @@ pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<
         }
         None => None,
     };
-    let code = File::open(&firmware.code)
-        .map_err(|source| FirmwareError::Read { path: firmware.code.clone(), source })?;
     let spec = FirmwareSpec {
-        code: code.into(),
-        vars: nameless(scratch.path(), &vars)?,
+        code: firmware.open_code()?.into(),
+        vars: vars.file()?.into(),
         smm: firmware.smm,
         memory_bytes: boot.memory_bytes,
         cpus: boot.cpus,
         disks,
         tpm,
-        network: match (ssh_port, boot.network) {
-            (None, false) => Network::None,
-            (ssh_port, outside) => Network::User { ssh_port, outside },
+        network: match (wants_ssh, boot.network) {
+            (false, false) => Network::None,
+            (ssh, outside) => Network::User { ssh, outside },
         },
     };
     let report =
         boot.report.as_deref().map(Report::open).transpose().map_err(BootError::io("write the report"))?;
-    let (sender, inputs) = mpsc::channel();
-    let started = Instant::now();
-    let events = sender.clone();
-    let mut machine = qemu.start_firmware(spec, move |event| drop(events.send(Input::Event(event))))?;
+    let Running { mut machine, typing, inputs, started } = start_machine(qemu, spec)?;
     told(Told::Started(machine.identity()));
-    let console = machine.take_console().ok_or_else(|| BootError::Io {
-        what: "read the serial console",
-        source: io::ErrorKind::NotConnected.into(),
-    })?;
-    let typing = console.try_clone().map_err(BootError::io("read the serial console"))?;
-    thread::spawn(move || read_console(console, &sender));
+    let ssh = match ssh {
+        Some(ssh) => Some((ssh, machine.ssh_port().map_err(BootError::io("find the way into the guest"))?)),
+        None => None,
+    };
     let mut rig = Stage { machine, typing, ssh, script: &boot.script, report, moments: Vec::new(), told };
-    let outcome = trial::carry_out(&boot.script, &mut rig, &inputs, started);
+    let outcome = trial::carry_out(&boot.script, &mut rig, &inputs, started, script::DEFAULT_PATIENCE);
     let total = started.elapsed();
+    if let Outcome::Mute(_) = outcome
+        && rig.report.is_some()
+        && let Err(why) = rig.screenshot("end")
+    {
+        (rig.told)(Told::Warning(why));
+    }
     if outcome == Outcome::Over
         && let Some(complaint) = rig.machine.complaint()
     {
         (rig.told)(Told::Warning(harmless(complaint.as_bytes())));
     }
     Ok(Verdict { outcome, moments: rig.moments, total })
+}
+
+/// The variables of the machine: new ones with the keys that are wanted, or those that were kept.
+fn variables(
+    qemu: &Qemu,
+    boot: &Boot,
+    firmware: &Firmware,
+    scratch: &Path,
+    told: &mut dyn FnMut(Told<'_>),
+) -> Result<Vars, BootError> {
+    let fresh = firmware::variables(firmware, &boot.secure_boot)?;
+    let vars = match &boot.vars {
+        Some(path) => Vars::kept(path, &fresh)?,
+        None => Vars::private(scratch, &fresh)?,
+    };
+    let have_keys = vars.have_keys()?;
+    if let Some(path) = boot.vars.as_deref().filter(|_| vars.is_old) {
+        let path = path.display();
+        let what = if have_keys { "with the keys that are in them" } else { "which have no keys" };
+        told(Told::Note(format!("variables as {path} has them, {what}")));
+    }
+    match (&boot.secure_boot, have_keys, &boot.vars) {
+        (SecureBoot::Keys(_), false, Some(path)) => Err(VarsError::NoKeys(path.clone()).into()),
+        (SecureBoot::Enrol(folder), false, _) => {
+            let took = enrol::enrol(qemu, firmware.open_code()?, &vars, folder, scratch)?;
+            let folder = folder.display();
+            told(Told::Note(format!("the firmware took the keys of {folder} in {}", show_duration(took))));
+            Ok(vars)
+        }
+        _ => Ok(vars),
+    }
+}
+
+/// A machine that was started, and what comes of it.
+struct Running {
+    machine: FirmwareMachine,
+    typing: UnixStream,
+    inputs: Receiver<Input>,
+    started: Instant,
+}
+
+fn start_machine(qemu: &Qemu, spec: FirmwareSpec) -> Result<Running, BootError> {
+    let (sender, inputs) = mpsc::channel();
+    let started = Instant::now();
+    let events = sender.clone();
+    let mut machine = qemu.start_firmware(spec, move |event| drop(events.send(Input::Event(event))))?;
+    let console = machine.take_console().ok_or_else(|| BootError::Io {
+        what: "read the serial console",
+        source: io::ErrorKind::NotConnected.into(),
+    })?;
+    let typing = console.try_clone().map_err(BootError::io("read the serial console"))?;
+    thread::spawn(move || read_console(console, &sender));
+    Ok(Running { machine, typing, inputs, started })
 }
 
 fn read_console(mut console: UnixStream, sender: &Sender<Input>) {
@@ -295,128 +396,4 @@ fn read_console(mut console: UnixStream, sender: &Sender<Input>) {
         }
     }
     let _ = sender.send(Input::Silent);
-}
-
-/// A port of the host that nobody listens at. Somebody may take it before QEMU does, which then says so.
-fn free_port() -> io::Result<u16> {
-    Ok(std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
-}
-
-/// A file of these bytes that has no name.
-fn nameless(folder: &Path, bytes: &[u8]) -> Result<OwnedFd, BootError> {
-    let make = || {
-        let mut file = tempfile::tempfile_in(folder)?;
-        file.write_all(bytes)?;
-        io::Result::Ok(file)
-    };
-    Ok(make().map_err(BootError::io("write a file of the machine's"))?.into())
-}
-
-fn disk(choice: &DiskChoice, scratch: &Path) -> Result<BootDisk, BootError> {
-    let subject = image::look(&choice.path, choice.format, choice.keep_writes)?;
-    let (file, format): (OwnedFd, Format) = match subject {
-        Subject::Disk(file, format) => (file.into(), format),
-        Subject::Folder => (folder::disk_of_folder(&choice.path, scratch)?, Format::Raw),
-        Subject::Program(_) => (folder::disk_of_program(&choice.path, scratch)?, Format::Raw),
-    };
-    let layer = match choice.keep_writes {
-        true => None,
-        false => {
-            let size = disk_size(&file, format).map_err(BootError::io("read the size of a disk"))?;
-            let bytes = layer::empty(size).ok_or_else(|| BootError::TooLarge(choice.path.clone()))?;
-            Some(nameless(scratch, &bytes)?)
-        }
-    };
-    Ok(BootDisk { file, format, bus: choice.bus, read_only: false, layer })
-}
-
-/// How large a guest sees the disk: a multiple of a sector, as QEMU rounds.
-fn disk_size(file: &OwnedFd, format: Format) -> io::Result<u64> {
-    let mut file = File::from(file.try_clone()?);
-    match format {
-        // A block device has its size at its end.
-        Format::Raw => Ok(io::Seek::seek(&mut file, io::SeekFrom::End(0))?.next_multiple_of(512)),
-        Format::Qcow2 => {
-            let mut size = [0; 8];
-            std::os::unix::fs::FileExt::read_exact_at(&file, &mut size, 24)?;
-            Ok(u64::from_be_bytes(size))
-        }
-    }
-}
-
-/// The folder of a report.
-struct Report {
-    folder: PathBuf,
-    console: File,
-    timeline: File,
-    pictures: usize,
-}
-
-impl Report {
-    fn open(folder: &Path) -> io::Result<Self> {
-        fs::create_dir_all(folder)?;
-        Ok(Self {
-            console: File::create(folder.join("console.txt"))?,
-            timeline: File::create(folder.join("timeline.jsonl"))?,
-            folder: folder.to_owned(),
-            pictures: 0,
-        })
-    }
-
-    fn note(&mut self, moment: &Moment, script: &[Statement]) -> io::Result<()> {
-        if let What::Line(line) = &moment.what {
-            writeln!(self.console, "[{:9.3}] {}", moment.at.as_secs_f64(), harmless(line))?;
-        }
-        writeln!(self.timeline, "{}", report::timeline(moment, script))
-    }
-
-    fn picture(&mut self, index: usize, failed: bool, png: &[u8]) -> io::Result<()> {
-        self.pictures += 1;
-        let verdict = if failed { "failed" } else { "met" };
-        fs::write(
-            self.folder.join(format!("{:02}-statement-{}-{verdict}.png", self.pictures, index + 1)),
-            png,
-        )
-    }
-}
-
-/// A machine as a trial sees it.
-struct Stage<'a> {
-    machine: FirmwareMachine,
-    typing: UnixStream,
-    ssh: Option<Ssh>,
-    script: &'a [Statement],
-    report: Option<Report>,
-    moments: Vec<Moment>,
-    told: &'a mut dyn FnMut(Told<'_>),
-}
-
-impl Rig for Stage<'_> {
-    fn type_in(&mut self, bytes: &[u8]) -> Result<(), String> {
-        self.typing.write_all(bytes).map_err(|error| format!("cannot type: {error}"))
-    }
-
-    fn ssh(&mut self, command: &str, deadline: Instant) -> Result<(), String> {
-        let ssh = self.ssh.as_ref().ok_or("there is no key to get in with")?;
-        ssh.run(command, deadline).map(drop)
-    }
-
-    fn told(&mut self, moment: &Moment) {
-        (self.told)(Told::Moment(moment));
-        if let Some(report) = &mut self.report {
-            let mut written = report.note(moment, self.script);
-            if let What::Verdict { index, failure, .. } = &moment.what
-                && let Ok(png) = self.machine.screenshot()
-            {
-                written = written.and_then(|()| report.picture(*index, failure.is_some(), &png));
-            }
-            if let Err(error) = written {
-                (self.told)(Told::Warning(format!("the report cannot be written any more: {error}")));
-                self.report = None;
-            }
-        }
-        if !matches!(moment.what, What::Line(_)) {
-            self.moments.push(moment.clone());
-        }
-    }
 }

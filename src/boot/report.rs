@@ -15,6 +15,8 @@ pub fn timeline(moment: &Moment, script: &[Statement]) -> Value {
     let at_ms = u64::try_from(moment.at.as_millis()).unwrap_or(u64::MAX);
     match &moment.what {
         What::Line(line) => json!({"at_ms": at_ms, "event": "line", "text": harmless(line)}),
+        What::Output(line) => json!({"at_ms": at_ms, "event": "output", "text": harmless(line)}),
+        What::HostKey(key) => json!({"at_ms": at_ms, "event": "host-key", "key": key}),
         What::Reset => json!({"at_ms": at_ms, "event": "reset"}),
         What::PowerOff => json!({"at_ms": at_ms, "event": "poweroff"}),
         What::Verdict { index, failure, .. } => {

@@ -7,7 +7,9 @@
 //! | `send TEXT` | types TEXT and Return; in quotes exactly what is there |
 //! | `within TIME` | how long each statement that follows may wait; 2m until said otherwise |
 //! | `reboot`, `poweroff` | waits until the guest restarts its machine, or switches it off |
-//! | `ssh COMMAND` | runs it in the guest; its status must be 0 |
+//! | `ssh COMMAND`, `ssh=N COMMAND` | runs it in the guest; its status must be 0, or N |
+//! | `output TEXT` or `output /REGEX/` | a line that the last command over ssh printed holds it |
+//! | `screenshot NAME` | what is on the screen goes to NAME.png of the report |
 //!
 //! `"…"` takes `\n \r \t \e \" \\` and `\xNN`. Empty lines and those that begin with `#` say nothing.
 
@@ -37,8 +39,17 @@ pub enum Step {
     Reboot,
     /// The guest switches it off.
     PowerOff,
-    /// A command over ssh succeeds.
-    Ssh(String),
+    /// A command over ssh ends with this status.
+    Ssh {
+        /// The command, for the guest's shell.
+        command: String,
+        /// Its status.
+        status: u32,
+    },
+    /// The last command over ssh printed such a line.
+    Output(Regex),
+    /// A picture of the screen, in a file of this name.
+    Screenshot(String),
 }
 
 /// A statement and where it stands.
@@ -64,7 +75,9 @@ impl Statement {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Problem {
     /// No such statement.
-    #[error("`{0}` is no statement: expect, reject, send, within, reboot, poweroff or ssh")]
+    #[error(
+        "`{0}` is no statement: expect, reject, send, within, reboot, poweroff, ssh, output or screenshot"
+    )]
     Unknown(String),
     /// It needs an argument.
     #[error("`{0}` needs an argument")]
@@ -84,6 +97,12 @@ pub enum Problem {
     /// A pattern is not one.
     #[error("this is no regular expression: {0}")]
     Pattern(String),
+    /// What a command is to end with is no status.
+    #[error("`{0}` is no exit status: 0 to 255, as in `ssh=1 COMMAND`")]
+    Status(String),
+    /// A picture's name leads elsewhere, or is none.
+    #[error("`{0}` is no name for a picture: letters, digits, `-` and `_`")]
+    Name(String),
     /// A time is not one.
     #[error("`{0}` is no time: a number and ms, s, m or h")]
     Time(String),
@@ -154,8 +173,22 @@ fn step(line: &str) -> Result<Step, Wrong> {
         }
         "reboot" => alone(Step::Reboot),
         "poweroff" => alone(Step::PowerOff),
-        "ssh" => Ok(Step::Ssh(needed()?.to_owned())),
-        other => Err((start, Problem::Unknown(other.to_owned()))),
+        "ssh" => Ok(Step::Ssh { command: needed()?.to_owned(), status: 0 }),
+        "output" => Ok(Step::Output(pattern(needed()?, at)?)),
+        "screenshot" => {
+            let name = needed()?;
+            match name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')) {
+                true => Ok(Step::Screenshot(name.to_owned())),
+                false => Err((at, Problem::Name(name.to_owned()))),
+            }
+        }
+        other => match other.strip_prefix("ssh=") {
+            Some(status) => match status.parse::<u8>() {
+                Ok(number) => Ok(Step::Ssh { command: needed()?.to_owned(), status: number.into() }),
+                Err(_) => Err((start + "ssh=".len(), Problem::Status(status.to_owned()))),
+            },
+            None => Err((start, Problem::Unknown(other.to_owned()))),
+        },
     }
 }
 
@@ -219,7 +252,8 @@ mod tests {
     #[test]
     fn every_statement_is_read() {
         let text = "# a comment\n\nwithin 90s\n  expect login:  \nexpect /[0-9]+ users?/\nreject Kernel panic\n\
-                    send root\nsend \"\\x03\\e[A\"\nreboot\nssh uname -r\npoweroff\n";
+                    send root\nsend \"\\x03\\e[A\"\nreboot\nssh uname -r\n\
+                    ssh=3 exit 3\noutput /^6\\.1/\nscreenshot after-ssh\npoweroff\n";
         let statements = parse("boot.txt", text).expect("a good script");
         let shown: Vec<String> = statements.iter().map(|s| format!("{}: {:?}", s.place, s.step)).collect();
         assert_eq!(
@@ -232,8 +266,11 @@ mod tests {
                 "boot.txt line 7: Send([114, 111, 111, 116, 13])",
                 "boot.txt line 8: Send([3, 27, 91, 65])",
                 "boot.txt line 9: Reboot",
-                "boot.txt line 10: Ssh(\"uname -r\")",
-                "boot.txt line 11: PowerOff",
+                "boot.txt line 10: Ssh { command: \"uname -r\", status: 0 }",
+                "boot.txt line 11: Ssh { command: \"exit 3\", status: 3 }",
+                "boot.txt line 12: Output(Regex(\"^6\\\\.1\"))",
+                "boot.txt line 13: Screenshot(\"after-ssh\")",
+                "boot.txt line 14: PowerOff",
             ]
         );
     }
@@ -261,6 +298,9 @@ mod tests {
         assert_eq!(wrong("send \"\\x+1\""), (7, Problem::Escape));
         assert_eq!(wrong("within soon"), (8, Problem::Time("soon".to_owned())));
         assert_eq!(wrong("within 0s").0, 8);
+        assert_eq!(wrong("ssh=256 true"), (5, Problem::Status("256".to_owned())));
+        assert_eq!(wrong("ssh=0"), (6, Problem::Missing("ssh=0".to_owned())));
+        assert_eq!(wrong("screenshot ../x"), (12, Problem::Name("../x".to_owned())));
         assert!(matches!(wrong("expect /a(/"), (8, Problem::Pattern(_))));
         let second = parse("f", "reboot\nx").expect_err("it is refused");
         assert_eq!(second.place, "f line 2");

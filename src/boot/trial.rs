@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use regex::bytes::Regex;
 
 use super::console::Console;
-use super::script::{DEFAULT_PATIENCE, Statement, Step};
+use super::script::{Statement, Step};
 use crate::machine::qemu::firmware::GuestEvent;
 
 /// What comes in.
@@ -32,11 +32,29 @@ pub trait Rig {
     /// Runs a command over ssh until `deadline`.
     ///
     /// # Errors
-    /// Why it did not succeed, in words.
-    fn ssh(&mut self, command: &str, deadline: Instant) -> Result<(), String>;
+    /// Why it did not end, in words.
+    fn ssh(&mut self, command: &str, deadline: Instant) -> Result<Answer, String>;
+
+    /// The guest's host key, where a connection has just shown it for the first time.
+    fn host_key(&mut self) -> Option<String>;
+
+    /// Keeps what is on the screen under a name.
+    ///
+    /// # Errors
+    /// Why that cannot be done, in words.
+    fn screenshot(&mut self, name: &str) -> Result<(), String>;
 
     /// Something happened; a verdict is the moment for a picture.
     fn told(&mut self, moment: &Moment);
+}
+
+/// What a command over ssh came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// Its status; else how it ended, in words.
+    pub ended: Result<u32, String>,
+    /// What it printed, up to a limit. A guest's bytes.
+    pub output: Vec<u8>,
 }
 
 /// What happened.
@@ -44,6 +62,10 @@ pub trait Rig {
 pub enum What {
     /// A line ended on the serial console. A guest's bytes.
     Line(Vec<u8>),
+    /// A line that a command over ssh printed. A guest's bytes.
+    Output(Vec<u8>),
+    /// The guest's host key, at the first connection over ssh: its kind and fingerprint.
+    HostKey(String),
     /// The guest restarted its machine.
     Reset,
     /// The guest switched it off.
@@ -82,7 +104,19 @@ pub enum Outcome {
     },
     /// There is no script, and the machine ended by itself.
     Over,
+    /// There is no script, and nothing came of the image at all: why that is all, in words.
+    Mute(String),
 }
+
+/// What the firmware's boot manager begins a line with where it hands over to what it boots; where it tells anything
+/// else; and its shell, which it starts where there is nothing to boot.
+const HANDED_OVER: &[u8] = b"BdsDxe: starting ";
+const FIRMWARE: [&[u8]; 2] = [b"BdsDxe: ", b"Shell>"];
+/// How long the rest of a line with a rejected text may take.
+const REST_OF_LINE: Duration = Duration::from_millis(300);
+
+/// What of a command's output is shown where it is not as it should be.
+const SHOWN_BYTES: usize = 4096;
 
 /// Ends the current statement.
 type Failed = (usize, String);
@@ -93,6 +127,10 @@ struct Trial<'a> {
     inputs: &'a Receiver<Input>,
     started: Instant,
     console: Console,
+    // The last line that ended with something in it.
+    last_line: Vec<u8>,
+    // What the last command over ssh printed.
+    output: Vec<u8>,
     rejected: Vec<(usize, Regex)>,
     resets: usize,
     is_off: bool,
@@ -100,12 +138,14 @@ struct Trial<'a> {
     is_gone: bool,
 }
 
-/// Carries out `script`; without statements, waits for the machine's end.
+/// Carries out `script`, in which a statement waits for `patience` until `within` says otherwise. Without statements,
+/// waits for the machine's end.
 pub fn carry_out(
     script: &[Statement],
     rig: &mut dyn Rig,
     inputs: &Receiver<Input>,
     started: Instant,
+    mut patience: Duration,
 ) -> Outcome {
     let mut trial = Trial {
         script,
@@ -113,13 +153,14 @@ pub fn carry_out(
         inputs,
         started,
         console: Console::default(),
+        last_line: Vec::new(),
+        output: Vec::new(),
         rejected: Vec::new(),
         resets: 0,
         is_off: false,
         is_silent: false,
         is_gone: false,
     };
-    let mut patience = DEFAULT_PATIENCE;
     for index in 0..script.len() {
         let before = Instant::now();
         if let Step::Within(time) = script[index].step {
@@ -140,12 +181,7 @@ pub fn carry_out(
         }
     }
     if script.is_empty() {
-        while !trial.is_over() {
-            if trial.take(None, 0).is_err() {
-                break;
-            }
-        }
-        return Outcome::Over;
+        return trial.watch(patience);
     }
     for index in trial.rejected.iter().map(|(index, _)| *index).collect::<Vec<_>>() {
         trial.note(What::Verdict { index, failure: None, took: Duration::ZERO });
@@ -156,6 +192,49 @@ pub fn carry_out(
 impl Trial<'_> {
     fn note(&mut self, what: What) {
         self.rig.told(&Moment { at: self.started.elapsed(), what });
+    }
+
+    /// Waits for the machine's end. One of which nothing came but what firmware prints is not waited for forever.
+    fn watch(&mut self, patience: Duration) -> Outcome {
+        while !self.is_over() {
+            let deadline = Instant::now() + patience;
+            match self.take(self.is_mute().then_some(deadline), 0) {
+                Err(_) => break,
+                Ok(false) if self.is_mute() && Instant::now() >= deadline => {
+                    let time = crate::plan::show_duration(patience);
+                    return Outcome::Mute(format!("nothing came for {time}{}", self.last_words()));
+                }
+                Ok(_) => {}
+            }
+        }
+        Outcome::Over
+    }
+
+    /// The last line with something in it, whether it has ended or not.
+    fn last(&self) -> &[u8] {
+        let current = self.console.current().trim_ascii();
+        if current.is_empty() { &self.last_line } else { current }
+    }
+
+    /// Whether nothing came, or the firmware has the last word.
+    fn is_mute(&self) -> bool {
+        self.last().is_empty() || FIRMWARE.iter().any(|word| self.last().starts_with(word))
+    }
+
+    /// Where the console stands, for somebody who waited for more.
+    fn last_words(&self) -> String {
+        let last = self.last();
+        if last.is_empty() {
+            return "; nothing was printed at all".to_owned();
+        }
+        let shown = crate::plan::harmless(last);
+        if last.starts_with(HANDED_OVER) {
+            format!("; the firmware handed over, and the image printed nothing: {shown}")
+        } else if self.is_mute() {
+            format!("; the firmware does not boot the image: {shown}")
+        } else {
+            format!("; the last line was: {shown}")
+        }
     }
 
     /// Whether nothing will come any more.
@@ -180,14 +259,38 @@ impl Trial<'_> {
                 has
             }),
             Step::PowerOff => self.wait(index, deadline, patience, |trial| trial.is_off && trial.is_over()),
-            Step::Ssh(command) => {
-                let result = self.rig.ssh(command, deadline).map_err(|why| (index, why));
+            Step::Ssh { command, status } => {
+                let result = self.rig.ssh(command, deadline);
+                if let Some(key) = self.rig.host_key() {
+                    self.note(What::HostKey(key));
+                }
                 // What was printed meanwhile may have been rejected.
                 while let Ok(input) = self.inputs.try_recv() {
                     self.receive(input)?;
                 }
-                result
+                let Answer { ended, output } = result.map_err(|why| (index, why))?;
+                for line in lines(&output) {
+                    self.note(What::Output(line.to_vec()));
+                }
+                self.output = output;
+                match ended {
+                    Ok(ended) if ended == *status => Ok(()),
+                    Ok(ended) => Err(format!("exited with status {ended}")),
+                    Err(how) => Err(how),
+                }
+                .map_err(|how| {
+                    let said = crate::plan::harmless(&self.output[..self.output.len().min(SHOWN_BYTES)]);
+                    (index, format!("`{command}` {how}: {}", said.trim()))
+                })
             }
+            Step::Output(regex) => match lines(&self.output).any(|line| regex.is_match(line)) {
+                true => Ok(()),
+                false => {
+                    let said = crate::plan::harmless(&self.output[..self.output.len().min(SHOWN_BYTES)]);
+                    Err((index, format!("the command printed: {}", said.trim())))
+                }
+            },
+            Step::Screenshot(name) => self.rig.screenshot(name).map_err(|why| (index, why)),
         }
     }
 
@@ -213,11 +316,8 @@ impl Trial<'_> {
                 return Err((index, how.to_owned()));
             }
             if !self.take(Some(deadline), index)? {
-                let mut why = format!("not within {}", crate::plan::show_duration(patience));
-                if self.console.is_empty_so_far() {
-                    why.push_str("; nothing was printed at all");
-                }
-                return Err((index, why));
+                let time = crate::plan::show_duration(patience);
+                return Err((index, format!("not within {time}{}", self.last_words())));
             }
         }
     }
@@ -246,10 +346,14 @@ impl Trial<'_> {
             Input::Printed(bytes) => {
                 for line in self.console.feed(&bytes) {
                     self.note(What::Line(line.clone()));
-                    self.refuse(&line)?;
+                    let refused = self.refuse(&line);
+                    self.last_line = line;
+                    refused?;
                 }
-                let current = self.console.current().to_vec();
-                self.refuse(&current)
+                match self.refuse(self.console.current()) {
+                    Ok(()) => Ok(()),
+                    Err((index, _)) => Err((index, rejected(&self.rest_of_line()))),
+                }
             }
             Input::Silent => {
                 self.is_silent = true;
@@ -272,12 +376,33 @@ impl Trial<'_> {
         }
     }
 
+    /// The line that has not ended, with what else comes of it soon: a rejected text is told with what follows it.
+    fn rest_of_line(&mut self) -> Vec<u8> {
+        let give_up = Instant::now() + REST_OF_LINE;
+        while let Ok(input) = self.inputs.recv_timeout(give_up.saturating_duration_since(Instant::now())) {
+            let Input::Printed(bytes) = input else { continue };
+            let ended = self.console.feed(&bytes);
+            for line in &ended {
+                self.note(What::Line(line.clone()));
+            }
+            if let Some(line) = ended.into_iter().next() {
+                return line;
+            }
+        }
+        self.console.current().to_vec()
+    }
+
     fn refuse(&self, line: &[u8]) -> Result<(), Failed> {
         match self.rejected.iter().find(|(_, regex)| regex.is_match(line)) {
             Some((index, _)) => Err((*index, rejected(line))),
             None => Ok(()),
         }
     }
+}
+
+/// The lines of what a command printed.
+fn lines(output: &[u8]) -> impl Iterator<Item = &[u8]> {
+    output.split_inclusive(|byte| *byte == b'\n').map(<[u8]>::trim_ascii_end)
 }
 
 fn rejected(line: &[u8]) -> String {
@@ -303,8 +428,21 @@ mod tests {
             Ok(())
         }
 
-        fn ssh(&mut self, command: &str, _: Instant) -> Result<(), String> {
-            if command == "true" { Ok(()) } else { Err("exited with status 1".to_owned()) }
+        fn ssh(&mut self, command: &str, _: Instant) -> Result<Answer, String> {
+            let ended = match command {
+                "true" => Ok(0),
+                "false" => Ok(1),
+                _ => Err("was killed by SIGKILL".to_owned()),
+            };
+            Ok(Answer { ended, output: format!("this is\r\n{command}\n").into_bytes() })
+        }
+
+        fn host_key(&mut self) -> Option<String> {
+            None
+        }
+
+        fn screenshot(&mut self, name: &str) -> Result<(), String> {
+            if name == "dark" { Err("QEMU has no pictures".to_owned()) } else { Ok(()) }
         }
 
         fn told(&mut self, moment: &Moment) {
@@ -326,7 +464,7 @@ mod tests {
             sender.send(input).expect("it is held below");
         }
         let mut rig = Played::default();
-        let outcome = carry_out(&statements, &mut rig, &receiver, Instant::now());
+        let outcome = carry_out(&statements, &mut rig, &receiver, Instant::now(), Duration::from_millis(20));
         drop(sender);
         (outcome, rig)
     }
@@ -359,6 +497,11 @@ mod tests {
     fn a_rejected_text_fails_the_statement_that_rejects_it() {
         let (index, why) = not_met("reject panic\nexpect login:", vec![printed("Kernel panic\nlogin: ")]);
         assert_eq!((index, why.as_str()), (0, "the guest printed: Kernel panic"));
+        let pieces = ["Kernel pan", "ic: no", "t syncing\nmore\n"].map(printed).into_iter().collect();
+        assert_eq!(
+            not_met("reject panic\nexpect login:", pieces).1,
+            "the guest printed: Kernel panic: not syncing"
+        );
         // Also where it is there before, and where its line has no end.
         assert_eq!(not_met("expect a\nreject b", vec![printed("a b")]).0, 1);
         let (outcome, rig) = play("reject c\nexpect a", vec![printed("a")]);
@@ -370,8 +513,17 @@ mod tests {
         let (index, why) = not_met("within 10ms\nexpect login:", vec![]);
         assert_eq!(index, 1);
         assert!(why.contains("not within") && why.contains("nothing was printed at all"), "{why}");
-        let (_, why) = not_met("within 10ms\nexpect login:", vec![printed("x")]);
-        assert!(!why.contains("nothing"), "{why}");
+        let waited = |text| not_met("within 10ms\nexpect login:", vec![printed(text)]).1;
+        let why = waited("first\nx");
+        assert!(!why.contains("nothing") && why.ends_with("the last line was: x"), "{why}");
+        let why = waited("BdsDxe: starting Boot0001 \"x\"\r\n");
+        assert!(
+            why.contains("handed over, and the image printed nothing: BdsDxe: starting Boot0001"),
+            "{why}"
+        );
+        assert!(waited("Press ESC\nShell> ").contains("does not boot the image: Shell>"));
+        let why = waited("BdsDxe: starting Boot0001\nBdsDxe: No bootable option or device was found.\n");
+        assert!(why.contains("does not boot the image: BdsDxe: No bootable"), "{why}");
     }
 
     #[test]
@@ -391,6 +543,19 @@ mod tests {
     }
 
     #[test]
+    fn an_image_that_prints_nothing_is_not_watched_forever() {
+        for printed_by_firmware in [vec![], vec![printed("BdsDxe: starting Boot0001\n")]] {
+            let outcome = play("", printed_by_firmware).0;
+            assert!(
+                matches!(&outcome, Outcome::Mute(why) if why.contains("printed nothing") || why.contains("nothing was printed")),
+                "{outcome:?}"
+            );
+        }
+        let end = || vec![Input::Event(GuestEvent::Ended), Input::Silent];
+        assert_eq!(play("", end()).0, Outcome::Over);
+    }
+
+    #[test]
     fn what_was_printed_before_the_end_still_counts() {
         let inputs = vec![
             Input::Event(GuestEvent::PowerOff),
@@ -403,6 +568,24 @@ mod tests {
 
     #[test]
     fn a_command_that_fails_over_ssh_says_how() {
-        assert_eq!(not_met("ssh false", vec![]), (0, "exited with status 1".to_owned()));
+        let (index, why) = not_met("ssh true\nssh false", vec![]);
+        assert_eq!((index, why.as_str()), (1, "`false` exited with status 1: this is\nfalse"));
+        assert!(not_met("ssh other", vec![]).1.starts_with("`other` was killed by SIGKILL"));
+        assert_eq!(not_met("ssh=1 true", vec![]).0, 0);
+        assert_eq!(play("ssh=1 false", vec![]).0, Outcome::Met);
+    }
+
+    #[test]
+    fn what_a_command_over_ssh_printed_is_judged_line_by_line() {
+        assert_eq!(play("ssh true\noutput /^this is$/\noutput true", vec![]).0, Outcome::Met);
+        let (index, why) = not_met("ssh true\nssh=1 false\noutput true", vec![]);
+        assert_eq!(index, 2);
+        assert!(why.starts_with("the command printed: this is"), "{why}");
+    }
+
+    #[test]
+    fn a_picture_that_cannot_be_taken_fails_its_statement() {
+        assert_eq!(play("screenshot bright", vec![]).0, Outcome::Met);
+        assert_eq!(not_met("screenshot dark", vec![]), (0, "QEMU has no pictures".to_owned()));
     }
 }

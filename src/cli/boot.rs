@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use kiln_artifact::fat::Label;
 
 use super::choice::Choice;
 use super::show::{Narrator, line};
@@ -30,17 +31,21 @@ Statements of a script, one a line (-e) or in a file (--script):
   send TEXT                     types TEXT and Return; in quotes exactly what is there (\\n \\r \\t \\e \\xNN)
   within TIME                   how long each statement that follows may wait (2m until said otherwise)
   reboot, poweroff              the guest restarts its machine, or switches it off
-  ssh COMMAND                   it succeeds in the guest
+  ssh COMMAND, ssh=N COMMAND    it ends in the guest with status 0, or with N
+  output TEXT, output /REGEX/   the last command over ssh printed it
+  screenshot NAME               takes a picture of the screen, into NAME.png of the report
 
 Examples:
   kiln boot disk.img                                        watch it boot, until it switches itself off
   kiln boot out/boot/efi --secure-boot keys -e 'within 60s' -e 'expect login:'
   kiln boot linux.efi --secure-boot setup --script boot.txt --report out --junit out/junit.xml
-  kiln boot disk.img --bus nvme --tpm --ssh-key id_ed25519 -e 'ssh systemctl is-system-running'
+  kiln boot linux.efi --enroll keys --vars vars.fd -e 'within 60s' -e 'expect login:'
+  kiln boot disk.img --bus nvme --tpm --ssh-key id_ed25519 -e 'ssh systemctl is-system-running' -e 'output running'
 
 Exit codes: 0 as the script wants it (without one: it ended), 1 not, 2 usage, 3 this host cannot do it.")]
 pub(super) struct BootArguments {
-    /// A disk image (raw), a folder that goes onto a FAT disk, or an EFI program such as a UKI
+    /// A disk image (raw, also of a CD; qcow2 with --format), a folder that goes onto a FAT disk, or an EFI program such
+    /// as a UKI
     #[arg(value_name = "IMAGE|DIR|UKI")]
     image: PathBuf,
     /// How the disk is attached
@@ -49,6 +54,9 @@ pub(super) struct BootArguments {
     /// How the image's bytes are read
     #[arg(long, value_name = "FORMAT", value_parser = Choice(&["raw", "qcow2"]))]
     format: Option<String>,
+    /// Name of the FAT partition of a folder, such as the BOOTA that initOS looks for [default: KILN]
+    #[arg(long, value_name = "LABEL")]
+    label: Option<String>,
     /// Let what the guest writes stay in the image, instead of dropping it
     #[arg(long)]
     keep_writes: bool,
@@ -58,6 +66,12 @@ pub(super) struct BootArguments {
     /// Secure Boot: `off`, `setup` (on, without keys), or a folder with PK, KEK and db (.esl, .cer, .crt)
     #[arg(long, value_name = "off|setup|DIR", default_value = "off")]
     secure_boot: String,
+    /// Let the firmware, in setup mode, take PK.auth, KEK.auth and db.auth of DIR before the image is booted
+    #[arg(long, value_name = "DIR")]
+    enroll: Option<PathBuf>,
+    /// Keep the firmware's variables in FILE between runs; it is made where it is not there, and else has its own keys
+    #[arg(long, value_name = "FILE")]
+    vars: Option<PathBuf>,
     /// Firmware to use instead of the host's; it has Secure Boot if --secure-boot says so
     #[arg(long, value_name = "CODE.fd", requires = "firmware_vars")]
     firmware: Option<PathBuf>,
@@ -134,23 +148,32 @@ pub(super) fn read(arguments: &BootArguments) -> Result<Boot, Failure> {
         Some(other) => return Err(usage(format!("--format is raw or qcow2, not `{other}`"))),
     };
     let keep_writes = arguments.keep_writes;
-    let mut disks = vec![DiskChoice { path: arguments.image.clone(), format, bus, keep_writes }];
+    let label = arguments.label.as_ref().map(|text| {
+        Label::new(text)
+            .ok_or_else(|| usage(format!("FAT cannot hold the label `{text}`: eleven letters at most")))
+    });
+    let label = label.transpose()?;
+    let mut disks = vec![DiskChoice { path: arguments.image.clone(), format, bus, keep_writes, label }];
     for text in &arguments.disks {
         let (path, bus) = match text.rsplit_once(':') {
             Some((path, word)) => (path, self::bus(word)?),
             None => (text.as_str(), bus),
         };
-        disks.push(DiskChoice { path: path.into(), format: None, bus, keep_writes });
+        disks.push(DiskChoice { path: path.into(), format: None, bus, keep_writes, label });
     }
     let memory_bytes = parse_bytes(&arguments.memory)
         .map_err(|_| usage(format!("--memory is a size such as 512M, not `{}`", arguments.memory)))?;
     if memory_bytes < 128 << 20 {
         return Err(usage(format!("--memory is at least 128M, and not `{}`", arguments.memory)));
     }
-    let secure_boot = match arguments.secure_boot.as_str() {
-        "off" => SecureBoot::Off,
-        "setup" => SecureBoot::Setup,
-        folder => SecureBoot::Keys(folder.into()),
+    let secure_boot = match (arguments.secure_boot.as_str(), &arguments.enroll) {
+        ("off" | "setup", Some(folder)) => SecureBoot::Enrol(folder.clone()),
+        (_, Some(_)) => {
+            return Err(usage("with --enroll, the keys of --secure-boot would be there before".to_owned()));
+        }
+        ("off", None) => SecureBoot::Off,
+        ("setup", None) => SecureBoot::Setup,
+        (folder, None) => SecureBoot::Keys(folder.into()),
     };
     let firmware = arguments
         .firmware
@@ -166,6 +189,7 @@ pub(super) fn read(arguments: &BootArguments) -> Result<Boot, Failure> {
         disks,
         secure_boot,
         firmware,
+        vars: arguments.vars.clone(),
         tpm: None,
         memory_bytes,
         cpus: arguments.cpus,
@@ -220,13 +244,18 @@ pub(super) fn run(arguments: &BootArguments, mut wanted: Boot, host: &Host) -> R
             narrator.say(&format!("{identity}{network}"));
         }
         Told::Warning(text) => narrator.warn(&text),
+        Told::Note(text) => narrator.say(&text),
         Told::Moment(moment) => {
             let at = moment.at.as_secs_f64();
             match &moment.what {
                 What::Line(text) if !quiet => {
                     line(&format!("[{at:8.3}] {}", without_commands(&harmless(text))));
                 }
-                What::Line(_) => {}
+                What::Output(text) if !quiet => {
+                    line(&format!("[{at:8.3}] ssh: {}", without_commands(&harmless(text))));
+                }
+                What::Line(_) | What::Output(_) => {}
+                What::HostKey(key) => narrator.say(&format!("{at:.3} s: the guest's host key is {key}")),
                 What::Reset => narrator.say(&format!("{at:.3} s: the guest restarted its machine")),
                 What::PowerOff => narrator.say(&format!("{at:.3} s: the guest switched its machine off")),
                 What::Verdict { index, failure: None, .. } => {
@@ -253,6 +282,14 @@ pub(super) fn run(arguments: &BootArguments, mut wanted: Boot, host: &Host) -> R
             Ok(ExitCode::SUCCESS)
         }
         Outcome::Over => Ok(ExitCode::SUCCESS),
+        Outcome::Mute(text) => Err(Failure {
+            text,
+            hint: Some(match &wanted.report {
+                Some(folder) => format!("what is on the screen is in {}", folder.join("end.png").display()),
+                None => "there may be more on the screen: --report DIR takes a picture of it".to_owned(),
+            }),
+            code: FAILED,
+        }),
         Outcome::NotMet { index, why } => {
             let statement = wanted.script.get(index);
             let (place, text) = statement.map_or(("", ""), |s| (s.place.as_str(), s.text.as_str()));

@@ -54,6 +54,14 @@ fn ssh_without_a_key_and_keys_that_are_not_there_are_refused() {
     disk[510..512].copy_from_slice(&[0x55, 0xaa]);
     host.file("disk.img", disk);
     host.run(&["boot", "disk.img", "-e", "ssh true"]).fails(2, &["ssh", "key"]).hints(&["--ssh-key"]);
+    let of_nothing = ["boot", "disk.img", "--ssh-key", "key", "-e", "output x"];
+    host.run(&of_nothing).fails(2, &["-e 1, line 1", "no command over ssh before it"]);
+    host.run(&["boot", "disk.img", "-e", "screenshot x"]).fails(2, &["a folder"]).hints(&["--report"]);
     fs::create_dir(host.path("keys")).expect("a folder");
     host.run(&["boot", "disk.img", "--secure-boot", "keys"]).fails(2, &["no db in keys"]).hints(&["db.esl"]);
+    host.run(&["boot", "disk.img", "--enroll", "keys"])
+        .fails(2, &["no db.auth in keys"])
+        .hints(&["kiln sign"]);
+    let both = ["boot", "disk.img", "--enroll", "keys", "--secure-boot", "keys"];
+    host.run(&both).fails(2, &["--enroll"]);
 }

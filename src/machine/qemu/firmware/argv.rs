@@ -76,10 +76,10 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     }
     match shape.network {
         Network::None => {}
-        Network::User { ssh_port, outside } => {
+        Network::User { ssh, outside } => {
             let restrict = if outside { "off" } else { "on" };
-            let forward =
-                ssh_port.map_or_else(String::new, |port| format!(",hostfwd=tcp:127.0.0.1:{port}-:22"));
+            // QEMU takes a port that is free and says which, so nobody can come before it.
+            let forward = if ssh { ",hostfwd=tcp:127.0.0.1:0-:22" } else { "" };
             option("netdev", &format!("user,id=net,restrict={restrict}{forward}"));
             // No boot from the network: what is tested is the image.
             option("device", "virtio-net-pci,netdev=net,romfile=");

@@ -70,8 +70,8 @@ pub enum Network {
     None,
     /// QEMU's user network.
     User {
-        /// The host's port on 127.0.0.1 that leads to the guest's port 22.
-        ssh_port: Option<u16>,
+        /// Whether a port of the host's on 127.0.0.1 leads to the guest's port 22.
+        ssh: bool,
         /// Whether the guest reaches the host and what lies beyond.
         outside: bool,
     },
@@ -229,6 +229,12 @@ fn pass_on(queue: &Receiver<Value>, told: &mut impl FnMut(GuestEvent)) {
     told(GuestEvent::Ended);
 }
 
+/// The host's port in what QEMU's monitor tells of its user network: `TCP[HOST_FORWARD] 3 127.0.0.1 46055 …`.
+fn forwarded_port(told: &str) -> Option<u16> {
+    let line = told.lines().find(|line| line.trim_start().starts_with("TCP[HOST_FORWARD]"))?;
+    line.split_whitespace().nth(3)?.parse().ok()
+}
+
 fn start_tpm(tpm: Tpm, control: OwnedFd) -> Result<(Process, Held), MachineError> {
     let arguments = ["socket", "--tpm2", "--ctrl", "type=unixio,clientfd={control}", "--tpmstate"]
         .map(str::to_owned)
@@ -270,6 +276,18 @@ impl FirmwareMachine {
         self.console.take()
     }
 
+    /// The port on 127.0.0.1 that leads to the guest's port 22.
+    ///
+    /// # Errors
+    /// There is none, or QEMU is gone.
+    pub fn ssh_port(&mut self) -> io::Result<u16> {
+        let told =
+            self.commands.execute("human-monitor-command", &json!({"command-line": "info usernet"}))?;
+        told.as_str()
+            .and_then(forwarded_port)
+            .ok_or_else(|| io::Error::other("QEMU forwards no port to the guest"))
+    }
+
     /// What is on the screen, as PNG.
     ///
     /// # Errors
@@ -291,5 +309,18 @@ impl FirmwareMachine {
     pub fn complaint(&mut self) -> Option<String> {
         let status = self.process.wait(Duration::from_millis(500))?;
         (!status.success()).then(|| format!("QEMU ended ({status}): {}", self.process.said()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_that_leads_to_the_guest_is_read_from_what_qemu_tells() {
+        let told = "Hub -1 (net):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
+                    TCP[HOST_FORWARD]   3       127.0.0.1 46055       10.0.2.15    22     0     0\r\n";
+        assert_eq!(forwarded_port(told), Some(46055));
+        assert_eq!(forwarded_port("Hub -1 (net):\r\n"), None);
     }
 }
