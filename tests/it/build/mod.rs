@@ -1,7 +1,10 @@
 //! Builds of recipes without machines: which steps run, which do not, and what is left where something fails.
 
+mod disk;
 mod faults;
+mod power;
 mod upkeep;
+mod workload;
 mod world;
 
 use std::fs;
