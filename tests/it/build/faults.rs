@@ -116,14 +116,14 @@ fn case(at: usize, fault: &str) -> Result<(usize, bool), String> {
     let folder = place.path();
     workload::prepare(folder);
     fs::write(folder.join("case"), format!("{at} {fault}")).expect("room");
-    let status = workload::in_a_process("build::faults::a_case", folder);
-    match status.code() {
+    let (code, said) = workload::in_a_process("build::faults::a_case", folder);
+    match code {
         Some(0 | KILLED) => {}
-        Some(PANICKED) => return Err("kiln panicked".to_owned()),
-        _ => return Err(format!("it ended with {status}")),
+        Some(PANICKED) => return Err(format!("kiln panicked: {said}")),
+        _ => return Err(format!("it ended with {code:?}: {said}")),
     }
     workload::look(folder, 0, false)?;
-    if status.code() == Some(KILLED) {
+    if code == Some(KILLED) {
         return Ok((at + 1, true));
     }
     let said = fs::read_to_string(folder.join("count")).unwrap_or_default();

@@ -1,8 +1,10 @@
 //! Builds of recipes without machines: which steps run, which do not, and what is left where something fails.
 
+mod clock;
 mod disk;
 mod faults;
 mod power;
+mod racing;
 mod upkeep;
 mod workload;
 mod world;

@@ -48,11 +48,11 @@ fn a_case() {
 /// Cuts the workload in `place` before operation `at`; whether it came to that.
 fn cut(place: &Path, at: usize, seed: u64) -> Result<bool, String> {
     fs::write(place.join("case"), format!("{at} {seed}")).expect("room");
-    match workload::in_a_process("build::power::a_case", place).code() {
-        Some(0) => Ok(false),
-        Some(KILLED) => Ok(true),
-        Some(PANICKED) => Err("kiln panicked".to_owned()),
-        other => Err(format!("the process ended with {other:?}")),
+    match workload::in_a_process("build::power::a_case", place) {
+        (Some(0), _) => Ok(false),
+        (Some(KILLED), _) => Ok(true),
+        (Some(PANICKED), said) => Err(format!("kiln panicked: {said}")),
+        (other, said) => Err(format!("the process ended with {other:?}: {said}")),
     }
 }
 

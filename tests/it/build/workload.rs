@@ -3,11 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -38,16 +38,18 @@ pub fn prepare(folder: &Path) {
     }
 }
 
-/// Runs the ignored test `case` in a process that is told `folder`.
-pub fn in_a_process(case: &str, folder: &Path) -> ExitStatus {
+/// Runs the ignored test `case` in a process that is told `folder`: its exit code, and what it complained of.
+pub fn in_a_process(case: &str, folder: &Path) -> (Option<i32>, String) {
     let mut child = Command::new(std::env::current_exe().expect("this program"));
     // The last argument is one more name that no test has.
-    child.args(["--exact", "--ignored", case, "--test-threads=1"]).arg(folder);
-    child.stdout(Stdio::null()).stderr(Stdio::null()).status().expect("it starts")
+    child.args(["--exact", "--ignored", case, "--test-threads=1", "--nocapture"]).arg(folder);
+    let output = child.stdout(Stdio::null()).output().expect("it starts");
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-/// In such a process: its folder. From then on it is known whether kiln panics, and there is one processor: a build has one
-/// thread that does things, and each run of a case the same order.
+/// In such a process: its folder. From then on it is known whether kiln panics, and each run of a case has the same operations
+/// in the same order: there is one processor, so that a build has one thread that does things, and by the clock no file is so
+/// young that it has to be read again.
 pub fn folder_of_the_case() -> PathBuf {
     let mut processors = rustix::thread::sched_getaffinity(None).expect("processors");
     let all: Vec<usize> =
@@ -55,7 +57,9 @@ pub fn folder_of_the_case() -> PathBuf {
     processors.clear();
     processors.set(all[rustix::thread::sched_getcpu() % all.len()]);
     rustix::thread::sched_setaffinity(None, &processors).expect("one of them");
+    kiln::clock::put_forward(10);
     std::panic::set_hook(Box::new(|panic| {
+        let _ = writeln!(std::io::stderr(), "{panic}");
         if panic.location().is_some_and(|place| place.file().starts_with("src/")) {
             KILN_PANICKED.store(true, Ordering::SeqCst);
         }
