@@ -28,6 +28,16 @@ pub struct Damage {
     place: Place,
 }
 
+impl Damage {
+    /// The blob that is damaged; none where it is something else.
+    pub fn blob(&self) -> Option<Digest> {
+        match &self.place {
+            Place::File(path) if self.name.starts_with("blobs/") => blob_digest(path),
+            _ => None,
+        }
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Place {
     File(PathBuf),
@@ -210,7 +220,7 @@ pub fn repair(store: &Store, damage: &[Damage]) -> Result<Vec<Damage>, UpkeepErr
         let failed = |source| UpkeepError::at("remove", &store.path().join(&one.name))(source);
         match &one.place {
             Place::File(path) => {
-                let blob = blob_digest(path).filter(|_| one.name.starts_with("blobs/"));
+                let blob = one.blob();
                 let found = fs::File::open(path).and_then(Digest::of_reader);
                 // A build may have made it anew meanwhile.
                 if blob.is_some_and(|blob| found.is_ok_and(|(found, _)| found == blob)) {

@@ -3,6 +3,7 @@
 mod clock;
 mod disk;
 mod faults;
+mod handles;
 mod power;
 mod racing;
 mod upkeep;
