@@ -2,9 +2,10 @@
 //!
 //! The only place that reads the environment. What it finds is data; nothing here acts on it.
 
+mod recipe;
+
 use std::env;
 use std::fmt;
-use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use crate::plan::recipe::{Fault, Recipe, RecipeDebian};
 use crate::plan::{parse_bytes, parse_duration};
+pub use recipe::RecipeFile;
 
 /// The recipe's file name.
 pub const RECIPE: &str = "kiln.toml";
@@ -32,6 +34,22 @@ pub enum SettingsError {
         /// The system's word.
         #[source]
         source: io::Error,
+    },
+    /// Something else has the recipe's name.
+    #[error("`{path}` is {what}, not a recipe")]
+    NoFile {
+        /// What has it.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
+    /// The recipe is too long to be one.
+    #[error("`{path}` is longer than the {limit_bytes} bytes that a recipe may have")]
+    TooLong {
+        /// The recipe.
+        path: PathBuf,
+        /// The limit.
+        limit_bytes: u64,
     },
     /// The recipe is not what kiln understands.
     #[error(transparent)]
@@ -73,7 +91,14 @@ impl SettingsError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Recipe(fault) => fault.hint.clone(),
-            _ => None,
+            Self::Read { path, .. } => Some(format!("see who may read it: `ls -l {}`", path.display())),
+            Self::NoFile { .. } => {
+                Some(format!("give it another name: {RECIPE} is the recipe's, here and in all folders below"))
+            }
+            Self::TooLong { .. } => {
+                Some("put long texts into files of their own that the steps read".to_owned())
+            }
+            Self::Value { .. } | Self::NoHome => None,
         }
     }
 }
@@ -175,30 +200,6 @@ pub struct Flags {
     pub no_keeper: bool,
     /// `--keeper-idle`.
     pub keeper_idle: Option<String>,
-}
-
-/// A recipe that was read.
-#[derive(Debug, Clone)]
-pub struct RecipeFile {
-    /// Where it lies.
-    pub path: PathBuf,
-    /// What errors call it.
-    pub name: String,
-    /// Its text.
-    pub text: String,
-    /// What it says.
-    pub recipe: Arc<Recipe>,
-}
-
-impl RecipeFile {
-    /// Reads the recipe at `path`, which was found from `directory`.
-    fn read(path: PathBuf, directory: &Path) -> Result<Self, SettingsError> {
-        let text =
-            fs::read_to_string(&path).map_err(|source| SettingsError::Read { path: path.clone(), source })?;
-        let name = path.strip_prefix(directory).unwrap_or(&path).display().to_string();
-        let recipe = Recipe::parse(&text, &name).map_err(|fault| SettingsError::Recipe(Box::new(fault)))?;
-        Ok(Self { path, name, text, recipe: Arc::new(recipe) })
-    }
 }
 
 /// All settings.
@@ -323,10 +324,6 @@ fn variable_text(name: &str) -> Option<String> {
     env::var(name).ok().filter(|text| !text.is_empty())
 }
 
-fn find_recipe(directory: &Path) -> Option<PathBuf> {
-    directory.ancestors().map(|folder| folder.join(RECIPE)).find(|path| path.is_file())
-}
-
 impl Settings {
     /// Reads the recipe of the current directory (or of one above it) and the environment.
     ///
@@ -335,7 +332,7 @@ impl Settings {
     pub fn read(flags: Flags) -> Result<Self, SettingsError> {
         let directory =
             env::current_dir().map_err(|source| SettingsError::Read { path: PathBuf::from("."), source })?;
-        let recipe_path = find_recipe(&directory);
+        let recipe_path = recipe::find(&directory);
         let recipe_file = recipe_path.clone().map(|path| RecipeFile::read(path, &directory)).transpose()?;
         let none = Arc::new(Recipe::default());
         let recipe = recipe_file.as_ref().map_or(&none, |file| &file.recipe);

@@ -6,6 +6,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -14,7 +15,7 @@ use tempfile::NamedTempFile;
 /// One operation that changes something.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Act<'a> {
-    /// A file, a link or a folder is made.
+    /// A file, a link or a folder is made: before, perhaps only the folder that it will be in is known; after, its name.
     Make(&'a Path),
     /// So many bytes are written to a file.
     Write(&'a Path, usize),
@@ -28,6 +29,8 @@ pub enum Act<'a> {
     Remove(&'a Path),
     /// An open file is dated.
     Date,
+    /// The length or the mode of a file is set.
+    Set(&'a Path),
 }
 
 /// Somebody who stands in the door.
@@ -82,7 +85,38 @@ pub fn make_folders(path: &Path) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
-    through(Act::Make(path), || fs::create_dir_all(path))
+    if let Some(above) = path.parent().filter(|above| !above.as_os_str().is_empty()) {
+        make_folders(above)?;
+    }
+    match through(Act::Make(path), || fs::create_dir(path)) {
+        // Another process was quicker.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        made => made,
+    }
+}
+
+/// Makes the file `path`, which may be there and is empty then.
+///
+/// # Errors
+/// What open(2) says.
+pub fn create(path: &Path) -> io::Result<File> {
+    through(Act::Make(path), || File::create(path))
+}
+
+/// Sets the mode of `file`, whose name is `path`.
+///
+/// # Errors
+/// What fchmod(2) says.
+pub fn set_mode(file: &File, path: &Path, mode: u32) -> io::Result<()> {
+    through(Act::Set(path), || file.set_permissions(fs::Permissions::from_mode(mode)))
+}
+
+/// Sets the length of `file`, whose name is `path`.
+///
+/// # Errors
+/// What ftruncate(2) says.
+pub fn set_length(file: &File, path: &Path, length_bytes: u64) -> io::Result<()> {
+    through(Act::Set(path), || file.set_len(length_bytes))
 }
 
 /// Renames.
@@ -120,6 +154,14 @@ pub fn sync(file: &File, path: &Path) -> io::Result<()> {
     through(Act::Sync(path), || file.sync_all())
 }
 
+/// Makes the names in the folder `path` survive a power failure.
+///
+/// # Errors
+/// What fsync(2) says.
+pub fn sync_folder(path: &Path) -> io::Result<()> {
+    sync(&File::open(path)?, path)
+}
+
 /// Makes all of the file system survive one on which the open folder `folder` lies, whose name is `path`.
 ///
 /// # Errors
@@ -140,7 +182,22 @@ impl Unfinished {
     /// # Errors
     /// What open(2) says.
     pub fn new_in(folder: &Path) -> io::Result<Self> {
-        let file = through(Act::Make(folder), || NamedTempFile::new_in(folder))?;
+        Self::with_prefix_in(".tmp", folder)
+    }
+
+    /// An empty one in `folder` whose name begins with `prefix`, by which whoever finds it knows whose it was.
+    ///
+    /// # Errors
+    /// What open(2) says.
+    pub fn with_prefix_in(prefix: &str, folder: &Path) -> io::Result<Self> {
+        let watcher = WATCHER.get();
+        if let Some(watcher) = watcher {
+            watcher.before(&Act::Make(folder))?;
+        }
+        let file = NamedTempFile::with_prefix_in(prefix, folder)?;
+        if let Some(watcher) = watcher {
+            watcher.after(&Act::Make(file.path()));
+        }
         Ok(Self { file })
     }
 
@@ -157,6 +214,14 @@ impl Unfinished {
     /// Where it is now.
     pub fn path(&self) -> &Path {
         self.file.path()
+    }
+
+    /// Sets its mode.
+    ///
+    /// # Errors
+    /// What fchmod(2) says.
+    pub fn set_mode(&self, mode: u32) -> io::Result<()> {
+        set_mode(self.file.as_file(), self.file.path(), mode)
     }
 
     /// Makes what was written survive a power failure.

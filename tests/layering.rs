@@ -26,7 +26,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("cache", &["plan", "store"]),
     ("root", &["agent", "clock", "fetch", "machine", "plan", "store", "writes"]),
     ("keeper", &["agent", "clock", "machine", "plan", "store"]),
-    ("fetch", &["machine", "plan", "store"]),
+    ("fetch", &["machine", "plan", "store", "writes"]),
     ("sign", &[]),
     ("machine", &[]),
     ("agent", &["store"]),

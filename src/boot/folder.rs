@@ -209,7 +209,7 @@ mod tests {
             fs::write(folder.path().join(name), "x").expect("room");
         }
         check(folder.path()).expect("FAT holds it");
-        disk_of_folder(folder.path(), folder.path()).expect("FAT holds it");
+        disk_of_folder(folder.path(), None, folder.path()).expect("FAT holds it");
         std::os::unix::fs::symlink("Name", folder.path().join("link")).expect("a link");
         assert!(matches!(check(folder.path()), Err(FolderError::Kind(_))));
         fs::remove_file(folder.path().join("link")).expect("it was made");

@@ -1,11 +1,12 @@
 //! Where traces are kept: a file for each scope and key, replaced whole, and what each step did last.
 //!
-//! Plain files, because that is what measures best: a key is looked up by one open(2), several kilns need no lock to share
-//! it, and a kill at any moment leaves the old file or the new one. Of two kilns that add to one key at once, one trace may
-//! be lost; its step runs once more.
+//! Plain files, because that is what measures best: a key is looked up by one open(2), several kilns need no lock to read
+//! it, and a kill at any moment leaves the old file or the new one. Who changes one holds a lock, so that of two that add to
+//! one key at once neither loses what the other, or a third, goes by. A file is dated before it is read: what was read
+//! stays, with all that it names, for as long as this process lives.
 
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -17,6 +18,8 @@ use super::key::Key;
 use super::trace::{Trace, read_all, write_all};
 use crate::store::{Store, seal, unseal};
 
+/// The lock's name among what runs.
+const LOCK: &str = "traces.lock";
 /// Most traces of one key.
 const MOST: usize = 8;
 
@@ -100,6 +103,9 @@ impl Index {
 
     fn read(&self, scope: &Scope, key: &Digest) -> Vec<Trace> {
         let path = self.path(scope, key);
+        if !self.store.mark(&path) {
+            return Vec::new();
+        }
         fs::read(&path).ok().and_then(|bytes| read_all(&self.name(&path), &bytes)).unwrap_or_default()
     }
 
@@ -112,13 +118,15 @@ impl Index {
         self.store.replace(path, &write_all(&self.name(path), traces))
     }
 
-    /// Says that the traces under `key` in `scope` are used now; whether they are still there. They and all that they name
-    /// stay then for as long as this process lives.
-    pub fn mark(&self, scope: &Scope, key: &Digest) -> bool {
-        self.store.mark(&self.path(scope, key))
+    /// The lock of who changes traces, held until it is dropped. It goes with its holder, however that ends.
+    fn lock(&self) -> io::Result<File> {
+        let lock = File::create(self.store.run().join(LOCK))?;
+        lock.lock()?;
+        Ok(lock)
     }
 
-    /// The traces under `key`, the newest of the own scope first, each with its scope.
+    /// The traces under `key`, the newest of the own scope first, each with its scope. They and all that they name stay for as
+    /// long as this process lives.
     pub fn traces(&self, key: &Digest) -> Vec<(Scope, Trace)> {
         let scopes = [&self.own].into_iter().chain(&self.others);
         scopes
@@ -131,6 +139,7 @@ impl Index {
     /// # Errors
     /// What writing says.
     pub fn add(&self, key: &Digest, trace: Trace) -> io::Result<()> {
+        let _alone = self.lock()?;
         let mut traces = self.read(&self.own, key);
         traces.retain(|old| !read_alike(old, &trace));
         traces.insert(0, trace);
@@ -162,6 +171,7 @@ impl Index {
     /// # Errors
     /// What writing says.
     pub fn forget(&self, key: &Digest, outputs: &Digest) -> io::Result<()> {
+        let _alone = self.lock()?;
         let mut traces = self.read(&self.own, key);
         traces.retain(|trace| trace.outputs != *outputs);
         self.write(&self.path(&self.own, key), &traces)

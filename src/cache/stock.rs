@@ -66,18 +66,30 @@ pub fn stock(store: &Store) -> io::Result<Vec<Stored>> {
     for folder in [store.traces(), store.last_runs(), store.placed()] {
         for path in files(&folder)? {
             let name = path.strip_prefix(store.path()).unwrap_or(&path).to_string_lossy().into_owned();
-            let content = fs::read(&path).ok().and_then(|bytes| match name.split('/').next() {
-                Some("traces") => read_all(&name, &bytes).map(Content::Traces),
-                Some("last") => {
-                    let text = unseal(&last_name(&path), &bytes)?;
-                    serde_json::from_slice(text).ok().map(|last| Content::Last(Box::new(last)))
-                }
-                _ => read_all(&name, &bytes)?.pop().map(Content::Placed),
-            });
-            stock.push(Stored { path, name, content: content.unwrap_or(Content::Damaged) });
+            stock.extend(read(&path, &name).map(|content| Stored { path, name, content }));
         }
     }
     Ok(stock)
+}
+
+/// What one of them holds now; none where it is gone.
+pub fn reread(stored: &Stored) -> Option<Content> {
+    read(&stored.path, &stored.name)
+}
+
+fn read(path: &Path, name: &str) -> Option<Content> {
+    let bytes = match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        bytes => bytes.unwrap_or_default(),
+    };
+    let content = match name.split('/').next() {
+        Some("traces") => read_all(name, &bytes).map(Content::Traces),
+        Some("last") => unseal(&last_name(path), &bytes)
+            .and_then(|text| serde_json::from_slice(text).ok())
+            .map(|last| Content::Last(Box::new(last))),
+        _ => read_all(name, &bytes).and_then(|mut placed| placed.pop()).map(Content::Placed),
+    };
+    Some(content.unwrap_or(Content::Damaged))
 }
 
 /// The key and the scope of the traces at `name` in the store.

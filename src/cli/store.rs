@@ -5,17 +5,19 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use kiln_digest::Digest;
 use schemars::JsonSchema;
 use serde::Serialize;
 
-use super::show::{self, line};
-use super::{FAILED, Failure, USAGE};
+use super::show::{self, Narrator, line};
+use super::{FAILED, Failure, USAGE, recipe};
 use crate::engine::Host;
+use crate::engine::lock::refetch;
 use crate::plan::{harmless, parse_bytes, parse_duration, show_bytes};
 use crate::upkeep::UpkeepError;
 use crate::upkeep::census::Census;
 use crate::upkeep::collect::{Order, collect};
-use crate::upkeep::verify::{Verified, repair, verify};
+use crate::upkeep::verify::{Damage, Verified, repair, verify};
 
 /// Fewest digits that name a blob.
 const FEWEST_DIGITS: usize = 4;
@@ -57,7 +59,7 @@ enum StoreVerb {
     },
     /// Hold everything against its digest; exit status 1 where something is damaged
     Verify,
-    /// Remove what is damaged and what names it, so that it is had anew
+    /// Remove what is damaged and what names it, and fetch again what the lock has
     Repair,
     /// Say what keeps a blob or an image
     Why {
@@ -147,13 +149,20 @@ fn tell(verified: &Verified) {
     line(&format!("{} checked, {} damaged", verified.checked, verified.damage.len()));
 }
 
-/// Repairs until nothing more is found: what names a thing that was removed may be named itself.
+/// Repairs until nothing more is found: what names a thing that was removed may be named itself. Then what the lock names is
+/// fetched again, and of the rest it is said what brings it back.
 fn repaired(host: &Host) -> Result<ExitCode, Failure> {
+    let mut lost = BTreeMap::new();
     loop {
         let verified = verify(&host.store)?;
         tell(&verified);
         if verified.damage.is_empty() {
-            return Ok(ExitCode::SUCCESS);
+            break;
+        }
+        let census = Census::take(&host.store)?;
+        for digest in verified.damage.iter().filter_map(Damage::blob) {
+            let keepers = census.why(&digest.to_string()).remove(&digest).unwrap_or_default();
+            lost.entry(digest).or_insert(keepers);
         }
         let held = repair(&host.store, &verified.damage)?;
         if !held.is_empty() {
@@ -163,6 +172,42 @@ fn repaired(host: &Host) -> Result<ExitCode, Failure> {
             return Ok(ExitCode::from(FAILED));
         }
     }
+    match lost.is_empty() {
+        true => Ok(ExitCode::SUCCESS),
+        false => put_back(host, lost),
+    }
+}
+
+/// Fetches what of `lost` can be fetched, and says of the rest who put it there.
+fn put_back(host: &Host, mut lost: BTreeMap<Digest, Vec<(String, String)>>) -> Result<ExitCode, Failure> {
+    let plan = host.settings.recipe.as_ref().map(recipe::plan).transpose()?;
+    let digests = lost.keys().copied().collect();
+    let mut narrator = Narrator::new(false);
+    let fetched = refetch(host, plan.as_ref(), &digests, &mut |text| narrator.progress(text));
+    narrator.clear();
+    let mut code = ExitCode::SUCCESS;
+    for one in fetched? {
+        match one.result {
+            Ok(()) => line(&harmless(format!("{} was fetched again", one.what).as_bytes())),
+            Err(error) => {
+                let failure = Failure::from(error);
+                show::failure(
+                    &format!("{} cannot be fetched again: {}", one.what, failure.text),
+                    failure.hint.as_deref(),
+                );
+                code = ExitCode::from(FAILED);
+            }
+        }
+        lost.remove(&one.digest);
+    }
+    for (digest, keepers) in lost {
+        let text = match keepers.first() {
+            Some((unit, what)) => format!("{digest}, {what}: the next build has it anew ({unit})"),
+            None => format!("{digest}: nothing named it"),
+        };
+        line(&harmless(text.as_bytes()));
+    }
+    Ok(code)
 }
 
 fn why(host: &Host, digits: &str) -> Result<ExitCode, Failure> {

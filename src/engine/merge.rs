@@ -12,7 +12,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use kiln_artifact::tree::{Kind, Node, Tree, TreePath};
@@ -337,9 +337,7 @@ impl Merge<'_> {
                     let mut source = self.store.blobs().file(digest).map_err(at("read", &staged))?;
                     copy_sparse(&mut source, &mut target, &staged, *size)
                         .map_err(at("write", &on_host(self.work, path)))?;
-                    target
-                        .set_permissions(fs::Permissions::from_mode(mode))
-                        .map_err(at("set the mode of", &staged))?;
+                    writes::set_mode(&target, &staged, mode).map_err(at("set the mode of", &staged))?;
                 }
                 Kind::Symlink(text) => {
                     let made =
@@ -386,12 +384,11 @@ fn write_journal(staging: &Path, journal: &Journal) -> Result<(), MergeError> {
     let path = staging.join("journal");
     let temporary = staging.join("journal.new");
     let write = || {
-        let file = writes::through(Act::Make(&temporary), || File::create(&temporary))?;
-        let mut file = Named(file, &temporary);
+        let mut file = Named(writes::create(&temporary)?, &temporary);
         file.write_all(&serde_json::to_vec(journal)?)?;
         writes::sync(&file.0, &temporary)?;
         writes::rename(&temporary, &path)?;
-        writes::sync(&File::open(staging)?, staging)
+        writes::sync_folder(staging)
     };
     write().map_err(at("write", &path))
 }
@@ -415,8 +412,13 @@ fn complete(store: &Store, locked: &Locked, journal: Journal) -> Result<(), Merg
     for (name, mode) in &journal.folders {
         each(std::slice::from_ref(name), &|_, path| work.make_folder(path, *mode))?;
     }
-    each(&journal.places, &|number, path| work.place(staged.as_fd(), &number.to_string(), path))?;
+    each(&journal.places, &|number, path| work.place((staged.as_fd(), &staging), &number.to_string(), path))?;
     store.records("work").put(&ledger_key(top), &journal.ledger).map_err(at("record the outputs of", top))?;
+    // The journal goes when what it says is done for good: else a power failure could take it and leave half of that.
+    writes::sync_all(&staged, &staging).map_err(at("sync", top))?;
+    if !store.is_beside(top) {
+        store.sync().map_err(|error| at("sync", top)(io::Error::other(error)))?;
+    }
     remove_tree(&staging)
 }
 
@@ -453,7 +455,7 @@ fn copy_sparse(source: &mut File, target: &mut File, path: &Path, size: u64) -> 
         io::copy(&mut Read::by_ref(source).take(hole - data), &mut Named(target.try_clone()?, path))?;
         position = hole;
     }
-    target.set_len(size)
+    writes::set_length(target, path, size)
 }
 
 #[cfg(test)]

@@ -162,8 +162,9 @@ impl Work {
     pub fn make_folder(&self, path: &TreePath, mode: u32) -> io::Result<()> {
         let mut folder = self.top.try_clone()?;
         let depth = path.components().count();
+        let mut called = self.path.clone();
         for (index, component) in path.components().enumerate() {
-            let called = self.called(path);
+            called.push(name(component));
             let made = writes::through(Act::Make(&called), || {
                 match rustix::fs::mkdirat(&folder, name(component), Mode::from_raw_mode(0o755)) {
                     Err(Errno::EXIST) => Ok(Err(Errno::EXIST)),
@@ -183,14 +184,19 @@ impl Work {
         Ok(())
     }
 
-    /// Renames `staged` in the folder `staging` to `path`. What was renamed before is no error.
-    pub fn place(&self, staging: BorrowedFd<'_>, staged: &str, path: &TreePath) -> io::Result<()> {
+    /// Renames `staged` in the open folder `staging`, whose path is `folder`, to `path`. What was renamed before is no error.
+    pub fn place(
+        &self,
+        (staging, folder): (BorrowedFd<'_>, &Path),
+        staged: &str,
+        path: &TreePath,
+    ) -> io::Result<()> {
         if let Some(above) = path.parent() {
             self.make_folder(&above, 0o755)?;
         }
         let Ok(parent) = self.parent(path)? else { return Err(io::ErrorKind::NotADirectory.into()) };
         let called = self.called(path);
-        writes::through(Act::Rename(Path::new(staged), &called), || {
+        writes::through(Act::Rename(&folder.join(staged), &called), || {
             match rustix::fs::renameat(staging, staged, &parent, name(path.name())) {
                 Ok(()) | Err(Errno::NOENT) => Ok(()),
                 Err(errno) => Err(errno.into()),

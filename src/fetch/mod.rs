@@ -10,4 +10,5 @@
 pub mod git;
 pub mod http;
 pub mod lock;
+mod unfinished;
 pub mod vendor;

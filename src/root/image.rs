@@ -5,7 +5,7 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -164,8 +164,10 @@ impl Image {
             }
         }
         forget()?;
-        store.records(SUMS).remove(digest)?;
+        // It goes for good before what says what its bytes are.
         writes::remove(&path)?;
+        writes::sync_folder(&store.images())?;
+        store.records(SUMS).remove(digest)?;
         Ok(Removal::Done)
     }
 
@@ -219,10 +221,14 @@ pub fn make(store: &Store, tree: &Tree) -> Result<Digest, ImageError> {
 
 /// Gives the finished image `digest` its name, and notes what its bytes are: an image of a tree is not named by them.
 pub(super) fn keep(store: &Store, file: Unfinished, digest: &Digest, path: &Path) -> io::Result<()> {
-    file.file().set_permissions(fs::Permissions::from_mode(0o444))?;
+    file.set_mode(0o444)?;
     let (sum, _) = Digest::of_reader(File::open(file.path())?)?;
-    file.persist(path)?;
-    store.records(SUMS).put(digest, &sum)
+    // An image is believed by its name: whatever a power failure takes, none has one that is not whole and on record.
+    file.sync()?;
+    let sums = store.records(SUMS);
+    sums.put(digest, &sum)?;
+    sums.sync()?;
+    file.persist(path)
 }
 
 #[cfg(test)]

@@ -1,9 +1,8 @@
 //! Blobs: files named by the SHA-256 of what is in them.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kiln_artifact::tree::Contents;
@@ -131,16 +130,13 @@ impl BlobWriter {
     pub fn finish(self) -> io::Result<(Digest, u64)> {
         let (digest, length_bytes) = self.hasher.finish();
         let path = self.blobs.path(&digest);
-        // One that a power failure cut short has another length, and is written anew.
-        if self.blobs.lease.mark(&path)
-            && fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() == length_bytes)
-        {
+        if self.blobs.lease.mark(&path) && is_whole(&path, &digest, length_bytes) {
             return Ok((digest, length_bytes));
         }
         if self.hole {
-            self.file.file().set_len(length_bytes)?;
+            writes::set_length(self.file.file(), self.file.path(), length_bytes)?;
         }
-        self.file.file().set_permissions(fs::Permissions::from_mode(0o444))?;
+        self.file.set_mode(0o444)?;
         self.blobs.lease.date(self.file.file())?;
         if let Some(folder) = path.parent() {
             writes::make_folders(folder)?;
@@ -148,6 +144,14 @@ impl BlobWriter {
         self.file.persist(&path)?;
         Ok((digest, length_bytes))
     }
+}
+
+/// Whether the blob at `path` is what it should be. One that nothing synced may be cut short after a power failure, or be
+/// zeros of the right length; what is to be named anew would be lost in it.
+fn is_whole(path: &Path, digest: &Digest, length_bytes: u64) -> bool {
+    let Ok(file) = File::open(path) else { return false };
+    let has_length = file.metadata().is_ok_and(|meta| meta.is_file() && meta.len() == length_bytes);
+    has_length && Digest::of_reader(file).is_ok_and(|(found, _)| found == *digest)
 }
 
 impl Write for BlobWriter {

@@ -271,7 +271,8 @@ impl Store {
         for digest in digests {
             let path = self.blobs.path(digest);
             let folder = path.parent().unwrap_or(&self.path);
-            for path in [&path, folder] {
+            // The folder of blobs too: the one in it may be new.
+            for path in [&path, folder, folder.parent().unwrap_or(folder)] {
                 let synced = fs::File::open(path).and_then(|file| writes::sync(&file, path));
                 synced.map_err(StoreError::at(path))?;
             }

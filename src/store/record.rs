@@ -63,6 +63,16 @@ impl Records {
         file.persist(&self.path(key))
     }
 
+    /// Makes the records that were put survive a power failure; until then one of them may be as it was before.
+    ///
+    /// # Errors
+    /// What fsync(2) says.
+    pub fn sync(&self) -> io::Result<()> {
+        // The folder above too: that of the family may be new.
+        self.path.parent().map_or(Ok(()), writes::sync_folder)?;
+        writes::sync_folder(&self.path)
+    }
+
     /// The keys of all records of the family, in their order.
     ///
     /// # Errors

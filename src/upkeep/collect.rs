@@ -1,8 +1,8 @@
 //! Collection: what nothing names and was not used for long, and what was used least recently, down to a size.
 //!
 //! What a process that lives has used since it began stays, with all that it names (`store::lease`); so does an image
-//! that is held. Traces go before the blobs that only they name, so that no trace is believed whose outputs are gone; a
-//! kill in between leaves blobs that nothing names, which the next collection takes.
+//! that is held. All that names blobs goes for good before the blobs that only it names, so that no trace is believed whose
+//! outputs are gone; a kill in between leaves blobs that nothing names, which the next collection takes.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -60,6 +60,7 @@ pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
     let mut census = Census::take(store)?;
     let mut left_bytes = census.total();
     let mut collected = Collected::default();
+    let mut loose = Vec::new();
     let now = crate::clock::now();
     let mut candidates: Vec<(SystemTime, Candidate)> = census
         .units
@@ -85,7 +86,7 @@ pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
         }
         match candidate {
             Candidate::Blob(digest) => {
-                left_bytes -= take_blob(store, &mut census, &digest, &sweep, order, &mut collected)?;
+                left_bytes -= take_blob(&mut census, &digest, &sweep, &mut collected, &mut loose);
             }
             Candidate::Unit(number) => {
                 if !sweep.may_take(used) {
@@ -103,38 +104,45 @@ pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
                     let Some(blob) = census.blobs.get_mut(digest) else { continue };
                     blob.named = blob.named.saturating_sub(1);
                     if blob.named == 0 {
-                        left_bytes -= take_blob(store, &mut census, digest, &sweep, order, &mut collected)?;
+                        left_bytes -= take_blob(&mut census, digest, &sweep, &mut collected, &mut loose);
                     }
                 }
             }
         }
     }
     collected.left_bytes = left_bytes;
-    Ok(collected)
-}
-
-/// Takes a blob that nothing names, unless it is in use, and says how much that was.
-fn take_blob(
-    store: &Store,
-    census: &mut Census,
-    digest: &Digest,
-    sweep: &Sweep,
-    order: &Order,
-    collected: &mut Collected,
-) -> Result<u64, UpkeepError> {
-    let Some(blob) = census.blobs.get(digest) else { return Ok(0) };
-    if !sweep.may_take(blob.used) {
-        collected.in_use_bytes += blob.size_bytes;
-        return Ok(0);
+    if order.dry_run || loose.is_empty() {
+        return Ok(collected);
     }
-    let size_bytes = blob.size_bytes;
-    if !order.dry_run {
+    if collected.taken.len() > loose.len() {
+        let synced = store.sync().map_err(std::io::Error::other);
+        synced.map_err(UpkeepError::at("sync", store.path()))?;
+    }
+    for digest in &loose {
         let path = store.blobs().path(digest);
         writes::remove(&path).map_err(UpkeepError::at("remove", &path))?;
     }
+    Ok(collected)
+}
+
+/// Takes a blob that nothing names, unless it is in use, to those that are `loose`, and says how much that was.
+fn take_blob(
+    census: &mut Census,
+    digest: &Digest,
+    sweep: &Sweep,
+    collected: &mut Collected,
+    loose: &mut Vec<Digest>,
+) -> u64 {
+    let Some(blob) = census.blobs.get(digest) else { return 0 };
+    if !sweep.may_take(blob.used) {
+        collected.in_use_bytes += blob.size_bytes;
+        return 0;
+    }
+    let size_bytes = blob.size_bytes;
     census.blobs.remove(digest);
     collected.taken.push((format!("blob {digest}"), size_bytes));
-    Ok(size_bytes)
+    loose.push(*digest);
+    size_bytes
 }
 
 /// Removes a unit; false where it is held.

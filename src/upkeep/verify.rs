@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use kiln_artifact::tree::Tree;
@@ -10,7 +11,7 @@ use kiln_digest::Digest;
 use super::UpkeepError;
 use super::census::{Census, What, blob_digest, folders, image_name};
 use super::collect::remove_template;
-use crate::cache::stock::{Content, files, stock};
+use crate::cache::stock::{Content, files, reread, stock};
 use crate::machine::qemu::template;
 use crate::root::catalog;
 use crate::root::image::{Filesystem, SUMS};
@@ -25,6 +26,16 @@ pub struct Damage {
     /// What is wrong with it.
     pub what: String,
     place: Place,
+}
+
+impl Damage {
+    /// The blob that is damaged; none where it is something else.
+    pub fn blob(&self) -> Option<Digest> {
+        match &self.place {
+            Place::File(path) if self.name.starts_with("blobs/") => blob_digest(path),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +80,11 @@ impl Verifier<'_> {
         files(&folder).map_err(UpkeepError::at("list", &folder))
     }
 
+    /// Notes what is wrong with `path`, unless a collection has taken it meanwhile.
     fn bad(&mut self, path: &Path, what: impl Into<String>, place: Place) {
+        if fs::symlink_metadata(path).is_err() {
+            return;
+        }
         let name = path.strip_prefix(self.store.path()).unwrap_or(path).to_string_lossy().into_owned();
         self.found.damage.push(Damage { name, what: what.into(), place });
     }
@@ -81,6 +96,8 @@ impl Verifier<'_> {
             let place = Place::File(path.clone());
             match (blob_digest(&path), fs::File::open(&path).and_then(Digest::of_reader)) {
                 (Some(name), Ok((found, _))) if name == found => {}
+                // A collection has taken it.
+                (Some(_), Err(error)) if error.kind() == io::ErrorKind::NotFound => {}
                 (Some(name), found) => {
                     bad.insert(name);
                     let what = found.map_or_else(
@@ -102,13 +119,17 @@ impl Verifier<'_> {
                 self.bad(&path, "has no name that an image has", Place::File(path.clone()));
                 continue;
             };
-            let place = Place::Image(digest, filesystem);
-            let found = fs::File::open(&path).and_then(Digest::of_reader);
-            match (self.store.records(SUMS).peek::<Digest>(&digest), found) {
-                (Some(sum), Ok((found, _))) if sum == found => {}
-                (Some(_), Ok(_)) => self.bad(&path, "is not what was written", place),
-                (None, Ok(_)) => self.bad(&path, "has no digest of its bytes on record", place),
-                (_, Err(error)) => self.bad(&path, format!("cannot be read: {error}"), place),
+            let sums = self.store.records(SUMS);
+            let judge =
+                || match (sums.peek::<Digest>(&digest), fs::File::open(&path).and_then(Digest::of_reader)) {
+                    (Some(sum), Ok((found, _))) if sum == found => None,
+                    (Some(_), Ok(_)) => Some("is not what was written".to_owned()),
+                    (None, Ok(_)) => Some("has no digest of its bytes on record".to_owned()),
+                    (_, Err(error)) => Some(format!("cannot be read: {error}")),
+                };
+            // It may have been taken, and made anew, between the two.
+            if let Some(what) = judge().and_then(|_| judge()) {
+                self.bad(&path, what, Place::Image(digest, filesystem));
             }
         }
         Ok(())
@@ -128,7 +149,10 @@ impl Verifier<'_> {
         for path in self.list("records")? {
             self.found.checked += 1;
             let name = path.strip_prefix(self.store.path()).unwrap_or(&path).with_extension("");
-            let bytes = fs::read(&path).unwrap_or_default();
+            let bytes = match fs::read(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                bytes => bytes.unwrap_or_default(),
+            };
             if unseal(&name.to_string_lossy(), &bytes).is_none() {
                 self.bad(&path, "is not what was written", Place::File(path.clone()));
             }
@@ -143,24 +167,28 @@ impl Verifier<'_> {
         let stock = stock(self.store).map_err(UpkeepError::at("list the traces of", self.store.path()))?;
         for stored in stock {
             self.found.checked += 1;
-            let place = Place::File(stored.path.clone());
-            let lost = match &stored.content {
-                Content::Damaged => {
-                    self.bad(&stored.path, "is not what was written", place);
-                    continue;
-                }
-                Content::Traces(traces) => traces.iter().find_map(|trace| {
-                    let log = trace.log.filter(|log| !is_whole(log));
-                    log.or_else(|| self.lost(&trace.outputs, &is_whole))
-                }),
-                Content::Last(last) => last.log.filter(|log| !is_whole(log)),
-                Content::Placed(_) => None,
-            };
-            if let Some(lost) = lost {
-                self.bad(&stored.path, format!("names {lost}, which is damaged or gone"), place);
+            let Some(what) = self.judge(&stored.content, &is_whole) else { continue };
+            // A collection may have taken it, and a build have written it anew, since it was read: what is there now counts.
+            let Some(now) = reread(&stored) else { continue };
+            if self.judge(&now, &is_whole).is_some() {
+                self.bad(&stored.path, what, Place::File(stored.path.clone()));
             }
         }
         Ok(())
+    }
+
+    /// What is wrong with traces or notes; none where nothing is.
+    fn judge(&self, content: &Content, is_whole: &dyn Fn(&Digest) -> bool) -> Option<String> {
+        let lost = match content {
+            Content::Damaged => return Some("is not what was written".to_owned()),
+            Content::Traces(traces) => traces.iter().find_map(|trace| {
+                let log = trace.log.filter(|log| !is_whole(log));
+                log.or_else(|| self.lost(&trace.outputs, is_whole))
+            }),
+            Content::Last(last) => last.log.filter(|log| !is_whole(log)),
+            Content::Placed(_) => None,
+        };
+        lost.map(|lost| format!("names {lost}, which is damaged or gone"))
     }
 
     /// What the store has lost of the outputs `manifest`.
@@ -192,14 +220,20 @@ pub fn repair(store: &Store, damage: &[Damage]) -> Result<Vec<Damage>, UpkeepErr
         let failed = |source| UpkeepError::at("remove", &store.path().join(&one.name))(source);
         match &one.place {
             Place::File(path) => {
-                lost.extend(blob_digest(path).filter(|_| one.name.starts_with("blobs/")));
+                let blob = one.blob();
+                let found = fs::File::open(path).and_then(Digest::of_reader);
+                // A build may have made it anew meanwhile.
+                if blob.is_some_and(|blob| found.is_ok_and(|(found, _)| found == blob)) {
+                    continue;
+                }
+                lost.extend(blob);
                 writes::remove(path).map_err(failed)?;
             }
             Place::Template(path) => remove_template(store, path).map_err(failed)?,
             Place::Image(digest, filesystem) => match catalog::remove(store, digest, *filesystem) {
                 Ok(()) => {}
                 Err(catalog::CatalogError::InUse(_)) => held.push(one.clone()),
-                Err(error) => return Err(failed(std::io::Error::other(error))),
+                Err(error) => return Err(failed(io::Error::other(error))),
             },
         }
     }

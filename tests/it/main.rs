@@ -21,6 +21,7 @@ mod lock;
 mod manual;
 mod merge;
 mod qemu;
+mod recipe;
 mod roots;
 mod settings;
 mod sign;

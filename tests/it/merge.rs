@@ -166,6 +166,32 @@ fn a_step_may_turn_a_folder_of_its_own_into_a_file_and_back() {
 }
 
 #[test]
+fn a_path_that_two_steps_put_out_is_the_later_ones_and_the_earlier_one_does_not_take_it_away() {
+    let world = World::new();
+    world.merge("one", vec![(b"out/x", world.file("1", 0o644))]).expect("merged");
+    world.merge("two", vec![(b"out/x", world.file("2", 0o644))]).expect("merged");
+    assert_eq!(fs::read(world.work("out/x")).expect("there"), b"2");
+    // The first puts out nothing more.
+    world.merge("one", Vec::new()).expect("merged");
+    assert_eq!(fs::read(world.work("out/x")).expect("there"), b"2");
+    // Both at once leave what one of them put out, whole.
+    std::thread::scope(|scope| {
+        for step in ["one", "two"] {
+            let world = &world;
+            scope.spawn(move || {
+                for _ in 0..20 {
+                    let text = step.repeat(1000);
+                    world.merge(step, vec![(b"out/x", world.file(&text, 0o644))]).expect("merged");
+                }
+            });
+        }
+    });
+    let found = fs::read_to_string(world.work("out/x")).expect("there");
+    assert!(["one", "two"].iter().any(|step| found == step.repeat(1000)), "{}", found.len());
+    world.is_sound();
+}
+
+#[test]
 fn the_name_of_the_staging_folder_is_no_output() {
     for name in [&b".kiln-staging/journal"[..], b".kiln-staging/0", b".kiln-staging"] {
         let world = World::new();

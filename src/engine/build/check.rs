@@ -155,10 +155,6 @@ impl<'a, R> Checker<'a, R> {
                     first.get_or_insert(difference);
                 }
                 Verdict::Holds(renewed) => {
-                    // Another kiln may have collected it since it was read.
-                    if !self.index.mark(&scope, &digest) {
-                        continue;
-                    }
                     let restored = match self.restore(step, &trace.outputs, merges) {
                         Ok(restored) => restored,
                         Err(BuildError::Lost { path, .. }) => {

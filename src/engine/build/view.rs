@@ -149,3 +149,51 @@ fn copy(store: &Store, digest: &Digest, place: &Path, mode: u32) -> io::Result<b
     target.set_permissions(Permissions::from_mode(mode))?;
     Ok(is_whole)
 }
+
+#[cfg(test)]
+mod tests {
+    use kiln_artifact::tree::{Meta, Node, TreePath};
+
+    use super::*;
+
+    /// A step's outputs: what is at each path, with the folders above.
+    fn tree(nodes: &[(&str, Kind)]) -> Arc<Tree> {
+        let mut tree = Tree::new();
+        let meta = Meta { mode: 0o755, ..Meta::default() };
+        for (path, kind) in nodes {
+            let path = TreePath::new(path.as_bytes()).expect("a good path");
+            let mut above = path.parent();
+            while let Some(folder) = above {
+                above = folder.parent();
+                tree.insert(folder, Node { kind: Kind::Directory, meta: meta.clone() });
+            }
+            tree.insert(path, Node { kind: kind.clone(), meta: meta.clone() });
+        }
+        Arc::new(tree)
+    }
+
+    #[test]
+    fn a_link_of_one_step_is_no_way_for_the_files_of_another() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(&folder.path().join("store")).expect("a store");
+        let outside = folder.path().join("outside");
+        fs::create_dir(&outside).expect("a folder");
+        let (digest, size) = store.blobs().put(&b"text"[..]).expect("room");
+        let link = Kind::Symlink(outside.as_os_str().as_bytes().into());
+        let (one, two) = (tree(&[("d", link)]), tree(&[("d/x", Kind::File { digest, size })]));
+        let mut written = 0;
+        for needs in [[("one", &one), ("two", &two)], [("two", &two), ("one", &one)]] {
+            let needs = needs.map(|(name, tree)| (name, Arc::clone(tree)));
+            for globs in [&[][..], &["d"], &["d/x"], &["d*"], &["**"], &["d", "d/x"], &["d/**"]] {
+                let inputs = Outputs::parse(globs.iter().copied()).expect("good globs");
+                // Refused, or the link is not among what is shown.
+                let Ok(shown) = union(&needs, &inputs) else { continue };
+                let view = write(&shown, &store, |_| String::new()).expect("a view");
+                assert!(view.path().join("d").is_dir() && !view.path().join("d").is_symlink(), "{globs:?}");
+                assert_eq!(fs::read_dir(&outside).expect("a folder").count(), 0, "{globs:?}");
+                written += 1;
+            }
+        }
+        assert!(written >= 2, "nothing is shown of what may be shown");
+    }
+}

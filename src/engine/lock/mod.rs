@@ -2,6 +2,7 @@
 //!
 //! A build adds to the lock what it misses and changes nothing in it; what is here changes it, when a person asks.
 
+mod refetch;
 mod target;
 mod update;
 
@@ -22,6 +23,7 @@ use crate::root::toolbox::{self, ToolboxError};
 
 pub use crate::fetch::lock::difference::{Detail, EntryChange, Fate};
 pub use crate::fetch::lock::{Entry, LockedPackage};
+pub use refetch::{Refetched, refetch};
 pub use target::UnknownName;
 pub use update::update;
 

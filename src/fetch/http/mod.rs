@@ -11,7 +11,7 @@ mod error;
 #[cfg(test)]
 mod tests;
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -243,8 +243,12 @@ impl Client {
         progress: Progress<'_>,
     ) -> Result<(), FetchError> {
         if blobs.contains(&expected.sha256) {
-            progress(expected.size);
-            return Ok(());
+            // One that a power failure cut short is fetched again: nothing waited for it to be synced.
+            if fs::metadata(blobs.path(&expected.sha256)).is_ok_and(|meta| meta.len() == expected.size) {
+                progress(expected.size);
+                return Ok(());
+            }
+            let _ = blobs.discard(&expected.sha256);
         }
         if self.take(what, expected, blobs)? {
             progress(expected.size);

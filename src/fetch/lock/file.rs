@@ -9,9 +9,9 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-use tempfile::NamedTempFile;
-
 use super::{Lock, LockError};
+use crate::fetch::unfinished::{self, is_unsupported};
+use crate::writes;
 
 impl Lock {
     /// Reads the lock file at `path`; an empty lock where there is none.
@@ -54,24 +54,17 @@ impl Lock {
     }
 }
 
-fn is_unsupported(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    [Errno::BADF, Errno::NOLCK, Errno::OPNOTSUPP, Errno::NOSYS, Errno::INVAL]
-        .iter()
-        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
-}
-
 fn replace(path: &Path, folder: &Path, text: &str) -> io::Result<()> {
     // A link is kept, and what it leads to is replaced.
     let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let folder = real.parent().unwrap_or(folder);
-    let mut file = NamedTempFile::with_prefix_in(".kiln.lock.", folder)?;
+    let mut file = unfinished::new_in(folder, ".kiln.lock.")?;
     file.write_all(text.as_bytes())?;
     // A temporary file is private; a lock file is shared like any source.
-    let mode =
-        fs::metadata(&real).map_or_else(|_| fs::Permissions::from_mode(0o644), |old| old.permissions());
-    file.as_file().set_permissions(mode)?;
-    file.as_file().sync_all()?;
-    file.persist(&real).map_err(|error| error.error)?;
-    Ok(())
+    let mode = fs::metadata(&real).map_or(0o644, |old| old.permissions().mode() & 0o7777);
+    file.set_mode(mode)?;
+    file.sync()?;
+    file.persist(&real)?;
+    // What is locked is what later builds go by: none that has ended may find the lock as it was before it.
+    writes::sync_folder(folder)
 }

@@ -110,11 +110,7 @@ impl VendorError {
                 "name what `kiln lock vendor` made: a directory, or an archive whose name ends in .tar"
                     .to_owned(),
             ),
-            Self::Store { expected, .. } => {
-                let digits = expected.to_string();
-                let (first, rest) = digits.split_at(2);
-                Some(format!("remove `blobs/{first}/{rest}` from the store: it is fetched again"))
-            }
+            Self::Store { .. } => Some("run `kiln store repair`: it fetches it again".to_owned()),
             Self::Occupied { .. } => Some("name an empty directory, or one that does not exist".to_owned()),
             Self::Io { .. } => None,
         }

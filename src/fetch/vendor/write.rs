@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use kiln_digest::{Digest, HashingReader};
-use tempfile::NamedTempFile;
 
 use super::{BLOBS, LOCK, VendorError};
+use crate::fetch::unfinished;
 use crate::store::Blobs;
+use crate::writes::Unfinished;
 
 /// How the names of files begin that are not finished.
 const UNFINISHED: &str = ".kiln.vendor.";
@@ -55,6 +55,7 @@ pub fn write_directory(
         Err(error) => return Err(io("read", path)(error)),
     }
     fs::create_dir_all(&folder).map_err(io("make", &folder))?;
+    unfinished::sweep(&folder, UNFINISHED);
     let mut written = Written::default();
     for (digest, (what, size)) in files {
         written.bytes += size;
@@ -64,9 +65,8 @@ pub fn write_directory(
             written.kept += 1;
             continue;
         }
-        let mut file = NamedTempFile::new_in(&folder).map_err(io("write in", &folder))?;
-        copy(what, *digest, blobs, file.as_file_mut())
-            .map_err(|error| error.unwrap_or_else(io("write", &place)))?;
+        let mut file = unfinished::new_in(&folder, UNFINISHED).map_err(io("write in", &folder))?;
+        copy(what, *digest, blobs, &mut file).map_err(|error| error.unwrap_or_else(io("write", &place)))?;
         finish(file, &place, 0o444).map_err(io("write", &place))?;
         written.new += 1;
     }
@@ -75,17 +75,16 @@ pub fn write_directory(
     written.others = there.filter_map(name).filter(|digest| !files.contains_key(digest)).count();
     // Last: a directory that has a lock has all that the lock names.
     let place = path.join(LOCK);
-    let mut file = NamedTempFile::with_prefix_in(UNFINISHED, path).map_err(io("write in", path))?;
+    let mut file = unfinished::new_in(path, UNFINISHED).map_err(io("write in", path))?;
     file.write_all(lock.as_bytes()).map_err(io("write", &place))?;
     finish(file, &place, 0o644).map_err(io("write", &place))?;
     Ok(written)
 }
 
-fn finish(file: NamedTempFile, place: &Path, mode: u32) -> io::Result<()> {
-    file.as_file().set_permissions(fs::Permissions::from_mode(mode))?;
-    file.as_file().sync_all()?;
-    file.persist(place).map_err(|error| error.error)?;
-    Ok(())
+fn finish(file: Unfinished, place: &Path, mode: u32) -> io::Result<()> {
+    file.set_mode(mode)?;
+    file.sync()?;
+    file.persist(place)
 }
 
 /// What went wrong: known, or the system's word about where it was written to.
@@ -127,8 +126,7 @@ pub fn write_archive(
 ) -> Result<Written, VendorError> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let io = || VendorError::io("write", path);
-    let file =
-        NamedTempFile::with_prefix_in(UNFINISHED, folder).map_err(VendorError::io("write in", folder))?;
+    let file = unfinished::new_in(folder, UNFINISHED).map_err(VendorError::io("write in", folder))?;
     let mut archive = tar::Builder::new(BufWriter::new(file));
     let mut append = |name: &str, size: u64, reader: &mut dyn Read| {
         let mut header = tar::Header::new_gnu();

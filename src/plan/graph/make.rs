@@ -16,6 +16,9 @@ const PROGRAMS: [&str; 3] = ["init", "initos-init", "agent"];
 /// The block size of squashfs images, as mksquashfs has it.
 const BLOCK_BYTES: u32 = 128 << 10;
 
+/// The name of a compression, its level where one is said, and where both stand.
+type Compression<'a> = (&'a str, Option<u32>, &'a Text);
+
 impl Reader<'_> {
     /// What `step` makes.
     pub fn makes(&self, step: &Expanded) -> Result<Vec<Make>, Fault> {
@@ -247,10 +250,7 @@ impl Reader<'_> {
     }
 
     /// A compression's name, and its level where one is said.
-    fn compression<'a>(
-        &self,
-        table: &'a MakeTable,
-    ) -> Result<Option<(&'a str, Option<u32>, &'a Text)>, Fault> {
+    fn compression<'a>(&self, table: &'a MakeTable) -> Result<Option<Compression<'a>>, Fault> {
         let Some(text) = &table.compression else { return Ok(None) };
         let (name, level) = match text.get_ref().split_once(':') {
             None => (text.get_ref().as_str(), None),

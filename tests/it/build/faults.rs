@@ -3,31 +3,23 @@
 //! what is left: the store opens, no build is told something wrong, WORK is whole, and a new build gives what a clean one
 //! gives. `ci/test faults` runs it.
 
-use std::collections::BTreeSet;
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
 
-use kiln::upkeep::collect::{Order, collect};
-use kiln::upkeep::verify::{repair, verify};
+use kiln::upkeep::verify::verify;
 use kiln::writes::{self, Act, Watcher};
-use kiln_digest::Digest;
 use rustix::io::Errno;
 
-use super::RECIPE;
+use super::workload::{self, KILLED, PANICKED};
 use super::world::World;
 
 /// What happens at an operation.
-const FAULTS: [&str; 11] = [
+const FAULTS: [&str; 10] = [
     "killed-before",
     "killed-after",
-    "power",
     "ENOSPC",
     "EIO",
     "EDQUOT",
@@ -37,34 +29,18 @@ const FAULTS: [&str; 11] = [
     "ENOSPC-lasting",
     "EIO-lasting",
 ];
-/// How a case says that kiln itself panicked, and that it was killed as asked.
-const PANICKED: i32 = 77;
-const KILLED: i32 = 78;
-
 /// Counts operations, and does what the case says at one.
 struct Fault {
     at: usize,
     fault: String,
     count: AtomicUsize,
-    // Protects the files that were written and not synced.
-    dirty: Mutex<BTreeSet<PathBuf>>,
     /// Whether it was done.
     done: AtomicBool,
 }
 
 impl Fault {
-    /// The process ends here, as by SIGKILL; with `power`, what was not synced is lost in part.
-    fn end(&self) -> ! {
-        if self.fault == "power" {
-            for path in &*self.dirty.lock().unwrap_or_else(PoisonError::into_inner) {
-                let lot = Digest::of(format!("{} {}", self.at, path.display()).as_bytes()).as_bytes()[0] % 3;
-                let Ok(length) = fs::metadata(path).map(|meta| meta.len()) else { continue };
-                let _ = fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o644));
-                if let Ok(file) = OpenOptions::new().write(true).open(path) {
-                    let _ = file.set_len([0, length / 2, length][usize::from(lot)]);
-                }
-            }
-        }
+    /// The process ends here, as by SIGKILL.
+    fn end() -> ! {
         std::process::exit(KILLED)
     }
 }
@@ -78,7 +54,7 @@ impl Watcher for Fault {
         }
         let is_write = matches!(act, Act::Write(..));
         let errno = match self.fault.trim_end_matches("-lasting") {
-            "killed-before" => self.end(),
+            "killed-before" => Self::end(),
             "ENOSPC" => Errno::NOSPC,
             "EIO" => Errno::IO,
             "EDQUOT" => Errno::DQUOT,
@@ -95,73 +71,31 @@ impl Watcher for Fault {
         Err(errno.into())
     }
 
-    fn after(&self, act: &Act<'_>) {
-        let mut dirty = self.dirty.lock().unwrap_or_else(PoisonError::into_inner);
-        match *act {
-            Act::Write(path, _) => drop(dirty.insert(path.to_owned())),
-            Act::Sync(path) | Act::Remove(path) => drop(dirty.remove(path)),
-            Act::SyncAll(_) => dirty.clear(),
-            Act::Rename(from, to) => {
-                dirty.remove(to);
-                if dirty.remove(from) {
-                    dirty.insert(to.to_owned());
-                }
-            }
-            Act::Make(_) | Act::Date => {}
-        }
-        drop(dirty);
-        let is_last = matches!(self.fault.as_str(), "killed-after" | "power");
-        if is_last && self.count.load(Ordering::SeqCst) == self.at + 1 {
-            self.end();
+    fn after(&self, _: &Act<'_>) {
+        if self.fault == "killed-after" && self.count.load(Ordering::SeqCst) == self.at + 1 {
+            Self::end();
         }
     }
-}
-
-/// Builds, is changed, builds, has a hit, collects and verifies; an error in one keeps no later one from being tried.
-fn workload(folder: &Path) {
-    let attempt = |act: &dyn Fn(&World)| {
-        let _ = catch_unwind(AssertUnwindSafe(|| {
-            let mut world = World::at(folder);
-            world.options.jobs = 1;
-            act(&world);
-        }));
-    };
-    attempt(&|world| drop(world.build(RECIPE)));
-    attempt(&|world| {
-        world.source("a.c", "A");
-        drop(world.build(RECIPE));
-    });
-    attempt(&|world| drop(world.build(RECIPE)));
-    let order = Order { most_bytes: None, unused: Some(Duration::ZERO), dry_run: false, own: true };
-    attempt(&|world| drop(collect(&world.store, &order)));
-    attempt(&|world| drop(verify(&world.store)));
 }
 
 #[test]
 #[ignore = "a case that the test of all faults runs in a process"]
 fn a_case() {
-    let folder = PathBuf::from(std::env::args().next_back().expect("a folder"));
+    let folder = workload::folder_of_the_case();
     let case = fs::read_to_string(folder.join("case")).expect("a case");
     let (at, fault) = case.split_once(' ').expect("two words");
-    static KILN_PANICKED: AtomicBool = AtomicBool::new(false);
-    std::panic::set_hook(Box::new(|panic| {
-        if panic.location().is_some_and(|place| place.file().starts_with("src/")) {
-            KILN_PANICKED.store(true, Ordering::SeqCst);
-        }
-    }));
     let fault = Fault {
         at: at.parse().expect("a number"),
         fault: fault.to_owned(),
         count: AtomicUsize::new(0),
-        dirty: Mutex::default(),
         done: AtomicBool::new(false),
     };
     let fault: &'static Fault = Box::leak(Box::new(fault));
     assert!(writes::watch(Box::new(Borrowed(fault))));
-    workload(&folder);
+    workload::run(&folder, |_| {});
     let (count, done) = (fault.count.load(Ordering::SeqCst), fault.done.load(Ordering::SeqCst));
     fs::write(folder.join("count"), format!("{count} {done}")).expect("room");
-    std::process::exit(if KILN_PANICKED.load(Ordering::SeqCst) { PANICKED } else { 0 });
+    workload::end_of_the_case();
 }
 
 struct Borrowed(&'static Fault);
@@ -180,67 +114,16 @@ impl Watcher for Borrowed {
 fn case(at: usize, fault: &str) -> Result<(usize, bool), String> {
     let place = tempfile::tempdir().expect("a folder");
     let folder = place.path();
-    for (name, text) in [("a.c", "a"), ("b.c", "b"), ("include/a.h", "h"), ("parts/one", "1")] {
-        let path = folder.join("src").join(name);
-        fs::create_dir_all(path.parent().expect("below it")).expect("a folder");
-        fs::write(path, text).expect("room");
-    }
+    workload::prepare(folder);
     fs::write(folder.join("case"), format!("{at} {fault}")).expect("room");
-    let mut child = Command::new(std::env::current_exe().expect("this program"));
-    // The last argument is one more name that no test has.
-    child.args(["--exact", "--ignored", "build::faults::a_case", "--test-threads=1"]).arg(folder);
-    let status = child.stdout(Stdio::null()).stderr(Stdio::null()).status().expect("it starts");
-    match status.code() {
+    let (code, said) = workload::in_a_process("build::faults::a_case", folder);
+    match code {
         Some(0 | KILLED) => {}
-        Some(PANICKED) => return Err("kiln panicked".to_owned()),
-        _ => return Err(format!("it ended with {status}")),
+        Some(PANICKED) => return Err(format!("kiln panicked: {said}")),
+        _ => return Err(format!("it ended with {code:?}: {said}")),
     }
-    let whole = ["a", "A", "b", "ab", "Ab", "fine"];
-    for path in kiln::cache::stock::files(&folder.join("work")).expect("WORK") {
-        let text = fs::read_to_string(&path).expect("text");
-        if !path.components().any(|part| part.as_os_str() == ".kiln-staging")
-            && !whole.contains(&text.as_str())
-        {
-            return Err(format!("{} is `{text}`", path.display()));
-        }
-    }
-    let look = || {
-        let world = World::at(folder);
-        let damage = verify(&world.store).expect("a store").damage;
-        if fault != "power" && !damage.is_empty() {
-            return Err(format!("damaged: {damage:?}"));
-        }
-        world.source("a.c", "A");
-        let first = world.build(RECIPE);
-        // What a power failure took may be found when it is needed; the step that made it runs the next time.
-        let built = if fault == "power" && !first.summary.is_good() { world.build(RECIPE) } else { first };
-        if !built.summary.is_good() {
-            return Err(format!("the next build fails: {:?}", built.summary.outcomes));
-        }
-        for (name, wanted) in [("a.o", "A"), ("b.o", "b"), ("bin/program", "Ab"), ("report", "fine")] {
-            if world.work(name).as_deref() != Some(wanted) {
-                return Err(format!("{name} is {:?}", world.work(name)));
-            }
-        }
-        if !world.build(RECIPE).ran.is_empty() {
-            return Err("a build with nothing to do does something".to_owned());
-        }
-        let damage = verify(&world.store).expect("a store").damage;
-        if repair(&world.store, &damage).is_err() || !verify(&world.store).expect("a store").damage.is_empty()
-        {
-            return Err("it cannot be repaired".to_owned());
-        }
-        let left = fs::read_dir(folder.join("store/tmp")).expect("a folder").count();
-        if left != 1 || folder.join("work/.kiln-staging").exists() {
-            return Err(format!("{left} folders of unfinished files are left"));
-        }
-        Ok(())
-    };
-    match catch_unwind(AssertUnwindSafe(look)) {
-        Ok(looked) => looked?,
-        Err(_) => return Err("looking at it panicked".to_owned()),
-    }
-    if status.code() == Some(KILLED) {
+    workload::look(folder, 0, false)?;
+    if code == Some(KILLED) {
         return Ok((at + 1, true));
     }
     let said = fs::read_to_string(folder.join("count")).unwrap_or_default();
@@ -264,7 +147,7 @@ fn every_fault_at_every_operation_leaves_a_store_that_works() {
                     let what = match case(*at, fault) {
                         Ok((_, true)) => continue,
                         // No write is there, or the operation fails by itself, as it does in a clean run.
-                        Ok((_, false)) if matches!(*fault, "EINTR" | "short" | "killed-after" | "power") => {
+                        Ok((_, false)) if matches!(*fault, "EINTR" | "short" | "killed-after") => {
                             skipped.fetch_add(1, Ordering::SeqCst);
                             continue;
                         }

@@ -1,7 +1,13 @@
 //! Builds of recipes without machines: which steps run, which do not, and what is left where something fails.
 
+mod clock;
+mod disk;
 mod faults;
+mod handles;
+mod power;
+mod racing;
 mod upkeep;
+mod workload;
 mod world;
 
 use std::fs;

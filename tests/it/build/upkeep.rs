@@ -77,6 +77,23 @@ fn what_is_damaged_is_repaired_by_the_next_build() {
 }
 
 #[test]
+fn repair_says_which_build_brings_back_what_it_takes() {
+    let world = world();
+    world.build(RECIPE);
+    let host = crate::host::Host::new();
+    let path = world.store.blobs().path(&kiln_digest::Digest::of(b"ab"));
+    write(&path, b"ax");
+    let store = world.store.path().to_str().expect("text");
+    let told = host.run(&["store", "repair", "--store", store]);
+    let digest = kiln_digest::Digest::of(b"ab");
+    let line = format!(
+        "{digest}, `bin/program`: the next build has it anew (traces of step `link` in scope `trusted`)"
+    );
+    assert!(told.succeeds().stdout.contains(&line), "{}", told.stdout);
+    assert_eq!(world.build(RECIPE).ran, ["link"]);
+}
+
+#[test]
 fn a_collection_takes_all_but_what_a_living_kiln_uses() {
     let world = world();
     world.build(RECIPE);

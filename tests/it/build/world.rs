@@ -65,6 +65,11 @@ impl World {
 
     /// The one in `folder`, which stays.
     pub fn at(folder: &Path) -> Self {
+        Self::sharing(folder, &folder.join("store"))
+    }
+
+    /// The same, with the store `store`.
+    pub fn sharing(folder: &Path, store: &Path) -> Self {
         let path = |name: &str| folder.join(name);
         for name in ["src", "work"] {
             fs::create_dir_all(path(name)).expect("a folder");
@@ -73,11 +78,11 @@ impl World {
             project: Some("p".to_owned()),
             work: Some(path("work")),
             srcdir: Some(path("src")),
-            store: Some(path("store")),
+            store: Some(store.to_owned()),
             lock: Some(path("kiln.lock")),
             ..Flags::default()
         });
-        let store = Store::open(&path("store")).expect("a store");
+        let store = Store::open(store).expect("a store");
         let options = Options {
             jobs: 2,
             keep_going: false,

@@ -106,3 +106,51 @@ fn nothing_is_vendored_of_an_empty_lock_or_among_other_files() {
     world.host.file("home/letter", "");
     world.run(&["lock", "vendor", "home"]).fails(2, &["home", "other things"]);
 }
+
+#[test]
+fn what_a_killed_vendoring_left_goes_with_the_next_one() {
+    let (world, _files) = world();
+    world.host.file("v/blobs/sha256/.kiln.vendor.dead", "half a package");
+    world.host.file("v/.kiln.vendor.dead", "half a lock");
+    world.host.file(".kiln.vendor.dead", "half an archive");
+    world.host.file(".kiln.lock.dead", "half a lock");
+    world.run(&["lock", "vendor", "v"]).succeeds();
+    world.run(&["lock", "vendor", "v.tar"]).succeeds();
+    world.run(&["lock", "prune"]).succeeds();
+    world.host.file("kiln.toml", "[steps.s]\nrun = \"x\"\n");
+    world.run(&["lock", "prune"]).succeeds();
+    for name in
+        ["v/blobs/sha256/.kiln.vendor.dead", "v/.kiln.vendor.dead", ".kiln.vendor.dead", ".kiln.lock.dead"]
+    {
+        assert!(!world.host.path(name).exists(), "{name}");
+    }
+}
+
+#[test]
+fn what_of_the_store_is_damaged_and_locked_is_fetched_again_by_repair() {
+    let (world, _files) = world();
+    world.run(&["lock", "vendor", "v"]).succeeds();
+    let digests: Vec<String> = fs::read_dir(world.host.path("v/blobs/sha256"))
+        .expect("there")
+        .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+        .collect();
+    damage(&world, &digests);
+    let told = world.run(&["store", "repair", "--offline"]);
+    assert_eq!(told.code, Some(1), "{}", told.stderr);
+    assert_eq!(told.stderr.matches("cannot be fetched again: ").count(), digests.len(), "{}", told.stderr);
+    assert!(told.stderr.contains("kiln: hint: "), "{}", told.stderr);
+    world.run(&["store", "verify"]).succeeds();
+    damage(&world, &digests);
+    let told = world.run(&["store", "repair"]);
+    assert_eq!(told.succeeds().stdout.matches("was fetched again").count(), digests.len());
+    world.run(&["store", "verify"]).succeeds();
+}
+
+/// Puts something else in the place of the store's blobs `digests`.
+fn damage(world: &World, digests: &[String]) {
+    for digest in digests {
+        let path = world.host.path(&format!("store/blobs/{}/{}", &digest[..2], &digest[2..]));
+        let _ = fs::remove_file(&path);
+        fs::write(&path, "flipped").expect("room");
+    }
+}
