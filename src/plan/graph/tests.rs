@@ -58,8 +58,8 @@ fn what_contradicts_itself_is_refused_where_it_stands() {
         (step("inputs = [\"a/../../b\"]"), 3, "escapes WORK"),
         (step("needs = [\"b\"]"), 3, "no step `b`"),
         (step("root = \"b\""), 3, "no root `b`"),
-        (step("kernel = \"bzImage\""), 3, "write debian:SUITE or file:PATH"),
-        (step("kernel = \"file:\""), 3, "write debian:SUITE or file:PATH"),
+        (step("kernel = \"bzImage\""), 3, "write debian:SUITE, file:PATH or step:NAME"),
+        (step("kernel = \"file:\""), 3, "write debian:SUITE, file:PATH or step:NAME"),
         (step("kernel = \"debian:trixie\"\nmodules = \"m\""), 4, "a kernel that is a file"),
         (step("modules = \"m\""), 3, "a kernel that is a file"),
         (step("root = \"live:/\""), 3, "live root"),
@@ -185,5 +185,60 @@ sources = ["tag"]
     assert_eq!((url.as_str(), mirrors.len()), ("http://a/b", 2));
     for (name, rev) in [("tag", "v1.0"), ("commit", commit), ("near", "release/1")] {
         assert!(matches!(&find(name).origin, SourceOrigin::Git { rev: found, .. } if found == rev), "{name}");
+    }
+}
+
+#[test]
+fn what_a_step_makes_is_what_it_puts_out() {
+    let plan = plan(
+        "[roots.k]\nfrom = 'deb:trixie'\npackages = ['linux-image-amd64']\n[steps.a]\nmake = [\
+         { files = 'boot', from = [{ root = 'k', path = 'boot', only = ['vmlinuz-*'] }, { text = 'x', at = 'v' }] },\
+         { squashfs = 'm-*.sqfs', from = [{ root = 'k', path = 'usr/lib/modules/*' }] }]\n\
+         [steps.b]\nrun = 'x'\nkernel = 'step:a'\nroot = 'step:a/m.sqfs'\n",
+    )
+    .expect("good");
+    let step = |name: &str| plan.step(plan.named(name).expect("there"));
+    assert_eq!(step("a").outputs.globs().collect::<Vec<_>>(), ["boot/vmlinuz-*", "boot/v", "m-*.sqfs"]);
+    assert_eq!(step("a").roots().count(), 2);
+    assert_eq!(step("b").needs, [plan.named("a").expect("there")]);
+    assert!(step("a").follows_outputs() && step("b").follows_outputs());
+    assert_eq!(step("b").roots().count(), 0);
+}
+
+#[test]
+fn what_cannot_be_made_is_refused_where_it_stands() {
+    let make = |text: &str| format!("[steps.a]\nmake = [\n{text}\n]\n");
+    for (text, line, words) in [
+        (make("{ from = ['x'] }"), 1, "does not say what it makes"),
+        (make("{ cpio = 'x', fat = 'y', from = ['z'] }"), 3, "not both cpio and fat"),
+        (make("{ cpio = 'x' }"), 3, "nothing says what goes into `x`"),
+        (make("{ cpio = '/x', from = ['y'] }"), 3, "is no path below it"),
+        (make("{ cpio = 'x', from = ['a*b*'] }"), 3, "one `*`"),
+        (make("{ cpio = 'x-*', from = ['y'], each = 'z' }"), 3, "ranges over"),
+        (make("{ cpio = 'x', from = ['y'], compression = 'lz4' }"), 3, "no compression `lz4`"),
+        (make("{ squashfs = 'x', from = ['y'], compression = 'gzip:12' }"), 3, "no compression `gzip:12`"),
+        (make("{ squashfs = 'x', from = ['y'], block = '3K' }"), 3, "power of two"),
+        (make("{ cpio = 'x', from = ['y'], label = 'L' }"), 3, "`label` belongs to fat"),
+        (make("{ fat = 'x', from = ['y'], label = 'far too long a label' }"), 3, "cannot hold the name"),
+        (make("{ cpio = 'x', from = [{ work = 'y', src = 'z' }] }"), 3, "comes from one of"),
+        (make("{ cpio = 'x', from = [{ at = 'y' }] }"), 3, "where this comes from"),
+        (make("{ cpio = 'x', from = [{ kiln = 'inti' }] }"), 3, "`inti`"),
+        (make("{ cpio = 'x', from = [{ root = 'nope' }] }"), 3, "no root `nope`"),
+        (make("{ cpio = 'x', from = [{ src = 'y', path = 'z' }] }"), 3, "`path` belongs to a root"),
+        (make("{ cpio = 'x', from = [{ src = 'y', mode = '9' }] }"), 3, "octal"),
+        (make("{ cpio = 'x', from = [{ src = 'y', join = true }] }"), 3, "need a place"),
+        (make("{ uki = 'x', stub = 's', linux = 'l', cmdline = 'c' }"), 3, "takes initrd"),
+        (
+            "[steps.a]\nmake = { cpio = 'x', from = ['y'] }\noutputs = ['z']\n".to_owned(),
+            3,
+            "belongs to a step that runs",
+        ),
+        ("[steps.a]\nmake = { cpio = 'x', from = ['y'] }\nrun = 'z'\n".to_owned(), 1, "both run and make"),
+        ("[steps.a]\nrun = 'z'\nkernel = 'step:b'\n".to_owned(), 3, "no step `b`"),
+        ("[steps.a]\nrun = 'z'\nroot = 'step:a'\n".to_owned(), 3, "in a circle"),
+    ] {
+        let fault = plan(&text).expect_err(&text);
+        assert!(fault.message.contains(words), "{text}{fault}");
+        assert_eq!(fault.line, line, "{text}{fault}");
     }
 }

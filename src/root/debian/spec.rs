@@ -178,7 +178,7 @@ mod tests {
             ("debian:bookworm", "debian:bookworm"),
             ("debian:bookworm+make,gcc,make", "debian:bookworm+gcc,make"),
             ("debian:bookworm-backports+g++", "debian:bookworm-backports+g++"),
-            ("deb:trixie+b,a", "deb:trixie+a,b"),
+            ("deb:trixie+make,gcc", "deb:trixie+gcc,make"),
             ("debian:trixie+gcc=4:14.2.0-1,gcc", "debian:trixie+gcc=4:14.2.0-1"),
         ] {
             let spec: DebianSpec = text.parse().expect(text);

@@ -4,6 +4,7 @@ mod clock;
 mod disk;
 mod faults;
 mod handles;
+mod make;
 mod power;
 mod racing;
 mod upkeep;

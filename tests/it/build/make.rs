@@ -1,0 +1,155 @@
+//! Steps that make artifacts on the host: what goes in, what comes out, and when they are made again.
+
+use std::fs;
+
+use kiln::engine::build::Outcome;
+use kiln_artifact::image::Limits;
+use kiln_artifact::squashfs;
+use kiln_artifact::tree::{Kind, TreePath};
+use kiln_artifact::verity;
+use kiln_digest::Digest;
+
+use super::world::{World, settle};
+
+const RECIPE: &str = r#"
+[steps.kernels]
+run = """
+copy modules/6.1/a.ko a.ko
+copy modules/6.12/a.ko a.ko
+write unread text
+"""
+outputs = ["modules", "unread"]
+[steps.images]
+needs = ["kernels"]
+make = [
+    { squashfs = "boot/modules-*.sqfs", from = ["modules/*"], compression = "zstd:3" },
+    { verity = "boot/modules-*.sqfs.verity", from = ["boot/modules-*.sqfs"], hash = "boot/hash.modules-*" },
+    { files = "boot", from = [{ text = "%{*}\n", at = "version-*" }], each = { work = "modules/*" } },
+]
+[steps.initrd]
+make = { cpio = "boot/initrd", from = [
+    { src = "etc", at = "etc", exclude = ["secret"] },
+    { src = "parts", only = ["*.bin"], join = true, at = "joined" },
+    { src = "lacks", optional = true },
+    { text = "hello", at = "motd", mode = "600" },
+], compression = "gzip" }
+[steps.fat]
+needs = ["initrd"]
+make = [{ fat = "esp.img", from = [{ work = "boot/initrd", at = "EFI/BOOT/initrd" }], label = "BOOTA" }]
+"#;
+
+fn world() -> World {
+    let world = World::new();
+    for (name, text) in [
+        ("a.ko", "module"),
+        ("etc/passwd", "root"),
+        ("etc/secret", "key"),
+        ("parts/2.bin", "two"),
+        ("parts/1.bin", "one"),
+        ("parts/note", "not taken"),
+    ] {
+        world.source(name, text);
+    }
+    settle(&world);
+    world
+}
+
+/// The steps that did something.
+fn done(world: &World, recipe: &str) -> Vec<String> {
+    let built = world.build(recipe);
+    assert!(built.summary.is_good(), "{:?}", built.summary.outcomes);
+    built.reasons.into_keys().collect()
+}
+
+#[test]
+fn artifacts_are_made_of_outputs_sources_and_texts_and_only_when_these_change() {
+    let world = world();
+    assert_eq!(done(&world, RECIPE), ["fat", "images", "initrd", "kernels"]);
+    for version in ["6.1", "6.12"] {
+        let path = world.path(&format!("work/boot/modules-{version}.sqfs"));
+        let image = fs::File::open(&path).expect("made");
+        let tree = squashfs::read(&image, &Limits::default()).expect("an image").tree;
+        let module = tree.get(&TreePath::new(b"a.ko").expect("a path")).expect("in it");
+        assert_eq!(module.kind, Kind::File { digest: Digest::of(b"module"), size: 6 });
+        let root = world.work(&format!("boot/hash.modules-{version}")).expect("made");
+        let hashes = fs::File::open(path.with_extension("sqfs.verity")).expect("made");
+        verity::verify(&image, &hashes, &root.parse().expect("a digest")).expect("the tree is the image's");
+        assert_eq!(world.work(&format!("boot/version-{version}")), Some(format!("{version}\n")));
+    }
+    let archive = fs::File::open(world.path("work/boot/initrd")).expect("made");
+    let mut archive_bytes = Vec::new();
+    std::io::Read::read_to_end(&mut flate2::read::GzDecoder::new(archive), &mut archive_bytes).expect("gzip");
+    let text = String::from_utf8_lossy(&archive_bytes);
+    for there in ["etc/passwd", "onetwo", "motd", "hello"] {
+        assert!(text.contains(there), "{there}");
+    }
+    for absent in ["secret", "not taken"] {
+        assert!(!text.contains(absent), "{absent}");
+    }
+    assert_eq!(done(&world, RECIPE), Vec::<String>::new());
+
+    // What nothing takes makes nothing anew; what is taken, all that follows from it.
+    world.source("parts/note", "changed");
+    world.source("etc/secret", "changed");
+    assert_eq!(done(&world, RECIPE), Vec::<String>::new());
+    world.source("etc/passwd", "other");
+    assert_eq!(done(&world, RECIPE), ["fat", "initrd"]);
+    fs::remove_file(world.path("work/boot/hash.modules-6.1")).expect("it was there");
+    assert_eq!(done(&world, RECIPE), Vec::<String>::new());
+    assert!(world.work("boot/hash.modules-6.1").is_some(), "it is put back");
+}
+
+#[test]
+fn two_worlds_make_the_same_bytes() {
+    let (one, other) = (world(), world());
+    done(&one, RECIPE);
+    done(&other, RECIPE);
+    for name in ["boot/modules-6.1.sqfs", "boot/modules-6.12.sqfs.verity", "boot/initrd", "esp.img"] {
+        let bytes = |world: &World| fs::read(world.path("work").join(name)).expect("made");
+        assert!(bytes(&one) == bytes(&other), "{name}");
+    }
+}
+
+#[test]
+fn what_cannot_be_made_is_named_and_leaves_work_as_it_was() {
+    let world = world();
+    for (make, words) in [
+        ("{ squashfs = 'x.sqfs', from = ['nothing'] }", "there is no `nothing` in WORK"),
+        ("{ squashfs = 'x-*.sqfs', from = ['none/*'] }", "nothing matches `none/*`"),
+        ("{ cpio = 'x', from = [{ src = 'etc', exclude = ['**'] }] }", "nothing goes into `x`"),
+        ("{ cpio = 'x', from = [{ src = '../../etc/passwd2' }] }", "is no path below it"),
+        ("{ verity = 'x', from = [{ src = 'etc' }] }", "not one regular file"),
+        ("{ verity = 'x', from = [{ src = 'a.ko' }] }", "cannot get a hash tree"),
+        (
+            "{ uki = 'x', stub = { src = 'a.ko' }, linux = { src = 'a.ko' }, initrd = [{ src = 'a.ko' }], \
+             cmdline = { text = 'quiet' } }",
+            "the unified kernel image cannot be made",
+        ),
+    ] {
+        let recipe = format!("[steps.s]\nmake = [{{ files = 'y', from = [{{ src = 'etc' }}] }}, {make}]\n");
+        let said = match kiln::plan::recipe::Recipe::parse(&recipe, "kiln.toml")
+            .and_then(|parsed| kiln::plan::Plan::of(&parsed, &recipe, "kiln.toml"))
+        {
+            Err(fault) => fault.to_string(),
+            Ok(_) => match world.build(&recipe).outcome("s") {
+                Outcome::Failed(error) => error.to_string(),
+                other => panic!("{make}: {other:?}"),
+            },
+        };
+        assert!(said.contains(words), "{make}: {said}");
+        assert!(!world.path("work/y").exists(), "{make}");
+    }
+}
+
+#[test]
+fn a_link_in_the_sources_does_not_lead_out_of_them() {
+    let world = world();
+    fs::write(world.path("outside"), "secret").expect("room");
+    std::os::unix::fs::symlink("../outside", world.path("src/link")).expect("room");
+    std::os::unix::fs::symlink("..", world.path("src/up")).expect("room");
+    for source in ["link", "up/outside", "up"] {
+        let recipe = format!("[steps.s]\nmake = {{ cpio = 'x', from = [{{ src = '{source}' }}] }}\n");
+        let built = world.build(&recipe);
+        assert!(matches!(built.outcome("s"), Outcome::Failed(_)), "{source}");
+    }
+}
