@@ -356,7 +356,14 @@ impl Talk<'_> {
         let _ = events(Event::Phase(Phase::Boot, self.stopwatch.lap()));
         self.doing = "preparing the step";
         session.setup(setup).map_err(|source| self.setup_failed(source))?;
-        let _ = events(Event::Phase(Phase::Setup, self.stopwatch.lap()));
+        match events(Event::Phase(Phase::Setup, self.stopwatch.lap())) {
+            Err(source) if source.kind() == io::ErrorKind::Interrupted => {
+                return Err(RunError::Session(SessionError::Output(source)));
+            }
+            _ => {}
+        }
+        // Whoever heard it may have let the step wait for its turn.
+        let _ = self.stopwatch.lap();
         Ok(session)
     }
 
@@ -406,7 +413,9 @@ impl Talk<'_> {
             self.doing = "powering off";
             session.power_off().map_err(RunError::Session)?;
         }
-        let _ = events(Event::Phase(Phase::Collect, self.stopwatch.lap()));
+        if ended.is_success() {
+            let _ = events(Event::Phase(Phase::Collect, self.stopwatch.lap()));
+        }
         Ok((ended, collection))
     }
 }

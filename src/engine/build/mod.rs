@@ -21,6 +21,7 @@ mod runner;
 mod schedule;
 pub mod sources;
 mod timeline;
+mod turns;
 mod view;
 mod worker;
 

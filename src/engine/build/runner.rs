@@ -41,6 +41,14 @@ pub struct Ran {
 
 /// Runs steps.
 pub trait Runner: Sync {
+    /// How many steps, beside the `jobs` whose commands run, may be got ready for their commands meanwhile. A runner that
+    /// says so tells [`Setup`](crate::engine::Phase::Setup) before a step's command, and begins that when it was heard without an error; it tells
+    /// [`Collect`](crate::engine::Phase::Collect) as soon as another may begin.
+    fn ahead(&self, jobs: usize) -> usize {
+        let _ = jobs;
+        0
+    }
+
     /// What only a host knows of a step and its key has: names and digests of its root and kernel. What is not there yet
     /// is fetched or made.
     ///
@@ -62,6 +70,7 @@ pub trait Runner: Sync {
 /// Machines of this host.
 pub struct Machines<'a> {
     host: &'a Host,
+    processors: usize,
     // Protects what was found out of roots and kernels, each once: held while it is found out.
     known: Mutex<BTreeMap<String, Vec<(String, String)>>>,
     /// All steps that it runs.
@@ -72,11 +81,15 @@ impl<'a> Machines<'a> {
     /// Those of `host`.
     pub fn new(host: &'a Host) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { host, known: Mutex::default(), series: Series::new(processors) }
+        Self { host, processors, known: Mutex::default(), series: Series::new(processors) }
     }
 }
 
 impl Runner for Machines<'_> {
+    fn ahead(&self, jobs: usize) -> usize {
+        jobs.min(self.processors)
+    }
+
     fn identify(
         &self,
         step: &Step,

@@ -1,4 +1,5 @@
-//! Which step comes next, and when: each as soon as what it needs is there, as many at once as jobs and memory allow.
+//! Which step comes next, and when: each as soon as what it needs is there, as many at once as jobs and memory allow, and
+//! some more that are got ready for their turn.
 //!
 //! One thread, the caller's, owns the state of the build and tells the news. Workers check and run steps and send messages;
 //! what a worker changes for others is on disk, whole or not at all.
@@ -16,10 +17,11 @@ use super::check::{Checker, Standing};
 use super::gate::Gate;
 use super::meminfo::available_bytes;
 use super::runner::Runner;
+use super::turns::Turns;
 use super::worker::{Kept, Message, Task, Told, Worker};
 use super::{Build, BuildError, News, Outcome, Summary, Timeline, lower};
 use crate::engine::error::RunError;
-use crate::engine::event::Event;
+use crate::engine::event::{Event, Phase};
 use crate::plan::StepId;
 
 /// Most messages under way: a step that prints faster than that is told waits.
@@ -49,11 +51,20 @@ struct Schedule<'b, 'a, R> {
     needed_by: Vec<Vec<StepId>>,
     queue: VecDeque<(StepId, String)>,
     checks: VecDeque<StepId>,
+    /// Steps that were handed out to be run, each with its lane.
     running: BTreeMap<StepId, usize>,
+    /// Those of them that need no machine any more.
+    leaving: BTreeSet<StepId>,
     checking: usize,
     failed: bool,
     available_bytes: u64,
     summary: Summary,
+}
+
+/// Where tasks go. Checks are many and short, and do not wait for a step to be over.
+struct Tasks {
+    checks: Sender<Task>,
+    runs: Sender<Task>,
 }
 
 impl<R: Runner> Build<'_, R> {
@@ -87,22 +98,30 @@ impl<R: Runner> Build<'_, R> {
             keys.insert(*id, lowered.key);
         }
         let mut schedule = Schedule::new(self, wanted, &memory);
-        let workers = self.options.jobs.max(thread::available_parallelism().map_or(1, usize::from));
-        let (task_sender, tasks) = channel::<Task>();
-        let tasks = Mutex::new(tasks);
+        let jobs = self.options.jobs;
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let turns = Turns::new(jobs);
+        let (check_sender, checks) = channel();
+        let (run_sender, runs) = channel();
+        let (checks, runs) = (Mutex::new(checks), Mutex::new(runs));
+        // As many steps may be over and not kept yet as run.
+        let runners = jobs.saturating_add(self.runner.ahead(jobs)).saturating_add(jobs);
         let (sender, messages) = sync_channel(MESSAGES);
-        let hidden_paths = OnceLock::new();
+        let hidden = OnceLock::new();
         thread::scope(|scope| {
-            for _ in 0..workers.min(wanted.len()) {
-                let messages = sender.clone();
-                let worker = Worker { checker: &checker, keys: &keys, gate, messages, hidden: &hidden_paths };
-                let tasks = &tasks;
-                scope.spawn(move || worker.work(tasks));
+            for (tasks, workers) in [(&checks, processors), (&runs, runners)] {
+                for _ in 0..workers.min(wanted.len()) {
+                    let (messages, turns, hidden) = (sender.clone(), &turns, &hidden);
+                    let worker = Worker { checker: &checker, keys: &keys, gate, turns, messages, hidden };
+                    scope.spawn(move || worker.work(tasks));
+                }
             }
             drop(sender);
             // Given away, so that the workers end when all is done.
-            let result = schedule.attend(task_sender, &messages, timeline, news);
-            // Whoever still has something to say must not wait for somebody to hear it.
+            let tasks = Tasks { checks: check_sender, runs: run_sender };
+            let result = schedule.attend(tasks, &turns, &messages, timeline, news);
+            // Whoever still has something to say must not wait for somebody to hear it, nor for a turn.
+            turns.end();
             drop(messages);
             result
         })?;
@@ -136,6 +155,7 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             queue: VecDeque::new(),
             checks: VecDeque::new(),
             running: BTreeMap::new(),
+            leaving: BTreeSet::new(),
             checking: 0,
             failed: false,
             available_bytes: available_bytes(),
@@ -160,6 +180,11 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
         schedule
     }
 
+    /// Whether no further step begins.
+    fn stops(&self) -> bool {
+        self.failed && !self.build.options.keep_going
+    }
+
     /// What the steps that `id` needs have put out.
     fn needs(&self, id: StepId) -> Vec<(StepId, Digest)> {
         let needs = self.build.plan.step(id).needs.iter();
@@ -169,34 +194,47 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
     /// Hands out what can be done, until all is done.
     fn attend(
         &mut self,
-        tasks: Sender<Task>,
+        tasks: Tasks,
+        turns: &Turns,
         messages: &Receiver<Message>,
         timeline: &mut Timeline,
         news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
     ) -> Result<(), BuildError> {
         let told = |source| RunError::Session(crate::agent::SessionError::Output(source));
         loop {
-            let stops = self.failed && !self.build.options.keep_going;
+            let stops = self.stops();
             while !stops && let Some(id) = self.checks.pop_front() {
-                self.hand_out_check(id, &tasks, timeline, news);
+                self.hand_out_check(id, &tasks.checks, timeline, news);
             }
             while !stops && let Some((id, why)) = self.next_to_run() {
                 let _ = news(News::Starts(&self.build.plan.step(id).name, &why));
                 self.states[id.0] = State::Runs;
                 self.running.insert(id, timeline.take_lane());
-                let _ = tasks.send(Task::Run(id, self.needs(id), why));
+                let _ = tasks.runs.send(Task::Run(id, self.needs(id), why));
             }
             if self.running.is_empty() && self.checking == 0 {
                 break;
             }
             let Ok(message) = messages.recv() else { break };
+            let mut over = None;
             match message {
                 Message::Event(id, event) => self.tell(id, event, timeline, news).map_err(told)?,
                 Message::Checked(id, standing) => {
                     self.checking -= 1;
                     self.checked(id, standing, timeline, news);
                 }
-                Message::Ran(id, kept) => self.over(id, kept, timeline, news),
+                Message::Ran(id, kept) => {
+                    over = Some(id);
+                    self.over(id, kept, timeline, news);
+                }
+                Message::CalledOff(id) => self.end(id, Outcome::Skipped, timeline, news),
+            }
+            if self.stops() {
+                turns.end();
+            }
+            // Only now: nobody begins who would have waited for a step that failed.
+            if let Some(id) = over {
+                turns.give_back(id);
             }
         }
         for index in 0..self.states.len() {
@@ -232,7 +270,8 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
 
     /// The next step that has to run, if one may now.
     fn next_to_run(&mut self) -> Option<(StepId, String)> {
-        if self.running.len() >= self.build.options.jobs {
+        let jobs = self.build.options.jobs;
+        if self.running.len() - self.leaving.len() >= jobs.saturating_add(self.build.runner.ahead(jobs)) {
             return None;
         }
         let memory = |id: &StepId| self.memory.get(id).copied().unwrap_or(0);
@@ -259,6 +298,9 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             Told::Machine(identity) => Event::Machine(identity),
             Told::Output(stream, data) => Event::Output(*stream, data),
             Told::Phase(phase, time) => {
+                if *phase == Phase::Collect {
+                    self.leaving.insert(id);
+                }
                 let lane = self.running.get(&id).copied().unwrap_or(0);
                 timeline.span(phase.name(), "phase", lane, *time, json!({"step": name}));
                 Event::Phase(*phase, *time)
@@ -324,6 +366,7 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
         news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
     ) {
         let name = &self.build.plan.step(id).name;
+        self.leaving.remove(&id);
         if let Some(lane) = self.running.remove(&id) {
             timeline.free_lane(lane);
         }

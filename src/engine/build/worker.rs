@@ -15,6 +15,7 @@ use kiln_wire::Stream;
 use super::check::{Checker, Standing, now_nanos};
 use super::gate::Gate;
 use super::runner::{Ran, Runner};
+use super::turns::Turns;
 use super::{BuildError, lower, sources, view};
 use crate::cache::{Hidden, Key};
 use crate::engine::event::{Event, Phase};
@@ -36,6 +37,8 @@ pub(super) enum Message {
     Checked(StepId, Result<Standing, BuildError>),
     Event(StepId, Told),
     Ran(StepId, Result<Kept, BuildError>),
+    /// Its command did not begin, as the build ended before.
+    CalledOff(StepId),
 }
 
 /// A run and what became of it.
@@ -55,6 +58,7 @@ pub(super) struct Worker<'b, 'a, R> {
     pub checker: &'b Checker<'a, R>,
     pub keys: &'b BTreeMap<StepId, Key>,
     pub gate: &'b Gate,
+    pub turns: &'b Turns,
     pub messages: SyncSender<Message>,
     /// What of SRCDIR no step is shown, found by whoever needs it first.
     pub hidden: &'b OnceLock<Vec<PathBytes>>,
@@ -75,7 +79,10 @@ impl<R: Runner> Worker<'_, '_, R> {
                 Ok(Task::Run(id, needs, why)) => {
                     let kept = self.run(id, &needs, &why);
                     self.gate.leave(id);
-                    Message::Ran(id, kept.inspect_err(|error| self.forget(error, &needs)))
+                    match self.turns.has_refused(id) {
+                        true => Message::CalledOff(id),
+                        false => Message::Ran(id, kept.inspect_err(|error| self.forget(error, &needs))),
+                    }
                 }
             };
             if self.messages.send(message).is_err() {
@@ -149,13 +156,21 @@ impl<R: Runner> Worker<'_, '_, R> {
                     Told::Output(stream, data.to_vec())
                 }
                 Event::Phase(phase, time) => {
-                    if phase == Phase::Record {
-                        self.gate.enter(id);
+                    match phase {
+                        // All that its machine was for is done.
+                        Phase::Collect => self.turns.give_back(id),
+                        Phase::Record => self.gate.enter(id),
+                        _ => {}
                     }
                     Told::Phase(phase, time)
                 }
             };
-            self.messages.send(Message::Event(id, told)).map_err(|_| io::ErrorKind::BrokenPipe.into())
+            let is_ready = matches!(told, Told::Phase(Phase::Setup, _));
+            let sent = self.messages.send(Message::Event(id, told));
+            if is_ready && !self.turns.take(id) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
         };
         let ran = build.runner.run(&step, &mut listen)?;
         if let Some(error) = log_error {
