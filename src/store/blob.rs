@@ -9,9 +9,13 @@ use std::sync::Arc;
 use kiln_artifact::tree::Contents;
 use kiln_digest::{Digest, Hasher};
 
+use super::durable::Durable;
 use super::lease::Lease;
 use super::limit::Limit;
 use crate::writes::{self, Unfinished};
+
+/// The longest blob that is in memory until it is finished.
+const SHORT_BYTES: usize = 64 << 10;
 
 /// The blobs of a store.
 #[derive(Debug, Clone)]
@@ -19,11 +23,12 @@ pub struct Blobs {
     path: PathBuf,
     lease: Lease,
     limit: Arc<Limit>,
+    durable: Arc<Durable>,
 }
 
 impl Blobs {
-    pub(super) fn new(path: PathBuf, lease: Lease, limit: Arc<Limit>) -> Self {
-        Self { path, lease, limit }
+    pub(super) fn new(path: PathBuf, lease: Lease, limit: Arc<Limit>, durable: Arc<Durable>) -> Self {
+        Self { path, lease, limit, durable }
     }
 
     /// Where the blob `digest` lies if it is there.
@@ -55,6 +60,7 @@ impl Blobs {
     /// # Errors
     /// What unlink(2) says.
     pub fn discard(&self, digest: &Digest) -> io::Result<()> {
+        self.durable.forget(digest);
         writes::remove(&self.path(digest))
     }
 
@@ -75,8 +81,8 @@ impl Blobs {
     /// # Errors
     /// What making a temporary file says.
     pub fn writer(&self) -> io::Result<BlobWriter> {
-        let file = Unfinished::new_in(self.lease.temporary())?;
-        Ok(BlobWriter { blobs: self.clone(), file, hasher: Hasher::default(), hole: false })
+        let (memory, file, hasher) = (Vec::new(), None, Hasher::default());
+        Ok(BlobWriter { blobs: self.clone(), memory, file, hasher, hole: false })
     }
 
     /// Stores all that `reader` gives; its digest and its length in bytes.
@@ -100,12 +106,25 @@ impl Contents for Blobs {
 #[derive(Debug)]
 pub struct BlobWriter {
     blobs: Blobs,
-    file: Unfinished,
+    /// What was written, as long as it is short: where the store has it already, no file is made.
+    memory: Vec<u8>,
+    file: Option<Unfinished>,
     hasher: Hasher,
     hole: bool,
 }
 
 impl BlobWriter {
+    /// The file, with what was in memory so far.
+    fn to_file(&mut self) -> io::Result<&mut Unfinished> {
+        let mut file = match self.file.take() {
+            Some(file) => file,
+            None => Unfinished::new_in(self.blobs.lease.temporary())?,
+        };
+        file.write_all(&self.memory)?;
+        self.memory = Vec::new();
+        Ok(self.file.insert(file))
+    }
+
     /// Adds `length_bytes` zeros as a hole.
     ///
     /// # Errors
@@ -113,7 +132,7 @@ impl BlobWriter {
     pub fn skip(&mut self, length_bytes: u64) -> io::Result<()> {
         static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
         let forward = i64::try_from(length_bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        self.file.file_mut().seek(SeekFrom::Current(forward))?;
+        self.to_file()?.file_mut().seek(SeekFrom::Current(forward))?;
         let mut left = length_bytes;
         while left > 0 {
             let piece = left.min(ZEROS.len() as u64);
@@ -128,8 +147,8 @@ impl BlobWriter {
     ///
     /// # Errors
     /// What writing and renaming say.
-    pub fn finish(self) -> io::Result<(Digest, u64)> {
-        let (digest, length_bytes) = self.hasher.finish();
+    pub fn finish(mut self) -> io::Result<(Digest, u64)> {
+        let (digest, length_bytes) = std::mem::take(&mut self.hasher).finish();
         let path = self.blobs.path(&digest);
         // One that a power failure cut short has another length, and is written anew.
         if self.blobs.lease.mark(&path)
@@ -137,15 +156,20 @@ impl BlobWriter {
         {
             return Ok((digest, length_bytes));
         }
-        if self.hole {
-            self.file.file().set_len(length_bytes)?;
+        self.to_file()?;
+        let Self { blobs, file: Some(file), hole, .. } = self else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        if hole {
+            file.file().set_len(length_bytes)?;
         }
-        self.file.file().set_permissions(fs::Permissions::from_mode(0o444))?;
-        self.blobs.lease.date(self.file.file())?;
+        file.file().set_permissions(fs::Permissions::from_mode(0o444))?;
+        blobs.lease.date(file.file())?;
         if let Some(folder) = path.parent() {
             writes::make_folders(folder)?;
         }
-        self.file.persist(&path)?;
+        file.persist(&path)?;
+        blobs.durable.forget(&digest);
         Ok((digest, length_bytes))
     }
 }
@@ -153,12 +177,16 @@ impl BlobWriter {
 impl Write for BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.blobs.limit.take(bytes.len() as u64)?;
-        let count = self.file.write(bytes)?;
+        let count = match &mut self.file {
+            Some(file) => file.write(bytes)?,
+            None if self.memory.len() + bytes.len() <= SHORT_BYTES => self.memory.write(bytes)?,
+            None => self.to_file()?.write(bytes)?,
+        };
         self.hasher.update(&bytes[..count]);
         Ok(count)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        Ok(())
     }
 }

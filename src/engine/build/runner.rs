@@ -35,6 +35,8 @@ pub struct Ran {
     pub changed: usize,
     /// How long the command ran.
     pub command: Duration,
+    /// How much of the host's memory its machine held at the end, where that is known.
+    pub held_bytes: Option<u64>,
     /// What ran it, in words.
     pub machine: String,
 }
@@ -148,6 +150,7 @@ impl Runner for Machines<'_> {
             undeclared,
             changed,
             command,
+            held_bytes: report.held_bytes,
             machine,
         })
     }

@@ -13,9 +13,9 @@ use std::thread;
 use kiln_digest::Digest;
 use serde_json::json;
 
+use super::admission::Admission;
 use super::check::{Checker, Standing};
 use super::gate::Gate;
-use super::meminfo::available_bytes;
 use super::runner::Runner;
 use super::turns::Turns;
 use super::worker::{Kept, Message, Task, Told, Worker};
@@ -57,7 +57,9 @@ struct Schedule<'b, 'a, R> {
     leaving: BTreeSet<StepId>,
     checking: usize,
     failed: bool,
-    available_bytes: u64,
+    /// What steps that have to run took of memory the last time.
+    took: BTreeMap<StepId, u64>,
+    admission: Admission,
     summary: Summary,
 }
 
@@ -158,7 +160,8 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             leaving: BTreeSet::new(),
             checking: 0,
             failed: false,
-            available_bytes: available_bytes(),
+            took: BTreeMap::new(),
+            admission: Admission::new(build.store.run()),
             summary: Summary::default(),
         };
         for (id, outputs) in &build.given {
@@ -219,8 +222,9 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             let mut over = None;
             match message {
                 Message::Event(id, event) => self.tell(id, event, timeline, news).map_err(told)?,
-                Message::Checked(id, standing) => {
+                Message::Checked(id, standing, took) => {
                     self.checking -= 1;
+                    self.took.extend(took.map(|took| (id, took)));
                     self.checked(id, standing, timeline, news);
                 }
                 Message::Ran(id, kept) => {
@@ -274,14 +278,12 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
         if self.running.len() - self.leaving.len() >= jobs.saturating_add(self.build.runner.ahead(jobs)) {
             return None;
         }
-        let memory = |id: &StepId| self.memory.get(id).copied().unwrap_or(0);
         let (next, _) = self.queue.front()?;
-        let taken: u64 = self.running.keys().map(memory).sum();
-        let room = self.available_bytes.saturating_sub(taken).min(available_bytes());
-        if !self.running.is_empty() && memory(next) > room {
-            return None;
+        let declared_bytes = self.memory.get(next).copied().unwrap_or(0);
+        match self.admission.admit(*next, declared_bytes, self.took.get(next).copied()) {
+            true => self.queue.pop_front(),
+            false => None,
         }
-        self.queue.pop_front()
     }
 
     fn tell(
@@ -367,6 +369,11 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
     ) {
         let name = &self.build.plan.step(id).name;
         self.leaving.remove(&id);
+        let held_bytes = match &outcome {
+            Outcome::Ran { ran, .. } | Outcome::CommandFailed(ran) => ran.held_bytes,
+            _ => None,
+        };
+        self.admission.release(id, held_bytes);
         if let Some(lane) = self.running.remove(&id) {
             timeline.free_lane(lane);
         }

@@ -16,7 +16,7 @@ use super::check::{Checker, Standing, now_nanos};
 use super::gate::Gate;
 use super::runner::{Ran, Runner};
 use super::turns::Turns;
-use super::{BuildError, lower, sources, view};
+use super::{BuildError, lower, sources};
 use crate::cache::{Hidden, Key};
 use crate::engine::event::{Event, Phase};
 use crate::engine::step::View;
@@ -34,7 +34,8 @@ pub(super) enum Told {
 }
 
 pub(super) enum Message {
-    Checked(StepId, Result<Standing, BuildError>),
+    /// How a step stands, and how much memory it took the last time where it has to run.
+    Checked(StepId, Result<Standing, BuildError>, Option<u64>),
     Event(StepId, Told),
     Ran(StepId, Result<Kept, BuildError>),
     /// Its command did not begin, as the build ended before.
@@ -74,7 +75,11 @@ impl<R: Runner> Worker<'_, '_, R> {
                 Err(_) => return,
                 Ok(Task::Check(id, needs)) => {
                     let standing = self.check(id, &needs);
-                    Message::Checked(id, standing.inspect_err(|error| self.forget(error, &needs)))
+                    let held_bytes = match &standing {
+                        Ok(Standing::Must(_)) => self.checker.last_held_bytes(self.checker.build.plan.step(id)),
+                        _ => None,
+                    };
+                    Message::Checked(id, standing.inspect_err(|error| self.forget(error, &needs)), held_bytes)
                 }
                 Ok(Task::Run(id, needs, why)) => {
                     let kept = self.run(id, &needs, &why);
@@ -128,10 +133,10 @@ impl<R: Runner> Worker<'_, '_, R> {
             let need = needs.iter().find(puts_out);
             need.map_or_else(String::new, |(need, _)| build.plan.step(*need).name.clone())
         };
-        let work = view::write(&tree, build.store, owner)?;
+        let work = self.checker.directory(&tree, owner)?;
         let sources = match planned.sources.is_empty() {
             true => None,
-            false => Some(view::write(&self.checker.sources(planned), build.store, TreePath::to_string)?),
+            false => Some(self.checker.directory(&self.checker.sources(planned), TreePath::to_string)?),
         };
         let hidden = self.hidden.get_or_init(|| {
             self.checker.source().map_or_else(Vec::new, |source| walk(source, &self.checker.hidden))

@@ -317,6 +317,7 @@ impl<'a> Player<'a> {
             undeclared: Vec::new(),
             changed,
             command: Duration::from_millis(1),
+            held_bytes: None,
             machine: "a player".to_owned(),
         })
     }
