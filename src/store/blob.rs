@@ -115,7 +115,7 @@ pub struct BlobWriter {
 
 impl BlobWriter {
     /// The file, with what was in memory so far.
-    fn to_file(&mut self) -> io::Result<&mut Unfinished> {
+    fn spill(&mut self) -> io::Result<&mut Unfinished> {
         let mut file = match self.file.take() {
             Some(file) => file,
             None => Unfinished::new_in(self.blobs.lease.temporary())?,
@@ -132,7 +132,7 @@ impl BlobWriter {
     pub fn skip(&mut self, length_bytes: u64) -> io::Result<()> {
         static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
         let forward = i64::try_from(length_bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        self.to_file()?.file_mut().seek(SeekFrom::Current(forward))?;
+        self.spill()?.file_mut().seek(SeekFrom::Current(forward))?;
         let mut left = length_bytes;
         while left > 0 {
             let piece = left.min(ZEROS.len() as u64);
@@ -156,7 +156,7 @@ impl BlobWriter {
         {
             return Ok((digest, length_bytes));
         }
-        self.to_file()?;
+        self.spill()?;
         let Self { blobs, file: Some(file), hole, .. } = self else {
             return Err(io::ErrorKind::NotFound.into());
         };
@@ -180,7 +180,7 @@ impl Write for BlobWriter {
         let count = match &mut self.file {
             Some(file) => file.write(bytes)?,
             None if self.memory.len() + bytes.len() <= SHORT_BYTES => self.memory.write(bytes)?,
-            None => self.to_file()?.write(bytes)?,
+            None => self.spill()?.write(bytes)?,
         };
         self.hasher.update(&bytes[..count]);
         Ok(count)

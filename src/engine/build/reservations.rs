@@ -123,7 +123,8 @@ mod tests {
             let threads: Vec<_> = builds
                 .iter()
                 .map(|build| {
-                    let fits = |others: &[(i32, u64)]| others.iter().map(|(_, bytes)| bytes).sum::<u64>() + 10 <= 30;
+                    let fits =
+                        |others: &[(i32, u64)]| others.iter().map(|(_, bytes)| bytes).sum::<u64>() + 10 <= 30;
                     scope.spawn(move || usize::from(build.take(10, fits).expect("room")))
                 })
                 .collect();

@@ -18,7 +18,7 @@ use super::check::{Checker, Standing};
 use super::gate::Gate;
 use super::runner::Runner;
 use super::turns::Turns;
-use super::worker::{Kept, Message, Task, Told, Worker};
+use super::worker::{Checked, Kept, Message, Task, Told, Worker};
 use super::{Build, BuildError, News, Outcome, Summary, Timeline, lower};
 use crate::engine::error::RunError;
 use crate::engine::event::{Event, Phase};
@@ -26,6 +26,9 @@ use crate::plan::StepId;
 
 /// Most messages under way: a step that prints faster than that is told waits.
 const MESSAGES: usize = 256;
+
+/// Most steps that are checked as one task.
+const MOST_CHECKS: usize = 16;
 
 /// Where each step is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +47,7 @@ enum State {
 struct Schedule<'b, 'a, R> {
     build: &'b Build<'a, R>,
     memory: &'b BTreeMap<StepId, u64>,
+    processors: usize,
     states: Vec<State>,
     outputs: Vec<Option<Digest>>,
     /// Whether it ran, or would.
@@ -99,9 +103,9 @@ impl<R: Runner> Build<'_, R> {
             memory.insert(*id, lowered.step.memory_bytes);
             keys.insert(*id, lowered.key);
         }
-        let mut schedule = Schedule::new(self, wanted, &memory);
         let jobs = self.options.jobs;
         let processors = thread::available_parallelism().map_or(1, usize::from);
+        let mut schedule = Schedule::new(self, wanted, &memory, processors);
         let turns = Turns::new(jobs);
         let (check_sender, checks) = channel();
         let (run_sender, runs) = channel();
@@ -145,11 +149,17 @@ impl<R: Runner> Build<'_, R> {
 }
 
 impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
-    fn new(build: &'b Build<'a, R>, wanted: &BTreeSet<StepId>, memory: &'b BTreeMap<StepId, u64>) -> Self {
+    fn new(
+        build: &'b Build<'a, R>,
+        wanted: &BTreeSet<StepId>,
+        memory: &'b BTreeMap<StepId, u64>,
+        processors: usize,
+    ) -> Self {
         let count = build.plan.steps.len();
         let mut schedule = Self {
             build,
             memory,
+            processors,
             states: vec![State::Unwanted; count],
             outputs: vec![None; count],
             ran: vec![false; count],
@@ -206,8 +216,8 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
         let told = |source| RunError::Session(crate::agent::SessionError::Output(source));
         loop {
             let stops = self.stops();
-            while !stops && let Some(id) = self.checks.pop_front() {
-                self.hand_out_check(id, &tasks.checks, timeline, news);
+            if !stops {
+                self.hand_out_checks(&tasks.checks, timeline, news);
             }
             while !stops && let Some((id, why)) = self.next_to_run() {
                 let _ = news(News::Starts(&self.build.plan.step(id).name, &why));
@@ -222,10 +232,12 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             let mut over = None;
             match message {
                 Message::Event(id, event) => self.tell(id, event, timeline, news).map_err(told)?,
-                Message::Checked(id, standing, took) => {
-                    self.checking -= 1;
-                    self.took.extend(took.map(|took| (id, took)));
-                    self.checked(id, standing, timeline, news);
+                Message::Checked(steps) => {
+                    for Checked { id, standing, took } in steps {
+                        self.checking -= 1;
+                        self.took.extend(took.map(|took| (id, took)));
+                        self.checked(id, standing, timeline, news);
+                    }
                 }
                 Message::Ran(id, kept) => {
                     over = Some(id);
@@ -249,13 +261,33 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
         Ok(())
     }
 
-    fn hand_out_check(
+    /// Hands out all checks that can be done: some at a time, but enough pieces for all processors.
+    fn hand_out_checks(
         &mut self,
-        id: StepId,
         tasks: &Sender<Task>,
         timeline: &mut Timeline,
         news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
     ) {
+        let pieces = 4 * self.processors;
+        let at_once = self.checks.len().div_ceil(pieces).clamp(1, MOST_CHECKS);
+        let mut piece = Vec::new();
+        while let Some(id) = self.checks.pop_front() {
+            if self.is_to_be_checked(id, timeline, news) {
+                piece.push((id, self.needs(id)));
+            }
+            if piece.len() == at_once || self.checks.is_empty() && !piece.is_empty() {
+                let _ = tasks.send(Task::Check(std::mem::take(&mut piece)));
+            }
+        }
+    }
+
+    /// Whether the step `id` is to be checked: a dry run knows of some that they would run.
+    fn is_to_be_checked(
+        &mut self,
+        id: StepId,
+        timeline: &mut Timeline,
+        news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
+    ) -> bool {
         self.states[id.0] = State::Checks;
         let step = self.build.plan.step(id);
         let would_run = step.needs.iter().find(|need| self.ran[need.0]);
@@ -266,10 +298,10 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
                 news(News::Starts(&step.name, &format!("step `{name}`, which it needs, has to run first")));
             self.ran[id.0] = true;
             self.end(id, Outcome::WouldRun, timeline, news);
-            return;
+            return false;
         }
         self.checking += 1;
-        let _ = tasks.send(Task::Check(id, self.needs(id)));
+        true
     }
 
     /// The next step that has to run, if one may now.

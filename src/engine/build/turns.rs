@@ -47,7 +47,11 @@ impl Turns {
         }
         state.waiting.retain(|waiting| *waiting != id.0);
         let is_over = state.is_over;
-        if is_over { state.refused.insert(id.0) } else { state.taken.insert(id.0) };
+        if is_over {
+            state.refused.insert(id.0)
+        } else {
+            state.taken.insert(id.0)
+        };
         // Another turn may be free for who is first now.
         self.changed.notify_all();
         !is_over
@@ -120,6 +124,8 @@ mod tests {
             assert!(!waiting.join().expect("no panic"));
         });
         assert!(turns.take(StepId(0)) && !turns.take(StepId(2)));
-        assert!(turns.has_refused(StepId(1)) && turns.has_refused(StepId(2)) && !turns.has_refused(StepId(0)));
+        assert!(
+            turns.has_refused(StepId(1)) && turns.has_refused(StepId(2)) && !turns.has_refused(StepId(0))
+        );
     }
 }

@@ -133,8 +133,7 @@ pub(super) fn write(
             set.map_err(|source| BuildError::Io { what: "set the mode of", path: place, source })?;
         }
     }
-    let top =
-        tree.get(&TreePath::root()).and_then(shown).map_or(TOP_MODE, |(_, mode, _)| mode);
+    let top = tree.get(&TreePath::root()).and_then(shown).map_or(TOP_MODE, |(_, mode, _)| mode);
     let set = fs::set_permissions(&directory.0, Permissions::from_mode(top));
     set.map_err(|source| BuildError::Io { what: "set the mode of", path: directory.0.clone(), source })?;
     Ok(directory)

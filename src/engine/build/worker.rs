@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_artifact::tree::TreePath;
 use kiln_digest::Digest;
@@ -24,6 +24,9 @@ use crate::machine::{Identity, PathBytes};
 use crate::plan::StepId;
 use std::collections::BTreeMap;
 
+/// How long results of checks are kept back until others are there.
+const SOON: Duration = Duration::from_millis(3);
+
 /// An event of a step, on its way to the thread that tells it.
 pub(super) enum Told {
     Progress(String),
@@ -34,12 +37,19 @@ pub(super) enum Told {
 }
 
 pub(super) enum Message {
-    /// How a step stands, and how much memory it took the last time where it has to run.
-    Checked(StepId, Result<Standing, BuildError>, Option<u64>),
+    Checked(Vec<Checked>),
     Event(StepId, Told),
     Ran(StepId, Result<Kept, BuildError>),
     /// Its command did not begin, as the build ended before.
     CalledOff(StepId),
+}
+
+/// How a step stands.
+pub(super) struct Checked {
+    pub id: StepId,
+    pub standing: Result<Standing, BuildError>,
+    /// How much memory it took the last time, where it has to run.
+    pub took: Option<u64>,
 }
 
 /// A run and what became of it.
@@ -50,7 +60,8 @@ pub(super) struct Kept {
 }
 
 pub(super) enum Task {
-    Check(StepId, Vec<(StepId, Digest)>),
+    /// Several at once: to wake a thread takes as long as to check a small step.
+    Check(Vec<(StepId, Vec<(StepId, Digest)>)>),
     Run(StepId, Vec<(StepId, Digest)>, String),
 }
 
@@ -73,13 +84,19 @@ impl<R: Runner> Worker<'_, '_, R> {
             let task = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let message = match task {
                 Err(_) => return,
-                Ok(Task::Check(id, needs)) => {
-                    let standing = self.check(id, &needs);
-                    let held_bytes = match &standing {
-                        Ok(Standing::Must(_)) => self.checker.last_held_bytes(self.checker.build.plan.step(id)),
-                        _ => None,
-                    };
-                    Message::Checked(id, standing.inspect_err(|error| self.forget(error, &needs)), held_bytes)
+                Ok(Task::Check(steps)) => {
+                    let (mut began, mut checked) = (Instant::now(), Vec::with_capacity(steps.len()));
+                    for (id, needs) in steps {
+                        checked.push(self.checked(id, &needs));
+                        // Whoever can go on meanwhile is not kept waiting for those that take long.
+                        if began.elapsed() > SOON {
+                            began = Instant::now();
+                            if self.messages.send(Message::Checked(std::mem::take(&mut checked))).is_err() {
+                                return;
+                            }
+                        }
+                    }
+                    Message::Checked(checked)
                 }
                 Ok(Task::Run(id, needs, why)) => {
                     let kept = self.run(id, &needs, &why);
@@ -107,6 +124,15 @@ impl<R: Runner> Worker<'_, '_, R> {
                 let _ = self.checker.index.forget(&key.digest(), manifest);
             }
         }
+    }
+
+    fn checked(&self, id: StepId, needs: &[(StepId, Digest)]) -> Checked {
+        let standing = self.check(id, needs).inspect_err(|error| self.forget(error, needs));
+        let took = match &standing {
+            Ok(Standing::Must(_)) => self.checker.last_held_bytes(self.checker.build.plan.step(id)),
+            _ => None,
+        };
+        Checked { id, standing, took }
     }
 
     fn check(&self, id: StepId, needs: &[(StepId, Digest)]) -> Result<Standing, BuildError> {
