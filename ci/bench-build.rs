@@ -93,6 +93,7 @@ impl Runner for Player<'_> {
             undeclared: Vec::new(),
             changed: 0,
             command: Duration::ZERO,
+            held_bytes: None,
             machine: String::new(),
         })
     }

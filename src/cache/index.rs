@@ -75,6 +75,9 @@ pub struct LastRun {
     pub not_kept: Option<String>,
     /// How long its command ran, milliseconds.
     pub command_ms: u64,
+    /// How much of the host's memory its machine held at the end, where that is known.
+    #[serde(default)]
+    pub held_bytes: Option<u64>,
 }
 
 /// The traces that a run may read and write.

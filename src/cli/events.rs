@@ -499,6 +499,7 @@ mod tests {
             undeclared: vec![kiln_artifact::tree::TreePath::new(b"a/b").expect("a path")],
             changed: 1,
             command: Duration::from_millis(1500),
+            held_bytes: None,
             machine: String::new(),
         })
     }

@@ -21,7 +21,7 @@ pub enum Phase {
     Setup,
     /// The command.
     Command,
-    /// Outputs listed and fetched.
+    /// Outputs of a command that succeeded listed and fetched.
     Collect,
     /// What was read, hashed.
     Record,
@@ -59,6 +59,7 @@ pub enum Event<'a> {
     Phase(Phase, Duration),
 }
 
-/// Who is told. An error about an [`Event::Output`] ends the run: nobody takes what the command says any more.
-/// Errors about other events are the listener's own affair.
+/// Who is told. An error about an [`Event::Output`] ends the run: nobody takes what the command says any more. The command
+/// begins when [`Phase::Setup`] was heard: a listener may let it wait there, and calls it off by the error `Interrupted`.
+/// Other errors are the listener's own affair.
 pub type Listener<'a> = &'a mut dyn FnMut(Event<'_>) -> io::Result<()>;

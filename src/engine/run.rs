@@ -25,7 +25,7 @@ use super::ready::{Readiness, Series};
 use super::step::{Keep, Step};
 use crate::agent::{ExecEnd, RUNNING, Session, SessionError};
 use crate::keeper::{Entry, Kept, Registration, Registry};
-use crate::machine::{Backend, Identity, Machine};
+use crate::machine::{Backend, Identity, Machine, footprint};
 use crate::root::bundle::NEEDED;
 use crate::root::{Filesystem, Image, Root, toolbox};
 
@@ -84,6 +84,8 @@ pub struct Report {
     pub collected: Option<Collected>,
     /// What was read. Contents have digests where they were asked for.
     pub reads: ReadsReport,
+    /// How much of the host's memory its machine held at the end, where that is known.
+    pub held_bytes: Option<u64>,
     /// Where WORK is.
     pub work: PathBuf,
 }
@@ -169,7 +171,7 @@ fn carry_through(
         let _ = events(Event::Warning(note));
     }
     let wire = machine.wire()?;
-    let (registration, stopped) = register(step, host, &prepared, machine.identity(), &wire)?;
+    let (registration, stopped) = register(step, host, &prepared, &*machine, &wire)?;
     let stopwatch = &mut stopwatch;
     let mut talk = Talk { step, host, prepared: &prepared, stopwatch, doing: "booting", is_off: false };
     let mut session = None;
@@ -198,6 +200,8 @@ fn carry_through(
         // What errno leaves out, some file systems say on the console only.
         quote_console(&console_about(&*machine, filesystem.name()), events);
     }
+    // A guest gives nothing back, so this is the most that it held.
+    let held_bytes = conversation.is_ok().then(|| footprint::held_bytes(&machine.processes())).flatten();
     let can_stay = !is_off && conversation.as_ref().err().is_none_or(RunError::leaves_session_usable);
     let identity = machine.identity().clone();
     let ((ended, collection), record) = match session.filter(|_| step.keep != Keep::Never && can_stay) {
@@ -233,6 +237,10 @@ fn carry_through(
     let collected = match collection {
         None => None,
         Some(collection) => {
+            // Before the merge, which syncs what was written so far.
+            let manifest = collection.outputs.manifest();
+            let io = |source| RunError::Io { what: "keep the outputs' manifest", source };
+            let (manifest, _) = host.store.blobs().put(&manifest[..]).map_err(io)?;
             let changed = if step.outputs.is_empty() {
                 Vec::new()
             } else {
@@ -240,9 +248,6 @@ fn carry_through(
                     Merge { store: &host.store, work: &work, step: &step.name, overwrite: step.overwrite };
                 merge.run(&collection.outputs)?
             };
-            let manifest = collection.outputs.manifest();
-            let io = |source| RunError::Io { what: "keep the outputs' manifest", source };
-            let (manifest, _) = host.store.blobs().put(&manifest[..]).map_err(io)?;
             let files = collection.outputs.iter().filter_map(|(_, node)| match node.kind {
                 Kind::File { size, .. } => Some(size),
                 // Another name of one that was counted.
@@ -255,7 +260,8 @@ fn carry_through(
     };
     let _ = events(Event::Phase(Phase::Merge, stopwatch.lap()));
     drop(ordered);
-    Ok(Report { ended, identity, bundle: prepared.bundle.digest(), collected, reads, work })
+    let bundle = prepared.bundle.digest();
+    Ok(Report { ended, identity, bundle, collected, reads, held_bytes, work })
 }
 
 /// What the step could read and no record says how much of it.
@@ -356,7 +362,14 @@ impl Talk<'_> {
         let _ = events(Event::Phase(Phase::Boot, self.stopwatch.lap()));
         self.doing = "preparing the step";
         session.setup(setup).map_err(|source| self.setup_failed(source))?;
-        let _ = events(Event::Phase(Phase::Setup, self.stopwatch.lap()));
+        match events(Event::Phase(Phase::Setup, self.stopwatch.lap())) {
+            Err(source) if source.kind() == io::ErrorKind::Interrupted => {
+                return Err(RunError::Session(SessionError::Output(source)));
+            }
+            _ => {}
+        }
+        // Whoever heard it may have let the step wait for its turn.
+        let _ = self.stopwatch.lap();
         Ok(session)
     }
 
@@ -406,7 +419,9 @@ impl Talk<'_> {
             self.doing = "powering off";
             session.power_off().map_err(RunError::Session)?;
         }
-        let _ = events(Event::Phase(Phase::Collect, self.stopwatch.lap()));
+        if ended.is_success() {
+            let _ = events(Event::Phase(Phase::Collect, self.stopwatch.lap()));
+        }
         Ok((ended, collection))
     }
 }
@@ -416,13 +431,14 @@ fn register(
     step: &Step,
     host: &Host,
     prepared: &Prepared,
-    identity: &Identity,
+    machine: &dyn Machine,
     wire: &UnixStream,
 ) -> Result<(Registration, Arc<AtomicBool>), RunError> {
     let stopped = Arc::<AtomicBool>::default();
     let told = Arc::clone(&stopped);
     let wire = wire.try_clone().map_err(|source| RunError::Io { what: "hold the wire", source })?;
-    let entry = Entry::running(&step.name, &step.argv, step.memory_bytes, prepared.cpus, identity);
+    let entry = Entry::running(&step.name, &step.argv, step.memory_bytes, prepared.cpus, machine.identity());
+    let entry = Entry { processes: machine.processes(), ..entry };
     let registration = Registry::open(&host.store.run())?.register(entry, move || {
         told.store(true, Ordering::Release);
         // Whoever waits for the agent learns of it at once.

@@ -74,6 +74,9 @@ pub struct Entry {
     /// The version of the kiln that holds it; empty in an older one's.
     #[serde(default)]
     pub kiln: String,
+    /// The processes that hold its memory, or that started those; none in an older one's.
+    #[serde(default)]
+    pub processes: Vec<i32>,
     /// Backend and its version.
     pub backend: String,
     /// `kvm` or `tcg`.
@@ -113,6 +116,7 @@ impl Entry {
             cpus,
             key: None,
             kiln: VERSION_OF_KILN.to_owned(),
+            processes: Vec::new(),
             backend: identity.backend.clone(),
             accelerator: match identity.accelerator {
                 Accelerator::Kvm => "kvm",

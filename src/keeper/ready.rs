@@ -328,6 +328,11 @@ impl Lender for Lifeline {
         say(&self.0, &Wish::Console)?;
         hear(&self.0)
     }
+
+    fn process(&self) -> Option<i32> {
+        let peer = rustix::net::sockopt::socket_peercred(&self.0).ok()?;
+        Some(peer.pid.as_raw_pid())
+    }
 }
 
 /// What a borrower gets of a keeper.

@@ -13,6 +13,7 @@
 
 pub mod fake;
 pub mod fetcher;
+pub mod footprint;
 pub mod jail;
 pub mod launch;
 pub mod probe;
@@ -291,4 +292,9 @@ pub trait Machine: Send {
 
     /// The end of what the guest's kernel printed.
     fn console(&self) -> String;
+
+    /// The processes that hold its memory, or that started those.
+    fn processes(&self) -> Vec<i32> {
+        Vec::new()
+    }
 }

@@ -27,6 +27,11 @@ pub(super) struct Process {
 }
 
 impl Process {
+    /// Its number.
+    pub fn number(&self) -> Option<i32> {
+        i32::try_from(self.child.id()).ok()
+    }
+
     /// The end of its standard error, on one line.
     pub fn said(&self) -> String {
         self.stderr.text().trim().replace('\n', "; ")
@@ -66,7 +71,7 @@ impl Process {
 impl Process {
     /// Kills all that is in the process group that it leads, and reaps it. It must still run.
     pub fn stop_group(&mut self) {
-        if let Some(group) = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw) {
+        if let Some(group) = self.number().and_then(rustix::process::Pid::from_raw) {
             let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
         }
         self.stop();

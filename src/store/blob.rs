@@ -8,9 +8,13 @@ use std::sync::Arc;
 use kiln_artifact::tree::Contents;
 use kiln_digest::{Digest, Hasher};
 
+use super::durable::Durable;
 use super::lease::Lease;
 use super::limit::Limit;
 use crate::writes::{self, Unfinished};
+
+/// The longest blob that is in memory until it is finished.
+const SHORT_BYTES: usize = 64 << 10;
 
 /// The blobs of a store.
 #[derive(Debug, Clone)]
@@ -18,11 +22,12 @@ pub struct Blobs {
     path: PathBuf,
     lease: Lease,
     limit: Arc<Limit>,
+    durable: Arc<Durable>,
 }
 
 impl Blobs {
-    pub(super) fn new(path: PathBuf, lease: Lease, limit: Arc<Limit>) -> Self {
-        Self { path, lease, limit }
+    pub(super) fn new(path: PathBuf, lease: Lease, limit: Arc<Limit>, durable: Arc<Durable>) -> Self {
+        Self { path, lease, limit, durable }
     }
 
     /// Where the blob `digest` lies if it is there.
@@ -54,6 +59,7 @@ impl Blobs {
     /// # Errors
     /// What unlink(2) says.
     pub fn discard(&self, digest: &Digest) -> io::Result<()> {
+        self.durable.forget(digest);
         writes::remove(&self.path(digest))
     }
 
@@ -74,8 +80,8 @@ impl Blobs {
     /// # Errors
     /// What making a temporary file says.
     pub fn writer(&self) -> io::Result<BlobWriter> {
-        let file = Unfinished::new_in(self.lease.temporary())?;
-        Ok(BlobWriter { blobs: self.clone(), file, hasher: Hasher::default(), hole: false })
+        let (memory, file, hasher) = (Vec::new(), None, Hasher::default());
+        Ok(BlobWriter { blobs: self.clone(), memory, file, hasher, hole: false })
     }
 
     /// Stores all that `reader` gives; its digest and its length in bytes.
@@ -99,12 +105,25 @@ impl Contents for Blobs {
 #[derive(Debug)]
 pub struct BlobWriter {
     blobs: Blobs,
-    file: Unfinished,
+    /// What was written, as long as it is short: where the store has it already, no file is made.
+    memory: Vec<u8>,
+    file: Option<Unfinished>,
     hasher: Hasher,
     hole: bool,
 }
 
 impl BlobWriter {
+    /// The file, with what was in memory so far.
+    fn spill(&mut self) -> io::Result<&mut Unfinished> {
+        let mut file = match self.file.take() {
+            Some(file) => file,
+            None => Unfinished::new_in(self.blobs.lease.temporary())?,
+        };
+        file.write_all(&self.memory)?;
+        self.memory = Vec::new();
+        Ok(self.file.insert(file))
+    }
+
     /// Adds `length_bytes` zeros as a hole.
     ///
     /// # Errors
@@ -112,7 +131,7 @@ impl BlobWriter {
     pub fn skip(&mut self, length_bytes: u64) -> io::Result<()> {
         static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
         let forward = i64::try_from(length_bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        self.file.file_mut().seek(SeekFrom::Current(forward))?;
+        self.spill()?.file_mut().seek(SeekFrom::Current(forward))?;
         let mut left = length_bytes;
         while left > 0 {
             let piece = left.min(ZEROS.len() as u64);
@@ -127,21 +146,26 @@ impl BlobWriter {
     ///
     /// # Errors
     /// What writing and renaming say.
-    pub fn finish(self) -> io::Result<(Digest, u64)> {
-        let (digest, length_bytes) = self.hasher.finish();
+    pub fn finish(mut self) -> io::Result<(Digest, u64)> {
+        let (digest, length_bytes) = std::mem::take(&mut self.hasher).finish();
         let path = self.blobs.path(&digest);
         if self.blobs.lease.mark(&path) && is_whole(&path, &digest, length_bytes) {
             return Ok((digest, length_bytes));
         }
-        if self.hole {
-            writes::set_length(self.file.file(), self.file.path(), length_bytes)?;
+        self.spill()?;
+        let Self { blobs, file: Some(file), hole, .. } = self else {
+            return Err(io::ErrorKind::NotFound.into());
+        };
+        if hole {
+            writes::set_length(file.file(), file.path(), length_bytes)?;
         }
-        self.file.set_mode(0o444)?;
-        self.blobs.lease.date(self.file.file())?;
+        file.set_mode(0o444)?;
+        blobs.lease.date(file.file())?;
         if let Some(folder) = path.parent() {
             writes::make_folders(folder)?;
         }
-        self.file.persist(&path)?;
+        file.persist(&path)?;
+        blobs.durable.forget(&digest);
         Ok((digest, length_bytes))
     }
 }
@@ -157,12 +181,16 @@ fn is_whole(path: &Path, digest: &Digest, length_bytes: u64) -> bool {
 impl Write for BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.blobs.limit.take(bytes.len() as u64)?;
-        let count = self.file.write(bytes)?;
+        let count = match &mut self.file {
+            Some(file) => file.write(bytes)?,
+            None if self.memory.len() + bytes.len() <= SHORT_BYTES => self.memory.write(bytes)?,
+            None => self.spill()?.write(bytes)?,
+        };
         self.hasher.update(&bytes[..count]);
         Ok(count)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        Ok(())
     }
 }

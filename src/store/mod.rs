@@ -5,6 +5,7 @@
 //! crash took. Several kilns may use one store at once.
 
 mod blob;
+mod durable;
 mod lease;
 mod limit;
 mod record;
@@ -21,6 +22,7 @@ use kiln_digest::Digest;
 
 use crate::writes::{self, Unfinished};
 pub use blob::{BlobWriter, Blobs};
+use durable::Durable;
 use lease::Lease;
 pub use lease::Sweep;
 use limit::Limit;
@@ -105,6 +107,7 @@ pub struct Store {
     path: PathBuf,
     lease: Lease,
     limit: Arc<Limit>,
+    durable: Arc<Durable>,
     blobs: Blobs,
 }
 
@@ -142,8 +145,9 @@ impl Store {
             }
         })?;
         let limit = Arc::new(Limit::default());
-        let blobs = Blobs::new(path.join("blobs"), lease.clone(), Arc::clone(&limit));
-        let store = Self { path: path.to_owned(), lease, limit, blobs };
+        let durable = Arc::<Durable>::default();
+        let blobs = Blobs::new(path.join("blobs"), lease.clone(), Arc::clone(&limit), Arc::clone(&durable));
+        let store = Self { path: path.to_owned(), lease, limit, durable, blobs };
         store.check_version()?;
         Ok(store)
     }
@@ -263,21 +267,13 @@ impl Store {
         self.path.join("run")
     }
 
-    /// Makes the blobs `digests` survive a power failure, and nothing else.
+    /// Makes the blobs `digests` survive a power failure; those that this process has synced before do.
     ///
     /// # Errors
     /// What fsync(2) says.
     pub fn sync_blobs(&self, digests: &[Digest]) -> Result<(), StoreError> {
-        for digest in digests {
-            let path = self.blobs.path(digest);
-            let folder = path.parent().unwrap_or(&self.path);
-            // The folder of blobs too: the one in it may be new.
-            for path in [&path, folder, folder.parent().unwrap_or(folder)] {
-                let synced = fs::File::open(path).and_then(|file| writes::sync(&file, path));
-                synced.map_err(StoreError::at(path))?;
-            }
-        }
-        Ok(())
+        let synced = self.durable.sync(digests, |digest| self.blobs.path(digest));
+        synced.map_err(|(path, source)| StoreError::Io { path, source })
     }
 
     /// Whether the store lies on the file system that `path` does.

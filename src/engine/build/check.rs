@@ -5,10 +5,10 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::UNIX_EPOCH;
 
-use kiln_artifact::tree::{Kind as NodeKind, Tree};
+use kiln_artifact::tree::{Kind as NodeKind, Tree, TreePath};
 use kiln_digest::Digest;
 use kiln_virtio::fs::fingerprint_of;
 use kiln_virtio::fs::record::{Kind, Observed};
@@ -62,6 +62,10 @@ pub(super) struct Checker<'a, R> {
     nothing_hidden: Hidden,
     source: Option<OwnedFd>,
     work: Vec<u8>,
+    /// What steps see that are shown nothing.
+    nothing: OnceLock<Arc<view::Directory>>,
+    /// Whether the store and WORK are on one file system.
+    is_beside: OnceLock<bool>,
     // Protects the manifests that were read; held only to look one up or put one in.
     trees: Mutex<BTreeMap<Digest, Arc<Tree>>>,
 }
@@ -78,6 +82,8 @@ impl<'a, R> Checker<'a, R> {
             nothing_hidden: Hidden::default(),
             source: source.and_then(|source| File::open(source).ok()).map(OwnedFd::from),
             work: work_name(&settings.work.value),
+            nothing: OnceLock::new(),
+            is_beside: OnceLock::new(),
             trees: Mutex::default(),
         }
     }
@@ -115,6 +121,23 @@ impl<'a, R> Checker<'a, R> {
             trees.push((name, tree));
         }
         view::union(&trees, &step.inputs)
+    }
+
+    /// `tree` in a directory, as a step is shown it; all that are shown nothing share one. `owner` names the step that put
+    /// out a path.
+    pub fn directory(
+        &self,
+        tree: &Tree,
+        owner: impl Fn(&TreePath) -> String,
+    ) -> Result<Arc<view::Directory>, BuildError> {
+        if !view::is_nothing(tree) {
+            return Ok(Arc::new(view::write(tree, self.build.store, owner)?));
+        }
+        if let Some(nothing) = self.nothing.get() {
+            return Ok(Arc::clone(nothing));
+        }
+        let nothing = Arc::new(view::write(tree, self.build.store, owner)?);
+        Ok(Arc::clone(self.nothing.get_or_init(|| nothing)))
     }
 
     /// What the step sees of sources.
@@ -194,6 +217,11 @@ impl<'a, R> Checker<'a, R> {
             .unwrap_or_else(|| format!("the store has no trace of it in scope `{}`", self.index.scope()))
     }
 
+    /// How much memory the step's machine held the last time.
+    pub fn last_held_bytes(&self, step: &PlannedStep) -> Option<u64> {
+        self.index.last_run(&self.work, &step.name)?.held_bytes
+    }
+
     /// Gives WORK what it lacks of a step's outputs, and says how much that was.
     fn restore<G>(
         &self,
@@ -245,7 +273,7 @@ impl<'a, R> Checker<'a, R> {
     fn note_placed(&self, step: &PlannedStep, manifest: &Digest, tree: &Tree) {
         let stamped_nanos = now_nanos();
         let Ok(work) = File::open(&self.build.settings.work.value) else { return };
-        let entry = |path: &kiln_artifact::tree::TreePath| {
+        let entry = |path: &TreePath| {
             let (kind, content) = match &tree.shown(path)?.kind {
                 NodeKind::File { digest, .. } => (Kind::Regular, *digest),
                 NodeKind::Symlink(text) => (Kind::Link, Digest::of(text)),
@@ -275,7 +303,8 @@ impl<'a, R> Checker<'a, R> {
     /// WORK are on one file system.
     fn sync(&self, outputs: &Digest) -> Result<(), BuildError> {
         let store = self.build.store;
-        let synced = match store.is_beside(&self.build.settings.work.value) {
+        let is_beside = || store.is_beside(&self.build.settings.work.value);
+        let synced = match *self.is_beside.get_or_init(is_beside) {
             true => store.sync_blobs(&[*outputs]),
             false => store.sync(),
         };
@@ -300,7 +329,9 @@ impl<'a, R> Checker<'a, R> {
         let mut not_kept = ran.spoiled.clone();
         let failure = failure(ran);
         if let (Some(outputs), None) = (ran.outputs, &failure) {
-            if let Some(tree) = self.tree(&outputs) {
+            if !step.outputs.is_empty()
+                && let Some(tree) = self.tree(&outputs)
+            {
                 self.note_placed(step, &outputs, &tree);
             }
             if not_kept.is_none() {
@@ -327,6 +358,8 @@ impl<'a, R> Checker<'a, R> {
             outputs: ran.outputs,
             not_kept: not_kept.clone(),
             command_ms,
+            // Where it is not known of this run, that of the one before is the best guess.
+            held_bytes: ran.held_bytes.or_else(|| before.as_ref()?.held_bytes),
         };
         self.index.note_run(&self.work, &step.name, &run).map_err(Self::io("write a record to", store()))?;
         let same = ran.outputs.is_some() && before.is_some_and(|before| before.outputs == ran.outputs);

@@ -105,6 +105,7 @@ fn ran(outputs: Option<Digest>, changed: usize, command: Duration) -> Ran {
         undeclared: Vec::new(),
         changed,
         command,
+        held_bytes: None,
         machine: HERE.to_owned(),
     }
 }

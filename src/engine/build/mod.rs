@@ -13,16 +13,19 @@
 //! `schedule` decides what comes next; `check` and `view` prepare it; a [`Runner`] does it. That a step whose inputs are
 //! the same as before is not run again although what made them was, follows from the traces: nothing else knows of it.
 
+mod admission;
 mod check;
 mod gate;
 mod host_step;
 mod late;
 mod lower;
 mod meminfo;
+mod reservations;
 mod runner;
 mod schedule;
 pub mod sources;
 mod timeline;
+mod turns;
 mod view;
 mod worker;
 

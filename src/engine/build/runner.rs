@@ -39,12 +39,22 @@ pub struct Ran {
     pub changed: usize,
     /// How long the command ran.
     pub command: Duration,
+    /// How much of the host's memory its machine held at the end, where that is known.
+    pub held_bytes: Option<u64>,
     /// What ran it, in words.
     pub machine: String,
 }
 
 /// Runs steps.
 pub trait Runner: Sync {
+    /// How many steps, beside the `jobs` whose commands run, may be got ready for their commands meanwhile. A runner that
+    /// says so tells [`Setup`](crate::engine::Phase::Setup) before a step's command, and begins that when it was heard without an error; it tells
+    /// [`Collect`](crate::engine::Phase::Collect) as soon as another may begin.
+    fn ahead(&self, jobs: usize) -> usize {
+        let _ = jobs;
+        0
+    }
+
     /// What only a host knows of a step and its key has: names and digests of its root and kernel. What is not there yet
     /// is fetched or made.
     ///
@@ -72,6 +82,7 @@ pub trait Runner: Sync {
 /// Machines of this host.
 pub struct Machines<'a> {
     host: &'a Host,
+    processors: usize,
     // Protects what was found out of roots and kernels, each once: held while it is found out.
     known: Mutex<BTreeMap<String, Vec<(String, String)>>>,
     // Protects the files of roots that were asked for; held while they are found out.
@@ -84,7 +95,13 @@ impl<'a> Machines<'a> {
     /// Those of `host`.
     pub fn new(host: &'a Host) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { host, known: Mutex::default(), files: Mutex::default(), series: Series::new(processors) }
+        Self {
+            host,
+            processors,
+            known: Mutex::default(),
+            files: Mutex::default(),
+            series: Series::new(processors),
+        }
     }
 }
 
@@ -93,6 +110,10 @@ fn processors() -> u16 {
 }
 
 impl Runner for Machines<'_> {
+    fn ahead(&self, jobs: usize) -> usize {
+        jobs.min(self.processors)
+    }
+
     fn identify(
         &self,
         step: &Step,
@@ -168,6 +189,7 @@ impl Runner for Machines<'_> {
             undeclared,
             changed,
             command,
+            held_bytes: report.held_bytes,
             machine,
         })
     }

@@ -1,4 +1,5 @@
-//! Which step comes next, and when: each as soon as what it needs is there, as many at once as jobs and memory allow.
+//! Which step comes next, and when: each as soon as what it needs is there, as many at once as jobs and memory allow, and
+//! some more that are got ready for their turn.
 //!
 //! One thread, the caller's, owns the state of the build and tells the news. Workers check and run steps and send messages;
 //! what a worker changes for others is on disk, whole or not at all.
@@ -11,18 +12,22 @@ use std::thread;
 
 use kiln_digest::Digest;
 
+use super::admission::Admission;
 use super::check::{Checker, Standing};
 use super::gate::Gate;
-use super::meminfo::available_bytes;
 use super::runner::Runner;
-use super::worker::{Kept, Keys, Message, Task, Told, Worker};
+use super::turns::Turns;
+use super::worker::{Checked, Kept, Keys, Message, Task, Told, Worker};
 use super::{Build, BuildError, News, Outcome, Summary, Timeline, lower};
 use crate::engine::error::RunError;
-use crate::engine::event::Event;
+use crate::engine::event::{Event, Phase};
 use crate::plan::StepId;
 
 /// Most messages under way: a step that prints faster than that is told waits.
 const MESSAGES: usize = 256;
+
+/// Most steps that are checked as one task.
+const MOST_CHECKS: usize = 16;
 
 /// Where each step is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,6 +46,7 @@ enum State {
 struct Schedule<'b, 'a, R> {
     build: &'b Build<'a, R>,
     memory: &'b BTreeMap<StepId, u64>,
+    processors: usize,
     states: Vec<State>,
     outputs: Vec<Option<Digest>>,
     /// Whether it ran, or would.
@@ -48,11 +54,22 @@ struct Schedule<'b, 'a, R> {
     needed_by: Vec<Vec<StepId>>,
     queue: VecDeque<(StepId, String)>,
     checks: VecDeque<StepId>,
+    /// Steps that were handed out to be run, each with its lane.
     running: BTreeMap<StepId, usize>,
+    /// Those of them that need no machine any more.
+    leaving: BTreeSet<StepId>,
     checking: usize,
     failed: bool,
-    available_bytes: u64,
+    /// What steps that have to run took of memory the last time.
+    took: BTreeMap<StepId, u64>,
+    admission: Admission,
     summary: Summary,
+}
+
+/// Where tasks go. Checks are many and short, and do not wait for a step to be over.
+struct Tasks {
+    checks: Sender<Task>,
+    runs: Sender<Task>,
 }
 
 impl<R: Runner> Build<'_, R> {
@@ -91,23 +108,31 @@ impl<R: Runner> Build<'_, R> {
             memory.insert(*id, lowered.step.memory_bytes);
             keys.set(*id, lowered.key);
         }
-        let mut schedule = Schedule::new(self, wanted, &memory);
-        let workers = self.options.jobs.max(thread::available_parallelism().map_or(1, usize::from));
-        let (task_sender, tasks) = channel::<Task>();
-        let tasks = Mutex::new(tasks);
+        let jobs = self.options.jobs;
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let mut schedule = Schedule::new(self, wanted, &memory, processors);
+        let turns = Turns::new(jobs);
+        let (check_sender, checks) = channel();
+        let (run_sender, runs) = channel();
+        let (checks, runs) = (Mutex::new(checks), Mutex::new(runs));
+        // As many steps may be over and not kept yet as run.
+        let runners = jobs.saturating_add(self.runner.ahead(jobs)).saturating_add(jobs);
         let (sender, messages) = sync_channel(MESSAGES);
-        let hidden_paths = OnceLock::new();
+        let hidden = OnceLock::new();
         thread::scope(|scope| {
-            for _ in 0..workers.min(wanted.len()) {
-                let messages = sender.clone();
-                let worker = Worker { checker: &checker, keys: &keys, gate, messages, hidden: &hidden_paths };
-                let tasks = &tasks;
-                scope.spawn(move || worker.work(tasks));
+            for (tasks, workers) in [(&checks, processors), (&runs, runners)] {
+                for _ in 0..workers.min(wanted.len()) {
+                    let (messages, turns, hidden) = (sender.clone(), &turns, &hidden);
+                    let worker = Worker { checker: &checker, keys: &keys, gate, turns, messages, hidden };
+                    scope.spawn(move || worker.work(tasks));
+                }
             }
             drop(sender);
             // Given away, so that the workers end when all is done.
-            let result = schedule.attend(task_sender, &messages, timeline, news);
-            // Whoever still has something to say must not wait for somebody to hear it.
+            let tasks = Tasks { checks: check_sender, runs: run_sender };
+            let result = schedule.attend(tasks, &turns, &messages, timeline, news);
+            // Whoever still has something to say must not wait for somebody to hear it, nor for a turn.
+            turns.end();
             drop(messages);
             result
         })?;
@@ -135,11 +160,17 @@ impl<R: Runner> Build<'_, R> {
 }
 
 impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
-    fn new(build: &'b Build<'a, R>, wanted: &BTreeSet<StepId>, memory: &'b BTreeMap<StepId, u64>) -> Self {
+    fn new(
+        build: &'b Build<'a, R>,
+        wanted: &BTreeSet<StepId>,
+        memory: &'b BTreeMap<StepId, u64>,
+        processors: usize,
+    ) -> Self {
         let count = build.plan.steps.len();
         let mut schedule = Self {
             build,
             memory,
+            processors,
             states: vec![State::Unwanted; count],
             outputs: vec![None; count],
             ran: vec![false; count],
@@ -147,9 +178,11 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             queue: VecDeque::new(),
             checks: VecDeque::new(),
             running: BTreeMap::new(),
+            leaving: BTreeSet::new(),
             checking: 0,
             failed: false,
-            available_bytes: available_bytes(),
+            took: BTreeMap::new(),
+            admission: Admission::new(build.store.run()),
             summary: Summary::default(),
         };
         for (id, outputs) in &build.given {
@@ -171,6 +204,11 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
         schedule
     }
 
+    /// Whether no further step begins.
+    fn stops(&self) -> bool {
+        self.failed && !self.build.options.keep_going
+    }
+
     /// What the steps that `id` needs have put out.
     fn needs(&self, id: StepId) -> Vec<(StepId, Digest)> {
         let needs = self.build.plan.step(id).needs.iter();
@@ -180,38 +218,54 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
     /// Hands out what can be done, until all is done.
     fn attend(
         &mut self,
-        tasks: Sender<Task>,
+        tasks: Tasks,
+        turns: &Turns,
         messages: &Receiver<Message>,
         timeline: &mut Timeline,
         news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
     ) -> Result<(), BuildError> {
         let told = |source| RunError::Session(crate::agent::SessionError::Output(source));
         loop {
-            let stops = self.failed && !self.build.options.keep_going;
-            while !stops && let Some(id) = self.checks.pop_front() {
-                self.hand_out_check(id, &tasks, timeline, news);
+            let stops = self.stops();
+            if !stops {
+                self.hand_out_checks(&tasks.checks, timeline, news);
             }
             while !stops && let Some((id, why)) = self.next_to_run() {
                 let name = &self.build.plan.step(id).name;
                 let _ = news(News::Starts(name, &why));
                 self.states[id.0] = State::Runs;
                 self.running.insert(id, timeline.begin(name));
-                let _ = tasks.send(Task::Run(id, self.needs(id), why));
+                let _ = tasks.runs.send(Task::Run(id, self.needs(id), why));
             }
             if self.running.is_empty() && self.checking == 0 {
                 break;
             }
             let Ok(message) = messages.recv() else { break };
+            let mut over = None;
             match message {
                 Message::Event(id, event) => self.tell(id, event, timeline, news).map_err(told)?,
-                Message::Checked(id, standing, took) => {
-                    self.checking -= 1;
-                    let name = &self.build.plan.step(id).name;
-                    timeline.check(name, took);
-                    let _ = news(News::Checked(name, took));
-                    self.checked(id, standing, timeline, news);
+                Message::Checked(steps) => {
+                    for Checked { id, standing, took, lasted } in steps {
+                        self.checking -= 1;
+                        self.took.extend(took.map(|took| (id, took)));
+                        let name = &self.build.plan.step(id).name;
+                        timeline.check(name, lasted);
+                        let _ = news(News::Checked(name, lasted));
+                        self.checked(id, standing, timeline, news);
+                    }
                 }
-                Message::Ran(id, kept) => self.over(id, kept, timeline, news),
+                Message::Ran(id, kept) => {
+                    over = Some(id);
+                    self.over(id, kept, timeline, news);
+                }
+                Message::CalledOff(id) => self.end(id, Outcome::Skipped, timeline, news),
+            }
+            if self.stops() {
+                turns.end();
+            }
+            // Only now: nobody begins who would have waited for a step that failed.
+            if let Some(id) = over {
+                turns.give_back(id);
             }
         }
         for index in 0..self.states.len() {
@@ -222,13 +276,33 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
         Ok(())
     }
 
-    fn hand_out_check(
+    /// Hands out all checks that can be done: some at a time, but enough pieces for all processors.
+    fn hand_out_checks(
         &mut self,
-        id: StepId,
         tasks: &Sender<Task>,
         timeline: &mut Timeline,
         news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
     ) {
+        let pieces = 4 * self.processors;
+        let at_once = self.checks.len().div_ceil(pieces).clamp(1, MOST_CHECKS);
+        let mut piece = Vec::new();
+        while let Some(id) = self.checks.pop_front() {
+            if self.is_to_be_checked(id, timeline, news) {
+                piece.push((id, self.needs(id)));
+            }
+            if piece.len() == at_once || self.checks.is_empty() && !piece.is_empty() {
+                let _ = tasks.send(Task::Check(std::mem::take(&mut piece)));
+            }
+        }
+    }
+
+    /// Whether the step `id` is to be checked: a dry run knows of some that they would run.
+    fn is_to_be_checked(
+        &mut self,
+        id: StepId,
+        timeline: &mut Timeline,
+        news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
+    ) -> bool {
         self.states[id.0] = State::Checks;
         let step = self.build.plan.step(id);
         let would_run = step.needs.iter().find(|need| self.ran[need.0]);
@@ -239,26 +313,25 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
                 news(News::Starts(&step.name, &format!("step `{name}`, which it needs, has to run first")));
             self.ran[id.0] = true;
             self.end(id, Outcome::WouldRun, timeline, news);
-            return;
+            return false;
         }
         self.checking += 1;
         let _ = news(News::Checks(&step.name));
-        let _ = tasks.send(Task::Check(id, self.needs(id)));
+        true
     }
 
     /// The next step that has to run, if one may now.
     fn next_to_run(&mut self) -> Option<(StepId, String)> {
-        if self.running.len() >= self.build.options.jobs {
+        let jobs = self.build.options.jobs;
+        if self.running.len() - self.leaving.len() >= jobs.saturating_add(self.build.runner.ahead(jobs)) {
             return None;
         }
-        let memory = |id: &StepId| self.memory.get(id).copied().unwrap_or(0);
         let (next, _) = self.queue.front()?;
-        let taken: u64 = self.running.keys().map(memory).sum();
-        let room = self.available_bytes.saturating_sub(taken).min(available_bytes());
-        if !self.running.is_empty() && memory(next) > room {
-            return None;
+        let declared_bytes = self.memory.get(next).copied().unwrap_or(0);
+        match self.admission.admit(*next, declared_bytes, self.took.get(next).copied()) {
+            true => self.queue.pop_front(),
+            false => None,
         }
-        self.queue.pop_front()
     }
 
     fn tell(
@@ -275,6 +348,9 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             Told::Machine(identity) => Event::Machine(identity),
             Told::Output(stream, data) => Event::Output(*stream, data),
             Told::Phase(phase, time, ended) => {
+                if *phase == Phase::Collect {
+                    self.leaving.insert(id);
+                }
                 if let Some(lane) = self.running.get(&id) {
                     timeline.phase(*lane, *phase, *time, *ended);
                 }
@@ -341,6 +417,12 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
         news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
     ) {
         let name = &self.build.plan.step(id).name;
+        self.leaving.remove(&id);
+        let held_bytes = match &outcome {
+            Outcome::Ran { ran, .. } | Outcome::CommandFailed(ran) => ran.held_bytes,
+            _ => None,
+        };
+        self.admission.release(id, held_bytes);
         if let Some(lane) = self.running.remove(&id) {
             timeline.end(lane, &outcome);
         }

@@ -9,13 +9,17 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kiln_artifact::tree::{Kind, Tree};
+use kiln_artifact::tree::{Kind, Tree, TreePath};
 use kiln_digest::{Digest, HashingReader};
+use kiln_virtio::fs::record::Kind as FileKind;
 
 use super::BuildError;
 use crate::cache::verify::shown;
 use crate::plan::Outputs;
 use crate::store::Store;
+
+/// The mode of a view's top, where nothing says another.
+const TOP_MODE: u32 = 0o755;
 
 /// The outputs of the steps `needs`, each with the step's name, as one tree: what of it `inputs` names, or all.
 ///
@@ -87,6 +91,11 @@ impl Drop for Directory {
     }
 }
 
+/// Whether `tree` shows nothing but an ordinary folder.
+pub(super) fn is_nothing(tree: &Tree) -> bool {
+    tree.iter().all(|(path, node)| path.is_root() && shown(node) == Some((FileKind::Directory, TOP_MODE, 0)))
+}
+
 /// Writes `tree` into a directory of its own, as a step is shown it. `owner` names the step that put out a path.
 ///
 /// # Errors
@@ -94,7 +103,7 @@ impl Drop for Directory {
 pub(super) fn write(
     tree: &Tree,
     store: &Store,
-    owner: impl Fn(&kiln_artifact::tree::TreePath) -> String,
+    owner: impl Fn(&TreePath) -> String,
 ) -> Result<Directory, BuildError> {
     let directory = Directory::new(store)?;
     for (path, node) in tree.iter().filter(|(path, _)| !path.is_root()) {
@@ -124,8 +133,7 @@ pub(super) fn write(
             set.map_err(|source| BuildError::Io { what: "set the mode of", path: place, source })?;
         }
     }
-    let top =
-        tree.get(&kiln_artifact::tree::TreePath::root()).and_then(shown).map_or(0o755, |(_, mode, _)| mode);
+    let top = tree.get(&TreePath::root()).and_then(shown).map_or(TOP_MODE, |(_, mode, _)| mode);
     let set = fs::set_permissions(&directory.0, Permissions::from_mode(top));
     set.map_err(|source| BuildError::Io { what: "set the mode of", path: directory.0.clone(), source })?;
     Ok(directory)

@@ -15,7 +15,8 @@ use kiln_wire::Stream;
 use super::check::{Checker, Standing, now_nanos};
 use super::gate::Gate;
 use super::runner::{Ran, Runner};
-use super::{BuildError, lower, sources, view};
+use super::turns::Turns;
+use super::{BuildError, lower, sources};
 use crate::cache::{Hidden, Key};
 use crate::engine::event::{Event, Phase};
 use crate::engine::step::View;
@@ -23,6 +24,9 @@ use crate::machine::{Identity, PathBytes};
 use crate::plan::StepId;
 use crate::plan::graph::Command;
 use std::collections::BTreeMap;
+
+/// How long results of checks are kept back until others are there.
+const SOON: Duration = Duration::from_millis(3);
 
 /// An event of a step, on its way to the thread that tells it.
 pub(super) enum Told {
@@ -35,10 +39,21 @@ pub(super) enum Told {
 }
 
 pub(super) enum Message {
-    /// How it stands, and how long it took to say so.
-    Checked(StepId, Result<Standing, BuildError>, Duration),
+    Checked(Vec<Checked>),
     Event(StepId, Told),
     Ran(StepId, Result<Kept, BuildError>),
+    /// Its command did not begin, as the build ended before.
+    CalledOff(StepId),
+}
+
+/// How a step stands.
+pub(super) struct Checked {
+    pub id: StepId,
+    pub standing: Result<Standing, BuildError>,
+    /// How much memory it took the last time, where it has to run.
+    pub took: Option<u64>,
+    /// How long it took to say so.
+    pub lasted: Duration,
 }
 
 /// A run and what became of it.
@@ -63,7 +78,8 @@ impl Keys {
 }
 
 pub(super) enum Task {
-    Check(StepId, Vec<(StepId, Digest)>),
+    /// Several at once: to wake a thread takes as long as to check a small step.
+    Check(Vec<(StepId, Vec<(StepId, Digest)>)>),
     Run(StepId, Vec<(StepId, Digest)>, String),
 }
 
@@ -72,6 +88,7 @@ pub(super) struct Worker<'b, 'a, R> {
     pub checker: &'b Checker<'a, R>,
     pub keys: &'b Keys,
     pub gate: &'b Gate,
+    pub turns: &'b Turns,
     pub messages: SyncSender<Message>,
     /// What of SRCDIR no step is shown, found by whoever needs it first.
     pub hidden: &'b OnceLock<Vec<PathBytes>>,
@@ -85,16 +102,27 @@ impl<R: Runner> Worker<'_, '_, R> {
             let task = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let message = match task {
                 Err(_) => return,
-                Ok(Task::Check(id, needs)) => {
-                    let began = Instant::now();
-                    let standing = self.check(id, &needs);
-                    let standing = standing.inspect_err(|error| self.forget(error, &needs));
-                    Message::Checked(id, standing, began.elapsed())
+                Ok(Task::Check(steps)) => {
+                    let (mut began, mut checked) = (Instant::now(), Vec::with_capacity(steps.len()));
+                    for (id, needs) in steps {
+                        checked.push(self.checked(id, &needs));
+                        // Whoever can go on meanwhile is not kept waiting for those that take long.
+                        if began.elapsed() > SOON {
+                            began = Instant::now();
+                            if self.messages.send(Message::Checked(std::mem::take(&mut checked))).is_err() {
+                                return;
+                            }
+                        }
+                    }
+                    Message::Checked(checked)
                 }
                 Ok(Task::Run(id, needs, why)) => {
                     let kept = self.run(id, &needs, &why);
                     self.gate.leave(id);
-                    Message::Ran(id, kept.inspect_err(|error| self.forget(error, &needs)))
+                    match self.turns.has_refused(id) {
+                        true => Message::CalledOff(id),
+                        false => Message::Ran(id, kept.inspect_err(|error| self.forget(error, &needs))),
+                    }
                 }
             };
             if self.messages.send(message).is_err() {
@@ -114,6 +142,16 @@ impl<R: Runner> Worker<'_, '_, R> {
                 let _ = self.checker.index.forget(&key.digest(), manifest);
             }
         }
+    }
+
+    fn checked(&self, id: StepId, needs: &[(StepId, Digest)]) -> Checked {
+        let began = Instant::now();
+        let standing = self.check(id, needs).inspect_err(|error| self.forget(error, needs));
+        let took = match &standing {
+            Ok(Standing::Must(_)) => self.checker.last_held_bytes(self.checker.build.plan.step(id)),
+            _ => None,
+        };
+        Checked { id, standing, took, lasted: began.elapsed() }
     }
 
     fn check(&self, id: StepId, needs: &[(StepId, Digest)]) -> Result<Standing, BuildError> {
@@ -156,10 +194,10 @@ impl<R: Runner> Worker<'_, '_, R> {
             let need = needs.iter().find(puts_out);
             need.map_or_else(String::new, |(need, _)| build.plan.step(*need).name.clone())
         };
-        let work = view::write(&tree, build.store, owner)?;
+        let work = self.checker.directory(&tree, owner)?;
         let sources = match planned.sources.is_empty() {
             true => None,
-            false => Some(view::write(&self.checker.sources(planned), build.store, TreePath::to_string)?),
+            false => Some(self.checker.directory(&self.checker.sources(planned), TreePath::to_string)?),
         };
         let hidden = self.hidden.get_or_init(|| {
             self.checker.source().map_or_else(Vec::new, |source| walk(source, &self.checker.hidden))
@@ -195,13 +233,21 @@ impl<R: Runner> Worker<'_, '_, R> {
                     Told::Output(stream, data.to_vec())
                 }
                 Event::Phase(phase, time) => {
-                    if phase == Phase::Record {
-                        self.gate.enter(id);
+                    match phase {
+                        // All that its machine was for is done.
+                        Phase::Collect => self.turns.give_back(id),
+                        Phase::Record => self.gate.enter(id),
+                        _ => {}
                     }
                     Told::Phase(phase, time, Instant::now())
                 }
             };
-            self.messages.send(Message::Event(id, told)).map_err(|_| io::ErrorKind::BrokenPipe.into())
+            let is_ready = matches!(told, Told::Phase(Phase::Setup, ..));
+            let sent = self.messages.send(Message::Event(id, told));
+            if is_ready && !self.turns.take(id) {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
         };
         let ran = build.runner.run(&step, &mut listen)?;
         if let Some(error) = log_error {

@@ -176,6 +176,12 @@ impl Bench<'_> {
         };
         match &make.what {
             What::Squashfs { codec, block_bytes } => {
+                let without = without_lists(&mut tree);
+                if without > 0 {
+                    progress(&format!(
+                        "{path} is without the access control lists of {without} files: squashfs has none"
+                    ));
+                }
                 let options = squashfs::Options {
                     codec: *codec,
                     block_bytes: *block_bytes,
@@ -341,6 +347,18 @@ impl Bench<'_> {
         made.insert(path, node);
         Ok(())
     }
+}
+
+/// Takes away attributes that squashfs has no place for, as mksquashfs does, and counts the files that had some: modes stay,
+/// lists of access control go. Capabilities and other `security.` attributes stay.
+fn without_lists(tree: &mut Tree) -> usize {
+    let mut files = 0;
+    for (_, node) in tree.iter_mut() {
+        let before = node.meta.xattrs.len();
+        node.meta.xattrs.retain(|name, _| !name.starts_with(b"system."));
+        files += usize::from(node.meta.xattrs.len() < before);
+    }
+    files
 }
 
 /// A command line from a file that people write: without lines of comments, in one line.

@@ -107,6 +107,9 @@ pub trait Lender: Send {
     /// # Errors
     /// The lender is gone.
     fn console(&self) -> io::Result<String>;
+
+    /// Its process, where the system says.
+    fn process(&self) -> Option<i32>;
 }
 
 /// A machine that was lent.
@@ -165,6 +168,10 @@ impl Machine for Lent {
 
     fn console(&self) -> String {
         self.lender.console().unwrap_or_default()
+    }
+
+    fn processes(&self) -> Vec<i32> {
+        self.lender.process().into_iter().collect()
     }
 }
 

@@ -114,6 +114,11 @@ impl Machine for QemuMachine {
     fn console(&self) -> String {
         self.console.text()
     }
+
+    fn processes(&self) -> Vec<i32> {
+        let devices = self.devices.as_ref().map(|devices| &devices.process);
+        [Some(&self.process), devices].into_iter().flatten().filter_map(Process::number).collect()
+    }
 }
 
 fn in_words(status: ExitStatus) -> String {

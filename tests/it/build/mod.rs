@@ -353,6 +353,30 @@ fn no_more_steps_run_at_once_than_jobs_and_as_many_as_those() {
 }
 
 #[test]
+fn steps_are_got_ready_while_others_run_and_begin_when_their_turn_comes() {
+    let mut world = world();
+    world.options.jobs = 1;
+    world.ahead = 2;
+    let recipe: String = (0..12).map(|n| format!("[steps.s{n}]\nrun = \"wait\"\n")).collect();
+    let built = world.build(&recipe);
+    assert_eq!((built.ran.len(), built.most), (12, 1));
+    // One more where its turn has come and it has not said so yet.
+    assert!((2..=3).contains(&built.most_ready), "{}", built.most_ready);
+}
+
+#[test]
+fn a_step_that_was_got_ready_does_not_begin_after_a_failure() {
+    let mut world = world();
+    world.options.jobs = 1;
+    world.ahead = 2;
+    let rest: String = (0..6).map(|n| format!("[steps.s{n}]\nrun = \"write x 1\"\n")).collect();
+    let built = world.build(&format!("[steps.a]\nrun = \"wait\\nfail\"\n{rest}"));
+    assert_eq!((built.ran, built.most_ready), (vec!["a".to_owned()], 2));
+    assert_eq!(built.summary.count(|outcome| matches!(outcome, Outcome::Skipped)), 6);
+    assert_eq!(built.summary.outcomes.len(), 7);
+}
+
+#[test]
 fn a_target_builds_what_it_needs_and_no_more() {
     let world = world();
     let built = world.build_targets(RECIPE, &["link"]);

@@ -35,6 +35,8 @@ pub struct World {
     pub settings: Settings,
     pub store: Store,
     pub options: Options,
+    /// How many steps a player gets ready while others run.
+    pub ahead: usize,
 }
 
 /// What a build came to, as tests look at it.
@@ -46,6 +48,8 @@ pub struct Built {
     pub reasons: BTreeMap<String, String>,
     /// Most that ran at once.
     pub most: usize,
+    /// Most that were ready at once and waited for their turn.
+    pub most_ready: usize,
 }
 
 impl Built {
@@ -92,7 +96,7 @@ impl World {
             read_scopes: Vec::new(),
         };
         let settings = settings.expect("good settings");
-        Self { settings, folder: folder.to_owned(), _own: None, store, options }
+        Self { settings, folder: folder.to_owned(), _own: None, store, options, ahead: 0 }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -143,7 +147,8 @@ impl World {
         let summary =
             build.run(&wanted, &Gate::default(), &mut Timeline::default(), &mut news).expect("it goes");
         let ran = runner.ran.into_inner().expect("no panic");
-        Built { summary, ran, reasons, most: runner.most.into_inner() }
+        let [most, most_ready] = [runner.most, runner.most_ready].map(AtomicUsize::into_inner);
+        Built { summary, ran, reasons, most, most_ready }
     }
 }
 
@@ -155,6 +160,8 @@ pub struct Player<'a> {
     ran: Mutex<Vec<String>>,
     now: AtomicUsize,
     most: AtomicUsize,
+    ready: AtomicUsize,
+    most_ready: AtomicUsize,
 }
 
 /// What a step has seen of a share.
@@ -240,7 +247,8 @@ fn listing(folder: &Path) -> Digest {
 
 impl<'a> Player<'a> {
     pub fn new(world: &'a World) -> Self {
-        Self { world, ran: Mutex::default(), now: AtomicUsize::new(0), most: AtomicUsize::new(0) }
+        let [now, most, ready, most_ready] = [const { AtomicUsize::new(0) }; 4];
+        Self { world, ran: Mutex::default(), now, most, ready, most_ready }
     }
 
     fn play(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError> {
@@ -288,6 +296,10 @@ impl<'a> Player<'a> {
         }
         let told = events(Event::Output(Stream::Stdout, format!("{} speaks\n", step.name).as_bytes()));
         told.map_err(|source| RunError::Io { what: "tell", source })?;
+        self.now.fetch_sub(1, Ordering::SeqCst);
+        if code == 0 {
+            let _ = events(Event::Phase(Phase::Collect, Duration::ZERO));
+        }
         let _ = events(Event::Phase(Phase::Record, Duration::ZERO));
         let mut manifest = None;
         let mut changed = 0;
@@ -311,6 +323,7 @@ impl<'a> Player<'a> {
             undeclared: Vec::new(),
             changed,
             command: Duration::from_millis(1),
+            held_bytes: None,
             machine: "a player".to_owned(),
         })
     }
@@ -343,13 +356,20 @@ impl Runner for Player<'_> {
         Ok(Arc::new(directory::import(&self.world.store, path).expect("a folder")))
     }
 
+    fn ahead(&self, _: usize) -> usize {
+        self.world.ahead
+    }
+
     fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError> {
+        let ready = self.ready.fetch_add(1, Ordering::SeqCst) + 1;
+        self.most_ready.fetch_max(ready, Ordering::SeqCst);
+        let begins = events(Event::Phase(Phase::Setup, Duration::ZERO));
+        self.ready.fetch_sub(1, Ordering::SeqCst);
+        begins.map_err(|source| RunError::Io { what: "begin", source })?;
         self.ran.lock().unwrap_or_else(PoisonError::into_inner).push(step.name.clone());
         let now = self.now.fetch_add(1, Ordering::SeqCst) + 1;
         self.most.fetch_max(now, Ordering::SeqCst);
-        let ran = self.play(step, events);
-        self.now.fetch_sub(1, Ordering::SeqCst);
-        ran
+        self.play(step, events)
     }
 }
 
