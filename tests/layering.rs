@@ -29,7 +29,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("fetch", &["machine", "plan", "store"]),
     ("sign", &[]),
     ("machine", &[]),
-    ("agent", &["store"]),
+    ("agent", &["plan", "store"]),
     ("store", &["clock", "writes"]),
     ("writes", &[]),
     ("settings", &["plan"]),

@@ -180,25 +180,32 @@ fn carry_through(
         talk.work(session.insert(opened), exec, input, events)
     });
     let (doing, is_off) = (talk.doing, talk.is_off);
-    if let Err(RunError::Session(error)) = &conversation {
-        if stopped.load(Ordering::Acquire) {
-            return Err(RunError::Stopped { doing });
+    // An agent that answers nothing any more leaves a machine that nobody can look into.
+    let can_stay = !is_off && conversation.as_ref().err().is_none_or(RunError::leaves_session_usable);
+    let conversation = match conversation {
+        Err(RunError::Session(_)) if stopped.load(Ordering::Acquire) => Err(RunError::Stopped { doing }),
+        Err(RunError::Session(SessionError::Closed)) => {
+            let death = machine.death(DEATH_PATIENCE);
+            quote_console(&machine.console(), events);
+            Err(RunError::Died { doing, death })
         }
-        match error {
-            SessionError::Closed => {
-                let death = machine.death(DEATH_PATIENCE);
-                quote_console(&machine.console(), events);
-                return Err(RunError::Died { doing, death });
-            }
-            SessionError::Silent { .. } => quote_console(&machine.console(), events),
-            _ => {}
+        // Only a command with a time-out is waited for so long: whatever became of it, it took longer than that.
+        Err(RunError::Session(SessionError::Silent { doing: RUNNING, .. })) => {
+            quote_console(&machine.console(), events);
+            let text = "the command's time had passed and its machine did not stop it: it hung, or was kept from answering";
+            let _ = events(Event::Warning(text));
+            Ok((Ended::Ran(Outcome::TimedOut, Usage::default()), None))
         }
-    }
+        Err(RunError::Session(error @ SessionError::Silent { .. })) => {
+            quote_console(&machine.console(), events);
+            Err(RunError::Session(error))
+        }
+        other => other,
+    };
     if let Err(RunError::Root { filesystem, .. }) = &conversation {
         // What errno leaves out, some file systems say on the console only.
         quote_console(&console_about(&*machine, filesystem.name()), events);
     }
-    let can_stay = !is_off && conversation.as_ref().err().is_none_or(RunError::leaves_session_usable);
     let identity = machine.identity().clone();
     let ((ended, collection), record) = match session.filter(|_| step.keep != Keep::Never && can_stay) {
         Some(session) => {
