@@ -10,15 +10,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use clap::Args;
-use signal_hook::iterator::Signals;
+use signal_hook::SigId;
+use signal_hook::iterator::{Handle, Signals};
 
+use super::again::StepCommands;
 use super::interrupt::{heeded_signals, write_now};
+use super::keep::{self, KeepFailedFlags};
 use super::report::Reporter;
 use super::{FAILED, Failure, USAGE, recipe, show};
 use crate::cache::Scope;
 use crate::engine::Host;
 use crate::engine::build::sources::{self, Locked, Permission};
 use crate::engine::build::{Build, Gate, Machines, Options, Outcome, Timeline};
+use crate::keeper::background::Caller;
 use crate::plan::Plan;
 use crate::plan::graph::UnknownTarget;
 use crate::settings::{Flags, Settings};
@@ -33,6 +37,7 @@ Examples:
   kiln build                  the target `default`, or every step
   kiln build -n package       what would run for that step, and why
   kiln build -k -j 4          go on after a failure; four steps at once
+  kiln build --keep           keep the machine of a step that fails
   kiln build --locked         refuse what kiln.lock does not name")]
 pub(super) struct BuildArguments {
     /// Targets and steps
@@ -53,6 +58,8 @@ pub(super) struct BuildArguments {
     /// Let outputs replace files in WORK that kiln did not put there
     #[arg(long)]
     overwrite: bool,
+    #[command(flatten)]
+    keep: KeepFailedFlags,
     #[command(flatten)]
     scopes: ScopeFlags,
     /// Write events as JSON, one a line, to standard output
@@ -159,10 +166,23 @@ impl Opened {
     }
 }
 
-/// `kiln build`.
-pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<ExitCode, Failure> {
+impl BuildArguments {
+    /// Whether this build may have to outlive its caller. One that says something wrong will not get so far.
+    pub fn may_stay(&self) -> bool {
+        !self.dry_run && matches!(self.keep.idle(), Ok(Some(_)))
+    }
+}
+
+/// `kiln build`; with a `caller`, whom it gives its status where machines stay.
+pub(super) fn build(
+    arguments: &BuildArguments,
+    mut flags: Flags,
+    caller: Option<Caller>,
+) -> Result<ExitCode, Failure> {
     flags.work.clone_from(&arguments.work);
     flags.no_template = arguments.no_template;
+    let idle = arguments.keep.idle()?;
+    let commands = StepCommands::new(&flags, &arguments.scopes, arguments.overwrite);
     let opened = open(flags)?;
     if arguments.jobs == Some(0) {
         return Err(Failure { text: "--jobs takes 1 or more".to_owned(), hint: None, code: USAGE });
@@ -181,21 +201,18 @@ pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<Exit
     })?;
 
     let gate = Gate::default();
-    let is_interrupted = watch(&gate, &opened.host, arguments.json)?;
-    let mut reporter = Reporter::new(arguments.quiet, arguments.json, wanted.len());
+    let watch = Watch::start(&gate, &opened.host, arguments.json)?;
+    let mut reporter = Reporter::new(arguments.quiet, arguments.json, wanted.len())
+        .with_commands(commands, keep::store_words(&opened.host.settings));
     let permission = opened.host.permission();
     let steps = wanted.iter().flat_map(|id| &opened.plan.step(*id).sources);
     let (settings, store) = (&opened.host.settings, &opened.host.store);
     let sources = sources::lock(steps, settings, store, &permission, &mut |text| reporter.progress(text))?;
-    let machines = Machines::new(&opened.host);
+    let machines = Machines::new(&opened.host).keeping(idle);
     let build = opened.build(&machines, sources, permission, options);
     let mut timeline = Timeline::default();
     let summary = build.run(&wanted, &gate, &mut timeline, &mut |news| {
-        // A terminal sends its signal to the machines as well: what ends because of that is not news, and the watcher
-        // ends all of it.
-        while is_interrupted.load(Ordering::SeqCst) {
-            thread::park();
-        }
+        watch.settle();
         reporter.tell(&news)
     })?;
     if let Some((path, file)) = trace_out {
@@ -213,36 +230,69 @@ pub(super) fn build(arguments: &BuildArguments, mut flags: Flags) -> Result<Exit
     });
     let code = if summary.is_good() { 0 } else { failed_to_start.unwrap_or(FAILED) };
     reporter.end(&summary, code, settings);
-    Ok(ExitCode::from(code))
+    let kept = machines.into_kept();
+    match caller {
+        Some(caller) if !kept.is_empty() => Ok(keep::stay_with(kept, caller, code)),
+        _ => Ok(ExitCode::from(code)),
+    }
 }
 
 /// Ends the build on Ctrl-C and its like: between two merges, and with a word on what stays.
-/// Gives what the signal's handler itself sets: whatever fails because of the signal fails after that.
-pub(super) fn watch(gate: &Gate, host: &Host, json: bool) -> Result<Arc<AtomicBool>, Failure> {
-    let failure = |error: io::Error| Failure::new(&error, None, FAILED);
-    let is_interrupted = Arc::<AtomicBool>::default();
-    let heeded = heeded_signals();
-    let mut signals = Signals::new(&heeded).map_err(failure)?;
-    for signal in heeded {
-        signal_hook::flag::register(signal, Arc::clone(&is_interrupted)).map_err(failure)?;
+pub(super) struct Watch {
+    // Set by the signal's handler itself: whatever fails because of the signal fails after that.
+    is_interrupted: Arc<AtomicBool>,
+    flags: Vec<SigId>,
+    signals: Handle,
+}
+
+impl Watch {
+    /// Watches from now on. `json`: an event is written too.
+    ///
+    /// # Errors
+    /// What registering for signals says.
+    pub fn start(gate: &Gate, host: &Host, json: bool) -> Result<Self, Failure> {
+        let failure = |error: io::Error| Failure::new(&error, None, FAILED);
+        let is_interrupted = Arc::<AtomicBool>::default();
+        let heeded = heeded_signals();
+        let mut signals = Signals::new(&heeded).map_err(failure)?;
+        let handle = signals.handle();
+        let flag = |signal| signal_hook::flag::register(signal, Arc::clone(&is_interrupted));
+        let flags = heeded.into_iter().map(flag).collect::<io::Result<_>>().map_err(failure)?;
+        let gate = gate.clone();
+        let (temporary, work) = (host.store.temporary(), host.settings.work.value.clone());
+        thread::spawn(move || {
+            let Some(signal) = signals.forever().next() else { return };
+            gate.shut();
+            let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
+            let text = format!(
+                "interrupted by {name}; what ended before is done and its outputs are in WORK `{}`, nothing else is",
+                work.display()
+            );
+            let _ = std::fs::remove_dir_all(&temporary);
+            if json {
+                let event = serde_json::json!({"event": "error", "text": text, "hint": null});
+                write_now(io::stdout(), &format!("{event}\n"));
+            }
+            write_now(io::stderr(), &format!("\n{}", show::error_line(&text)));
+            std::process::exit(128 + signal)
+        });
+        Ok(Self { is_interrupted, flags, signals: handle })
     }
-    let gate = gate.clone();
-    let (temporary, work) = (host.store.temporary(), host.settings.work.value.clone());
-    thread::spawn(move || {
-        let Some(signal) = signals.forever().next() else { return };
-        gate.shut();
-        let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
-        let text = format!(
-            "interrupted by {name}; what ended before is done and its outputs are in WORK `{}`, nothing else is",
-            work.display()
-        );
-        let _ = std::fs::remove_dir_all(&temporary);
-        if json {
-            let event = serde_json::json!({"event": "error", "text": text, "hint": null});
-            write_now(io::stdout(), &format!("{event}\n"));
+
+    /// Returns only where there was no signal. A terminal sends its own to the machines as well: what ends because of that
+    /// is not news, and the watcher ends all of it.
+    pub fn settle(&self) {
+        while self.is_interrupted.load(Ordering::SeqCst) {
+            thread::park();
         }
-        write_now(io::stderr(), &format!("\n{}", show::error_line(&text)));
-        std::process::exit(128 + signal)
-    });
-    Ok(is_interrupted)
+    }
+
+    /// Watches no longer: signals are another's.
+    pub fn call_off(self) {
+        self.settle();
+        self.signals.close();
+        for flag in self.flags {
+            signal_hook::low_level::unregister(flag);
+        }
+    }
 }

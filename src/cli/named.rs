@@ -6,13 +6,11 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
-use std::thread;
 
 use clap::Args;
 use serde_json::json;
 
-use super::build::{ScopeFlags, looking, watch};
+use super::build::{ScopeFlags, Watch, looking};
 use super::report::{Reporter, code_of};
 use super::run::{KILN_FAILED, RunArguments};
 use super::show::{self, line};
@@ -112,7 +110,7 @@ fn try_run(arguments: &RunArguments, name: &str, flags: Flags) -> Result<u8, Fai
     plan.steps.push(PlannedStep { needs: given.keys().copied().collect(), ..planned });
 
     let gate = Gate::default();
-    let is_interrupted = watch(&gate, &host, arguments.json)?;
+    let watch = Watch::start(&gate, &host, arguments.json)?;
     let machines = Machines::new(&host);
     let build = Build {
         plan: &plan,
@@ -128,9 +126,7 @@ fn try_run(arguments: &RunArguments, name: &str, flags: Flags) -> Result<u8, Fai
     };
     let mut reporter = Reporter::new(arguments.quiet, arguments.json, 1);
     let summary = build.run(&[id].into(), &gate, &mut Timeline::default(), &mut |news: News<'_>| {
-        while is_interrupted.load(Ordering::SeqCst) {
-            thread::park();
-        }
+        watch.settle();
         reporter.tell(&news)
     })?;
     let code = match summary.outcomes.first() {

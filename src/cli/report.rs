@@ -7,6 +7,8 @@ use std::time::Duration;
 use kiln_wire::Stream;
 use serde_json::{Value, json};
 
+use super::again::StepCommands;
+use super::keep;
 use super::run::as_json;
 use super::show::{self, Narrator, chain, line, try_line};
 use super::{Failure, USAGE};
@@ -35,6 +37,10 @@ pub(super) struct Reporter {
     phases: BTreeMap<&'static str, Duration>,
     read: (u64, u64),
     has_named_machine: bool,
+    /// What to say of failed steps of a recipe.
+    commands: Option<(StepCommands, String)>,
+    /// Machines of failed steps, by step.
+    kept: BTreeMap<String, (String, Duration)>,
 }
 
 /// The exit code that says what failed.
@@ -65,7 +71,14 @@ impl Reporter {
             phases: BTreeMap::new(),
             read: (0, 0),
             has_named_machine: false,
+            commands: None,
+            kept: BTreeMap::new(),
         }
+    }
+
+    /// Says of failed steps how they are done again and entered. `store` are the words that name the store.
+    pub fn with_commands(self, commands: StepCommands, store: String) -> Self {
+        Self { commands: Some((commands, store)), ..self }
     }
 
     /// Something slow is going on before the first step.
@@ -92,7 +105,7 @@ impl Reporter {
             }
         }
         if self.json {
-            return try_line(&json_of(news).to_string());
+            return try_line(&self.json_of(news).to_string());
         }
         match news {
             News::Starts(step, why) => self.narrator.say(&format!("{step}: {why}")),
@@ -122,6 +135,9 @@ impl Reporter {
                 if !pending.is_empty() {
                     self.pending.insert(key, pending);
                 }
+            }
+            Event::Kept(name, idle) => {
+                self.kept.insert(step.to_owned(), ((*name).to_owned(), *idle));
             }
             Event::Machine(_) | Event::Phase(Phase::Prepare, _) | Event::Phase(..) => {}
         }
@@ -180,11 +196,34 @@ impl Reporter {
                     &format!("step `{step}` {}", how(ran)),
                     Some(&format!("`kiln log {step}` prints all it said")),
                 );
+                self.tell_commands(step, outcome);
             }
             Outcome::Failed(error) => {
                 self.narrator.clear();
                 show::failure(&format!("step `{step}`: {}", chain(error.as_ref())), error.hint().as_deref());
+                self.tell_commands(step, outcome);
             }
+        }
+    }
+
+    /// What does a failed step again, and what enters it: where there is a machine to enter.
+    fn commands(&self, step: &str, outcome: &Outcome) -> Option<(String, String)> {
+        let (commands, _) = self.commands.as_ref()?;
+        let began = match outcome {
+            Outcome::CommandFailed(_) => true,
+            Outcome::Failed(error) => error.is_of_a_command(),
+            _ => false,
+        };
+        began.then(|| (commands.build(step), commands.shell(step)))
+    }
+
+    fn tell_commands(&mut self, step: &str, outcome: &Outcome) {
+        if let Some((again, shell)) = self.commands(step, outcome) {
+            show::note(&format!("again: {again}"));
+            show::note(&format!("a shell in a machine as it gets it: {shell}"));
+        }
+        if let (Some((name, idle)), Some((_, store))) = (self.kept.remove(step), &self.commands) {
+            keep::tell(&name, idle, store);
         }
     }
 
@@ -258,41 +297,45 @@ impl Reporter {
             ));
         }
     }
+
+    fn json_of(&self, news: &News<'_>) -> Value {
+        match news {
+            News::Starts(step, why) => json!({"event": "start", "step": step, "why": why}),
+            News::Event(step, event) => {
+                let mut value = as_json(event);
+                value["step"] = json!(step);
+                value
+            }
+            News::Ends(step, outcome) => {
+                let mut value = match outcome {
+                    Outcome::UpToDate { cut_off, restored } => {
+                        json!({"outcome": "up-to-date", "cut_off": cut_off, "restored": restored})
+                    }
+                    Outcome::Ran { ran, not_kept, same } => json!({
+                        "outcome": "run", "outputs": ran.outputs, "same": same, "changed": ran.changed,
+                        "seconds": ran.command.as_secs_f64(), "not_kept": not_kept,
+                        "undeclared": ran.undeclared.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                    }),
+                    Outcome::WouldRun => json!({"outcome": "would-run"}),
+                    Outcome::CommandFailed(ran) => json!({"outcome": "failed", "how": how(ran)}),
+                    Outcome::Failed(error) => {
+                        let failure = Failure::new(error.as_ref(), error.hint(), super::FAILED);
+                        json!({"outcome": "failed", "how": failure.text, "hint": failure.hint})
+                    }
+                    Outcome::Skipped => json!({"outcome": "skipped"}),
+                };
+                if let Some((again, shell)) = self.commands(step, outcome) {
+                    value["again"] = json!(again);
+                    value["shell"] = json!(shell);
+                }
+                value["event"] = json!("step");
+                value["step"] = json!(step);
+                value
+            }
+        }
+    }
 }
 
 fn how(ran: &Ran) -> String {
     ran.failure().unwrap_or_else(|| "failed".to_owned())
-}
-
-fn json_of(news: &News<'_>) -> Value {
-    match news {
-        News::Starts(step, why) => json!({"event": "start", "step": step, "why": why}),
-        News::Event(step, event) => {
-            let mut value = as_json(event);
-            value["step"] = json!(step);
-            value
-        }
-        News::Ends(step, outcome) => {
-            let mut value = match outcome {
-                Outcome::UpToDate { cut_off, restored } => {
-                    json!({"outcome": "up-to-date", "cut_off": cut_off, "restored": restored})
-                }
-                Outcome::Ran { ran, not_kept, same } => json!({
-                    "outcome": "run", "outputs": ran.outputs, "same": same, "changed": ran.changed,
-                    "seconds": ran.command.as_secs_f64(), "not_kept": not_kept,
-                    "undeclared": ran.undeclared.iter().map(ToString::to_string).collect::<Vec<_>>(),
-                }),
-                Outcome::WouldRun => json!({"outcome": "would-run"}),
-                Outcome::CommandFailed(ran) => json!({"outcome": "failed", "how": how(ran)}),
-                Outcome::Failed(error) => {
-                    let failure = Failure::new(error.as_ref(), error.hint(), super::FAILED);
-                    json!({"outcome": "failed", "how": failure.text, "hint": failure.hint})
-                }
-                Outcome::Skipped => json!({"outcome": "skipped"}),
-            };
-            value["event"] = json!("step");
-            value["step"] = json!(step);
-            value
-        }
-    }
 }

@@ -392,7 +392,8 @@ fn try_run(arguments: &RunArguments, flags: Flags, left: &mut Left) -> Result<u8
                 narrator.clear();
                 return output.write(stream, data);
             }
-            Event::Phase(..) => {}
+            // Of its machine the end of the run tells.
+            Event::Phase(..) | Event::Kept(..) => {}
         }
         Ok(())
     };
@@ -520,6 +521,7 @@ pub(super) fn as_json(event: &Event<'_>) -> Value {
         Event::Phase(phase, time) => {
             json!({"event": "phase", "phase": phase.name(), "seconds": time.as_secs_f64()})
         }
+        Event::Kept(name, idle) => keep::as_json(name, *idle),
     }
 }
 

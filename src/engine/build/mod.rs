@@ -7,10 +7,10 @@
 //!         check: does a trace under its key hold?  ── yes ─▶ WORK gets what it lacks of the outputs
 //!           │ no
 //!           ▼
-//!         view (what it sees in WORK) ─▶ run ─▶ outputs merged, trace kept
+//!         stage (its view: what it sees in WORK) ─▶ run ─▶ outputs merged, trace kept
 //! ```
 //!
-//! `schedule` decides what comes next; `check` and `view` prepare it; a [`Runner`] does it. That a step whose inputs are
+//! `schedule` decides what comes next; `check` and `stage` prepare it; a [`Runner`] does it. That a step whose inputs are
 //! the same as before is not run again although what made them was, follows from the traces: nothing else knows of it.
 
 mod check;
@@ -20,6 +20,7 @@ mod meminfo;
 mod runner;
 mod schedule;
 pub mod sources;
+mod stage;
 mod timeline;
 mod view;
 mod worker;
@@ -42,8 +43,9 @@ use crate::store::Store;
 pub use check::{Explained, Standing, work_name};
 pub use gate::Gate;
 pub use lower::Lowered;
-pub use runner::{Machines, Ran, Runner};
+pub use runner::{KeptStep, Machines, Ran, Runner};
 pub use timeline::Timeline;
+pub use view::Directory;
 
 /// How a build goes about it.
 #[derive(Debug, Clone)]
@@ -108,6 +110,24 @@ pub enum BuildError {
 }
 
 impl BuildError {
+    /// Whether a step failed whose command had begun, or could have: not for want of what it runs in.
+    pub fn is_of_a_command(&self) -> bool {
+        matches!(
+            self,
+            Self::Merge(_)
+                | Self::Run(
+                    RunError::Session(_)
+                        | RunError::Died { .. }
+                        | RunError::Stopped { .. }
+                        | RunError::RecordFull
+                        | RunError::Transfer(_)
+                        | RunError::Printed { .. }
+                        | RunError::MissingOutputs(_)
+                        | RunError::Merge(_)
+                )
+        )
+    }
+
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
@@ -177,6 +197,8 @@ pub struct Summary {
     pub total: Duration,
     /// How long the commands ran, all together.
     pub commands: Duration,
+    /// What the good steps have put out, and those that were given: digests of manifests.
+    pub outputs: BTreeMap<StepId, Digest>,
 }
 
 impl Summary {
