@@ -86,3 +86,26 @@ impl StepCommands {
         format!("kiln shell{} {}", self.settings, quote(step.as_bytes()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_about_a_step_have_the_flags_that_decide_what_it_is() {
+        let flags = Flags {
+            work: Some("my work".into()),
+            store: Some("s".into()),
+            offline: true,
+            no_template: true,
+            ..Flags::default()
+        };
+        let scopes = ScopeFlags { scope: "ci".to_owned(), read_scope: vec!["trusted".to_owned()] };
+        let commands = StepCommands::new(&flags, &scopes, true);
+        let settings = "--store s --work 'my work' --scope ci --read-scope trusted --offline";
+        assert_eq!(commands.build("a"), format!("kiln build {settings} --overwrite --no-template a"));
+        assert_eq!(commands.shell("a"), format!("kiln shell {settings} a"));
+        let plain = StepCommands::new(&Flags::default(), &ScopeFlags::trusted(), false);
+        assert_eq!((&*plain.build("a"), &*plain.shell("a")), ("kiln build a", "kiln shell a"));
+    }
+}
