@@ -59,14 +59,15 @@ pub(super) struct ExecArguments {
     /// Set a variable, or pass the host's on
     #[arg(long, value_name = "NAME[=VALUE]")]
     env: Vec<String>,
-    #[command(flatten)]
-    of_step: StepFlags,
     /// The machine, or the step
     #[arg(value_name = "NAME|STEP")]
     name: String,
     /// The command and its arguments
     #[arg(required = true, last = true, value_name = "CMD")]
     command: Vec<OsString>,
+    // Last, as its heading is for all that follows.
+    #[command(flatten)]
+    of_step: StepFlags,
 }
 
 /// Arguments of `kiln shell`.
@@ -90,11 +91,12 @@ pub(super) struct ShellArguments {
     /// Working directory [default: the step's]
     #[arg(long, short = 'C', value_name = "PATH")]
     directory: Option<String>,
-    #[command(flatten)]
-    of_step: StepFlags,
     /// The machine, or the step
     #[arg(value_name = "NAME|STEP")]
     name: String,
+    // Last, as its heading is for all that follows.
+    #[command(flatten)]
+    of_step: StepFlags,
 }
 
 /// Whose machine is entered.
