@@ -16,8 +16,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "engine",
         &[
-            "agent", "cache", "clock", "fetch", "keeper", "machine", "plan", "root", "settings", "store",
-            "upkeep", "writes",
+            "agent", "cache", "clock", "fetch", "keeper", "machine", "plan", "root", "settings", "sign",
+            "store", "upkeep", "writes",
         ],
     ),
     ("boot", &["machine", "plan"]),
@@ -29,7 +29,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("fetch", &["machine", "plan", "store", "writes"]),
     ("sign", &[]),
     ("machine", &[]),
-    ("agent", &["store"]),
+    ("agent", &["plan", "store"]),
     ("store", &["clock", "writes"]),
     ("writes", &[]),
     ("settings", &["plan"]),

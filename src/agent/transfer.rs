@@ -13,6 +13,7 @@ use kiln_digest::Digest;
 use kiln_wire::{Entry, EntryKind, FromAgent, MAX_FETCH, ToAgent};
 
 use super::session::{Deadline, Session, SessionError, unexpected};
+use crate::plan::show_bytes;
 use crate::store::Blobs;
 
 /// How long a listing may take: a million entries need a minute under emulation.
@@ -51,12 +52,18 @@ pub enum TransferError {
     /// The conversation failed.
     #[error(transparent)]
     Session(#[from] SessionError),
-    /// There is more than the limits allow.
-    #[error("the step's output has more than {limit} {what}")]
-    TooMuch {
-        /// Entries or bytes.
-        what: &'static str,
+    /// There are more entries than the limits allow.
+    #[error("the step's output has more than {limit} entries")]
+    TooMany {
         /// The limit.
+        limit: u32,
+    },
+    /// There are more bytes than the limits allow.
+    #[error("the step's output has more than {} of {what}", show_bytes(*.limit))]
+    TooMuch {
+        /// Of what.
+        what: &'static str,
+        /// The limit, in bytes.
         limit: u64,
     },
     /// The store could not take a content.
@@ -107,12 +114,12 @@ impl Listing {
             match session.next("listing what the step wrote", deadline)? {
                 FromAgent::Entry(entry) => {
                     if listing.entries.len() as u64 >= u64::from(limits.entries) {
-                        return Err(TransferError::TooMuch { what: "entries", limit: limits.entries.into() });
+                        return Err(TransferError::TooMany { limit: limits.entries });
                     }
                     listed_bytes += size_in_memory(&entry);
                     if listed_bytes > LISTED_BYTES {
                         let limit = LISTED_BYTES as u64;
-                        return Err(TransferError::TooMuch { what: "bytes of names and attributes", limit });
+                        return Err(TransferError::TooMuch { what: "names and attributes", limit });
                     }
                     let path = listing.check(&entry, &folders)?;
                     if !seen.insert(path.clone()) {
@@ -220,7 +227,7 @@ impl Listing {
             }
         }
         if total_bytes > limits.total_bytes {
-            return Err(TransferError::TooMuch { what: "bytes", limit: limits.total_bytes });
+            return Err(TransferError::TooMuch { what: "files", limit: limits.total_bytes });
         }
         let ordinals: Vec<u32> = ordinals.into_iter().collect();
         let deadline = Deadline::after(FETCH_PATIENCE + Duration::from_secs(total_bytes / SLOWEST_RATE));

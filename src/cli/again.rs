@@ -1,9 +1,11 @@
-//! The command line that does a failed step again, so that it can be pasted anywhere.
+//! The command lines that do a failed step again, and that enter it.
 
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 
+use super::build::ScopeFlags;
 use crate::plan::quote;
-use crate::settings;
+use crate::settings::{self, Flags};
 
 /// This kiln's own command line: from its directory, with the settings that its environment makes.
 pub(super) fn command() -> String {
@@ -23,4 +25,87 @@ pub(super) fn command() -> String {
         line.push_str(&quote(word.as_bytes()));
     }
     line.trim_start().to_owned()
+}
+
+/// The flags of a build, for commands about one of its steps that are given where the build was.
+pub(super) struct StepCommands {
+    /// Those that name other settings than there are without them.
+    settings: String,
+    /// Those that only `kiln build` has.
+    build: String,
+}
+
+impl StepCommands {
+    /// Those of a build with these flags.
+    pub fn new(flags: &Flags, scopes: &ScopeFlags, overwrite: bool) -> Self {
+        let mut settings = String::new();
+        let mut add = |name: &str, value: &OsStr| {
+            settings.push_str(&format!(" --{name} {}", quote(value.as_bytes())));
+        };
+        let texts = [
+            ("project", &flags.project),
+            ("store-limit", &flags.store_limit),
+            ("backend", &flags.backend),
+            ("debian-mirror", &flags.debian_mirror),
+            ("debian-security-mirror", &flags.debian_security_mirror),
+            ("debian-snapshot", &flags.debian_snapshot),
+        ];
+        let paths = [
+            ("store", &flags.store),
+            ("lock", &flags.lock),
+            ("debian-keyring", &flags.debian_keyring),
+            ("vendor", &flags.vendor),
+            ("work", &flags.work),
+        ];
+        let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text.as_ref()?.as_ref())));
+        let paths = paths.into_iter().filter_map(|(name, path)| Some((name, path.as_ref()?.as_os_str())));
+        texts.chain(paths).for_each(|(name, value)| add(name, value));
+        if scopes.scope != ScopeFlags::trusted().scope {
+            add("scope", scopes.scope.as_ref());
+        }
+        scopes.read_scope.iter().for_each(|scope| add("read-scope", scope.as_ref()));
+        let switches = [
+            ("debian-allow-expired", flags.debian_allow_expired),
+            ("locked", flags.locked),
+            ("offline", flags.offline),
+        ];
+        let words = |switches: &[(&str, bool)]| -> String {
+            switches.iter().filter(|(_, is_on)| *is_on).map(|(name, _)| format!(" --{name}")).collect()
+        };
+        settings.push_str(&words(&switches));
+        Self { settings, build: words(&[("overwrite", overwrite), ("no-template", flags.no_template)]) }
+    }
+
+    /// What does the step again.
+    pub fn build(&self, step: &str) -> String {
+        format!("kiln build{}{} {}", self.settings, self.build, quote(step.as_bytes()))
+    }
+
+    /// What opens a shell in a machine as the step gets it.
+    pub fn shell(&self, step: &str) -> String {
+        format!("kiln shell{} {}", self.settings, quote(step.as_bytes()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_about_a_step_have_the_flags_that_decide_what_it_is() {
+        let flags = Flags {
+            work: Some("my work".into()),
+            store: Some("s".into()),
+            offline: true,
+            no_template: true,
+            ..Flags::default()
+        };
+        let scopes = ScopeFlags { scope: "ci".to_owned(), read_scope: vec!["trusted".to_owned()] };
+        let commands = StepCommands::new(&flags, &scopes, true);
+        let settings = "--store s --work 'my work' --scope ci --read-scope trusted --offline";
+        assert_eq!(commands.build("a"), format!("kiln build {settings} --overwrite --no-template a"));
+        assert_eq!(commands.shell("a"), format!("kiln shell {settings} a"));
+        let plain = StepCommands::new(&Flags::default(), &ScopeFlags::trusted(), false);
+        assert_eq!((&*plain.build("a"), &*plain.shell("a")), ("kiln build a", "kiln shell a"));
+    }
 }

@@ -67,7 +67,7 @@ pub(super) struct GraphArguments {
 
 impl Opened {
     /// The step of this very name.
-    fn step(&self, name: &str) -> Result<StepId, Failure> {
+    pub fn step(&self, name: &str) -> Result<StepId, Failure> {
         if let Some(id) = self.plan.named(name) {
             return Ok(id);
         }

@@ -9,10 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use clap::Args;
-use signal_hook::iterator::Signals;
+use signal_hook::SigId;
+use signal_hook::iterator::{Handle, Signals};
 
+use super::again::StepCommands;
 use super::events::Line;
 use super::interrupt::{heeded_signals, write_now};
+use super::keep::{self, KeepFailedFlags};
 use super::report::{Manner, Reporter};
 use super::screen::Screen;
 use super::trace::TraceOut;
@@ -20,7 +23,8 @@ use super::{FAILED, Failure, USAGE, recipe, show};
 use crate::cache::{Index, Scope};
 use crate::engine::Host;
 use crate::engine::build::sources::{self, Locked, Permission};
-use crate::engine::build::{Build, Gate, Machines, Options, Outcome, Timeline};
+use crate::engine::build::{Build, Gate, KeptStep, Machines, Options, Outcome, Timeline};
+use crate::keeper::background::Caller;
 use crate::plan::Plan;
 use crate::plan::graph::UnknownTarget;
 use crate::settings::{Flags, Settings};
@@ -35,6 +39,7 @@ Examples:
   kiln build                  the target `default`, or every step
   kiln build -n package       what would run for that step, and why
   kiln build -k -j 4          go on after a failure; four steps at once
+  kiln build --keep           keep the machine of a step that fails
   kiln build --locked         refuse what kiln.lock does not name")]
 pub(super) struct BuildArguments {
     /// Targets and steps
@@ -55,6 +60,8 @@ pub(super) struct BuildArguments {
     /// Let outputs replace files in WORK that kiln did not put there
     #[arg(long)]
     overwrite: bool,
+    #[command(flatten)]
+    keep: KeepFailedFlags,
     #[command(flatten)]
     scopes: ScopeFlags,
     /// Write events as JSON, one a line, to standard output
@@ -161,30 +168,48 @@ impl Opened {
     }
 }
 
-/// `kiln build`.
-pub(super) fn build(arguments: &BuildArguments, flags: Flags) -> Result<ExitCode, Failure> {
+impl BuildArguments {
+    /// Whether this build may have to outlive its caller. One that says something wrong will not get so far.
+    pub fn may_stay(&self) -> bool {
+        !self.dry_run && matches!(self.keep.idle(), Ok(Some(_)))
+    }
+}
+
+/// `kiln build`; with a `caller`, whom it gives its status where machines stay.
+pub(super) fn build(
+    arguments: &BuildArguments,
+    flags: Flags,
+    caller: Option<Caller>,
+) -> Result<ExitCode, Failure> {
     let timeline = Timeline::default();
     let built = TraceOut::create(arguments.trace_out.as_deref(), &timeline).and_then(|trace| {
         let built = carry_out(arguments, flags, timeline, &trace);
         // Of a build that failed, too; which is what is said then.
         let written = trace.write();
-        built.and_then(|code| written.map(|()| code))
+        built.and_then(|built| written.map(|()| built))
     });
-    built.inspect_err(|failure| {
+    let (code, kept) = built.inspect_err(|failure| {
         if arguments.json {
             show::line(&failure.event().to_string());
         }
-    })
+    })?;
+    match caller {
+        Some(caller) if !kept.is_empty() => Ok(keep::stay_with(kept, caller, code)),
+        _ => Ok(ExitCode::from(code)),
+    }
 }
 
+/// Carries the build out; gives its exit code, and the machines of failed steps that stay.
 fn carry_out(
     arguments: &BuildArguments,
     mut flags: Flags,
     mut timeline: Timeline,
     trace: &TraceOut,
-) -> Result<ExitCode, Failure> {
+) -> Result<(u8, Vec<KeptStep>), Failure> {
     flags.work.clone_from(&arguments.work);
     flags.no_template = arguments.no_template;
+    let idle = arguments.keep.idle()?;
+    let commands = StepCommands::new(&flags, &arguments.scopes, arguments.overwrite);
     let opened = open(flags)?;
     if arguments.jobs == Some(0) {
         return Err(Failure { text: "--jobs takes 1 or more".to_owned(), hint: None, code: USAGE });
@@ -205,19 +230,15 @@ fn carry_out(
     let index = Index::new(store, options.scope.clone(), options.read_scopes.clone());
     let mut reporter = Reporter::begin(manner, wanted.len(), &opened.host, index);
     let gate = Gate::default();
-    let is_interrupted = Leaving { json: arguments.json, screen: reporter.screen(), trace: trace.clone() }
-        .watch(&gate, &opened.host)?;
+    reporter = reporter.with_commands(commands, keep::store_words(settings));
+    let watch = Watch::start(&gate, &opened.host, reporter.leaving(arguments.json, trace.clone()))?;
     let permission = opened.host.permission();
     let steps = wanted.iter().flat_map(|id| &opened.plan.step(*id).sources);
     let sources = sources::lock(steps, settings, store, &permission, &mut |text| reporter.progress(text))?;
-    let machines = Machines::new(&opened.host);
+    let machines = Machines::new(&opened.host).keeping(idle);
     let build = opened.build(&machines, sources, permission, options);
     let summary = build.run(&wanted, &gate, &mut timeline, &mut |news| {
-        // A terminal sends its signal to the machines as well: what ends because of that is not news, and the watcher
-        // ends all of it.
-        while is_interrupted.load(Ordering::SeqCst) {
-            thread::park();
-        }
+        watch.settle();
         reporter.tell(&news)
     })?;
     let failed_to_start = summary.outcomes.iter().find_map(|(_, outcome)| match outcome {
@@ -226,7 +247,7 @@ fn carry_out(
     });
     let code = if summary.is_good() { 0 } else { failed_to_start.unwrap_or(FAILED) };
     reporter.end(&summary, code, settings);
-    Ok(ExitCode::from(code))
+    Ok((code, machines.into_kept()))
 }
 
 /// How a build is left on Ctrl-C and its like.
@@ -239,17 +260,27 @@ pub(super) struct Leaving {
     pub trace: TraceOut,
 }
 
-impl Leaving {
-    /// Ends the build on Ctrl-C and its like: between two merges, and with a word on what stays.
-    /// Gives what the signal's handler itself sets: whatever fails because of the signal fails after that.
-    pub fn watch(self, gate: &Gate, host: &Host) -> Result<Arc<AtomicBool>, Failure> {
+/// Ends the build on Ctrl-C and its like: between two merges, and with a word on what stays.
+pub(super) struct Watch {
+    // Set by the signal's handler itself: whatever fails because of the signal fails after that.
+    is_interrupted: Arc<AtomicBool>,
+    flags: Vec<SigId>,
+    signals: Handle,
+}
+
+impl Watch {
+    /// Watches from now on; where there is a signal, `leaving` says what is done first.
+    ///
+    /// # Errors
+    /// What registering for signals says.
+    pub fn start(gate: &Gate, host: &Host, leaving: Leaving) -> Result<Self, Failure> {
         let failure = |error: io::Error| Failure::new(&error, None, FAILED);
         let is_interrupted = Arc::<AtomicBool>::default();
         let heeded = heeded_signals();
         let mut signals = Signals::new(&heeded).map_err(failure)?;
-        for signal in heeded {
-            signal_hook::flag::register(signal, Arc::clone(&is_interrupted)).map_err(failure)?;
-        }
+        let handle = signals.handle();
+        let flag = |signal| signal_hook::flag::register(signal, Arc::clone(&is_interrupted));
+        let flags = heeded.into_iter().map(flag).collect::<io::Result<_>>().map_err(failure)?;
         let gate = gate.clone();
         let (temporary, work) = (host.store.temporary(), host.settings.work.value.clone());
         thread::spawn(move || {
@@ -261,13 +292,13 @@ impl Leaving {
                 work.display()
             );
             let _ = std::fs::remove_dir_all(&temporary);
-            let _ = self.trace.write();
-            if self.json {
+            let _ = leaving.trace.write();
+            if leaving.json {
                 let event = Line::Error { text: &text, hint: None, again: None };
                 write_now(io::stdout(), &format!("{event}\n"));
             }
             // Else there may be a line of progress, and what the terminal shows of the key.
-            let before = match &self.screen {
+            let before = match &leaving.screen {
                 Some(screen) => {
                     screen.leave();
                     ""
@@ -277,6 +308,23 @@ impl Leaving {
             write_now(io::stderr(), &format!("{before}{}", show::error_line(&text)));
             std::process::exit(128 + signal)
         });
-        Ok(is_interrupted)
+        Ok(Self { is_interrupted, flags, signals: handle })
+    }
+
+    /// Returns only where there was no signal. A terminal sends its own to the machines as well: what ends because of that
+    /// is not news, and the watcher ends all of it.
+    pub fn settle(&self) {
+        while self.is_interrupted.load(Ordering::SeqCst) {
+            thread::park();
+        }
+    }
+
+    /// Watches no longer: signals are another's.
+    pub fn call_off(self) {
+        self.settle();
+        self.signals.close();
+        for flag in self.flags {
+            signal_hook::low_level::unregister(flag);
+        }
     }
 }

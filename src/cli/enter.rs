@@ -1,4 +1,4 @@
-//! `kiln exec` and `kiln shell`: a command in a machine that was kept.
+//! `kiln exec` and `kiln shell`: a command in a machine that was kept, or in one as a step of the recipe gets it.
 
 use std::ffi::OsString;
 use std::io;
@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::Args;
 use kiln_wire::{Exec, Outcome, Stream, Usage};
 
+use super::fresh::{self, Fresh, StepFlags};
 use super::run::KILN_FAILED;
 use super::show::{self, Form, GuestOutput};
 use super::signals::PassedOn;
@@ -16,7 +17,7 @@ use super::terminal::{self, Raw};
 use super::{CANNOT, Failure, USAGE};
 use crate::agent::{ExecEnd, SessionError};
 use crate::engine::Ended;
-use crate::keeper::Registry;
+use crate::keeper::{DoorError, Registry};
 use crate::plan::{Environment, harmless};
 use crate::root::toolbox;
 use crate::settings::{Flags, host_variable};
@@ -35,8 +36,14 @@ toolbox at /toolbox. Without --tty its output is shown as `kiln run` shows it, w
 obey made harmless; with it, the machine draws on your terminal as it likes. Ctrl-C goes to the command; Ctrl-\\ ends
 kiln, and with it the command, unless --tty passes that on too.
 
+Where no machine has the name but a step of the recipe (kiln.toml here or in a folder above), the command runs in a machine as
+the step gets it: root, kernel, variables, sources, clock, memory, processors, and in WORK what the steps that it needs put
+out; those that are not up to date are built first. The step's own command does not run, nor do its time-out and its limits
+on output count, and nothing is merged or kept of what is done there.
+
 Examples:
   kiln exec make-7f3a -- cat config.log
+  kiln exec compile -- ls -lR /x
   kiln exec make-7f3a -- strace -f make
   kiln exec --tty make-7f3a -- top")]
 pub(super) struct ExecArguments {
@@ -52,12 +59,15 @@ pub(super) struct ExecArguments {
     /// Set a variable, or pass the host's on
     #[arg(long, value_name = "NAME[=VALUE]")]
     env: Vec<String>,
-    /// The machine
-    #[arg(value_name = "NAME")]
+    /// The machine, or the step
+    #[arg(value_name = "NAME|STEP")]
     name: String,
     /// The command and its arguments
     #[arg(required = true, last = true, value_name = "CMD")]
     command: Vec<OsString>,
+    // Last, as its heading is for all that follows.
+    #[command(flatten)]
+    of_step: StepFlags,
 }
 
 /// Arguments of `kiln shell`.
@@ -67,8 +77,12 @@ Opens bash or sh of the machine's root, or the toolbox's where the root has none
 vi and other small programs) is at /toolbox, its programs at the end of PATH. What the machine writes reaches your
 terminal as it is: enter only machines that you let draw on it.
 
+Where no machine has the name but a step of the recipe, the shell opens in a machine as the step gets it, before its command
+(see `kiln exec --help`); the machine ends with the shell.
+
 Examples:
   kiln shell make-7f3a
+  kiln shell compile
   kiln shell --toolbox -C / make-7f3a")]
 pub(super) struct ShellArguments {
     /// Take the toolbox's shell, whatever the root has
@@ -77,14 +91,25 @@ pub(super) struct ShellArguments {
     /// Working directory [default: the step's]
     #[arg(long, short = 'C', value_name = "PATH")]
     directory: Option<String>,
-    /// The machine
-    #[arg(value_name = "NAME")]
+    /// The machine, or the step
+    #[arg(value_name = "NAME|STEP")]
     name: String,
+    // Last, as its heading is for all that follows.
+    #[command(flatten)]
+    of_step: StepFlags,
+}
+
+/// Whose machine is entered.
+enum Place {
+    /// One that was kept.
+    Kept(Registry),
+    /// A step's.
+    Fresh(Box<Fresh>),
 }
 
 /// A command on its way into a machine.
 struct Visit<'a> {
-    registry: Registry,
+    place: Place,
     name: &'a str,
     with_terminal: bool,
     with_stdin: bool,
@@ -121,8 +146,8 @@ fn try_exec(arguments: &ExecArguments, flags: Flags) -> Result<u8, Failure> {
     if arguments.tty && !terminal::is_there() {
         return Err(no_terminal("leave out --tty"));
     }
-    let visit = Visit {
-        registry: super::registry(flags)?,
+    let mut visit = Visit {
+        place: find(&arguments.name, &arguments.of_step, flags)?,
         name: &arguments.name,
         with_terminal: arguments.tty,
         with_stdin: arguments.stdin || arguments.tty,
@@ -140,7 +165,7 @@ fn try_exec(arguments: &ExecArguments, flags: Flags) -> Result<u8, Failure> {
             _ => format!("cannot be executed: {error}"),
         };
         let hint = format!("{} has more programs", toolbox::PROGRAMS);
-        show::failure(&format!("`{program}` {what} in machine `{}`", arguments.name), Some(&hint));
+        show::failure(&format!("`{program}` {what} in {}", visit.machine()), Some(&hint));
     }
     Ok(super::verdict::exit_code(&ended))
 }
@@ -149,8 +174,8 @@ fn try_shell(arguments: &ShellArguments, flags: Flags) -> Result<u8, Failure> {
     if !terminal::is_there() {
         return Err(no_terminal("run a command without one: kiln exec NAME -- CMD"));
     }
-    let visit = Visit {
-        registry: super::registry(flags)?,
+    let mut visit = Visit {
+        place: find(&arguments.name, &arguments.of_step, flags)?,
         name: &arguments.name,
         with_terminal: true,
         with_stdin: true,
@@ -167,10 +192,29 @@ fn try_shell(arguments: &ShellArguments, flags: Flags) -> Result<u8, Failure> {
         }
     }
     Err(Failure {
-        text: format!("machine `{}` has no shell that runs", arguments.name),
-        hint: Some("its toolbox is missing: `kiln run --keep` said why".to_owned()),
+        text: format!("{} has no shell that runs", visit.machine()),
+        hint: Some("its toolbox is missing: it was said why when the machine was made".to_owned()),
         code: KILN_FAILED,
     })
+}
+
+/// The machine of this name, or the one that the step of this name gets.
+fn find(name: &str, of_step: &StepFlags, flags: Flags) -> Result<Place, Failure> {
+    let registry = super::registry(flags.clone())?;
+    match registry.door(name) {
+        Err(unknown @ DoorError::Unknown { .. }) => {
+            Ok(Place::Fresh(Box::new(fresh::start(name, of_step, flags, &unknown)?)))
+        }
+        Err(error) => Err(error.into()),
+        Ok(_) => {
+            if fresh::is_step(name, flags) {
+                show::note(&format!(
+                    "`{name}` is a machine, and a step of the recipe too: this is the machine"
+                ));
+            }
+            Ok(Place::Kept(registry))
+        }
+    }
 }
 
 fn no_signals(error: io::Error) -> Failure {
@@ -198,16 +242,20 @@ fn variables(named: &[String], with_terminal: bool) -> Result<Vec<Vec<u8>>, Fail
 }
 
 impl Visit<'_> {
+    /// The machine, in words.
+    fn machine(&self) -> String {
+        match self.place {
+            Place::Kept(_) => format!("machine `{}`", self.name),
+            Place::Fresh(_) => format!("the machine of step `{}`", self.name),
+        }
+    }
+
     /// Runs one command to its end.
-    fn run(&self, argv: Vec<Vec<u8>>) -> Result<Ended, Failure> {
+    fn run(&mut self, argv: Vec<Vec<u8>>) -> Result<Ended, Failure> {
         let failed =
             |what: &'static str| move |error: io::Error| Failure::new(&error, None, KILN_FAILED).about(what);
-        let mut session = self.registry.door(self.name)?.enter()?;
         let input = self.with_stdin.then(|| io::stdin().as_fd().try_clone_to_owned()).transpose();
         let input = input.map_err(failed("take standard input"))?;
-        // From here on this process is the command's, also in what signals do.
-        let passing = self.signals.to(session.controls(ID));
-        let raw = self.with_terminal.then(Raw::take).transpose().map_err(failed("take the terminal"))?;
         let exec = Exec {
             id: ID,
             argv,
@@ -218,19 +266,32 @@ impl Visit<'_> {
             stdin: self.with_stdin,
             terminal: self.with_terminal.then(terminal::size),
         };
+        let mut joined = None;
+        let (session, exec) = match &mut self.place {
+            Place::Kept(registry) => (joined.insert(registry.door(self.name)?.enter()?), exec),
+            Place::Fresh(fresh) => fresh.next(exec),
+        };
+        // From here on this process is the command's, also in what signals do.
+        let passing = self.signals.to(session.controls(exec.id));
+        let raw = self.with_terminal.then(Raw::take).transpose().map_err(failed("take the terminal"))?;
         let mut shown = GuestOutput::new(self.with_terminal.then_some(Form::Raw));
         let mut output = |stream: Stream, data: &[u8]| shown.write(stream, data);
         let end = session.exec(exec, input, &mut output);
         let _ = shown.finish();
         drop(raw);
+        let hung_up_by = passing.hung_up_by();
+        drop(passing);
         let by_signal = |signal| Ok(Ended::Ran(Outcome::Signal(signal), Usage::default()));
-        match (end, passing.hung_up_by()) {
+        match (end, hung_up_by) {
             (Ok(ExecEnd::Ran(outcome, usage)), _) => Ok(Ended::Ran(outcome, usage)),
             (Ok(ExecEnd::NotStarted { error, why }), _) => Ok(Ended::NotStarted { error, why }),
             // As if the signal had ended this process, which it was about to do.
             (Err(_), Some(signal)) => by_signal(signal),
             (Err(SessionError::Output(error)), _) if error.kind() == io::ErrorKind::BrokenPipe => {
                 by_signal(SIGPIPE)
+            }
+            (Err(error @ SessionError::Closed), _) if let Place::Fresh(fresh) = &mut self.place => {
+                Err(fresh.explain(error))
             }
             (Err(SessionError::Closed), _) => {
                 let text = format!("machine `{}` ended under the command", self.name);

@@ -126,12 +126,16 @@ pub(super) enum Line<'a> {
     },
     /// The machine of a run stays.
     Kept {
+        /// The step that failed in it, of a build.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        step: Option<&'a str>,
         /// Its name.
         name: &'a str,
         /// How long it stays with nobody in it.
         idle_seconds: u64,
-        /// The process that holds it.
-        pid: i32,
+        /// The process that holds it, where it is not kiln's own.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pid: Option<i32>,
     },
 }
 
@@ -182,6 +186,12 @@ pub(super) enum StepOutcome<'a> {
         how: String,
         /// What the user can do about it.
         hint: Option<String>,
+        /// The command that does it again, of a step of a recipe.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        again: Option<String>,
+        /// The command that opens a shell in a machine as it gets it.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        shell: Option<String>,
     },
     /// Something that it needs failed, or the build was over before.
     Skipped,
@@ -342,6 +352,7 @@ impl<'a> Line<'a> {
         match event {
             Event::Progress(text) => Self::Progress { step, text },
             Event::Warning(text) => Self::Warning { step, text },
+            Event::Kept(name, idle) => Self::Kept { step, name, idle_seconds: idle.as_secs(), pid: None },
             Event::Machine(identity) => Self::of_machine(step, identity),
             Event::Output(stream, data) => Self::Output {
                 step,
@@ -371,13 +382,15 @@ impl<'a> Line<'a> {
     }
 
     /// The news of a build, where they are an event.
-    pub fn of_news(news: &'a News<'a>) -> Option<Self> {
+    ///
+    /// `commands` do a failed step again, and enter it.
+    pub fn of_news(news: &'a News<'a>, commands: Option<(String, String)>) -> Option<Self> {
         Some(match news {
             // Each is followed by what came of it.
             News::Checks(_) | News::Checked(..) => return None,
             News::Starts(step, why) => Self::Start { step, why },
             News::Event(step, event) => Self::of_event(Some(step), event),
-            News::Ends(step, outcome) => Self::Step { step, outcome: StepOutcome::of(outcome) },
+            News::Ends(step, outcome) => Self::Step { step, outcome: StepOutcome::of(outcome, commands) },
         })
     }
 
@@ -428,7 +441,8 @@ impl<'a> Line<'a> {
 }
 
 impl<'a> StepOutcome<'a> {
-    fn of(outcome: &'a Outcome) -> Self {
+    fn of(outcome: &'a Outcome, commands: Option<(String, String)>) -> Self {
+        let (again, shell) = commands.unzip();
         match outcome {
             Outcome::UpToDate { cut_off, restored } => {
                 Self::UpToDate { cut_off: *cut_off, restored: *restored }
@@ -444,11 +458,12 @@ impl<'a> StepOutcome<'a> {
             },
             Outcome::WouldRun => Self::WouldRun,
             Outcome::CommandFailed(ran) => {
-                Self::Failed { how: ran.failure().unwrap_or_else(|| "failed".to_owned()), hint: None }
+                let how = ran.failure().unwrap_or_else(|| "failed".to_owned());
+                Self::Failed { how, hint: None, again, shell }
             }
             Outcome::Failed(error) => {
                 let failure = Failure::new(error.as_ref(), error.hint(), FAILED);
-                Self::Failed { how: failure.text, hint: failure.hint }
+                Self::Failed { how: failure.text, hint: failure.hint, again, shell }
             }
             Outcome::Skipped => Self::Skipped,
         }
@@ -541,7 +556,13 @@ mod tests {
         let mut news: Vec<News<'_>> = vec![News::Starts("a", "it never ran here")];
         news.extend(events.iter().map(|event| News::Event("a", event)));
         news.extend(outcomes.iter().map(|outcome| News::Ends("a", outcome)));
-        lines.extend(news.iter().filter_map(Line::of_news).map(|line| line.to_string()));
+        lines.extend(
+            news.iter()
+                .filter_map(|news| {
+                    Line::of_news(news, Some(("kiln build s".to_owned(), "kiln shell s".to_owned())))
+                })
+                .map(|line| line.to_string()),
+        );
         lines.extend(events.iter().map(|event| Line::of_event(None, event).to_string()));
         assert_eq!(lines.len(), 1 + news.len() + events.len());
         let totals = super::super::totals::Totals::default();
@@ -556,7 +577,7 @@ mod tests {
         }
         lines.push(Line::Error { text: "no", hint: Some("do"), again: Some("kiln run") }.to_string());
         lines.push(Line::Error { text: "no", hint: None, again: None }.to_string());
-        lines.push(Line::Kept { name: "sh-1234", idle_seconds: 1800, pid: 7 }.to_string());
+        lines.push(Line::Kept { step: None, name: "sh-1234", idle_seconds: 1800, pid: Some(7) }.to_string());
         let schema = serde_json::to_string(&super::super::schema::of::<Line<'static>>()).expect("JSON");
         judge::holds(&schema, &lines.join("\n"));
     }

@@ -1,6 +1,7 @@
-//! `kiln run --keep`: what is said of a machine that stays, and staying with it.
+//! `--keep` of `kiln run` and `kiln build`: what is said of machines that stay, and staying with them.
 
 use std::process::ExitCode;
+use std::thread;
 use std::time::Duration;
 
 use clap::Args;
@@ -10,6 +11,7 @@ use super::events::Line;
 use super::show::{self, line};
 use super::{Failure, USAGE};
 use crate::engine::Keep;
+use crate::engine::build::KeptStep;
 use crate::keeper::Kept;
 use crate::keeper::background::Caller;
 use crate::plan::{parse_duration, quote, show_age};
@@ -21,12 +23,47 @@ pub(super) struct KeepFlags {
     /// Keep the machine for `kiln shell` and `kiln exec`: on `failure` of the command, or `always`
     #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "failure", value_parser = Choice(&["failure", "always"]))]
     keep: Option<String>,
-    /// How long a kept machine stays with nobody in it
-    #[arg(long, value_name = "TIME", default_value = "30m")]
-    keep_for: String,
+    #[command(flatten)]
+    idle: IdleFlag,
     /// Show the command a shell, strace and other small programs at /toolbox; a kept machine gets them anyway
     #[arg(long)]
     pub toolbox: bool,
+}
+
+/// When machines of a build's steps stay.
+#[derive(Debug, Args)]
+pub(super) struct KeepFailedFlags {
+    /// Keep the machines of failed steps for `kiln shell` and `kiln exec`
+    #[arg(long)]
+    keep: bool,
+    #[command(flatten)]
+    idle: IdleFlag,
+}
+
+impl KeepFailedFlags {
+    /// For how long they stay; none where they do not.
+    pub fn idle(&self) -> Result<Option<Duration>, Failure> {
+        let idle = self.idle.parse()?;
+        Ok(self.keep.then_some(idle))
+    }
+}
+
+/// How long a machine stays.
+#[derive(Debug, Args)]
+struct IdleFlag {
+    /// How long a kept machine stays with nobody in it
+    #[arg(long, value_name = "TIME", default_value = "30m")]
+    keep_for: String,
+}
+
+impl IdleFlag {
+    fn parse(&self) -> Result<Duration, Failure> {
+        parse_duration(&self.keep_for).map_err(|error| Failure {
+            text: format!("--keep-for: {error}"),
+            hint: None,
+            code: USAGE,
+        })
+    }
 }
 
 impl KeepFlags {
@@ -38,11 +75,7 @@ impl KeepFlags {
 
     /// For how long.
     pub fn idle(&self) -> Result<Duration, Failure> {
-        parse_duration(&self.keep_for).map_err(|error| Failure {
-            text: format!("--keep-for: {error}"),
-            hint: None,
-            code: USAGE,
-        })
+        self.idle.parse()
     }
 
     /// Whether it may stay at all.
@@ -58,6 +91,28 @@ pub(super) fn store_words(settings: &Settings) -> String {
         Origin::Default | Origin::Recipe => String::new(),
         _ => format!(" --store {}", quote(settings.store.value.as_os_str().as_bytes())),
     }
+}
+
+/// How the machine `name` is entered. `store` are the words that name its store.
+pub(super) fn tell(name: &str, idle: Duration, store: &str) -> [String; 4] {
+    [
+        format!("kept as {name}; it ends after {} with nobody in it", show_age(idle)),
+        format!("look into it:  kiln shell{store} {name}"),
+        format!("run something: kiln exec{store} {name} -- CMD"),
+        format!("end it:        kiln stop{store} {name}"),
+    ]
+}
+
+/// Gives the caller `code`, and stays with the machines of a build until they are of no more use.
+pub(super) fn stay_with(kept: Vec<KeptStep>, caller: Caller, code: u8) -> ExitCode {
+    if caller.leave(code).is_ok() {
+        thread::scope(|scope| {
+            for kept in kept {
+                scope.spawn(|| kept.stay());
+            }
+        });
+    }
+    ExitCode::from(code)
 }
 
 /// Tells how `kept` is entered, gives the caller `code`, and stays with the machine until it is of no more use.
@@ -77,14 +132,13 @@ pub(super) fn stay(
         }
     };
     let name = &keeper.entry().name;
-    if as_json {
-        let entry = keeper.entry();
-        line(&Line::Kept { name, idle_seconds: idle.as_secs(), pid: entry.pid }.to_string());
-    } else {
-        show::note(&format!("kept as {name}; it ends after {} with nobody in it", show_age(idle)));
-        show::note(&format!("look into it:  kiln shell{store} {name}"));
-        show::note(&format!("run something: kiln exec{store} {name} -- CMD"));
-        show::note(&format!("end it:        kiln stop{store} {name}"));
+    let entry = keeper.entry();
+    match as_json {
+        true => {
+            let kept = Line::Kept { step: None, name, idle_seconds: idle.as_secs(), pid: Some(entry.pid) };
+            line(&kept.to_string());
+        }
+        false => tell(name, idle, store).iter().for_each(|text| show::note(text)),
     }
     // Where the caller is gone, somebody wanted an end of all of it.
     if caller.leave(code).is_ok() {

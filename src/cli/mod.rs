@@ -9,6 +9,7 @@ mod config;
 mod doctor;
 mod enter;
 mod events;
+mod fresh;
 mod interrupt;
 mod keep;
 mod kernel;
@@ -62,6 +63,7 @@ Examples:
   kiln doctor                                     what this host can do, and what is missing
   kiln init && kiln build                         a recipe to begin with, built
   kiln why compile                                why that step would run
+  kiln shell compile                              a shell in a machine as that step gets it
   kiln run -- uname -a                            a command in a fresh Debian machine
   kiln run --root debian:bookworm+gcc,make,libc6-dev \\
       --src . --src-writable --work out --out lua \\
@@ -144,9 +146,9 @@ enum Verb {
     Run(Box<run::RunArguments>),
     /// Boot an image on real firmware, and judge what it prints
     Boot(Box<boot::BootArguments>),
-    /// Run a command in a machine that was kept
+    /// Run a command in a machine that was kept, or in one as a step of the recipe gets it
     Exec(enter::ExecArguments),
-    /// Open a shell in a machine that was kept
+    /// Open a shell in a machine that was kept, or in one as a step of the recipe gets it
     Shell(enter::ShellArguments),
     /// List the machines that run and those that were kept
     Ps(machines::PsArguments),
@@ -332,7 +334,10 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         ..Flags::default()
     };
     match cli.verb {
-        Verb::Build(arguments) => build::build(&arguments, flags),
+        Verb::Build(arguments) => match caller.is_none() && arguments.may_stay() {
+            true => Ok(stay_in_background(FAILED)),
+            false => build::build(&arguments, flags, caller),
+        },
         Verb::Why(arguments) => ask::why(&arguments, flags),
         Verb::Inputs(arguments) => ask::inputs(&arguments, flags),
         Verb::Log(arguments) => ask::log(&arguments, flags),
@@ -344,7 +349,7 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
             flags.no_keeper = arguments.no_keeper;
             flags.keeper_idle.clone_from(&arguments.keeper_idle);
             if caller.is_none() && arguments.may_stay() {
-                return Ok(stay_in_background());
+                return Ok(stay_in_background(run::KILN_FAILED));
             }
             match &arguments.named.step {
                 Some(name) => Ok(named::run(&arguments, name, flags)),
@@ -389,13 +394,13 @@ fn registry(flags: Flags) -> Result<Registry, Failure> {
     Ok(Registry::open(&open(flags)?.store.run())?)
 }
 
-/// Lets another kiln do the same, which can stay when this one is done.
-fn stay_in_background() -> ExitCode {
+/// Lets another kiln do the same, which can stay when this one is done. `failed` says that there can be none.
+fn stay_in_background(failed: u8) -> ExitCode {
     match background::run(std::env::args_os(), &interrupt::heeded_signals()) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             show::failure(&format!("cannot start a kiln that can keep a machine: {error}"), None);
-            ExitCode::from(run::KILN_FAILED)
+            ExitCode::from(failed)
         }
     }
 }

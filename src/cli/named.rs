@@ -6,12 +6,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
-use std::thread;
 
 use clap::Args;
 
-use super::build::{Leaving, ScopeFlags, looking};
+use super::build::{ScopeFlags, Watch, looking};
 use super::report::{Manner, Reporter, code_of};
 use super::run::{KILN_FAILED, RunArguments};
 use super::show::{self, line};
@@ -113,9 +111,7 @@ fn try_run(arguments: &RunArguments, name: &str, flags: Flags) -> Result<u8, Fai
 
     let gate = Gate::default();
     let mut reporter = Reporter::begin(Manner::of(arguments.json, arguments.quiet), 1, &host, index);
-    let is_interrupted =
-        Leaving { json: arguments.json, screen: reporter.screen(), trace: TraceOut::default() }
-            .watch(&gate, &host)?;
+    let watch = Watch::start(&gate, &host, reporter.leaving(arguments.json, TraceOut::default()))?;
     let machines = Machines::new(&host);
     let build = Build {
         plan: &plan,
@@ -130,9 +126,7 @@ fn try_run(arguments: &RunArguments, name: &str, flags: Flags) -> Result<u8, Fai
         options,
     };
     let summary = build.run(&[id].into(), &gate, &mut Timeline::default(), &mut |news: News<'_>| {
-        while is_interrupted.load(Ordering::SeqCst) {
-            thread::park();
-        }
+        watch.settle();
         reporter.tell(&news)
     })?;
     let code = match summary.outcomes.first() {

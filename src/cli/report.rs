@@ -2,13 +2,18 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::time::Duration;
 
 use kiln_wire::Stream;
 
+use super::again::StepCommands;
+use super::build::Leaving;
 use super::events::Line;
+use super::keep;
 use super::screen::{Change, Doing, Screen};
 use super::show::{self, Narrator, chain, for_people, line, try_line};
 use super::totals::{Totals, counted, counts};
+use super::trace::TraceOut;
 use super::{FAILED, USAGE};
 use crate::cache::Index;
 use crate::engine::build::{BuildError, News, Outcome, Summary, work_name};
@@ -67,6 +72,10 @@ pub(super) struct Reporter<'a> {
     tails: BTreeMap<String, VecDeque<String>>,
     totals: Totals,
     has_named_machine: bool,
+    /// What to say of failed steps of a recipe.
+    commands: Option<(StepCommands, String)>,
+    /// Machines of failed steps, by step.
+    kept: BTreeMap<String, (String, Duration)>,
 }
 
 /// The exit code that says what failed.
@@ -110,6 +119,8 @@ impl<'a> Reporter<'a> {
             tails: BTreeMap::new(),
             totals: Totals::default(),
             has_named_machine: false,
+            commands: None,
+            kept: BTreeMap::new(),
         }
     }
 
@@ -119,6 +130,17 @@ impl<'a> Reporter<'a> {
             Shown::Drawn(screen) => Some(screen.clone()),
             _ => None,
         }
+    }
+
+    /// What whoever ends the build from outside does first.
+    pub fn leaving(&self, json: bool, trace: TraceOut) -> Leaving {
+        Leaving { json, screen: self.screen(), trace }
+    }
+
+    /// Says of failed steps how they are done again and entered. `store` are the words that name the store.
+    pub fn with_commands(mut self, commands: StepCommands, store: String) -> Self {
+        self.commands = Some((commands, store));
+        self
     }
 
     /// Something slow is going on before the first step.
@@ -179,7 +201,11 @@ impl<'a> Reporter<'a> {
     pub fn tell(&mut self, news: &News<'_>) -> io::Result<()> {
         self.totals.note(news);
         if let Shown::Json = self.shown {
-            return Line::of_news(news).map_or(Ok(()), |event| try_line(&event.to_string()));
+            let commands = match news {
+                News::Ends(step, outcome) => self.commands(step, outcome),
+                _ => None,
+            };
+            return Line::of_news(news, commands).map_or(Ok(()), |event| try_line(&event.to_string()));
         }
         match news {
             News::Checks(step) => self.change(|| Change::Is((*step).to_owned(), Doing::Checking)),
@@ -233,6 +259,9 @@ impl<'a> Reporter<'a> {
                     Phase::Prepare | Phase::Boot | Phase::Collect | Phase::Merge => return,
                 };
                 self.change(|| Change::Is(step.to_owned(), doing));
+            }
+            Event::Kept(name, idle) => {
+                self.kept.insert(step.to_owned(), ((*name).to_owned(), *idle));
             }
         }
     }
@@ -288,11 +317,13 @@ impl<'a> Reporter<'a> {
                 let hint = format!("`kiln log {step}` prints all it said");
                 let how = ran.failure().unwrap_or_else(|| "failed".to_owned());
                 self.fail(&format!("step `{step}` {how}"), (!is_all_shown).then_some(hint.as_str()));
+                self.tell_commands(step, outcome);
             }
             Outcome::Failed(error) => {
                 self.lines(step, tail);
                 let text = format!("step `{step}`: {}", chain(error.as_ref()));
                 self.fail(&text, error.hint().as_deref());
+                self.tell_commands(step, outcome);
             }
         }
     }
@@ -334,6 +365,30 @@ impl<'a> Reporter<'a> {
         let mut bytes = Vec::new();
         file.take(LONGEST_LOG_BYTES).read_to_end(&mut bytes)?;
         Ok((left_out, bytes))
+    }
+
+    /// What does a failed step again, and what enters it: where there is a machine to enter.
+    fn commands(&self, step: &str, outcome: &Outcome) -> Option<(String, String)> {
+        let (commands, _) = self.commands.as_ref()?;
+        let began = match outcome {
+            Outcome::CommandFailed(_) => true,
+            Outcome::Failed(error) => error.is_of_a_command(),
+            _ => false,
+        };
+        began.then(|| (commands.build(step), commands.shell(step)))
+    }
+
+    fn tell_commands(&mut self, step: &str, outcome: &Outcome) {
+        if let Some((again, shell)) = self.commands(step, outcome) {
+            self.say(&format!("again: {again}"));
+            self.say(&format!("a shell in a machine as it gets it: {shell}"));
+        }
+        let kept = self.kept.remove(step);
+        let lines =
+            kept.zip(self.commands.as_ref()).map(|(kept, commands)| keep::tell(&kept.0, kept.1, &commands.1));
+        for text in lines.into_iter().flatten() {
+            self.say(&text);
+        }
     }
 
     /// The end report.

@@ -92,7 +92,7 @@ pub(super) struct RunArguments {
     /// Space for what the command writes, beyond memory
     #[arg(long, value_name = "SIZE", default_value = "16G")]
     scratch: String,
-    /// Stop the command after this long
+    /// Stop the command after this long, such as 90s or 1m30s
     #[arg(long, value_name = "TIME")]
     pub timeout: Option<String>,
     /// How long it has between SIGTERM and SIGKILL
@@ -199,7 +199,7 @@ pub(super) fn run(arguments: &RunArguments, flags: Flags, caller: Option<Caller>
         (Some((kept, store)), Some(caller), Ok(idle)) => {
             keep::stay(kept, caller, idle, &store, arguments.json, code)
         }
-        (None, Some(_), _) if code == KILN_FAILED && !arguments.json => {
+        (None, Some(_), _) if matches!(code, KILN_FAILED | verdict::TIMED_OUT) && !arguments.json => {
             show::note("there is no machine left to keep");
             ExitCode::from(code)
         }
@@ -388,7 +388,8 @@ fn try_run(arguments: &RunArguments, flags: Flags, left: &mut Left) -> Result<u8
                 narrator.clear();
                 return output.write(stream, data);
             }
-            Event::Phase(..) => {}
+            // Of its machine the end of the run tells.
+            Event::Phase(..) | Event::Kept(..) => {}
         }
         Ok(())
     };

@@ -8,12 +8,15 @@ use super::run::RunArguments;
 use crate::engine::{Ended, Step};
 use crate::plan::harmless;
 
+/// The status of a command that took longer than its time-out.
+pub(super) const TIMED_OUT: u8 = 124;
+
 /// The status by which kiln ends: as `timeout`, `env` and container tools do.
 pub(super) fn exit_code(ended: &Ended) -> u8 {
     match ended {
         Ended::Ran(Outcome::Exit(code), _) => *code,
         Ended::Ran(Outcome::Signal(signal), _) => 128_u8.saturating_add(*signal),
-        Ended::Ran(Outcome::TimedOut, _) => 124,
+        Ended::Ran(Outcome::TimedOut, _) => TIMED_OUT,
         Ended::NotStarted { error, .. } if error.kind() == io::ErrorKind::NotFound => 127,
         Ended::NotStarted { .. } => 126,
     }

@@ -7,7 +7,7 @@ use kiln_virtio::fs::MISSED_BYTES;
 use super::host::HostError;
 use super::inputs::InputError;
 use super::merge::MergeError;
-use crate::agent::{RUNNING, SessionError, TransferError};
+use crate::agent::{SessionError, TransferError};
 use crate::keeper::RegistryError;
 use crate::machine::{Death, MachineError};
 use crate::plan::{EnvError, OutputError, show_bytes};
@@ -137,7 +137,7 @@ impl RunError {
                 "outputs are paths below WORK, which is $WORK in the step; nothing was merged".to_owned(),
             ),
             Self::Printed { .. } => Some("--limit printed=SIZE allows more".to_owned()),
-            Self::Transfer(TransferError::TooMuch { .. }) => {
+            Self::Transfer(TransferError::TooMany { .. } | TransferError::TooMuch { .. }) => {
                 Some("--limit outputs=SIZE and --limit files=COUNT allow more".to_owned())
             }
             Self::RecordFull => Some(
@@ -157,9 +157,6 @@ impl RunError {
             Self::Died { death: Death::Panicked(line), .. } if line.to_lowercase().contains("memory") => {
                 Some("--memory gives the machine more memory".to_owned())
             }
-            Self::Session(SessionError::Silent { doing: RUNNING, .. }) => Some(
-                "its machine hung, or was kept from answering; its last console lines, if any, are above".to_owned(),
-            ),
             Self::Session(SessionError::Silent { .. }) => Some(
                 "the machine's last console lines are above; fewer --cpus boot faster under emulation"
                     .to_owned(),

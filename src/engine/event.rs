@@ -57,6 +57,8 @@ pub enum Event<'a> {
     Output(Stream, &'a [u8]),
     /// A part of the run is over.
     Phase(Phase, Duration),
+    /// Its machine stays under this name, and after the build for so long with nobody in it.
+    Kept(&'a str, Duration),
 }
 
 /// Who is told. An error about an [`Event::Output`] ends the run: nobody takes what the command says any more. The command

@@ -3,6 +3,7 @@
 
 pub mod build;
 pub mod collect;
+mod enter;
 mod error;
 mod event;
 mod host;
@@ -18,6 +19,7 @@ mod run;
 mod step;
 mod work;
 
+pub use enter::{Entered, enter};
 pub use error::RunError;
 pub use event::{Event, Listener, Phase};
 pub use host::{Boundary, Host, HostError, KernelChoice, Require, jail_of};

@@ -210,7 +210,7 @@ fn find_toolbox(step: &Step, host: &Host, events: Listener<'_>) -> Result<Option
         Ok(path) => Ok(Some(path)),
         Err(error) if step.toolbox => Err(error.into()),
         Err(error) => {
-            let mut text = format!("a kept machine will have no toolbox: {error}");
+            let mut text = format!("a machine that is kept or entered will have no toolbox: {error}");
             let mut source = std::error::Error::source(&error);
             while let Some(inner) = source {
                 text.push_str(&format!(": {inner}"));

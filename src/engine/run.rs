@@ -119,12 +119,12 @@ pub fn run_among(
 }
 
 /// Gives a machine that was kept its toolbox, which its step did not see.
-fn with_toolbox(mut kept: Kept, step: &Step, events: Listener<'_>) -> Kept {
+pub(super) fn with_toolbox(mut kept: Kept, step: &Step, events: Listener<'_>) -> Kept {
     if kept.has_toolbox
         && !step.toolbox
         && let Err(error) = kept.session.mount(toolbox_mount())
     {
-        let _ = events(Event::Warning(&format!("the kept machine has no toolbox: {error}")));
+        let _ = events(Event::Warning(&format!("the machine has no toolbox: {error}")));
         kept.has_toolbox = false;
     }
     if kept.has_toolbox {
@@ -146,34 +146,15 @@ fn carry_through(
     events: Listener<'_>,
     standing: &mut Option<Kept>,
 ) -> Result<Report, RunError> {
-    let mut stopwatch = Stopwatch(Instant::now());
+    let mut stopwatch = Stopwatch::start();
     let has_input = input.is_some();
     let work = host.settings.work.value.clone();
     merge::recover(&host.store, &work)?;
-    let mut prepared = prepare(step, host, &work, events)?;
-    let (setup, exec, spec) = describe(step, host, &mut prepared)?;
+    let started = start(step, host, Some(series), &mut stopwatch, events)?;
+    let Started { prepared, setup, exec, mut machine, wire, registration, stopped, readiness } = started;
     let (environment, directory) = (exec.env.clone(), exec.cwd.clone());
-    let _ = events(Event::Phase(Phase::Prepare, stopwatch.lap()));
-
-    let readiness = Readiness::of(host, series, &prepared, &spec, &setup);
-    let borrowed = readiness.as_ref().and_then(|readiness| readiness.borrow(host, &spec));
-    let mut machine = match borrowed {
-        Some(machine) => machine,
-        None => {
-            if let Some(why) = readiness.as_ref().and_then(Readiness::failure) {
-                let _ = events(Event::Warning(&format!("no machine was made ready for this run: {why}")));
-            }
-            prepared.qemu.start(spec)?
-        }
-    };
-    let _ = events(Event::Machine(machine.identity()));
-    for note in machine.notes() {
-        let _ = events(Event::Warning(note));
-    }
-    let wire = machine.wire()?;
-    let (registration, stopped) = register(step, host, &prepared, &*machine, &wire)?;
     let stopwatch = &mut stopwatch;
-    let mut talk = Talk { step, host, prepared: &prepared, stopwatch, doing: "booting", is_off: false };
+    let mut talk = Talk::new(step, host, &prepared, stopwatch);
     let mut session = None;
     let mut ordered = None;
     let conversation = talk.open(wire, setup, events).and_then(|opened| {
@@ -182,27 +163,21 @@ fn carry_through(
         talk.work(session.insert(opened), exec, input, events)
     });
     let (doing, is_off) = (talk.doing, talk.is_off);
-    if let Err(RunError::Session(error)) = &conversation {
-        if stopped.load(Ordering::Acquire) {
-            return Err(RunError::Stopped { doing });
-        }
-        match error {
-            SessionError::Closed => {
-                let death = machine.death(DEATH_PATIENCE);
-                quote_console(&machine.console(), events);
-                return Err(RunError::Died { doing, death });
-            }
-            SessionError::Silent { .. } => quote_console(&machine.console(), events),
-            _ => {}
-        }
-    }
-    if let Err(RunError::Root { filesystem, .. }) = &conversation {
-        // What errno leaves out, some file systems say on the console only.
-        quote_console(&console_about(&*machine, filesystem.name()), events);
-    }
     // A guest gives nothing back, so this is the most that it held.
     let held_bytes = conversation.is_ok().then(|| footprint::held_bytes(&machine.processes())).flatten();
+    // An agent that answers nothing any more leaves a machine that nobody can look into.
     let can_stay = !is_off && conversation.as_ref().err().is_none_or(RunError::leaves_session_usable);
+    let conversation = match conversation
+        .map_err(|error| explain(error, doing, &mut *machine, &stopped, events))
+    {
+        // Only a command with a time-out is waited for so long: whatever became of it, it took longer than that.
+        Err(RunError::Session(SessionError::Silent { doing: RUNNING, .. })) => {
+            let text = "the command's time had passed and its machine did not stop it: it hung, or was kept from answering";
+            let _ = events(Event::Warning(text));
+            Ok((Ended::Ran(Outcome::TimedOut, Usage::default()), None))
+        }
+        other => other,
+    };
     let identity = machine.identity().clone();
     let ((ended, collection), record) = match session.filter(|_| step.keep != Keep::Never && can_stay) {
         Some(session) => {
@@ -218,9 +193,10 @@ fn carry_through(
             (conversation?, kept.machine.observed_so_far()?)
         }
         None => {
-            let over = (conversation?, machine.observed()?);
+            let over = conversation.and_then(|conversation| Ok((conversation, machine.observed()?)));
+            // Before its registration: who finds no entry finds no machine either.
             drop(machine);
-            over
+            over?
         }
     };
     if record.full {
@@ -264,6 +240,81 @@ fn carry_through(
     Ok(Report { ended, identity, bundle, collected, reads, held_bytes, work })
 }
 
+/// A machine that was started for a step, before its agent's first word.
+pub(super) struct Started {
+    pub prepared: Prepared,
+    pub setup: Setup,
+    pub exec: Exec,
+    pub machine: Box<dyn Machine>,
+    pub wire: UnixStream,
+    pub registration: Registration,
+    /// Set where somebody ends it.
+    pub stopped: Arc<AtomicBool>,
+    /// What it has to do with machines that are made ready; none without a series.
+    pub readiness: Option<Readiness>,
+}
+
+/// Starts the machine of `step`, or takes one of those that are ready for the runs of `series`.
+///
+/// # Errors
+/// [`RunError`] where there is none then.
+pub(super) fn start(
+    step: &Step,
+    host: &Host,
+    series: Option<&Series>,
+    stopwatch: &mut Stopwatch,
+    events: Listener<'_>,
+) -> Result<Started, RunError> {
+    let mut prepared = prepare(step, host, &host.settings.work.value, events)?;
+    let (setup, exec, spec) = describe(step, host, &mut prepared)?;
+    let _ = events(Event::Phase(Phase::Prepare, stopwatch.lap()));
+
+    let readiness = series.and_then(|series| Readiness::of(host, series, &prepared, &spec, &setup));
+    let borrowed = readiness.as_ref().and_then(|readiness| readiness.borrow(host, &spec));
+    let mut machine = match borrowed {
+        Some(machine) => machine,
+        None => {
+            if let Some(why) = readiness.as_ref().and_then(Readiness::failure) {
+                let _ = events(Event::Warning(&format!("no machine was made ready for this run: {why}")));
+            }
+            prepared.qemu.start(spec)?
+        }
+    };
+    let _ = events(Event::Machine(machine.identity()));
+    for note in machine.notes() {
+        let _ = events(Event::Warning(note));
+    }
+    let wire = machine.wire()?;
+    let (registration, stopped) = register(step, host, &prepared, &*machine, &wire)?;
+    Ok(Started { prepared, setup, exec, machine, wire, registration, stopped, readiness })
+}
+
+/// What `error`, in a conversation about `doing`, says of the machine: whether somebody ended it, and how it died. What its
+/// console has to say is told.
+pub(super) fn explain(
+    error: RunError,
+    doing: &'static str,
+    machine: &mut dyn Machine,
+    stopped: &AtomicBool,
+    events: Listener<'_>,
+) -> RunError {
+    match error {
+        RunError::Session(_) if stopped.load(Ordering::Acquire) => return RunError::Stopped { doing },
+        RunError::Session(SessionError::Closed) => {
+            let death = machine.death(DEATH_PATIENCE);
+            quote_console(&machine.console(), events);
+            return RunError::Died { doing, death };
+        }
+        RunError::Session(SessionError::Silent { .. }) => quote_console(&machine.console(), events),
+        // What errno leaves out, some file systems say on the console only.
+        RunError::Root { filesystem, .. } => {
+            quote_console(&console_about(&*machine, filesystem.name()), events);
+        }
+        _ => {}
+    }
+    error
+}
+
 /// What the step could read and no record says how much of it.
 fn unrecorded(step: &Step, has_input: bool) -> Vec<String> {
     let mut unrecorded: Vec<String> = step.disks.iter().map(|disk| format!("disk {}", disk.guest)).collect();
@@ -279,9 +330,14 @@ fn unrecorded(step: &Step, has_input: bool) -> Vec<String> {
 /// How much of a console is quoted.
 const CONSOLE_LINES: usize = 15;
 
-struct Stopwatch(Instant);
+pub(super) struct Stopwatch(Instant);
 
 impl Stopwatch {
+    /// One that starts now.
+    pub fn start() -> Self {
+        Self(Instant::now())
+    }
+
     fn lap(&mut self) -> Duration {
         let now = Instant::now();
         now.duration_since(std::mem::replace(&mut self.0, now))
@@ -323,18 +379,23 @@ fn last_lines(text: &str, count: usize) -> String {
 type Conversation = (Ended, Option<Collection>);
 
 /// A conversation with one agent, from its first word to the end of the collection.
-struct Talk<'a> {
+pub(super) struct Talk<'a> {
     step: &'a Step,
     host: &'a Host,
     prepared: &'a Prepared,
     stopwatch: &'a mut Stopwatch,
     /// What is going on, for the case that the machine dies.
-    doing: &'static str,
+    pub doing: &'static str,
     /// Whether the machine was switched off.
     is_off: bool,
 }
 
-impl Talk<'_> {
+impl<'a> Talk<'a> {
+    /// One that begins.
+    pub fn new(step: &'a Step, host: &'a Host, prepared: &'a Prepared, stopwatch: &'a mut Stopwatch) -> Self {
+        Self { step, host, prepared, stopwatch, doing: "booting", is_off: false }
+    }
+
     /// Why the step's world could not be made, with what of it the user named.
     fn setup_failed(&self, source: SessionError) -> RunError {
         match (source, &self.prepared.root) {
@@ -357,7 +418,12 @@ impl Talk<'_> {
     }
 
     /// From the machine's start to a world that the step's command can run in.
-    fn open(&mut self, wire: UnixStream, setup: Setup, events: Listener<'_>) -> Result<Session, RunError> {
+    pub fn open(
+        &mut self,
+        wire: UnixStream,
+        setup: Setup,
+        events: Listener<'_>,
+    ) -> Result<Session, RunError> {
         let mut session = Session::open(wire, BOOT_PATIENCE).map_err(RunError::Session)?;
         let _ = events(Event::Phase(Phase::Boot, self.stopwatch.lap()));
         self.doing = "preparing the step";
@@ -438,7 +504,11 @@ fn register(
     let told = Arc::clone(&stopped);
     let wire = wire.try_clone().map_err(|source| RunError::Io { what: "hold the wire", source })?;
     let entry = Entry::running(&step.name, &step.argv, step.memory_bytes, prepared.cpus, machine.identity());
-    let entry = Entry { processes: machine.processes(), ..entry };
+    let mut entry = Entry { processes: machine.processes(), ..entry };
+    if step.view.is_some() {
+        // What runs steps of recipes is one shell or another.
+        entry.called.clone_from(&step.name);
+    }
     let registration = Registry::open(&host.store.run())?.register(entry, move || {
         told.store(true, Ordering::Release);
         // Whoever waits for the agent learns of it at once.

@@ -1,8 +1,9 @@
 //! A step: one command with its root, inputs, outputs, environment and limits, as it is described.
 
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::build::Directory;
 use super::host::{Boundary, KernelChoice};
 use super::inputs::{DiskArgument, MountArgument};
 use crate::agent::Limits;
@@ -31,13 +32,13 @@ pub enum Keep {
     Always,
 }
 
-/// What a step of a graph is shown in place of WORK as it stands.
+/// What a step of a graph is shown in place of WORK as it stands. The directories go with the last copy of this.
 #[derive(Debug, Clone)]
 pub struct View {
     /// A directory with what it sees in WORK: outputs of the steps it needs.
-    pub work: PathBuf,
+    pub work: Arc<Directory>,
     /// A directory with the sources it sees, where it sees any.
-    pub sources: Option<PathBuf>,
+    pub sources: Option<Arc<Directory>>,
     /// Paths in SRCDIR that it is not shown.
     pub hidden: Vec<PathBytes>,
 }

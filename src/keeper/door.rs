@@ -86,7 +86,7 @@ impl DoorError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Unknown { known, .. } if known.is_empty() => Some(
-                "there is none at all; `kiln run --keep` keeps one, `--store` or KILN_STORE names another store"
+                "there is no machine at all; `kiln run --keep` keeps one, `--store` or KILN_STORE names another store"
                     .to_owned(),
             ),
             Self::Unknown { known, .. } => Some(format!("there is {}", known.join(", "))),

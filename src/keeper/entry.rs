@@ -50,6 +50,9 @@ pub struct Entry {
     /// Its name; empty until it is registered.
     #[serde(default)]
     pub name: String,
+    /// What its name begins with; its program's name where this is empty. Known only until it is registered.
+    #[serde(skip)]
+    pub called: String,
     /// What it is doing.
     pub state: State,
     /// The step.
@@ -106,6 +109,7 @@ impl Entry {
         }
         Self {
             name: String::new(),
+            called: String::new(),
             state: State::Running,
             step: step.to_owned(),
             command: shown,
@@ -132,11 +136,12 @@ impl Entry {
         Self { state: State::Ready, key: Some(*key), idle_seconds: Some(idle.as_secs()), ..running }
     }
 
-    /// A name for the machine: what its program is called, and something that tells it from others.
+    /// A name for the machine: what it or its program is called, and something that tells it from others.
     pub(super) fn suggest_name(&self, salt: &[u8]) -> String {
         let program = self.command.first().map_or("", String::as_str);
         let program = program.rsplit('/').next().unwrap_or_default();
-        let mut name: String = program
+        let called = if self.called.is_empty() { program } else { &self.called };
+        let mut name: String = called
             .chars()
             .map(|c| c.to_ascii_lowercase())
             .filter(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || *c == '-')
@@ -198,6 +203,13 @@ mod tests {
             assert!(name.starts_with(start) && name.len() == start.len() + 4, "{name}");
             assert!(is_name(&name) && !is_name_of_ready(&name), "{name}");
         }
+    }
+
+    #[test]
+    fn the_machine_of_a_recipe_s_step_is_named_after_the_step() {
+        let entry = Entry { called: "Link.x86-64".into(), ..entry(&[b"/bin/sh"]) };
+        let name = entry.suggest_name(b"salt");
+        assert!(name.starts_with("linkx86-64-") && is_name(&name), "{name}");
     }
 
     #[test]

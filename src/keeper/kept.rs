@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
+use kiln_wire::Exec;
+
 use super::entry::Entry;
 use super::registration::Registration;
-use super::relay::{Guests, News};
+use super::relay::{Guests, News, complete};
 use crate::agent::{Hub, Session};
 use crate::machine::Machine;
 
@@ -44,6 +46,11 @@ pub struct Keeper {
 }
 
 impl Kept {
+    /// `exec` with what it leaves out of what the step's command ran in.
+    pub fn complete(&self, exec: Exec) -> Exec {
+        complete(exec, &self.environment, &self.directory)
+    }
+
     /// Opens it to callers; with nobody in it, it stays for `idle`.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -31,12 +31,27 @@ pub struct Registration {
     inside: Arc<Inside>,
     /// The socket that the thread at the door listens to.
     listener: UnixListener,
+    // Dropped last: who hears of the end finds no entry any more.
+    _end: End,
+}
+
+/// Tells those who wait for the machine's end of it, when dropped.
+struct End(Arc<Inside>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        *self.0.is_over.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.over.notify_all();
+    }
 }
 
 /// What callers' threads and the machine's owner share.
 struct Inside {
     mode: Mutex<Mode>,
     callers: AtomicUsize,
+    // Whether the machine is gone.
+    is_over: Mutex<bool>,
+    over: Condvar,
 }
 
 pub(super) enum Mode {
@@ -52,11 +67,22 @@ impl Inside {
     fn mode(&self) -> MutexGuard<'_, Mode> {
         self.mode.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Waits for the machine's end: its holder may have others, and live on.
+    fn wait_for_end(&self) {
+        let is_over = self.is_over.lock().unwrap_or_else(PoisonError::into_inner);
+        let _over = self.over.wait_while(is_over, |is_over| !*is_over);
+    }
 }
 
 impl Registration {
     pub(super) fn open(place: Place, entry: Entry, listener: UnixListener, mode: Mode) -> io::Result<Self> {
-        let inside = Arc::new(Inside { mode: Mutex::new(mode), callers: AtomicUsize::new(0) });
+        let inside = Arc::new(Inside {
+            mode: Mutex::new(mode),
+            callers: AtomicUsize::new(0),
+            is_over: Mutex::default(),
+            over: Condvar::new(),
+        });
         let (shared, listening) = (Arc::clone(&inside), listener.try_clone()?);
         let door = thread::Builder::new().name("door".to_owned()).stack_size(256 << 10);
         door.spawn(move || {
@@ -71,7 +97,8 @@ impl Registration {
                 }
             }
         })?;
-        Ok(Self { place, entry, inside, listener })
+        let end = End(Arc::clone(&inside));
+        Ok(Self { place, entry, inside, listener, _end: end })
     }
 
     /// What the registry says of the machine.
@@ -173,10 +200,9 @@ fn answer(caller: &UnixStream, inside: &Inside) -> io::Result<()> {
                 say(caller, &Answer::Granted)?;
                 guests.stop();
             }
-            // The stream ends with this process: only then is the machine gone.
-            loop {
-                thread::park();
-            }
+            // The stream ends when the machine is gone, or with this process.
+            inside.wait_for_end();
+            Ok(())
         }
         (Request::Enter, Some(guests)) => {
             say(caller, &Answer::Granted)?;

@@ -70,7 +70,8 @@ impl Guests {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "no command"));
         };
         let id = exec.id;
-        let (remote, messages) = self.hub.start(self.complete(exec)).map_err(io::Error::other)?;
+        let exec = complete(exec, &self.environment, &self.directory);
+        let (remote, messages) = self.hub.start(exec).map_err(io::Error::other)?;
         let gone = AtomicBool::new(false);
         // Nothing is ever sent: it ends with the command.
         let (over, ends) = channel::<()>();
@@ -91,23 +92,22 @@ impl Guests {
         });
         Ok(())
     }
+}
 
-    /// Adds what the caller left out.
-    fn complete(&self, mut exec: Exec) -> Exec {
-        let name = |variable: &[u8]| variable.iter().position(|&byte| byte == b'=').unwrap_or(variable.len());
-        let is_set = |variable: &Vec<u8>| {
-            let length = name(variable);
-            exec.env.iter().any(|own| name(own) == length && own[..length] == variable[..length])
-        };
-        let mut env: Vec<Vec<u8>> =
-            self.environment.iter().filter(|variable| !is_set(variable)).cloned().collect();
-        env.append(&mut exec.env);
-        exec.env = env;
-        if exec.cwd.is_empty() {
-            exec.cwd.clone_from(&self.directory);
-        }
-        exec
+/// Adds what a caller left out: the variables and the working directory of the machine's step.
+pub(super) fn complete(mut exec: Exec, environment: &[Vec<u8>], directory: &[u8]) -> Exec {
+    let name = |variable: &[u8]| variable.iter().position(|&byte| byte == b'=').unwrap_or(variable.len());
+    let is_set = |variable: &Vec<u8>| {
+        let length = name(variable);
+        exec.env.iter().any(|own| name(own) == length && own[..length] == variable[..length])
+    };
+    let mut env: Vec<Vec<u8>> = environment.iter().filter(|variable| !is_set(variable)).cloned().collect();
+    env.append(&mut exec.env);
+    exec.env = env;
+    if exec.cwd.is_empty() {
+        exec.cwd = directory.to_vec();
     }
+    exec
 }
 
 /// What a caller sends.

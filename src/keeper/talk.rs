@@ -43,7 +43,7 @@ impl Greeting {
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Request {
-    /// That the machine ends. The stream ends when its owner has.
+    /// That the machine ends. The stream ends when it has.
     Stop,
     /// To run one command in it: the wire follows.
     Enter,

@@ -9,7 +9,7 @@ pub enum ParseQuantityError {
     #[error("`{0}` is not a size: write bytes, or a number with K, M, G or T (powers of 1,024), such as 2G")]
     Bytes(String),
     /// Not a duration.
-    #[error("`{0}` is not a duration: write seconds, or a number with ms, s, m or h, such as 90s")]
+    #[error("`{0}` is not a duration: write seconds, or numbers with h, m, s or ms, such as 90s or 1m30s")]
     Duration(String),
 }
 
@@ -39,21 +39,35 @@ pub fn parse_bytes(text: &str) -> Result<u64, ParseQuantityError> {
     parse().ok_or_else(|| ParseQuantityError::Bytes(text.to_owned()))
 }
 
-/// A duration from `90`, `90s`, `250ms`, `10m`, `2h`; a bare number counts seconds.
+/// A duration from `90`, `90s`, `250ms`, `10m`, `1m30s`: a bare number counts seconds, of several with units each is
+/// smaller than the one before.
 ///
 /// # Errors
-/// [`ParseQuantityError::Duration`] for anything else.
+/// [`ParseQuantityError::Duration`] for anything else, and for what does not fit in 64 bits of milliseconds.
 pub fn parse_duration(text: &str) -> Result<Duration, ParseQuantityError> {
     let parse = || {
-        let (number, unit) = split(text.trim())?;
-        let milliseconds = match unit {
-            "ms" => 1,
-            "" | "s" => 1_000,
-            "m" | "min" => 60_000,
-            "h" => 3_600_000,
-            _ => return None,
-        };
-        number.checked_mul(milliseconds).map(Duration::from_millis)
+        let (mut total, mut smallest, mut rest) = (0_u64, u64::MAX, text.trim());
+        loop {
+            let (number, after) = split(rest)?;
+            let end = after.find(|c: char| c.is_ascii_digit()).unwrap_or(after.len());
+            let milliseconds = match &after[..end] {
+                "ms" => 1,
+                // Alone only: what `1m30` means is anybody's guess.
+                "" if smallest == u64::MAX => 1_000,
+                "s" => 1_000,
+                "m" | "min" => 60_000,
+                "h" => 3_600_000,
+                _ => return None,
+            };
+            if milliseconds >= smallest {
+                return None;
+            }
+            total = total.checked_add(number.checked_mul(milliseconds)?)?;
+            (smallest, rest) = (milliseconds, &after[end..]);
+            if rest.is_empty() {
+                return Some(Duration::from_millis(total));
+            }
+        }
     };
     parse().ok_or_else(|| ParseQuantityError::Duration(text.to_owned()))
 }
@@ -115,7 +129,21 @@ mod tests {
         assert_eq!(parse_duration("90"), Ok(Duration::from_secs(90)));
         assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
         assert_eq!(parse_duration("2h"), Ok(Duration::from_secs(7200)));
-        for bad in ["", "s", "1d", "-5"] {
+        assert_eq!(parse_duration("1m30s"), Ok(Duration::from_secs(90)));
+        assert_eq!(parse_duration("1h2min3s4ms"), Ok(Duration::from_millis(3_723_004)));
+        for bad in [
+            "",
+            "s",
+            "1d",
+            "-5",
+            "1m30",
+            "30s1m",
+            "1m2m",
+            "1m 30s",
+            "1m30d",
+            "1ss",
+            "1h18446744073709551615ms",
+        ] {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
     }

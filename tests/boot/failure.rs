@@ -1,8 +1,11 @@
 //! Machines that fail under a command: each failure is told from the others, in words, and is kiln's or the command's.
 
 use std::fs;
+use std::process::Stdio;
 
-use super::host::Host;
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::host::{Host, Running, members};
 
 #[test]
 fn a_command_that_outgrows_its_machine_is_told_so() {
@@ -76,4 +79,21 @@ fn outputs_beyond_the_scratch_fail_the_command_not_the_machine() {
         told.stderr.contains("No space left on device") || told.stderr.contains("out of memory"),
         "{told:?}"
     );
+}
+
+/// It takes the minute that a late agent is given, which is what it is about.
+#[test]
+fn a_machine_that_hangs_has_taken_longer_than_the_time_out() {
+    let host = Host::new();
+    let script = "echo going; sleep 1000";
+    let mut command = host.command(&["--timeout", "0m1s", "--grace", "0"], &["sh", "-c", script]);
+    let mut run = Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    run.read_until("going\n");
+    let group = run.id();
+    for member in members(group).iter().filter(|member| member.contains("(qemu")) {
+        let pid = member.split(' ').next().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+        kill_process(pid.expect("a process"), Signal::STOP).expect("it is ours");
+    }
+    run.end().ends(124, &["its machine did not stop it", "`sh` was stopped after --timeout 0m1s"]);
+    host.is_clean(group);
 }

@@ -108,7 +108,7 @@ fn a_machine_is_kept_where_its_command_fails_and_can_be_entered() {
     told.ends(0, &[]);
     assert_eq!(told.text(), format!("stopped {name}\n"));
     are_gone(&host, pid);
-    kiln(&host, &["stop", &name]).ends(1, &["there is no machine", "none at all"]);
+    kiln(&host, &["stop", &name]).ends(1, &["there is no machine", "no machine at all"]);
     assert!(!host.path("work/w").exists(), "a failed step put something out");
 }
 

@@ -153,7 +153,7 @@ fn session_end(error: &SessionError) -> Found {
 fn transfer_end(error: &TransferError) -> Found {
     match error {
         TransferError::Session(error) => session_end(error),
-        TransferError::TooMuch { .. } => ("too_much", error.to_string()),
+        TransferError::TooMany { .. } | TransferError::TooMuch { .. } => ("too_much", error.to_string()),
         TransferError::Store { .. } => ("store", error.to_string()),
     }
 }

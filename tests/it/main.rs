@@ -8,6 +8,7 @@ mod boundary;
 mod build;
 mod debian;
 mod doctor;
+mod enter;
 #[path = "../folder/mod.rs"]
 mod folder;
 mod host;

@@ -204,7 +204,7 @@ impl<R: Runner> Checker<'_, R> {
                 let mut kept = Tree::clone(&tree);
                 kept.retain(|path, _| path.is_within(&folder) || folder.is_within(path));
                 let written = view::write(&kept, self.build.store, |_| String::new())?;
-                let place = written.path().join(folder.to_string());
+                let place = written.join(folder.to_string());
                 folders.push(written);
                 Some(place)
             }

@@ -7,10 +7,10 @@
 //!         check: does a trace under its key hold?  ── yes ─▶ WORK gets what it lacks of the outputs
 //!           │ no
 //!           ▼
-//!         view (what it sees in WORK) ─▶ run ─▶ outputs merged, trace kept
+//!         stage (its view: what it sees in WORK) ─▶ run ─▶ outputs merged, trace kept
 //! ```
 //!
-//! `schedule` decides what comes next; `check` and `view` prepare it; a [`Runner`] does it. That a step whose inputs are
+//! `schedule` decides what comes next; `check` and `stage` prepare it; a [`Runner`] does it. That a step whose inputs are
 //! the same as before is not run again although what made them was, follows from the traces: nothing else knows of it.
 
 mod admission;
@@ -24,6 +24,7 @@ mod reservations;
 mod runner;
 mod schedule;
 pub mod sources;
+mod stage;
 mod timeline;
 mod turns;
 mod view;
@@ -49,8 +50,9 @@ use crate::store::Store;
 pub use check::{Explained, Standing, work_name};
 pub use gate::Gate;
 pub use lower::Lowered;
-pub use runner::{Machines, Ran, Runner};
+pub use runner::{KeptStep, Machines, Ran, Runner};
 pub use timeline::Timeline;
+pub use view::Directory;
 
 /// How a build goes about it.
 #[derive(Debug, Clone)]
@@ -83,10 +85,10 @@ pub enum BuildError {
     Source(#[from] sources::SourceError),
     /// A signature.
     #[error(transparent)]
-    Sign(#[from] SignError),
+    Sign(Box<SignError>),
     /// An artifact.
     #[error(transparent)]
-    Make(#[from] MakeError),
+    Make(Box<MakeError>),
     /// What a step should have put out for another.
     #[error("`{output}` is no {what} for step `{step}`")]
     NotPutOut {
@@ -130,7 +132,37 @@ pub enum BuildError {
     },
 }
 
+impl From<MakeError> for BuildError {
+    fn from(error: MakeError) -> Self {
+        Self::Make(Box::new(error))
+    }
+}
+
+impl From<SignError> for BuildError {
+    fn from(error: SignError) -> Self {
+        Self::Sign(Box::new(error))
+    }
+}
+
 impl BuildError {
+    /// Whether a step failed whose command had begun, or could have: not for want of what it runs in.
+    pub fn is_of_a_command(&self) -> bool {
+        matches!(
+            self,
+            Self::Merge(_)
+                | Self::Run(
+                    RunError::Session(_)
+                        | RunError::Died { .. }
+                        | RunError::Stopped { .. }
+                        | RunError::RecordFull
+                        | RunError::Transfer(_)
+                        | RunError::Printed { .. }
+                        | RunError::MissingOutputs(_)
+                        | RunError::Merge(_)
+                )
+        )
+    }
+
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         match self {
@@ -224,6 +256,8 @@ pub struct Summary {
     pub total: Duration,
     /// How long the commands ran, all together.
     pub commands: Duration,
+    /// What the good steps have put out, and those that were given: digests of manifests.
+    pub outputs: BTreeMap<StepId, Digest>,
 }
 
 impl Summary {

@@ -16,7 +16,8 @@ use crate::engine::host::{Boundary, Host, KernelChoice};
 use crate::engine::reads::ReadsReport;
 use crate::engine::ready::Series;
 use crate::engine::run::{Ended, run_among};
-use crate::engine::step::Step;
+use crate::engine::step::{Keep, Step, View};
+use crate::keeper::{Keeper, Kept};
 use crate::machine::Carrier;
 use crate::plan::RootSpec;
 use crate::root;
@@ -77,6 +78,11 @@ pub trait Runner: Sync {
     /// # Errors
     /// [`RunError`] where it could not be carried through; a command that fails is a [`Ran`].
     fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError>;
+
+    /// When machines of steps stay.
+    fn keep(&self) -> Keep {
+        Keep::Never
+    }
 }
 
 /// Machines of this host.
@@ -89,6 +95,24 @@ pub struct Machines<'a> {
     files: Mutex<BTreeMap<String, Arc<Tree>>>,
     /// All steps that it runs.
     series: Series,
+    /// How long those of failed steps stay with nobody in them; none do where this is none.
+    idle: Option<Duration>,
+    // Protects the list; held only to put one in or to take all.
+    kept: Mutex<Vec<KeptStep>>,
+}
+
+/// The machine of a failed step, which can be entered.
+pub struct KeptStep {
+    keeper: Keeper,
+    // The directories that the machine still serves.
+    _view: Option<View>,
+}
+
+impl KeptStep {
+    /// Stays until it is of no more use.
+    pub fn stay(self) {
+        self.keeper.stay();
+    }
 }
 
 impl<'a> Machines<'a> {
@@ -101,7 +125,30 @@ impl<'a> Machines<'a> {
             known: Mutex::default(),
             files: Mutex::default(),
             series: Series::new(processors),
+            idle: None,
+            kept: Mutex::default(),
         }
+    }
+
+    /// Lets those of failed steps stay, so long with nobody in them.
+    pub fn keeping(self, idle: Option<Duration>) -> Self {
+        Self { idle, ..self }
+    }
+
+    /// The machines that were kept.
+    pub fn into_kept(self) -> Vec<KeptStep> {
+        self.kept.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens a machine that is left of `step` to callers.
+    fn open(&self, kept: Kept, step: &Step, events: Listener<'_>) {
+        let opened = kept.open(self.idle.unwrap_or_default());
+        let _ = match &opened {
+            Ok(keeper) => events(Event::Kept(&keeper.entry().name, self.idle.unwrap_or_default())),
+            Err(error) => events(Event::Warning(&format!("the machine cannot be kept: {error}"))),
+        };
+        let kept = opened.map(|keeper| KeptStep { keeper, _view: step.view.clone() });
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).extend(kept);
     }
 }
 
@@ -112,6 +159,13 @@ fn processors() -> u16 {
 impl Runner for Machines<'_> {
     fn ahead(&self, jobs: usize) -> usize {
         jobs.min(self.processors)
+    }
+
+    fn keep(&self) -> Keep {
+        match self.idle {
+            Some(_) => Keep::OnFailure,
+            None => Keep::Never,
+        }
     }
 
     fn identify(
@@ -165,7 +219,11 @@ impl Runner for Machines<'_> {
             }
             events(event)
         };
-        let report = run_among(step, self.host, None, &self.series, &mut note).result?;
+        let run = run_among(step, self.host, None, &self.series, &mut note);
+        if let Some(kept) = run.kept {
+            self.open(kept, step, events);
+        }
+        let report = run.result?;
         let command = match &report.ended {
             Ended::Ran(_, usage) => Duration::from_micros(usage.wall_us),
             Ended::NotStarted { .. } => started.elapsed(),

@@ -137,6 +137,8 @@ impl<R: Runner> Build<'_, R> {
             result
         })?;
         schedule.summary.total = timeline.elapsed();
+        let outputs = schedule.outputs.iter().enumerate();
+        schedule.summary.outputs = outputs.filter_map(|(id, out)| out.map(|out| (StepId(id), out))).collect();
         Ok(schedule.summary)
     }
 
@@ -356,6 +358,7 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
                 }
                 Event::Phase(*phase, *time)
             }
+            Told::Kept(name, idle) => Event::Kept(name, *idle),
         };
         news(News::Event(name, &event))
     }

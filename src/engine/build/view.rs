@@ -4,6 +4,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
 use std::io;
+use std::ops::Deref;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -67,14 +68,17 @@ pub(super) fn union(needs: &[(&str, Arc<Tree>)], inputs: &Outputs) -> Result<Arc
 
 /// A directory that goes when this is dropped.
 #[derive(Debug)]
-pub(super) struct Directory(PathBuf);
+pub struct Directory(PathBuf);
 
-impl Directory {
-    /// Where it is.
-    pub fn path(&self) -> &Path {
+impl Deref for Directory {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
         &self.0
     }
+}
 
+impl Directory {
     /// An empty one.
     fn new(store: &Store) -> Result<Self, BuildError> {
         let area = store.temporary();
@@ -197,7 +201,7 @@ mod tests {
                 // Refused, or the link is not among what is shown.
                 let Ok(shown) = union(&needs, &inputs) else { continue };
                 let view = write(&shown, &store, |_| String::new()).expect("a view");
-                assert!(view.path().join("d").is_dir() && !view.path().join("d").is_symlink(), "{globs:?}");
+                assert!(view.join("d").is_dir() && !view.join("d").is_symlink(), "{globs:?}");
                 assert_eq!(fs::read_dir(&outside).expect("a folder").count(), 0, "{globs:?}");
                 written += 1;
             }

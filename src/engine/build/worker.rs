@@ -1,25 +1,20 @@
 //! What is done for a step on a thread of its own: the check, and the run from its view to its trace.
 
 use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use kiln_artifact::tree::TreePath;
 use kiln_digest::Digest;
-use kiln_virtio::fs::record::Kind;
-use kiln_virtio::fs::{Open, list_directory, open_beneath};
 use kiln_wire::Stream;
 
+use super::BuildError;
 use super::check::{Checker, Standing, now_nanos};
 use super::gate::Gate;
 use super::runner::{Ran, Runner};
 use super::turns::Turns;
-use super::{BuildError, lower, sources};
-use crate::cache::{Hidden, Key};
+use crate::cache::Key;
 use crate::engine::event::{Event, Phase};
-use crate::engine::step::View;
 use crate::machine::{Identity, PathBytes};
 use crate::plan::StepId;
 use crate::plan::graph::Command;
@@ -36,6 +31,7 @@ pub(super) enum Told {
     Output(Stream, Vec<u8>),
     /// With the moment at which it was over.
     Phase(Phase, Duration, Instant),
+    Kept(String, Duration),
 }
 
 pub(super) enum Message {
@@ -133,15 +129,7 @@ impl<R: Runner> Worker<'_, '_, R> {
 
     /// Where outputs of a needed step are lost, that step runs again next time, and puts them back.
     fn forget(&self, error: &BuildError, needs: &[(StepId, Digest)]) {
-        let BuildError::Lost { step, digest, .. } = error else { return };
-        let _ = self.checker.build.store.blobs().discard(digest);
-        for (need, manifest) in
-            needs.iter().filter(|(need, _)| self.checker.build.plan.step(*need).name == *step)
-        {
-            if let Some(key) = self.keys.get(*need) {
-                let _ = self.checker.index.forget(&key.digest(), manifest);
-            }
-        }
+        self.checker.forget(error, needs, |need| self.keys.get(need).map(|key| key.digest()));
     }
 
     fn checked(&self, id: StepId, needs: &[(StepId, Digest)]) -> Checked {
@@ -183,42 +171,8 @@ impl<R: Runner> Worker<'_, '_, R> {
             Command::Sign => return self.sign(id),
             Command::Text(_) | Command::Script(_) => {}
         }
-        let names = || planned.sources.iter().map(|source| source.name.as_str());
-        sources::fetch(names(), &build.sources, build.settings, build.store, &build.permission.client)?;
-        let tree = self.checker.view(planned, needs)?;
-        let owner = |path: &TreePath| {
-            let puts_out = |(need, manifest): &&(StepId, Digest)| {
-                let _ = need;
-                self.checker.tree(manifest).is_some_and(|tree| tree.get(path).is_some())
-            };
-            let need = needs.iter().find(puts_out);
-            need.map_or_else(String::new, |(need, _)| build.plan.step(*need).name.clone())
-        };
-        let work = self.checker.directory(&tree, owner)?;
-        let sources = match planned.sources.is_empty() {
-            true => None,
-            false => Some(self.checker.directory(&self.checker.sources(planned), TreePath::to_string)?),
-        };
-        let hidden = self.hidden.get_or_init(|| {
-            self.checker.source().map_or_else(Vec::new, |source| walk(source, &self.checker.hidden))
-        });
-        let (mut step, _folders) = match planned.follows_outputs() {
-            true => {
-                let late = self.checker.late(planned, needs)?;
-                (late.lowered.step, late.folders)
-            }
-            false => {
-                let (settings, overwrite) = (build.settings, build.options.overwrite);
-                let step =
-                    lower::lower(planned, settings, &build.folder, overwrite, &lower::Found::default());
-                (step, Vec::new())
-            }
-        };
-        step.view = Some(View {
-            work: work.path().to_owned(),
-            sources: sources.as_ref().map(|sources| sources.path().to_owned()),
-            hidden: hidden.clone(),
-        });
+        let (mut step, _folders) = self.checker.stage(id, needs, self.hidden)?;
+        step.keep = build.runner.keep();
 
         let io = |source| BuildError::Io { what: "write a log in", path: build.store.temporary(), source };
         let mut log = build.store.blobs().writer().map_err(io)?;
@@ -241,6 +195,7 @@ impl<R: Runner> Worker<'_, '_, R> {
                     }
                     Told::Phase(phase, time, Instant::now())
                 }
+                Event::Kept(name, idle) => Told::Kept(name.to_owned(), idle),
             };
             let is_ready = matches!(told, Told::Phase(Phase::Setup, ..));
             let sent = self.messages.send(Message::Event(id, told));
@@ -274,26 +229,4 @@ impl Drop for Passed<'_> {
     fn drop(&mut self) {
         self.0.leave(self.1);
     }
-}
-
-/// The paths beneath `source` that are hidden, each without what is in it. What cannot be listed a step cannot list either.
-fn walk(source: &OwnedFd, hidden: &Hidden) -> Vec<PathBytes> {
-    let mut found: Vec<PathBytes> = hidden.paths.iter().cloned().map(PathBytes).collect();
-    if hidden.ignore.globs().is_empty() {
-        return found;
-    }
-    let mut open = vec![Vec::new()];
-    while let Some(folder) = open.pop() {
-        let Ok(directory) = open_beneath(source, &folder, Open::Directory) else { continue };
-        let _ = list_directory(directory.as_fd(), |name, kind, _| {
-            let path = if folder.is_empty() { name.to_vec() } else { [&folder, &b"/"[..], name].concat() };
-            if hidden.hides(&path) {
-                found.push(PathBytes(path));
-            } else if kind == Kind::Directory {
-                open.push(path);
-            }
-            Ok(())
-        });
-    }
-    found
 }

@@ -161,7 +161,7 @@ pub enum NetworkWord {
     None,
 }
 
-/// `limits` of a step: sizes are bytes or a number with K, M, G, T; times a number with ms, s, m, h.
+/// `limits` of a step: sizes are bytes or a number with K, M, G, T; times seconds, or numbers with h, m, s, ms (1m30s).
 #[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct LimitsTable {

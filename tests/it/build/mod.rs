@@ -2,6 +2,7 @@
 
 mod clock;
 mod disk;
+mod enter;
 mod faults;
 mod handles;
 mod make;
@@ -371,8 +372,10 @@ fn a_step_that_was_got_ready_does_not_begin_after_a_failure() {
     world.ahead = 2;
     let rest: String = (0..6).map(|n| format!("[steps.s{n}]\nrun = \"write x 1\"\n")).collect();
     let built = world.build(&format!("[steps.a]\nrun = \"wait\\nfail\"\n{rest}"));
-    assert_eq!((built.ran, built.most_ready), (vec!["a".to_owned()], 2));
-    assert_eq!(built.summary.count(|outcome| matches!(outcome, Outcome::Skipped)), 6);
+    // Those whose checks ended before that of `a` may have begun before it.
+    assert_eq!(built.ran.last().map(String::as_str), Some("a"), "{:?}", built.ran);
+    assert!(built.most_ready <= 2 && built.ran.len() < 7, "{:?}", built.ran);
+    assert_eq!(built.summary.count(|outcome| matches!(outcome, Outcome::Skipped)), 7 - built.ran.len());
     assert_eq!(built.summary.outcomes.len(), 7);
 }
 

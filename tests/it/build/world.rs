@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use kiln::cache::{Entry, ShareTrace};
 use kiln::engine::build::sources::{Locked, Permission};
-use kiln::engine::build::{Build, Gate, News, Options, Outcome, Ran, Runner, Summary, Timeline};
+use kiln::engine::build::{Build, BuildError, Gate, News, Options, Outcome, Ran, Runner, Summary, Timeline};
 use kiln::engine::merge::Merge;
 use kiln::engine::{Ended, Event, Listener, Phase, RunError, Step};
 use kiln::plan::recipe::Recipe;
@@ -121,6 +121,25 @@ impl World {
     }
 
     pub fn build_targets(&self, text: &str, targets: &[&str]) -> Built {
+        let (built, _) = self.build_then(text, targets, |_, _| ());
+        built
+    }
+
+    /// Builds what the step `name` of `recipe` needs, and gives the step for somebody who enters it.
+    pub fn enter(&self, recipe: &str, needs: &[&str], name: &str) -> Result<Step, BuildError> {
+        let (_, step) = self.build_then(recipe, needs, |build, summary| {
+            build.stage(build.plan.named(name).expect("a step"), &summary.outputs)
+        });
+        step.map(|(step, _)| step)
+    }
+
+    /// Builds `targets`, and does something more with the build.
+    fn build_then<T>(
+        &self,
+        text: &str,
+        targets: &[&str],
+        more: impl FnOnce(&Build<'_, Player<'_>>, &Summary) -> T,
+    ) -> (Built, T) {
         let recipe = Recipe::parse(text, "kiln.toml").unwrap_or_else(|fault| panic!("{fault}"));
         let plan = Plan::of(&recipe, text, "kiln.toml").unwrap_or_else(|fault| panic!("{fault}"));
         let targets: Vec<String> = targets.iter().map(|name| (*name).to_owned()).collect();
@@ -146,9 +165,10 @@ impl World {
         };
         let summary =
             build.run(&wanted, &Gate::default(), &mut Timeline::default(), &mut news).expect("it goes");
+        let more = more(&build, &summary);
         let ran = runner.ran.into_inner().expect("no panic");
         let [most, most_ready] = [runner.most, runner.most_ready].map(AtomicUsize::into_inner);
-        Built { summary, ran, reasons, most, most_ready }
+        (Built { summary, ran, reasons, most, most_ready }, more)
     }
 }
 

@@ -171,6 +171,7 @@ fn a_locked_run_refuses_what_the_lock_does_not_name_whatever_asks() {
         (&["build", "--locked"], "", "--locked"),
         (&["build", "--offline"], "", "--offline"),
         (&["build", "-n", "--locked"], "", "--locked"),
+        (&["exec", "--offline", "s", "--", "true"], "", "--offline"),
     ] {
         let told = locked(arguments, variable);
         told.fails(2, &["the kernel of Debian trixie is not in the lock", flag]).hints(&["kiln lock update"]);

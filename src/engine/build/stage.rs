@@ -1,0 +1,125 @@
+//! A step of a plan made ready to be run, or to be entered: lowered, with its sources and its view of WORK.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::OnceLock;
+
+use kiln_artifact::tree::TreePath;
+use kiln_digest::Digest;
+use kiln_virtio::fs::record::Kind;
+use kiln_virtio::fs::{Open, list_directory, open_beneath};
+
+use super::check::Checker;
+use super::runner::Runner;
+use super::view::Directory;
+use super::{Build, BuildError, lower, sources};
+use crate::cache::Hidden;
+use crate::engine::step::{Keep, Step, View};
+use crate::machine::PathBytes;
+use crate::plan::StepId;
+
+impl<R: Runner> Build<'_, R> {
+    /// The step `id` for somebody who enters its machine, which has the toolbox and lasts as long as they stay.
+    /// Folders that it needs while it runs come with it. `outputs` are those of the steps it needs, as [`super::Summary::outputs`] has them.
+    ///
+    /// # Errors
+    /// [`BuildError`] where it cannot be given its view or its sources.
+    pub fn stage(
+        &self,
+        id: StepId,
+        outputs: &BTreeMap<StepId, Digest>,
+    ) -> Result<(Step, Vec<Directory>), BuildError> {
+        let checker = Checker::new(self, lower::hidden(self.settings, &self.plan.ignore));
+        let needs = self.plan.step(id).needs.iter();
+        let needs: Vec<_> = needs.filter_map(|need| Some((*need, *outputs.get(need)?))).collect();
+        let staged = checker.stage(id, &needs, &OnceLock::new());
+        let (mut step, folders) = staged.inspect_err(|error| {
+            checker.forget(error, &needs, |need| Some(self.lower(need, &mut |_| {}).ok()?.key.digest()));
+        })?;
+        step.keep = Keep::Always;
+        Ok((step, folders))
+    }
+}
+
+impl<R: Runner> Checker<'_, R> {
+    /// The step `id`, where `needs` are the steps it needs with their outputs. `hidden` is what of SRCDIR no step is
+    /// shown, found by whoever needs it first.
+    pub fn stage(
+        &self,
+        id: StepId,
+        needs: &[(StepId, Digest)],
+        hidden: &OnceLock<Vec<PathBytes>>,
+    ) -> Result<(Step, Vec<Directory>), BuildError> {
+        let build = self.build;
+        let planned = build.plan.step(id);
+        let names = planned.sources.iter().map(|source| source.name.as_str());
+        sources::fetch(names, &build.sources, build.settings, build.store, &build.permission.client)?;
+        let owner = |path: &TreePath| {
+            let puts_out = |(_, manifest): &&(StepId, Digest)| {
+                self.tree(manifest).is_some_and(|tree| tree.get(path).is_some())
+            };
+            let need = needs.iter().find(puts_out);
+            need.map_or_else(String::new, |(need, _)| build.plan.step(*need).name.clone())
+        };
+        let work = self.directory(&*self.view(planned, needs)?, owner)?;
+        let sources = match planned.sources.is_empty() {
+            true => None,
+            false => Some(self.directory(&self.sources(planned), TreePath::to_string)?),
+        };
+        let hidden = hidden
+            .get_or_init(|| self.source().map_or_else(Vec::new, |source| walk(source, &self.hidden)))
+            .clone();
+        let (mut step, folders) = match planned.follows_outputs() {
+            true => {
+                let late = self.late(planned, needs)?;
+                (late.lowered.step, late.folders)
+            }
+            false => {
+                let (settings, overwrite) = (build.settings, build.options.overwrite);
+                let found = lower::Found::default();
+                (lower::lower(planned, settings, &build.folder, overwrite, &found), Vec::new())
+            }
+        };
+        step.view = Some(View { work, sources, hidden });
+        Ok((step, folders))
+    }
+
+    /// Where outputs of a needed step are lost, that step, whose key `key` gives, runs again next time, and puts them
+    /// back.
+    pub fn forget(
+        &self,
+        error: &BuildError,
+        needs: &[(StepId, Digest)],
+        key: impl Fn(StepId) -> Option<Digest>,
+    ) {
+        let BuildError::Lost { step, digest, .. } = error else { return };
+        let _ = self.build.store.blobs().discard(digest);
+        for (need, manifest) in needs.iter().filter(|(need, _)| self.build.plan.step(*need).name == *step) {
+            if let Some(key) = key(*need) {
+                let _ = self.index.forget(&key, manifest);
+            }
+        }
+    }
+}
+
+/// The paths beneath `source` that are hidden, each without what is in it. What cannot be listed a step cannot list either.
+fn walk(source: &OwnedFd, hidden: &Hidden) -> Vec<PathBytes> {
+    let mut found: Vec<PathBytes> = hidden.paths.iter().cloned().map(PathBytes).collect();
+    if hidden.ignore.globs().is_empty() {
+        return found;
+    }
+    let mut open = vec![Vec::new()];
+    while let Some(folder) = open.pop() {
+        let Ok(directory) = open_beneath(source, &folder, Open::Directory) else { continue };
+        let _ = list_directory(directory.as_fd(), |name, kind, _| {
+            let path = if folder.is_empty() { name.to_vec() } else { [&folder, &b"/"[..], name].concat() };
+            if hidden.hides(&path) {
+                found.push(PathBytes(path));
+            } else if kind == Kind::Directory {
+                open.push(path);
+            }
+            Ok(())
+        });
+    }
+    found
+}
