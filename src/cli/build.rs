@@ -16,7 +16,7 @@ use super::again::StepCommands;
 use super::events::Line;
 use super::interrupt::{heeded_signals, write_now};
 use super::keep::{self, KeepFailedFlags};
-use super::report::{Manner, Reporter};
+use super::report::{Commands, Manner, Reporter};
 use super::screen::Screen;
 use super::trace::TraceOut;
 use super::{FAILED, Failure, USAGE, recipe, show};
@@ -188,7 +188,8 @@ pub(super) fn build(
         let written = trace.write();
         built.and_then(|built| written.map(|()| built))
     });
-    let (code, kept) = built.inspect_err(|failure| {
+    // What was opened holds the store's place for the views that kept machines still serve.
+    let (code, kept, _opened) = built.inspect_err(|failure| {
         if arguments.json {
             show::line(&failure.event().to_string());
         }
@@ -205,7 +206,7 @@ fn carry_out(
     mut flags: Flags,
     mut timeline: Timeline,
     trace: &TraceOut,
-) -> Result<(u8, Vec<KeptStep>), Failure> {
+) -> Result<(u8, Vec<KeptStep>, Opened), Failure> {
     flags.work.clone_from(&arguments.work);
     flags.no_template = arguments.no_template;
     let idle = arguments.keep.idle()?;
@@ -230,7 +231,12 @@ fn carry_out(
     let index = Index::new(store, options.scope.clone(), options.read_scopes.clone());
     let mut reporter = Reporter::begin(manner, wanted.len(), &opened.host, index);
     let gate = Gate::default();
-    reporter = reporter.with_commands(commands, keep::store_words(settings));
+    let without_machine = opened.plan.steps.iter().filter(|step| !step.command.is_run());
+    reporter = reporter.with_commands(Commands {
+        words: commands,
+        without_machine: without_machine.map(|step| step.name.clone()).collect(),
+        store: keep::store_words(settings),
+    });
     let watch = Watch::start(&gate, &opened.host, reporter.leaving(arguments.json, trace.clone()))?;
     let permission = opened.host.permission();
     let steps = wanted.iter().flat_map(|id| &opened.plan.step(*id).sources);
@@ -247,7 +253,9 @@ fn carry_out(
     });
     let code = if summary.is_good() { 0 } else { failed_to_start.unwrap_or(FAILED) };
     reporter.end(&summary, code, settings);
-    Ok((code, machines.into_kept()))
+    drop(reporter);
+    let kept = machines.into_kept();
+    Ok((code, kept, opened))
 }
 
 /// How a build is left on Ctrl-C and its like.

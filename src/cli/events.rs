@@ -352,7 +352,12 @@ impl<'a> Line<'a> {
         match event {
             Event::Progress(text) => Self::Progress { step, text },
             Event::Warning(text) => Self::Warning { step, text },
-            Event::Kept(name, idle) => Self::Kept { step, name, idle_seconds: idle.as_secs(), pid: None },
+            Event::Kept(name, idle) => Self::Kept {
+                step,
+                name,
+                idle_seconds: idle.as_secs(),
+                pid: i32::try_from(std::process::id()).ok(),
+            },
             Event::Machine(identity) => Self::of_machine(step, identity),
             Event::Output(stream, data) => Self::Output {
                 step,
@@ -384,7 +389,7 @@ impl<'a> Line<'a> {
     /// The news of a build, where they are an event.
     ///
     /// `commands` do a failed step again, and enter it.
-    pub fn of_news(news: &'a News<'a>, commands: Option<(String, String)>) -> Option<Self> {
+    pub fn of_news(news: &'a News<'a>, commands: Option<(String, Option<String>)>) -> Option<Self> {
         Some(match news {
             // Each is followed by what came of it.
             News::Checks(_) | News::Checked(..) => return None,
@@ -441,8 +446,9 @@ impl<'a> Line<'a> {
 }
 
 impl<'a> StepOutcome<'a> {
-    fn of(outcome: &'a Outcome, commands: Option<(String, String)>) -> Self {
+    fn of(outcome: &'a Outcome, commands: Option<(String, Option<String>)>) -> Self {
         let (again, shell) = commands.unzip();
+        let shell = shell.flatten();
         match outcome {
             Outcome::UpToDate { cut_off, restored } => {
                 Self::UpToDate { cut_off: *cut_off, restored: *restored }
@@ -559,7 +565,7 @@ mod tests {
         lines.extend(
             news.iter()
                 .filter_map(|news| {
-                    Line::of_news(news, Some(("kiln build s".to_owned(), "kiln shell s".to_owned())))
+                    Line::of_news(news, Some(("kiln build s".to_owned(), Some("kiln shell s".to_owned()))))
                 })
                 .map(|line| line.to_string()),
         );

@@ -1,6 +1,6 @@
 //! What a build shows: lines that are drawn over and over on a terminal, plain ones elsewhere, or events; and a report at the end.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::time::Duration;
 
@@ -60,6 +60,16 @@ enum Shown {
     Drawn(Screen),
 }
 
+/// What is said of failed steps of a recipe.
+pub(super) struct Commands {
+    /// How they are done again and entered.
+    pub words: StepCommands,
+    /// Those that no machine is taken for.
+    pub without_machine: BTreeSet<String>,
+    /// The words that name the store.
+    pub store: String,
+}
+
 /// Shows a build.
 pub(super) struct Reporter<'a> {
     shown: Shown,
@@ -73,7 +83,7 @@ pub(super) struct Reporter<'a> {
     totals: Totals,
     has_named_machine: bool,
     /// What to say of failed steps of a recipe.
-    commands: Option<(StepCommands, String)>,
+    commands: Option<Commands>,
     /// Machines of failed steps, by step.
     kept: BTreeMap<String, (String, Duration)>,
 }
@@ -137,9 +147,9 @@ impl<'a> Reporter<'a> {
         Leaving { json, screen: self.screen(), trace }
     }
 
-    /// Says of failed steps how they are done again and entered. `store` are the words that name the store.
-    pub fn with_commands(mut self, commands: StepCommands, store: String) -> Self {
-        self.commands = Some((commands, store));
+    /// Says of failed steps how they are done again and entered.
+    pub fn with_commands(mut self, commands: Commands) -> Self {
+        self.commands = Some(commands);
         self
     }
 
@@ -157,6 +167,18 @@ impl<'a> Reporter<'a> {
         match &mut self.shown {
             Shown::Json => {}
             Shown::Quiet(narrator) | Shown::Plain(narrator) => narrator.say(text),
+            Shown::Drawn(screen) => screen.above(&format!("kiln: {}", for_people(text))),
+        }
+    }
+
+    /// What is said of a failure, also where nothing else is.
+    fn note(&mut self, text: &str) {
+        match &mut self.shown {
+            Shown::Json => {}
+            Shown::Quiet(narrator) | Shown::Plain(narrator) => {
+                narrator.clear();
+                show::note(text);
+            }
             Shown::Drawn(screen) => screen.above(&format!("kiln: {}", for_people(text))),
         }
     }
@@ -368,26 +390,30 @@ impl<'a> Reporter<'a> {
     }
 
     /// What does a failed step again, and what enters it: where there is a machine to enter.
-    fn commands(&self, step: &str, outcome: &Outcome) -> Option<(String, String)> {
-        let (commands, _) = self.commands.as_ref()?;
+    fn commands(&self, step: &str, outcome: &Outcome) -> Option<(String, Option<String>)> {
+        let Commands { words, without_machine, .. } = self.commands.as_ref()?;
+        let has_machine = !without_machine.contains(step);
         let began = match outcome {
             Outcome::CommandFailed(_) => true,
-            Outcome::Failed(error) => error.is_of_a_command(),
+            Outcome::Failed(error) => error.is_of_a_command() || !has_machine,
             _ => false,
         };
-        began.then(|| (commands.build(step), commands.shell(step)))
+        began.then(|| (words.build(step), has_machine.then(|| words.shell(step))))
     }
 
     fn tell_commands(&mut self, step: &str, outcome: &Outcome) {
         if let Some((again, shell)) = self.commands(step, outcome) {
-            self.say(&format!("again: {again}"));
-            self.say(&format!("a shell in a machine as it gets it: {shell}"));
+            self.note(&format!("again: {again}"));
+            if let Some(shell) = shell {
+                self.note(&format!("a shell in a machine as it gets it: {shell}"));
+            }
         }
         let kept = self.kept.remove(step);
-        let lines =
-            kept.zip(self.commands.as_ref()).map(|(kept, commands)| keep::tell(&kept.0, kept.1, &commands.1));
+        let lines = kept
+            .zip(self.commands.as_ref())
+            .map(|(kept, commands)| keep::tell(&kept.0, kept.1, &commands.store));
         for text in lines.into_iter().flatten() {
-            self.say(&text);
+            self.note(&text);
         }
     }
 

@@ -11,6 +11,7 @@ mod folder;
 #[path = "../boot/host.rs"]
 #[expect(dead_code, reason = "what machines with an agent are asked for is not asked here")]
 mod host;
+mod initos;
 #[path = "../judge/schema.rs"]
 mod judge;
 mod uki;

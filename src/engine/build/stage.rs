@@ -34,7 +34,15 @@ impl<R: Runner> Build<'_, R> {
         let needs: Vec<_> = needs.filter_map(|need| Some((*need, *outputs.get(need)?))).collect();
         let staged = checker.stage(id, &needs, &OnceLock::new());
         let (mut step, folders) = staged.inspect_err(|error| {
-            checker.forget(error, &needs, |need| Some(self.lower(need, &mut |_| {}).ok()?.key.digest()));
+            checker.forget(error, &needs, |need| {
+                let planned = self.plan.step(need);
+                if !planned.follows_outputs() {
+                    return Some(self.lower(need, &mut |_| {}).ok()?.key.digest());
+                }
+                let own =
+                    planned.needs.iter().filter_map(|id| Some((*id, *outputs.get(id)?))).collect::<Vec<_>>();
+                Some(checker.late_key(need, &own).ok()?.digest())
+            });
         })?;
         step.keep = Keep::Always;
         Ok((step, folders))
