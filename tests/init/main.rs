@@ -13,6 +13,8 @@ mod folder;
 #[expect(dead_code, reason = "what machines with an agent are asked for is not asked here")]
 mod host;
 mod images;
+#[path = "../judge/schema.rs"]
+mod judge;
 mod machine;
 mod slots;
 mod standalone;
