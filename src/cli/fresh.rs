@@ -15,7 +15,7 @@ use super::{FAILED, Failure, USAGE, recipe};
 use crate::agent::{Session, SessionError};
 use crate::cache::Index;
 use crate::engine::build::sources;
-use crate::engine::build::{Directory, Gate, Machines, Timeline};
+use crate::engine::build::{Gate, Machines, Timeline};
 use crate::engine::{Entered, Event, Step, enter};
 use crate::keeper::DoorError;
 use crate::settings::{Flags, Settings};
@@ -36,7 +36,6 @@ pub(super) struct Fresh {
     // Dropped in this order.
     entered: Entered,
     _step: Step,
-    _folders: Vec<Directory>,
     _opened: Opened,
     /// Commands that were run.
     commands: u32,
@@ -101,7 +100,7 @@ pub(super) fn start(
         });
     }
     drop(reporter);
-    let (step, folders) = build.stage(id, &summary.outputs)?;
+    let step = build.stage(id, &summary.outputs)?;
     let entered = enter(&step, &opened.host, &mut |event| {
         watch.settle();
         tell(&mut narrator, &event);
@@ -111,7 +110,7 @@ pub(super) fn start(
         "in a machine as step `{name}` gets it; it ends with this command, and nothing of it is kept"
     ));
     watch.call_off();
-    Ok(Fresh { entered, _step: step, _folders: folders, _opened: opened, commands: 0 })
+    Ok(Fresh { entered, _step: step, _opened: opened, commands: 0 })
 }
 
 fn tell(narrator: &mut Narrator, event: &Event<'_>) {

@@ -192,6 +192,10 @@ fn plan_step(name: &str, step: &Step) -> Result<PlannedStep, Failure> {
             KernelChoice::File { kernel, modules } => {
                 Kernel::File { kernel: kernel.clone(), modules: modules.clone() }
             }
+            KernelChoice::Blob { .. } => {
+                let text = "a step of a script has no kernel that another step puts out".to_owned();
+                return Err(usage(text, Some("--kernel FILE names one in WORK")));
+            }
         }),
         command: Command::Text(last),
         interpreter: words,

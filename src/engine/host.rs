@@ -156,6 +156,13 @@ pub enum KernelChoice {
         /// Module tree.
         modules: Option<PathBuf>,
     },
+    /// A blob of the store.
+    Blob {
+        /// The kernel.
+        kernel: Digest,
+        /// Manifest of the tree that has its modules.
+        modules: Option<Digest>,
+    },
 }
 
 /// This host, as the settings describe it.
@@ -374,6 +381,9 @@ impl Host {
         let suite = match choice {
             KernelChoice::File { kernel, modules } => {
                 return Ok(bundle::from_files(&self.store, kernel, modules.as_deref(), &agent, carrier)?);
+            }
+            KernelChoice::Blob { kernel, modules } => {
+                return Ok(bundle::from_blobs(&self.store, kernel, modules.as_ref(), &agent, carrier)?);
             }
             KernelChoice::Debian(suite) => suite,
         };

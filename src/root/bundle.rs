@@ -220,16 +220,63 @@ pub fn from_files(
         Some(folder) => Some((folder, directory::import(store, folder)?)),
         None => None,
     };
-    let key = Digest::of(format!("{digest} {:?}", tree.as_ref().map(|(_, tree)| tree.digest())).as_bytes());
+    let modules = tree.as_ref().map(|(folder, tree)| (*folder, tree));
+    of_parts(store, kernel, &digest, modules, agent, carrier)
+}
+
+/// Makes the bundle of the blob `kernel`, with the modules in the tree whose manifest is the blob `modules`.
+///
+/// # Errors
+/// [`BundleError`].
+pub fn from_blobs(
+    store: &Store,
+    kernel: &Digest,
+    modules: Option<&Digest>,
+    agent: &Digest,
+    carrier: Carrier,
+) -> Result<Bundle, BundleError> {
+    let blobs = store.blobs();
+    let path = blobs.path(kernel);
+    let tree = match modules {
+        Some(manifest) => {
+            let place = blobs.path(manifest);
+            let tree = blobs.read(manifest).and_then(|bytes| {
+                Tree::parse_manifest(&bytes)
+                    .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+            });
+            let tree = tree.map_err(|source| BundleError::Io {
+                what: "read the modules in",
+                path: place.clone(),
+                source,
+            })?;
+            Some((place, tree))
+        }
+        None => None,
+    };
+    let modules = tree.as_ref().map(|(place, tree)| (place.as_path(), tree));
+    of_parts(store, &path, kernel, modules, agent, carrier)
+}
+
+/// The bundle of the kernel at `kernel`, whose digest is `digest`, and of modules, with what errors call their place.
+fn of_parts(
+    store: &Store,
+    kernel: &Path,
+    digest: &Digest,
+    tree: Option<(&Path, &Tree)>,
+    agent: &Digest,
+    carrier: Carrier,
+) -> Result<Bundle, BundleError> {
+    let read = |source| BundleError::Io { what: READ_KERNEL, path: kernel.to_owned(), source };
+    let key = Digest::of(format!("{digest} {:?}", tree.map(|(_, tree)| tree.digest())).as_bytes());
     if let Some(bundle) = remembered(store, &key, agent, carrier) {
         return Ok(bundle);
     }
     let kernel = read_kernel(kernel, &kernel.display().to_string())?;
-    let Some((path, tree)) = &tree else {
+    let Some((path, tree)) = tree else {
         return make(store, &key, &kernel, None, agent, carrier);
     };
     let release = kernel.release.clone().unwrap_or_default();
-    let none = || BundleError::NoModules { path: (*path).to_owned(), release: release.clone() };
+    let none = || BundleError::NoModules { path: path.to_owned(), release: release.clone() };
     let folder = folder_of_modules(tree, &release).ok_or_else(none)?;
     // Of a folder without these lists only less is known: no order among alternatives, nothing built in.
     let bytes = |name: &str| -> Vec<u8> {

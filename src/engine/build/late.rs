@@ -11,7 +11,6 @@ use kiln_virtio::fs::{Open, open_beneath};
 use super::check::Checker;
 use super::lower::{self, Found};
 use super::runner::Runner;
-use super::view::{self, Directory};
 use super::{BuildError, Lowered};
 use crate::cache::Key;
 use crate::engine::error::RunError;
@@ -27,14 +26,6 @@ const KERNELS: &str = "vmlinuz-";
 const MODULES: [&str; 3] = ["modules", "lib/modules", "usr/lib/modules"];
 /// Which of several kernels is the one for machines.
 const VERSION_OF_MACHINES: &str = "boot/version-virt";
-
-/// A step that is known by outputs of others.
-pub(super) struct Late {
-    /// As it is run, and its key.
-    pub lowered: Lowered,
-    /// Folders that it needs while it runs.
-    pub folders: Vec<Directory>,
-}
 
 /// What a step of this build can make things of.
 struct Ingredients<'b, 'a, R> {
@@ -81,20 +72,19 @@ impl<R: Runner> Checker<'_, R> {
         match &step.command {
             Command::Make(makes) => self.key_of_makes(step, makes, needs),
             Command::Sign => Ok(Key::default()),
-            Command::Text(_) | Command::Script(_) => Ok(self.late(step, needs)?.lowered.key),
+            Command::Text(_) | Command::Script(_) => Ok(self.late(step, needs)?.key),
         }
     }
 
     /// `step`, whose root or kernel a step puts out.
-    pub fn late(&self, step: &PlannedStep, needs: &[(StepId, Digest)]) -> Result<Late, BuildError> {
+    pub fn late(&self, step: &PlannedStep, needs: &[(StepId, Digest)]) -> Result<Lowered, BuildError> {
         let build = self.build;
-        let mut folders = Vec::new();
         let mut found = Found::default();
         if let Root::Step(output) = &step.root {
             found.root = Some(self.root_of(step, output, needs)?);
         }
         if let Some(Kernel::Step(output)) = &step.kernel {
-            found.kernel = Some(self.kernel_of(step, output, needs, &mut folders)?);
+            found.kernel = Some(self.kernel_of(step, output, needs)?);
         }
         let lowered = lower::lower(step, build.settings, &build.folder, build.options.overwrite, &found);
         let mut host = build.runner.identify(&lowered, &mut |_| {})?;
@@ -106,7 +96,7 @@ impl<R: Runner> Checker<'_, R> {
         }
         let key = lower::key(step, &lowered, build.settings, &build.plan.ignore, &build.sources, host);
         let key = key.map_err(RunError::from)?;
-        Ok(Late { lowered: Lowered { step: lowered, key }, folders })
+        Ok(Lowered { step: lowered, key })
     }
 
     /// What the step that `output` names has put out.
@@ -158,7 +148,6 @@ impl<R: Runner> Checker<'_, R> {
         step: &PlannedStep,
         output: &Output,
         needs: &[(StepId, Digest)],
-        folders: &mut Vec<Directory>,
     ) -> Result<KernelChoice, BuildError> {
         let tree = self.outputs(output, needs)?;
         let none = || BuildError::NotPutOut {
@@ -200,16 +189,16 @@ impl<R: Runner> Checker<'_, R> {
         let modules = match modules.filter(|_| !release.is_empty()) {
             None => None,
             Some(folder) => {
-                // As `lib/modules/RELEASE` lies, with all that is in it.
                 let mut kept = Tree::clone(&tree);
                 kept.retain(|path, _| path.is_within(&folder) || folder.is_within(path));
-                let written = view::write(&kept, self.build.store, |_| String::new())?;
-                let place = written.join(folder.to_string());
-                folders.push(written);
-                Some(place)
+                let put = self.build.store.blobs().put(&kept.manifest()[..]);
+                let path = self.build.settings.store.value.clone();
+                let (manifest, _) =
+                    put.map_err(|source| BuildError::Io { what: "write to", path, source })?;
+                Some(manifest)
             }
         };
-        Ok(KernelChoice::File { kernel: self.build.store.blobs().path(digest), modules })
+        Ok(KernelChoice::Blob { kernel: *digest, modules })
     }
 }
 

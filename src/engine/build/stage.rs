@@ -11,7 +11,6 @@ use kiln_virtio::fs::{Open, list_directory, open_beneath};
 
 use super::check::Checker;
 use super::runner::Runner;
-use super::view::Directory;
 use super::{Build, BuildError, lower, sources};
 use crate::cache::Hidden;
 use crate::engine::step::{Keep, Step, View};
@@ -20,20 +19,16 @@ use crate::plan::StepId;
 
 impl<R: Runner> Build<'_, R> {
     /// The step `id` for somebody who enters its machine, which has the toolbox and lasts as long as they stay.
-    /// Folders that it needs while it runs come with it. `outputs` are those of the steps it needs, as [`super::Summary::outputs`] has them.
+    /// `outputs` are those of the steps it needs, as [`super::Summary::outputs`] has them.
     ///
     /// # Errors
     /// [`BuildError`] where it cannot be given its view or its sources.
-    pub fn stage(
-        &self,
-        id: StepId,
-        outputs: &BTreeMap<StepId, Digest>,
-    ) -> Result<(Step, Vec<Directory>), BuildError> {
+    pub fn stage(&self, id: StepId, outputs: &BTreeMap<StepId, Digest>) -> Result<Step, BuildError> {
         let checker = Checker::new(self, lower::hidden(self.settings, &self.plan.ignore));
         let needs = self.plan.step(id).needs.iter();
         let needs: Vec<_> = needs.filter_map(|need| Some((*need, *outputs.get(need)?))).collect();
         let staged = checker.stage(id, &needs, &OnceLock::new());
-        let (mut step, folders) = staged.inspect_err(|error| {
+        let mut step = staged.inspect_err(|error| {
             checker.forget(error, &needs, |need| {
                 let planned = self.plan.step(need);
                 if !planned.follows_outputs() {
@@ -45,7 +40,7 @@ impl<R: Runner> Build<'_, R> {
             });
         })?;
         step.keep = Keep::Always;
-        Ok((step, folders))
+        Ok(step)
     }
 }
 
@@ -57,7 +52,7 @@ impl<R: Runner> Checker<'_, R> {
         id: StepId,
         needs: &[(StepId, Digest)],
         hidden: &OnceLock<Vec<PathBytes>>,
-    ) -> Result<(Step, Vec<Directory>), BuildError> {
+    ) -> Result<Step, BuildError> {
         let build = self.build;
         let planned = build.plan.step(id);
         let names = planned.sources.iter().map(|source| source.name.as_str());
@@ -77,19 +72,15 @@ impl<R: Runner> Checker<'_, R> {
         let hidden = hidden
             .get_or_init(|| self.source().map_or_else(Vec::new, |source| walk(source, &self.hidden)))
             .clone();
-        let (mut step, folders) = match planned.follows_outputs() {
-            true => {
-                let late = self.late(planned, needs)?;
-                (late.lowered.step, late.folders)
-            }
+        let mut step = match planned.follows_outputs() {
+            true => self.late(planned, needs)?.step,
             false => {
                 let (settings, overwrite) = (build.settings, build.options.overwrite);
-                let found = lower::Found::default();
-                (lower::lower(planned, settings, &build.folder, overwrite, &found), Vec::new())
+                lower::lower(planned, settings, &build.folder, overwrite, &lower::Found::default())
             }
         };
         step.view = Some(View { work, sources, hidden });
-        Ok((step, folders))
+        Ok(step)
     }
 
     /// Where outputs of a needed step are lost, that step, whose key `key` gives, runs again next time, and puts them

@@ -171,7 +171,7 @@ impl<R: Runner> Worker<'_, '_, R> {
             Command::Sign => return self.sign(id),
             Command::Text(_) | Command::Script(_) => {}
         }
-        let (mut step, _folders) = self.checker.stage(id, needs, self.hidden)?;
+        let mut step = self.checker.stage(id, needs, self.hidden)?;
         step.keep = build.runner.keep();
 
         let io = |source| BuildError::Io { what: "write a log in", path: build.store.temporary(), source };

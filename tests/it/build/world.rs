@@ -130,7 +130,7 @@ impl World {
         let (_, step) = self.build_then(recipe, needs, |build, summary| {
             build.stage(build.plan.named(name).expect("a step"), &summary.outputs)
         });
-        step.map(|(step, _)| step)
+        step
     }
 
     /// Builds `targets`, and does something more with the build.
