@@ -13,6 +13,7 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, mount
 use rustix::system::{RebootCommand, finit_module, reboot};
 
 use crate::boot::{Image, Loaded, Role, System, Volume};
+use crate::devices;
 use crate::modules::Modules;
 use crate::sys;
 use crate::verity::{OnCorruption, SUPERBLOCK_BYTES, Superblock};
@@ -25,8 +26,6 @@ const PLACE: &str = "/initos";
 const ROOT: &str = "/sysroot";
 /// Where each kernel's modules are.
 const MODULES: &str = "/lib/modules";
-/// How deep folders of devices are looked into.
-const DEVICE_DEPTH: usize = 16;
 /// The largest small file that is read from a partition that nothing vouches for.
 const SMALL_BYTES: u64 = 4096;
 /// `MODULE_INIT_COMPRESSED_FILE` of linux/module.h.
@@ -164,18 +163,6 @@ fn clear(folder: &Path, device: u64) {
     }
 }
 
-/// The modaliases of the devices beneath `folder`.
-fn find_devices(folder: &Path, depth: usize, found: &mut Vec<String>) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if entry.file_name() == "modalias" {
-            found.extend(fs::read_to_string(path).map(|text| text.trim().to_owned()));
-        } else if depth > 0 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            find_devices(&path, depth - 1, found);
-        }
-    }
-}
-
 fn copy_tree(from: &Path, to: &Path) -> std::io::Result<()> {
     fs::create_dir_all(to)?;
     for entry in fs::read_dir(from)? {
@@ -221,10 +208,7 @@ impl System for Linux {
     }
 
     fn drivers(&mut self, with_usb: bool) -> Vec<String> {
-        let mut devices = Vec::new();
-        find_devices(Path::new("/sys/devices"), DEVICE_DEPTH, &mut devices);
-        devices.sort_unstable();
-        devices.dedup();
+        let devices = devices::modaliases();
         self.modules.answering(&devices, with_usb).into_iter().map(ToOwned::to_owned).collect()
     }
 

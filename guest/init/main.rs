@@ -5,6 +5,7 @@
 //! thread. What it decides is in [`boot`], pure; [`linux`] does it.
 
 mod boot;
+mod devices;
 mod efi;
 mod linux;
 mod modules;

@@ -34,6 +34,12 @@ impl Hidden {
     pub fn hides(&self, path: &[u8]) -> bool {
         self.paths.contains(path) || self.ignore.hides(path)
     }
+
+    /// Whether the entry at `path` is not shown, for itself or for a folder that it lies in.
+    pub fn hides_within(&self, path: &[u8]) -> bool {
+        let folders = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(end, _)| &path[..end]);
+        folders.chain([path]).any(|path| self.hides(path))
+    }
 }
 
 /// What stands now where a step saw a share.

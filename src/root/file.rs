@@ -200,7 +200,7 @@ fn read_archive(store: &Store, path: &Path, mut file: File, meta: &Metadata) -> 
     file.rewind().map_err(fail)?;
     let held = file.try_clone().map_err(fail)?;
     let reader = decompressed(BufReader::new(file)).map_err(fail)?;
-    let tree = archive::tar::read(reader, &mut Sink(store), &ARCHIVE_LIMITS)
+    let tree = archive::tar::read(reader, &mut store.blobs(), &ARCHIVE_LIMITS)
         .map_err(|source| RootError::Archive { path: PathBuf::from(path), source })?;
     unchanged(path, &held, meta)?;
     let io = |source| RootError::Io { what: "remember an archive", source };
@@ -208,15 +208,6 @@ fn read_archive(store: &Store, path: &Path, mut file: File, meta: &Metadata) -> 
     store.sync()?;
     store.records("archive").put(&key, &manifest).map_err(io)?;
     Ok(tree)
-}
-
-/// A sink for archives that puts contents into the store.
-struct Sink<'a>(&'a Store);
-
-impl archive::ContentSink for Sink<'_> {
-    fn store(&mut self, reader: &mut dyn Read) -> io::Result<(Digest, u64)> {
-        self.0.blobs().put(reader)
-    }
 }
 
 /// Takes off the compression that the first bytes show.

@@ -1,6 +1,5 @@
 //! Roots as files: of packages that no script configures, and the trees and contents of roots that are there.
 
-use kiln_artifact::archive::ContentSink;
 use kiln_artifact::erofs;
 use kiln_artifact::image::Limits;
 use kiln_artifact::tree::{Kind, Tree};
@@ -12,7 +11,7 @@ use super::image::{Filesystem, Image};
 use super::{Root, RootError};
 use crate::fetch::lock::LockedRoot;
 use crate::plan::{RootSpec, show_bytes};
-use crate::store::{Blobs, Store};
+use crate::store::Store;
 
 /// Changes with what is made of the same packages.
 const FORMAT: u32 = 1;
@@ -53,14 +52,6 @@ pub fn of_files(
     Ok(root)
 }
 
-struct Sink<'a>(&'a Blobs);
-
-impl ContentSink for Sink<'_> {
-    fn store(&mut self, reader: &mut dyn std::io::Read) -> std::io::Result<(Digest, u64)> {
-        self.0.put(reader)
-    }
-}
-
 /// The tree of a root, all of whose contents the store has as blobs then: they are read out of its image where they were
 /// collected.
 ///
@@ -81,7 +72,7 @@ pub fn tree(store: &Store, root: &Root) -> Result<Tree, RootError> {
     if image.filesystem != Filesystem::Erofs {
         return Err(RootError::NoTree);
     }
-    let read = erofs::extract(image.file(), &Limits::default(), &mut Sink(store.blobs()));
+    let read = erofs::extract(image.file(), &Limits::default(), &mut store.blobs());
     let read = read.map_err(|source| CatalogError::Image { digest: image.digest, source })?;
     match read.unread.is_empty() {
         true => Ok(tree),

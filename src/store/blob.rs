@@ -5,6 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use kiln_artifact::archive::ContentSink;
 use kiln_artifact::tree::Contents;
 use kiln_digest::{Digest, Hasher};
 
@@ -98,6 +99,13 @@ impl Blobs {
 impl Contents for Blobs {
     fn open(&self, digest: &Digest) -> io::Result<Box<dyn Read + '_>> {
         Ok(Box::new(self.file(digest)?))
+    }
+}
+
+/// Archives and images are unpacked into blobs.
+impl ContentSink for &Blobs {
+    fn store(&mut self, reader: &mut dyn Read) -> io::Result<(Digest, u64)> {
+        self.put(reader)
     }
 }
 

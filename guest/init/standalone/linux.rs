@@ -8,13 +8,12 @@ use std::process::{Command, Stdio};
 
 use rustix::mount::{MountFlags, mount};
 
+use crate::devices;
 use crate::report;
 use crate::services::Service;
 use crate::start::System;
 use crate::sys;
 
-/// How deep folders of devices are looked into.
-const DEVICE_DEPTH: usize = 16;
 /// How an encrypted disk begins (LUKS2 on-disk format, §2.1).
 const LUKS: [u8; 6] = *b"LUKS\xba\xbe";
 /// The variables of everything that is started.
@@ -26,17 +25,6 @@ pub struct Linux;
 
 fn words(path: &str, error: impl std::fmt::Display) -> String {
     format!("{path}: {error}")
-}
-
-fn find_devices(folder: &Path, depth: usize, found: &mut Vec<String>) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if entry.file_name() == "modalias" {
-            found.extend(fs::read_to_string(path).map(|text| text.trim().to_owned()));
-        } else if depth > 0 && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            find_devices(&path, depth - 1, found);
-        }
-    }
 }
 
 fn copy_over(from: &Path, to: &Path) -> io::Result<()> {
@@ -153,11 +141,7 @@ impl System for Linux {
     }
 
     fn modaliases(&mut self) -> Vec<String> {
-        let mut found = Vec::new();
-        find_devices(Path::new("/sys/devices"), DEVICE_DEPTH, &mut found);
-        found.sort_unstable();
-        found.dedup();
-        found
+        devices::modaliases()
     }
 
     fn encrypted(&mut self) -> Vec<String> {

@@ -6,6 +6,8 @@
 //! a thread, which starts no program, so that what ends is the main thread's alone.
 
 mod config;
+#[path = "../devices.rs"]
+mod devices;
 mod dhcp;
 mod linux;
 mod netlink;

@@ -76,6 +76,29 @@ impl Tree {
         self.rehome(removed);
     }
 
+    /// What lies at and beneath `folder`, as a tree of its own. A further name of a file whose node stays behind has the
+    /// node itself.
+    pub fn below(&self, folder: &TreePath) -> Self {
+        let start = if folder.is_root() { 0 } else { folder.as_bytes().len() + 1 };
+        // The end of a good path is a good path.
+        let place = |path: &TreePath| TreePath::new(path.as_bytes().get(start..).unwrap_or_default()).ok();
+        let mut below = Self::default();
+        for (path, node) in self.subtree(folder) {
+            let mut node = node.clone();
+            if let Kind::HardLink(holder) = &node.kind {
+                let holder = holder.clone();
+                match self.shown(path).filter(|_| !holder.is_within(folder)) {
+                    Some(shown) => node = shown.clone(),
+                    None => node.kind = Kind::HardLink(place(&holder).unwrap_or(holder)),
+                }
+            }
+            if let Some(place) = place(path) {
+                below.insert(place, node);
+            }
+        }
+        below
+    }
+
     /// Keeps the nodes for which `keep` is true. What lies beneath a folder that goes must go too, or
     /// [`Tree::check`] fails afterwards. Hard-link sets go on under their smallest path that stays.
     pub fn retain(&mut self, mut keep: impl FnMut(&TreePath, &Node) -> bool) {
@@ -134,6 +157,19 @@ mod tests {
             };
         }
         tree
+    }
+
+    #[test]
+    fn what_lies_below_a_folder_is_a_tree_with_links_that_hold() {
+        let mut tree = tree(&["a", "d/b>a", "d/c", "d/d>d/c", "d/e/f>d/c", "da"]);
+        let folder = Node { kind: Kind::Directory, meta: Meta { mode: 0o700, ..Meta::default() } };
+        tree.insert(path("d"), folder.clone());
+        tree.insert(path("d/e"), folder.clone());
+        let below = tree.below(&path("d"));
+        assert_eq!(shown(&below), ["b=1", "c=3", "d>c", "e=448", "e/f>c"]);
+        assert_eq!(below.get(&TreePath::root()), Some(&folder));
+        assert_eq!(below.check(), Ok(()));
+        assert_eq!(tree.below(&TreePath::root()), tree);
     }
 
     fn shown(tree: &Tree) -> Vec<String> {

@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use kiln_artifact::tree::{Kind, Tree, TreePath};
+use kiln_artifact::tree::{Kind, Meta, Node, Tree, TreePath};
 use kiln_digest::Digest;
 use kiln_virtio::fs::{Open, open_beneath};
 
@@ -128,13 +128,12 @@ impl<R: Runner> Checker<'_, R> {
         match tree.shown(&at).map(|node| &node.kind) {
             Some(Kind::File { digest, .. }) => Ok(RootSpec::File(self.build.store.blobs().path(digest))),
             Some(Kind::Directory) => {
-                let mut root = Tree::new();
-                let length = if at.is_root() { 0 } else { at.as_bytes().len() + 1 };
-                for (path, node) in tree.subtree(&at).filter(|(path, _)| **path != at) {
-                    let below = TreePath::new(path.as_bytes().get(length..).unwrap_or_default());
-                    let node = tree.shown(path).unwrap_or(node).clone();
-                    root.insert(below.map_err(|_| none("root"))?, node);
-                }
+                // The folder's own mode and times are not the root's.
+                let mut root = tree.below(&at);
+                root.insert(
+                    TreePath::root(),
+                    Node { kind: Kind::Directory, meta: Meta { mode: 0o755, ..Meta::default() } },
+                );
                 let made = image::make(self.build.store, &root);
                 let digest = made.map_err(crate::root::RootError::from).map_err(RunError::of_root)?;
                 Ok(RootSpec::File(image::path(self.build.store, &digest)))
@@ -207,8 +206,7 @@ impl<R: Runner> Materials for Ingredients<'_, '_, R> {
         let (Some(top), hidden) = (self.checker.source(), &self.checker.hidden) else {
             return Err(MakeError::NoSource(path.to_owned()));
         };
-        let parts: Vec<&str> = path.split('/').collect();
-        if (1..=parts.len()).any(|end| hidden.hides(parts[..end].join("/").as_bytes())) {
+        if hidden.hides_within(path.as_bytes()) {
             return Ok(None);
         }
         let store = self.checker.build.store;
@@ -218,14 +216,10 @@ impl<R: Runner> Materials for Ingredients<'_, '_, R> {
         };
         if let Ok(folder) = open_beneath(top, path.as_bytes(), Open::Directory) {
             let mut tree = directory::import(store, &place(folder.as_fd()))?;
+            // The folder itself is shown, so only what is below it is asked about.
             tree.retain(|below, _| {
-                let inner = below.to_string();
-                let parts: Vec<&str> = inner.split('/').collect();
-                let full = |end: usize| match path {
-                    "" => parts[..end].join("/"),
-                    path => format!("{path}/{}", parts[..end].join("/")),
-                };
-                below.is_root() || !(1..=parts.len()).any(|end| hidden.hides(full(end).as_bytes()))
+                let full = if path.is_empty() { Vec::new() } else { format!("{path}/").into_bytes() };
+                below.is_root() || !hidden.hides_within(&[full.as_slice(), below.as_bytes()].concat())
             });
             for (_, node) in tree.iter_mut() {
                 // As a share shows it: whose a source is, and when it was written, is no part of it.

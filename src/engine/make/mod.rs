@@ -115,11 +115,9 @@ impl Bench<'_> {
                 return Err(MakeError::Several { path, one: one.clone(), other: other.clone() });
             }
             for star in &stars {
-                let made_before = made.clone();
+                // What is missing shows before anything is made of the rest.
                 match self.make_one(make, star, &mut made, progress) {
-                    Err(MakeError::Missing { .. } | MakeError::Empty(_)) if make.optional => {
-                        made = made_before
-                    }
+                    Err(MakeError::Missing { .. } | MakeError::Empty(_)) if make.optional => {}
                     done => done?,
                 }
             }

@@ -257,7 +257,11 @@ impl Bench<'_> {
         let mut kept = tree.clone();
         kept.retain(|path, node| {
             let text = String::from_utf8_lossy(path.as_bytes());
-            let is_above = || taken.iter().any(|module| module.starts_with(&format!("{text}/")));
+            let is_above = || {
+                taken
+                    .iter()
+                    .any(|module| module.strip_prefix(&*text).is_some_and(|rest| rest.starts_with('/')))
+            };
             path.is_root()
                 || path.as_bytes() == BUILTIN
                 || taken.contains(&*text)
@@ -292,21 +296,7 @@ fn cut(tree: &Tree, path: &str) -> Option<Tree> {
         out.insert(TreePath::root().join(name.as_bytes()).ok()?, node.clone());
         return Some(out);
     }
-    let length = if at.is_root() { 0 } else { at.as_bytes().len() + 1 };
-    let below = |path: &TreePath| TreePath::new(path.as_bytes().get(length..).unwrap_or_default()).ok();
-    for (path, node) in tree.subtree(&at) {
-        let mut node = node.clone();
-        if let Kind::HardLink(holder) = &node.kind {
-            match holder.is_within(&at) {
-                true => node.kind = Kind::HardLink(below(holder)?),
-                // Its holder stays behind.
-                false => node = tree.shown(path)?.clone(),
-            }
-        }
-        let place = if *path == at { TreePath::root() } else { below(path)? };
-        out.insert(place, node);
-    }
-    Some(out)
+    Some(tree.below(&at))
 }
 
 /// Where `path` lies in `tree`, once links on the way to it are followed, and the last one where it leads to a folder.

@@ -236,7 +236,7 @@ impl Reader<'_> {
     }
 
     /// The root that `name` names or is.
-    fn root_named(&self, name: &Text) -> Result<RootSpec, Fault> {
+    pub fn root_named(&self, name: &Text) -> Result<RootSpec, Fault> {
         if name.get_ref().contains(':') {
             return self.root_spec(name.get_ref(), name.span());
         }

@@ -201,16 +201,7 @@ impl Reader<'_> {
         let meant: Vec<_> =
             roots.iter().filter(|(_, table)| !table.from.get_ref().starts_with("deb:")).collect();
         let table = match &step.table.root {
-            Some(text) if text.get_ref().contains(':') => {
-                return self.root_spec(text.get_ref(), text.span());
-            }
-            Some(text) => match roots.get(text.get_ref().as_str()) {
-                Some(found) => found,
-                None => {
-                    let known = roots.keys().map(|name| name.get_ref().as_str());
-                    return Err(self.unknown(text, "root", known));
-                }
-            },
+            Some(text) => return self.root_named(text),
             None if meant.is_empty() => return self.root_spec(DEFAULT_ROOT, step.span.clone()),
             None if meant.len() > 1 => {
                 let names: Vec<&str> = meant.iter().map(|(name, _)| name.get_ref().as_str()).collect();

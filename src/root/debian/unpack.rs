@@ -6,15 +6,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use kiln_artifact::archive::ContentSink;
 use kiln_artifact::archive::tar::TarError;
 use kiln_artifact::tree::{Builder, Kind, Meta, Node, PathError, Timestamp, Tree, TreeError, TreePath};
-use kiln_digest::Digest;
 
 use super::database::{self, Unpacked};
 use super::deb::{Deb, DebError};
@@ -120,15 +118,6 @@ impl UnpackError {
     }
 }
 
-/// Hands contents to the store.
-struct BlobSink<'a>(&'a Blobs);
-
-impl ContentSink for BlobSink<'_> {
-    fn store(&mut self, reader: &mut dyn Read) -> io::Result<(Digest, u64)> {
-        self.0.put(reader)
-    }
-}
-
 /// Reads the package `locked` from the store; its contents go into the store.
 ///
 /// # Errors
@@ -138,7 +127,7 @@ pub fn read(locked: &LockedPackage, blobs: &Blobs) -> Result<Deb, UnpackError> {
         .file(&locked.sha256)
         .map_err(|source| UnpackError::Missing { package: locked.name.clone(), source })?;
     let failed = |source| UnpackError::Deb { package: locked.name.clone(), source };
-    let deb = Deb::read(file, &mut BlobSink(blobs)).map_err(failed)?;
+    let deb = Deb::read(file, &mut { blobs }).map_err(failed)?;
     for (field, expected) in
         [("Package", &locked.name), ("Version", &locked.version), ("Architecture", &locked.architecture)]
     {
