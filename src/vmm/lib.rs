@@ -12,6 +12,8 @@
 //! | [`acpi`] | the tables that tell the kernel of processors, devices and power-off |
 //! | [`cpu`] | the processor that a guest sees, and its registers at the start |
 //! | [`bus`] | which device an address belongs to |
+//! | [`mmio`] | the registers of a virtio-mmio device |
+//! | [`vhost`] | a device that another process serves |
 //! | [`serial`] | the serial port, and the ports of power-off and reset |
 //! | [`vcpu`] | the loop that runs a virtual processor |
 //! | [`vm`] | all of it put together |
@@ -24,8 +26,10 @@ pub mod boot;
 pub mod bus;
 pub mod cpu;
 pub mod memory;
+pub mod mmio;
 pub mod serial;
 pub mod vcpu;
+pub mod vhost;
 pub mod vm;
 
 pub use vcpu::End;
