@@ -14,6 +14,8 @@
 //! | [`bus`] | which device an address belongs to |
 //! | [`mmio`] | the registers of a virtio-mmio device |
 //! | [`vhost`] | a device that another process serves |
+//! | [`local`] | a device that this process serves |
+//! | [`disk`] | the block device |
 //! | [`serial`] | the serial port, and the ports of power-off and reset |
 //! | [`vcpu`] | the loop that runs a virtual processor |
 //! | [`vm`] | all of it put together |
@@ -25,6 +27,8 @@ pub mod acpi;
 pub mod boot;
 pub mod bus;
 pub mod cpu;
+pub mod disk;
+pub mod local;
 pub mod memory;
 pub mod mmio;
 pub mod serial;

@@ -162,7 +162,9 @@ impl<T: Target> Registers<T> {
         match (offset, queue) {
             (0x14, _) => self.offered_page = value,
             (0x24, _) => self.accepted_page = value,
-            (0x20, _) if self.status & FEATURES_OK == 0 => set_half(&mut self.accepted, self.accepted_page, value),
+            (0x20, _) if self.status & FEATURES_OK == 0 => {
+                set_half(&mut self.accepted, self.accepted_page, value)
+            }
             (0x30, _) => self.selected = value,
             (0x38, Some(queue)) if open && !queue.ready => queue.size = value,
             (0x44, Some(queue)) if open => queue.ready = value & 1 == 1,
@@ -223,7 +225,8 @@ impl<T: Target> Registers<T> {
         // §2.7: what each part is aligned to, and how long it is.
         let fits = |address: u64, alignment: u64, bytes: u64| {
             let length = usize::try_from(bytes).ok()?;
-            let lies = address.is_multiple_of(alignment) && self.memory.check_range(GuestAddress(address), length);
+            let lies =
+                address.is_multiple_of(alignment) && self.memory.check_range(GuestAddress(address), length);
             lies.then_some(GuestAddress(address))
         };
         Some(Queue {

@@ -57,6 +57,12 @@ pub enum End {
         /// The system's word.
         what: String,
     },
+    /// The driver broke a device's queue, or the device failed.
+    #[error("a device of the guest's ended: {what}")]
+    Device {
+        /// Which, and why.
+        what: String,
+    },
     /// Whoever runs the machine wanted it to.
     #[error("the machine was stopped")]
     Stopped,

@@ -88,7 +88,13 @@ impl VhostUser {
         Ok(Self { kind, frontend, features, memory: memory.clone(), serving: Vec::new() })
     }
 
-    fn serve(&mut self, index: usize, queue: &Queue, notified: &EventFd, interrupt: &EventFd) -> io::Result<()> {
+    fn serve(
+        &mut self,
+        index: usize,
+        queue: &Queue,
+        notified: &EventFd,
+        interrupt: &EventFd,
+    ) -> io::Result<()> {
         // The protocol names what lies in guest memory by its place in this process.
         let host = |address: GuestAddress| {
             self.memory.get_host_address(address).map(|place| place as u64).map_err(failed)

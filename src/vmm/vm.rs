@@ -9,7 +9,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -74,6 +75,8 @@ pub struct Parts {
     pub console: Box<dyn Write + Send>,
     /// Devices, in the order in which the kernel finds them.
     pub devices: Vec<Slot>,
+    /// By which whatever ends the machine says so, devices too.
+    pub ends: (Sender<End>, Receiver<End>),
 }
 
 /// Why there is no machine.
@@ -137,6 +140,7 @@ fn io(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
 pub struct Machine {
     vcpus: Vec<VcpuFd>,
     buses: Buses,
+    ends: (Sender<End>, Receiver<End>),
     _vm: VmFd,
     _memory: GuestMemoryMmap,
 }
@@ -175,24 +179,27 @@ impl Machine {
             }
             vcpus.push(vcpu);
         }
-        Ok(Self { vcpus, buses, _vm: vm, _memory: parts.memory })
+        Ok(Self { vcpus, buses, ends: parts.ends, _vm: vm, _memory: parts.memory })
     }
 
     /// Runs it to its end, each processor on a thread of its own.
     ///
     /// # Errors
-    /// A thread that cannot be started or confined.
+    /// A thread that cannot be started.
     pub fn run(self, confine: Confine) -> Result<End, VmError> {
         register_signal_handler(SIGRTMIN(), interrupted)
             .map_err(|error| io("take a signal")(io::Error::from_raw_os_error(error.errno())))?;
         let buses = Arc::new(self.buses);
-        let (sender, ends) = mpsc::channel();
+        let (sender, ends) = self.ends;
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = Threads { stop: Arc::clone(&stop), running: Vec::new() };
         for (number, mut vcpu) in (0..).zip(self.vcpus) {
             let (sender, buses, stop) = (sender.clone(), Arc::clone(&buses), Arc::clone(&stop));
             let run = move || {
-                let end = confine().map(|()| vcpu::run(&mut vcpu, number, &buses, &stop));
+                let end = match confine() {
+                    Ok(()) => vcpu::run(&mut vcpu, number, &buses, &stop),
+                    Err(error) => End::Failed { cpu: number, what: error.to_string() },
+                };
                 // Only the first is waited for.
                 let _ = sender.send(end);
             };
@@ -200,8 +207,7 @@ impl Machine {
             threads.running.push(builder.spawn(run).map_err(io("start a processor's thread"))?);
         }
         drop(sender);
-        let gone = |_| io::Error::other("a processor's thread died");
-        ends.recv().map_err(gone).and_then(|end| end).map_err(io("run a processor"))
+        ends.recv().map_err(|_| io("run a processor")(io::Error::other("its thread died")))
     }
 }
 

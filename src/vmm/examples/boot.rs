@@ -24,6 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         model: Model::Fixed,
         console: Box::new(std::io::stdout()),
         devices: Vec::new(),
+        ends: std::sync::mpsc::channel(),
     })?;
     let end = machine.run(|| Ok(()))?;
     let line = format!("\n{end}, after {:.3} s\n", started.elapsed().as_secs_f64());

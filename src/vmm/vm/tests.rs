@@ -57,6 +57,7 @@ fn parts(kvm: impl Into<OwnedFd>, code: &[u8]) -> (Parts, Printed) {
         model: Model::Fixed,
         console: Box::new(printed.clone()),
         devices: Vec::new(),
+        ends: std::sync::mpsc::channel(),
     };
     (parts, printed)
 }
@@ -121,7 +122,8 @@ fn a_thread_that_cannot_be_confined_runs_no_guest() {
     let Some(device) = device() else { return };
     let (parts, printed) = parts(device, b"\x66\xba\xf8\x03\xb0k\xee\xeb\xfe");
     let machine = Machine::new(parts).expect("a machine");
-    assert!(machine.run(|| Err(io::Error::other("no"))).is_err());
+    let end = machine.run(|| Err(io::Error::other("no"))).expect("an end");
+    assert_eq!(end, End::Failed { cpu: 0, what: "no".to_owned() });
     assert!(printed.0.lock().expect("a whole lock").is_empty());
 }
 
