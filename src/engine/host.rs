@@ -182,13 +182,14 @@ struct Remembered {
     verdict: Verdict,
 }
 
-/// What of the jail this host grants the processes of a machine of `qemu`, found out by locking some in.
+/// What of the jail this host grants the processes of a machine, `qemu`'s or kiln's own VMM's, found out by locking some in.
 ///
 /// # Errors
 /// None can be locked in.
 pub fn jail_of(qemu: &Qemu) -> io::Result<Held> {
     let targets = Targets::new()?;
-    Ok(targets.held(&qemu.profile(Vec::new()))?.both(&targets.held(&Profile::Devices)?))
+    let others = targets.held(&Profile::Devices)?.both(&targets.held(&Profile::Vmm)?);
+    Ok(targets.held(&qemu.profile(Vec::new()))?.both(&others))
 }
 
 impl Host {
