@@ -80,7 +80,7 @@ pub enum BootStepError {
         file: String,
         /// Why not.
         #[source]
-        source: TamperError,
+        source: Box<TamperError>,
     },
 }
 
@@ -251,7 +251,7 @@ impl<R: Runner> Checker<'_, R> {
                 _ => None,
             };
             tamper::change(&place(&file), &change.what, copied.as_deref(), scratch)
-                .map_err(|source| BootStepError::Change { file: file.to_string(), source })?;
+                .map_err(|source| BootStepError::Change { file: file.to_string(), source: source.into() })?;
         }
         let image = if parts.is_folder { folder.to_path_buf() } else { place(&name) };
         Ok((folder, image))
@@ -359,7 +359,7 @@ impl<R: Runner> Worker<'_, '_, R> {
         let changed = if planned.report.is_some() { merge.run(&left)?.len() } else { 0 };
         let is_met = matches!(verdict.outcome, Outcome::Met);
         let ran = Ran {
-            ended: Ended::Ran(Exit::Exit(u8::from(!is_met).into()), Usage::default()),
+            ended: Ended::Ran(Exit::Exit(u8::from(!is_met)), Usage::default()),
             outputs: Some(outputs),
             shares: Vec::new(),
             spoiled: None,

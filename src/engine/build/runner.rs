@@ -110,12 +110,10 @@ pub trait Runner: Sync {
 pub struct Machines<'a> {
     host: &'a Host,
     processors: usize,
-    // Protects what was found out of roots and kernels, each once: held while it is found out.
+    // Protects what was found out of roots, kernels and firmware, each once: held while it is found out.
     known: Mutex<BTreeMap<String, Vec<(String, String)>>>,
     // Protects the files of roots that were asked for; held while they are found out.
     files: Mutex<BTreeMap<String, Arc<Tree>>>,
-    // Protects what was found out of firmware, by whether it has Secure Boot and takes keys.
-    boots: Mutex<BTreeMap<(bool, bool), Vec<(String, String)>>>,
     /// All steps that it runs.
     series: Series,
     /// How long those of failed steps stay with nobody in them; none do where this is none.
@@ -147,7 +145,6 @@ impl<'a> Machines<'a> {
             processors,
             known: Mutex::default(),
             files: Mutex::default(),
-            boots: Mutex::default(),
             series: Series::new(processors),
             idle: None,
             kept: Mutex::default(),
@@ -235,13 +232,14 @@ impl Runner for Machines<'_> {
     }
 
     fn firmware(&self, trust: &Trust) -> Result<Vec<(String, String)>, BuildError> {
-        let mut files = self.boots.lock().unwrap_or_else(PoisonError::into_inner);
         let (is_secure, enrolls) = (!matches!(trust, Trust::Off), matches!(trust, Trust::Enroll(_)));
-        if let Some(parts) = files.get(&(is_secure, enrolls)) {
+        let name = format!("firmware, Secure Boot {is_secure}, enrolment {enrolls}");
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(parts) = known.get(&name) {
             return Ok(parts.clone());
         }
         let parts = boot::identify(is_secure, enrolls)?;
-        files.insert((is_secure, enrolls), parts.clone());
+        known.insert(name, parts.clone());
         Ok(parts)
     }
 
