@@ -16,8 +16,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "engine",
         &[
-            "agent", "cache", "clock", "fetch", "keeper", "machine", "plan", "root", "settings", "sign",
-            "store", "upkeep", "writes",
+            "agent", "boot", "cache", "clock", "fetch", "keeper", "machine", "plan", "root", "settings",
+            "sign", "store", "upkeep", "writes",
         ],
     ),
     ("boot", &["machine", "plan"]),

@@ -259,6 +259,7 @@ impl From<BuildError> for Failure {
         let hint = error.hint();
         match error {
             BuildError::Run(error) => error.into(),
+            BuildError::Boot(ref boot) if boot.is_the_hosts() => Self::new(&error, hint, CANNOT),
             BuildError::Source(ref source) if source.is_the_users() => Self::new(&error, hint, USAGE),
             _ => Self::new(&error, hint, FAILED),
         }

@@ -73,7 +73,7 @@ pub(super) fn lower(
     let last = match &planned.command {
         Command::Text(text) => text.clone(),
         Command::Script(path) => format!("{}/{path}", guest_places(settings).0),
-        Command::Make(_) | Command::Sign => String::new(),
+        Command::Make(_) | Command::Sign | Command::Boot(_) => String::new(),
     };
     let words = planned.interpreter.iter().cloned().chain([last]);
     let limits = &planned.limits;

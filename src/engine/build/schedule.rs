@@ -18,10 +18,11 @@ use super::gate::Gate;
 use super::runner::Runner;
 use super::turns::Turns;
 use super::worker::{Checked, Kept, Keys, Message, Task, Told, Worker};
-use super::{Build, BuildError, News, Outcome, Summary, Timeline, lower};
+use super::{Build, BuildError, News, Outcome, Summary, Timeline, boot_step, lower};
 use crate::engine::error::RunError;
 use crate::engine::event::{Event, Phase};
 use crate::plan::StepId;
+use crate::plan::graph::Command;
 
 /// Most messages under way: a step that prints faster than that is told waits.
 const MESSAGES: usize = 256;
@@ -98,7 +99,11 @@ impl<R: Runner> Build<'_, R> {
         for id in wanted {
             let planned = self.plan.step(*id);
             if planned.follows_outputs() {
-                let bytes = if planned.command.is_run() { lower::memory_bytes(planned) } else { 0 };
+                let bytes = match &planned.command {
+                    Command::Boot(_) => boot_step::memory_bytes(planned),
+                    command if command.is_run() => lower::memory_bytes(planned),
+                    _ => 0,
+                };
                 memory.insert(*id, bytes);
                 continue;
             }

@@ -169,6 +169,7 @@ impl<R: Runner> Worker<'_, '_, R> {
         match &planned.command {
             Command::Make(makes) => return self.make(id, makes, needs, why),
             Command::Sign => return self.sign(id),
+            Command::Boot(boot) => return self.boot(id, boot, needs, why),
             Command::Text(_) | Command::Script(_) => {}
         }
         let mut step = self.checker.stage(id, needs, self.hidden)?;

@@ -3,6 +3,7 @@
 //! Everything that can be refused without looking at a file is refused here, before anything starts.
 
 mod apart;
+mod boot;
 mod make;
 mod reader;
 mod sources;
@@ -13,6 +14,7 @@ use std::path::PathBuf;
 use globset::GlobSet;
 use kiln_digest::Digest;
 
+use super::boot::Boot;
 use super::make::{Make, Origin};
 use super::recipe::{ClockWord, Fault, Recipe, expand, nearest};
 use super::{Outputs, RootSpec};
@@ -36,6 +38,8 @@ pub enum Command {
     Make(Vec<Make>),
     /// Signatures of what it needs.
     Sign,
+    /// An image on real firmware.
+    Boot(Box<Boot>),
 }
 
 impl Command {

@@ -101,6 +101,7 @@ fn filled(table: &StepTable, values: &[(&str, &str)]) -> StepTable {
     for text in texts.into_iter().flatten() {
         fill_text(text);
     }
+    table.boot.iter_mut().flat_map(|boot| boot.texts()).for_each(fill_text);
     table.make.0.iter_mut().flat_map(|make| make.texts()).for_each(fill_text);
     for list in [&mut table.needs, &mut table.inputs, &mut table.outputs] {
         list.iter_mut().for_each(fill_text);

@@ -3,6 +3,7 @@
 //! `fault` shows where a recipe is wrong; `expand` makes plain steps of a matrix. What the steps of a recipe mean
 //! together is [`super::graph`]'s business.
 
+mod boot;
 mod expand;
 mod fault;
 mod make;
@@ -15,6 +16,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 
+pub use boot::{BootTable, ChangeTable};
 pub use expand::{Expanded, NAMES, expand, is_name};
 pub use fault::Fault;
 pub use make::{FromKeys, FromTable, MakeTable, Several};
@@ -205,6 +207,8 @@ pub struct StepTable {
     /// In place of `run`: sign what the steps it needs left in WORK, with the keys in SECRETS, on the host.
     #[serde(default)]
     pub sign: bool,
+    /// In place of `run`: an image that is booted on real firmware, on the host, and what it should do.
+    pub boot: Option<BootTable>,
     /// What runs it: ["sh", "-eu", "-c"], for a script ["sh", "-eu"], unless said.
     #[serde(default)]
     pub interpreter: Vec<String>,
@@ -257,7 +261,8 @@ pub struct StepTable {
     /// The code is not trusted: demand hardware virtualisation and a whole jail.
     #[serde(default)]
     pub untrusted: bool,
-    /// One step for each combination: `%{NAME}` stands for a value in run, script, root, needs, inputs, outputs, env.
+    /// One step for each combination: `%{NAME}` stands for a value in run, script, root, needs, inputs, outputs, env, and in texts of
+    /// make and boot.
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, Vec<String>>")]
     pub matrix: BTreeMap<Text, Vec<String>>,
