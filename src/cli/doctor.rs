@@ -140,7 +140,7 @@ fn jail(qemu: &Qemu) {
 fn try_jail(qemu: &Qemu) -> io::Result<ExitCode> {
     let targets = Targets::new()?;
     let mut good = true;
-    for (name, profile) in [("device process", Profile::Devices), ("QEMU", qemu.profile(Vec::new()))] {
+    for (name, profile) in [("device process", Profile::Devices), ("QEMU", qemu.profile(Vec::new(), false))] {
         let columns = Layer::ALL.map(|layer| format!("{:<13}", layer.name())).concat();
         line(&format!("{name:<33}{:<10}{columns}whole", "no jail"));
         for attempt in Attempt::ALL {

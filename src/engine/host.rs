@@ -187,7 +187,7 @@ struct Remembered {
 /// None can be locked in.
 pub fn jail_of(qemu: &Qemu) -> io::Result<Held> {
     let targets = Targets::new()?;
-    Ok(targets.held(&qemu.profile(Vec::new()))?.both(&targets.held(&Profile::Devices)?))
+    Ok(targets.held(&qemu.profile(Vec::new(), false))?.both(&targets.held(&Profile::Devices)?))
 }
 
 impl Host {

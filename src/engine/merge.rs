@@ -190,6 +190,20 @@ impl Merge<'_> {
     /// # Errors
     /// [`MergeError`]; nothing was changed then.
     pub fn run(&self, outputs: &Tree) -> Result<Vec<TreePath>, MergeError> {
+        self.carry_out(outputs, None)
+    }
+
+    /// Merges `outputs` into what is there, whatever put it there: what this step put out before stays. What lies at or
+    /// beneath the paths `removed` and is no output goes. Says which files were placed.
+    ///
+    /// # Errors
+    /// [`MergeError`]; nothing was changed then.
+    pub fn run_upon(&self, outputs: &Tree, removed: &[TreePath]) -> Result<Vec<TreePath>, MergeError> {
+        let over = Merge { overwrite: true, ..*self };
+        over.carry_out(outputs, Some(removed))
+    }
+
+    fn carry_out(&self, outputs: &Tree, removed: Option<&[TreePath]>) -> Result<Vec<TreePath>, MergeError> {
         let locked = open(self.store, self.work)?;
         let ledger: Ledger = self.store.records("work").get(&ledger_key(&locked.path)).unwrap_or_default();
         let mut wanted = BTreeMap::new();
@@ -201,7 +215,7 @@ impl Merge<'_> {
                 wanted.insert(path.clone(), identity);
             }
         }
-        let (journal, places) = self.plan(&locked, outputs, &wanted, ledger)?;
+        let (journal, places) = self.plan(&locked, outputs, &wanted, removed, ledger)?;
         let staging = locked.path.join(STAGING);
         let made =
             writes::through(Act::Make(&staging), || fs::DirBuilder::new().mode(0o700).create(&staging));
@@ -223,12 +237,15 @@ impl Merge<'_> {
         locked: &Locked,
         outputs: &Tree,
         wanted: &BTreeMap<TreePath, Identity>,
+        removed: Option<&[TreePath]>,
         mut ledger: Ledger,
     ) -> Result<(Journal, Vec<TreePath>), MergeError> {
         let look = |path: &TreePath| locked.work.look(path).map_err(at("read", &on_host(&locked.path, path)));
         let changed = |path: &TreePath| MergeError::Changed { path: on_host(&locked.path, path) };
-        let mut removals = self.removals(locked, &ledger, wanted)?;
-        let mut cleared = Vec::new();
+        let (mut removals, mut cleared) = match removed {
+            None => (self.removals(locked, &ledger, wanted)?, Vec::new()),
+            Some(removed) => taken_away(locked, wanted, removed)?,
+        };
         let mut places = Vec::new();
         // Whether what stands at a path goes away, so that something else may take its place.
         let gives_way = |path: &TreePath, removals: &mut BTreeSet<TreePath>| {
@@ -251,7 +268,9 @@ impl Merge<'_> {
                     // Outputs of this step that go away may leave an empty folder; anything else is a person's.
                     let leaves =
                         locked.work.leaves(path).map_err(at("read", &on_host(&locked.path, path)))?;
-                    if leaves.is_empty() || !leaves.iter().all(|leaf| removals.contains(leaf)) {
+                    if (leaves.is_empty() && removed.is_none())
+                        || !leaves.iter().all(|leaf| removals.contains(leaf))
+                    {
                         return Err(changed(path));
                     }
                     cleared.push(path.clone());
@@ -277,7 +296,8 @@ impl Merge<'_> {
         ledger.placed.retain(|path, placed| {
             let gone = TreePath::new(&path.0).is_ok_and(|path| removals.contains(&path));
             !gone
-                && (placed.step != self.step
+                && (removed.is_some()
+                    || placed.step != self.step
                     || TreePath::new(&path.0).is_ok_and(|path| wanted.contains_key(&path)))
         });
         for (path, identity) in wanted {
@@ -350,6 +370,30 @@ impl Merge<'_> {
         let folder = File::open(staging).map_err(at("sync", staging))?;
         writes::sync_all(&folder, staging).map_err(at("sync", staging))
     }
+}
+
+/// Of what lies at or beneath the paths `removed` and is not `wanted`: the leaves, and the folders that go with them.
+fn taken_away(
+    locked: &Locked,
+    wanted: &BTreeMap<TreePath, Identity>,
+    removed: &[TreePath],
+) -> Result<(BTreeSet<TreePath>, Vec<TreePath>), MergeError> {
+    let (mut leaves, mut folders) = (BTreeSet::new(), Vec::new());
+    for path in removed.iter().filter(|path| path.components().next() != Some(STAGING.as_bytes())) {
+        let failed = |source| at("read", &on_host(&locked.path, path))(source);
+        match locked.work.look(path).map_err(failed)? {
+            Seen::Leaf(_) => leaves.extend(Some(path.clone())),
+            Seen::Folder => {
+                leaves.extend(locked.work.leaves(path).map_err(failed)?);
+                folders.push(path.clone());
+            }
+            Seen::Nothing | Seen::Other | Seen::Blocked(_) => {}
+        }
+    }
+    // What is put in a leaf's place replaces it in one rename.
+    leaves.retain(|path| !wanted.contains_key(path));
+    folders.retain(|path| !wanted.contains_key(path));
+    Ok((leaves, folders))
 }
 
 /// The permissions of a file in WORK: as the step set them, but nobody else may write it and its owner always may.

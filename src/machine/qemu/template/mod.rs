@@ -91,7 +91,7 @@ impl TemplateError {
 /// Whether a machine of `spec` can be the copy of a template. What the wire over vsock and machines within machines
 /// need is not part of any, nor are disks beyond the slots.
 pub(super) fn suits(spec: &Spec) -> bool {
-    spec.carrier == Carrier::Serial && !spec.nested && Places::of(&spec.disks).fit_a_copy()
+    spec.carrier == Carrier::Serial && !spec.nested && !spec.network && Places::of(&spec.disks).fit_a_copy()
 }
 
 /// The machine of `spec` with nothing of a step in it.
@@ -106,6 +106,7 @@ fn blank(spec: &Spec) -> Spec {
         disks: Vec::new(),
         carrier: spec.carrier,
         nested: spec.nested,
+        network: spec.network,
     }
 }
 
