@@ -23,11 +23,16 @@ struct Built {
 
 impl Built {
     fn new() -> Self {
+        Self::of(&small())
+    }
+
+    /// One of the recipe `text`.
+    fn of(text: &str) -> Self {
         let host = Host::new();
         let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("images/initos");
         let copied = Command::new("cp").arg("-r").arg(shipped).arg(host.path("initos")).status();
         assert!(copied.expect("cp").success());
-        fs::write(host.path("initos/kiln.toml"), small()).expect("room");
+        fs::write(host.path("initos/kiln.toml"), text).expect("room");
         Self { host }
     }
 
@@ -73,7 +78,53 @@ fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
     }
     let console = built.host.read("work/reports/other_hash/console.txt");
     assert!(console.contains("INITOS: FAILED") && !console.contains("login:"), "{console}");
-    built.kiln(&["build", "test"]).ends(0, &["1 run, 12 cut off"]);
+    built.kiln(&["build", "test"]).ends(0, &["1 run, 11 cut off"]);
+}
+
+#[test]
+fn one_image_with_all_in_it_boots_and_is_opened_by_the_signed_hash_alone() {
+    let single = small().replace("layout = \"separate\"\n\n", "layout = \"single\"\n\n");
+    assert_ne!(single, small());
+    let built = Built::of(&single);
+    built.kiln(&["sign", "--init"]).ends(0, &["made keys"]);
+    built
+        .kiln(&[
+            "build",
+            "boot-nvme",
+            "corrupt_root_single",
+            "corrupt_hashes_single",
+            "other_hash_single",
+            "-j",
+            "2",
+        ])
+        .ends(0, &["boot-nvme: done", "other_hash_single: done"]);
+    let esp = built.host.path("work/boot/efi");
+    assert!(esp.join("initos/initos.sqfs").exists() && !esp.join("recovery.sqfs").exists());
+    let console = built.host.read("work/reports/boot-nvme/console.txt");
+    assert!(
+        console.contains("Mounted verity root") && !console.contains("Mounted verity modules"),
+        "{console}"
+    );
+}
+
+#[test]
+fn two_builds_in_two_places_are_the_same_bytes_signatures_too() {
+    let (one, other) = (Built::new(), Built::new());
+    one.kiln(&["sign", "--init"]).ends(0, &["made keys"]);
+    let mut copy = Command::new("cp");
+    copy.arg("-rp").arg(one.host.path("secrets")).arg(other.host.path("secrets"));
+    assert!(copy.status().expect("cp").success());
+    for built in [&one, &other] {
+        // Nothing that another build has noted is taken for this one.
+        let name: String = built.host.path("").to_string_lossy().bytes().map(|b| format!("{b:x}")).collect();
+        let scope = &name[name.len() - 30..];
+        let told = built.kiln(&["build", "all", "--scope", scope]);
+        told.ends(0, &["8 run", "signatures are made anew"]);
+    }
+    let works = [&one, &other].map(|built| built.host.path("work"));
+    let diff = Command::new("diff").arg("-r").args(&works).output().expect("diff");
+    assert!(diff.status.success(), "{}", String::from_utf8_lossy(&diff.stdout));
+    assert!(works[0].join("boot/efi/EFI/BOOT/BOOTX64.EFI").exists());
 }
 
 /// Those of what must boot, and of what must not.

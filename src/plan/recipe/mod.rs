@@ -17,7 +17,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 pub use boot::{BootTable, ChangeTable};
-pub use expand::{Expanded, NAMES, expand, is_name};
+pub use expand::{Expanded, NAMES, Steps, expand, is_name};
 pub use fault::Fault;
 pub use make::{FromKeys, FromTable, MakeTable, Several};
 pub use nearest::nearest;
@@ -45,6 +45,9 @@ pub struct Recipe {
     /// Files from outside by name; a step finds each at $KILN_SOURCES/NAME.
     #[schemars(with = "BTreeMap<String, SourceTable>")]
     pub sources: BTreeMap<Text, SourceTable>,
+    /// Variables: `%{NAME}` stands for a value wherever a matrix's would, and `when` of a step asks for one.
+    #[schemars(with = "BTreeMap<String, String>")]
+    pub variables: BTreeMap<Text, Text>,
     /// Steps by name.
     #[schemars(with = "BTreeMap<String, StepTable>")]
     pub steps: BTreeMap<Text, StepTable>,
@@ -209,6 +212,10 @@ pub struct StepTable {
     pub sign: bool,
     /// In place of `run`: an image that is booted on real firmware, on the host, and what it should do.
     pub boot: Option<BootTable>,
+    /// Values that variables must have for it; else it is left out, of targets and of what other steps need too.
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, String>")]
+    pub when: BTreeMap<Text, Text>,
     /// What runs it: ["sh", "-eu", "-c"], for a script ["sh", "-eu"], unless said.
     #[serde(default)]
     pub interpreter: Vec<String>,
