@@ -25,6 +25,7 @@ mod runner;
 mod schedule;
 pub mod sources;
 mod stage;
+mod tasks;
 mod timeline;
 mod turns;
 mod view;
