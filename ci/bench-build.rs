@@ -79,9 +79,16 @@ impl Runner for Player<'_> {
         Ok(Arc::default())
     }
 
+    // As machines do.
+    fn ahead(&self, jobs: usize) -> usize {
+        jobs
+    }
+
     fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError> {
-        let _ = events(Event::Phase(Phase::Record, Duration::ZERO));
         let io = |source| RunError::Io { what: "play a step", source };
+        for phase in [Phase::Setup, Phase::Collect, Phase::Record] {
+            events(Event::Phase(phase, Duration::ZERO)).map_err(io)?;
+        }
         let shares = match self.machines.is_some() {
             true => vec![self.share(&step.name).map_err(io)?],
             false => Vec::new(),

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::work::{Identity, Seen, Work};
 use crate::store::Store;
-use crate::writes::{self, Act};
+use crate::writes::{self, Act, Through};
 
 /// The staging folder's name in WORK: reserved, and gone after every merge.
 pub const STAGING: &str = ".kiln-staging";
@@ -428,9 +428,9 @@ fn write_journal(staging: &Path, journal: &Journal) -> Result<(), MergeError> {
     let path = staging.join("journal");
     let temporary = staging.join("journal.new");
     let write = || {
-        let mut file = Named(writes::create(&temporary)?, &temporary);
-        file.write_all(&serde_json::to_vec(journal)?)?;
-        writes::sync(&file.0, &temporary)?;
+        let file = writes::create(&temporary)?;
+        Through::new(&file, &temporary).write_all(&serde_json::to_vec(journal)?)?;
+        writes::sync(&file, &temporary)?;
         writes::rename(&temporary, &path)?;
         writes::sync_folder(staging)
     };
@@ -470,19 +470,6 @@ fn remove_tree(path: &Path) -> Result<(), MergeError> {
     writes::remove_tree(path).map_err(at("remove", path))
 }
 
-/// A file that is written under its name, through the door.
-struct Named<'a>(File, &'a Path);
-
-impl Write for Named<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        writes::write(&mut self.0, self.1, bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Copies a blob's data and leaves its holes.
 fn copy_sparse(source: &mut File, target: &mut File, path: &Path, size: u64) -> io::Result<()> {
     use rustix::fs::SeekFrom as Seek2;
@@ -496,7 +483,7 @@ fn copy_sparse(source: &mut File, target: &mut File, path: &Path, size: u64) -> 
         let hole = rustix::fs::seek(&*source, Seek2::Hole(data))?;
         source.seek(SeekFrom::Start(data))?;
         target.seek(SeekFrom::Start(data))?;
-        io::copy(&mut Read::by_ref(source).take(hole - data), &mut Named(target.try_clone()?, path))?;
+        io::copy(&mut Read::by_ref(source).take(hole - data), &mut Through::new(target, path))?;
         position = hole;
     }
     writes::set_length(target, path, size)

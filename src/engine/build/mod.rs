@@ -27,6 +27,7 @@ mod schedule;
 pub mod sources;
 mod stage;
 mod tamper;
+mod tasks;
 mod timeline;
 mod turns;
 mod view;
