@@ -560,6 +560,31 @@ mod tests {
     }
 
     #[test]
+    fn what_is_merged_upon_replaces_and_removes_what_it_names_and_leaves_all_else() {
+        let world = World::new();
+        world.merge(&[("a", "1"), ("d/x", "1"), ("d/y", "1"), ("k", "1")]).expect("a first merge");
+        fs::create_dir_all(world.work().join("mine/empty")).expect("a folder");
+        fs::write(world.work().join("mine/file"), "mine").expect("a person's file");
+        fs::write(world.work().join("a"), "changed").expect("a person's change");
+        let path = |text: &str| TreePath::new(text.as_bytes()).expect("a good path");
+        let upon = |files: &[(&str, &str)], removed: &[&str]| {
+            let merge = Merge { store: &world.store, work: &world.work(), step: "s", overwrite: false };
+            let removed: Vec<TreePath> = removed.iter().map(|text| path(text)).collect();
+            merge.run_upon(&world.outputs(files), &removed).expect("a merge")
+        };
+        // `d` was removed and made anew; `mine` became a file, as the layer says by its name alone.
+        upon(&[("a", "2"), ("d/z", "2"), ("mine", "2")], &["a", "d", "mine", "none/at/all"]);
+        assert_eq!(world.read("a").as_deref(), Some("2"));
+        assert_eq!(world.read("d/z").as_deref(), Some("2"));
+        assert_eq!((world.read("d/x"), world.read("d/y")), (None, None));
+        assert_eq!(world.read("mine").as_deref(), Some("2"));
+        assert_eq!(world.read("k").as_deref(), Some("1"), "it was put out before, and stays");
+        upon(&[], &["mine", STAGING]);
+        assert!(!world.work().join("mine").exists());
+        assert_eq!(world.read("k").as_deref(), Some("1"));
+    }
+
+    #[test]
     fn an_interrupted_merge_is_completed_from_its_journal() {
         let world = World::new();
         let outputs = world.outputs(&[("a", "1"), ("b", "2")]);
