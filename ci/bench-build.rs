@@ -14,10 +14,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kiln::boot::{self, Boot, Verdict};
 use kiln::cache::{Entry, Scope, ShareTrace};
 use kiln::engine::build::sources::{Locked, Permission};
-use kiln::engine::build::{Build, Gate, Machines, Options, Ran, Runner, Timeline};
-use kiln::engine::{Ended, Event, Host, Listener, Phase, RunError, Step};
+use kiln::engine::build::{Build, BuildError, Gate, Machines, Options, Ran, Runner, Timeline};
+use kiln::engine::{Boundary, Ended, Event, Host, Listener, Phase, RunError, Step};
+use kiln::plan::boot::Trust;
 use kiln::plan::recipe::Recipe;
 use kiln::plan::{Plan, RootSpec};
 use kiln::settings::{Flags, Settings};
@@ -71,6 +73,20 @@ impl Runner for Player<'_> {
             Some(machines) => machines.identify(step, progress),
             None => Ok(Vec::new()),
         }
+    }
+
+    fn firmware(&self, _: &Trust) -> Result<Vec<(String, String)>, BuildError> {
+        Ok(Vec::new())
+    }
+
+    fn boot(
+        &self,
+        _: &mut Boot,
+        _: bool,
+        _: &Boundary,
+        _: &mut dyn FnMut(boot::Told<'_>),
+    ) -> Result<Verdict, BuildError> {
+        unreachable!("nothing is booted")
     }
 
     fn files(&self, _: &RootSpec, _: &mut dyn FnMut(&str)) -> Result<Arc<Tree>, RunError> {

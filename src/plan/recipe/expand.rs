@@ -49,7 +49,7 @@ pub fn is_name(text: &str) -> bool {
 pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Steps, Fault> {
     let mut steps: BTreeMap<String, Expanded> = BTreeMap::new();
     let mut left_out = BTreeSet::new();
-    for name in recipe.variables.keys().filter(|name| !is_name(name.get_ref())) {
+    if let Some(name) = recipe.variables.keys().find(|name| !is_name(name.get_ref())) {
         let message = format!("`{}` is no name for a variable", name.get_ref().escape_debug());
         return Err(Fault::at(text, file, name.span(), message).hint(NAMES));
     }
