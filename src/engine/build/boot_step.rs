@@ -319,7 +319,13 @@ impl<R: Runner> Worker<'_, '_, R> {
                     machine = identity.to_string();
                     Told::Machine(identity.clone())
                 }
-                boot::Told::Note(text) => Told::Progress(text),
+                // Where the keys lie for the machine is nobody's concern.
+                boot::Told::Note(text) => Told::Progress(match (keys.as_deref(), &planned.trust) {
+                    (Some(copy), Trust::Keys(folder) | Trust::Enroll(folder)) => {
+                        text.replace(&copy.display().to_string(), folder.text())
+                    }
+                    _ => text,
+                }),
                 boot::Told::Warning(text) => Told::Warning(text),
                 boot::Told::Moment(moment) => {
                     let line = line(moment, script);
