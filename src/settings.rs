@@ -135,6 +135,8 @@ pub enum BackendChoice {
     Qemu,
     /// QEMU's emulation, even where KVM is there.
     Tcg,
+    /// kiln's own VMM on KVM, or nothing.
+    Vmm,
 }
 
 impl BackendChoice {
@@ -145,6 +147,7 @@ impl BackendChoice {
             "kvm" => Some(Self::Kvm),
             "qemu" => Some(Self::Qemu),
             "tcg" => Some(Self::Tcg),
+            "vmm" => Some(Self::Vmm),
             _ => None,
         }
     }
@@ -157,6 +160,7 @@ impl fmt::Display for BackendChoice {
             Self::Kvm => "kvm",
             Self::Qemu => "qemu",
             Self::Tcg => "tcg",
+            Self::Vmm => "vmm",
         })
     }
 }

@@ -37,7 +37,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("clock", &[]),
 ];
 
-const CRATES: &[&str] = &["artifact", "digest", "openpgp", "virtio"];
+const CRATES: &[&str] = &["artifact", "digest", "openpgp", "virtio", "vmm"];
 
 fn rust_files(folder: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(folder).expect("the source tree") {

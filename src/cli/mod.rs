@@ -102,7 +102,7 @@ struct Global {
     #[arg(long, global = true, value_name = "FILE")]
     lock: Option<PathBuf>,
     /// What runs machines [env: KILN_BACKEND] [default: auto]
-    #[arg(long, global = true, value_name = "BACKEND", value_parser = Choice(&["auto", "kvm", "qemu", "tcg"]))]
+    #[arg(long, global = true, value_name = "BACKEND", value_parser = Choice(&["auto", "kvm", "qemu", "tcg", "vmm"]))]
     backend: Option<String>,
     /// Debian mirror [env: KILN_DEBIAN_MIRROR] [default: the host's APT sources]
     #[arg(long, global = true, value_name = "URL")]

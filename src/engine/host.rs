@@ -16,6 +16,7 @@ use crate::machine::jail::{Held, Profile};
 use crate::machine::probe::{self, Verdict};
 use crate::machine::qemu::Qemu;
 use crate::machine::qemu::template::Templates;
+use crate::machine::vmm::KilnVmm;
 use crate::machine::{Accelerator, Carrier, MachineError};
 use crate::plan::RootSpec;
 use crate::root::bundle::{self, Bundle, BundleError};
@@ -253,8 +254,10 @@ impl Host {
         let accelerator = if verdict.is_usable() { Accelerator::Kvm } else { Accelerator::Tcg };
         let no_kvm = |demand| HostError::Boundary { demand, why: verdict.to_string() };
         if accelerator == Accelerator::Tcg {
-            if self.settings.backend.value == BackendChoice::Kvm {
-                return Err(no_kvm("the backend kvm"));
+            match self.settings.backend.value {
+                BackendChoice::Kvm => return Err(no_kvm("the backend kvm")),
+                BackendChoice::Vmm => return Err(no_kvm("the backend vmm")),
+                _ => {}
             }
             if boundary.require.contains(&Require::Kvm) {
                 return Err(no_kvm("--require kvm"));
@@ -283,6 +286,11 @@ impl Host {
             return Err(HostError::Boundary { demand, why });
         }
         Ok(qemu)
+    }
+
+    /// kiln's own VMM, where it is chosen for the machines of steps. Roots are made with QEMU's all the same.
+    pub fn vmm(&self) -> Option<KilnVmm> {
+        (self.settings.backend.value == BackendChoice::Vmm).then_some(KilnVmm)
     }
 
     /// Where Debian packages come from.

@@ -17,6 +17,7 @@ use super::merge;
 use super::reads::Observable;
 use super::step::{Clock, Keep, Step};
 use crate::machine::qemu::Qemu;
+use crate::machine::vmm::KilnVmm;
 use crate::machine::{Attributes, Carrier, Disk, PathBytes, Share, Spec, scratch, serial};
 use crate::plan::{EnvError, Environment, RootSpec};
 use crate::root::bundle::Bundle;
@@ -30,6 +31,10 @@ const NETWORK_DRIVER: &str = "virtio_net";
 /// Everything opened and found before the machine starts.
 pub(super) struct Prepared {
     pub qemu: Qemu,
+    /// kiln's own VMM, where it is to run the step's machine instead.
+    pub vmm: Option<KilnVmm>,
+    /// What carries the wire.
+    pub carrier: Carrier,
     pub bundle: Bundle,
     pub root: Root,
     pub environment: Environment,
@@ -174,8 +179,10 @@ pub(super) fn prepare(
     let mut progress = |text: &str| {
         let _ = events(Event::Progress(text));
     };
-    let bundle = host.bundle(&step.kernel, step.carrier, &mut progress)?;
-    let root_bundle = match step.carrier {
+    let vmm = host.vmm();
+    let carrier = if vmm.is_some() { Carrier::Vsock } else { step.carrier };
+    let bundle = host.bundle(&step.kernel, carrier, &mut progress)?;
+    let root_bundle = match carrier {
         Carrier::Serial => bundle.clone(),
         Carrier::Vsock => host.bundle(&step.kernel, Carrier::Serial, &mut progress)?,
     };
@@ -193,6 +200,8 @@ pub(super) fn prepare(
     let Shares { list: shares, observables } = shares;
     Ok(Prepared {
         qemu,
+        vmm,
+        carrier,
         bundle,
         root,
         environment,
@@ -362,7 +371,7 @@ pub(super) fn describe(
         cpus: prepared.cpus,
         shares: mem::take(&mut prepared.shares),
         disks,
-        carrier: step.carrier,
+        carrier: prepared.carrier,
         nested: step.nested,
         network: step.network,
     };

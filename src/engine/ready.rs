@@ -41,7 +41,7 @@ pub(super) struct Readiness {
 impl Readiness {
     /// For machines of `spec`; none where they have to be made for their step.
     pub fn of(host: &Host, series: &Series, prepared: &Prepared, spec: &Spec, setup: &Setup) -> Option<Self> {
-        let idle = host.keeper_idle()?;
+        let idle = host.keeper_idle().filter(|_| prepared.vmm.is_none())?;
         let key = prepared.qemu.ready_key(spec).ok()??;
         let read_only = spec.disks.iter().filter(|disk| disk.read_only);
         let [scratch] = &spec.disks.iter().filter(|disk| !disk.read_only).collect::<Vec<_>>()[..] else {

@@ -280,7 +280,10 @@ pub(super) fn start(
             if let Some(why) = readiness.as_ref().and_then(Readiness::failure) {
                 let _ = events(Event::Warning(&format!("no machine was made ready for this run: {why}")));
             }
-            prepared.qemu.start(spec)?
+            match prepared.vmm {
+                Some(vmm) => vmm.start(spec)?,
+                None => prepared.qemu.start(spec)?,
+            }
         }
     };
     let _ = events(Event::Machine(machine.identity()));

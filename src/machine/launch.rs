@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::fetcher::Fetcher;
 use super::jail::attempt::Trial;
 use super::jail::{self, Held, Profile};
+use super::vmm::Vmm;
 
 /// The name of the guest's memory among the descriptors.
 pub(super) const RAM: &str = "ram";
@@ -66,6 +67,8 @@ pub(super) enum Become {
         /// The guest's vsock address, where it has the device.
         vsock_cid: Option<u64>,
     },
+    /// kiln's own VMM, in its jail.
+    Vmm(Vmm),
     /// A program that fetches, in its jail.
     Fetcher(Fetcher),
     /// The code-running test of /dev/kvm, which prints its figure.
@@ -141,6 +144,11 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             drop(anywhere);
             reply(&held)?;
             serve_devices(descriptors, vsock_cid)
+        }
+        Become::Vmm(vmm) => {
+            let held = jail::enter(&Profile::Vmm, &[], &[])?;
+            reply(&held)?;
+            vmm.run(descriptors)
         }
         Become::Fetcher(fetcher) => {
             jail::fetcher::enter(&fetcher)?;

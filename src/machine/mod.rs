@@ -8,7 +8,7 @@
 //! start ──▶ wire (agent answers) ──▶ share, observe … ──▶ drop: killed and reaped
 //! ```
 //!
-//! Backends: [`qemu`], which copies machines from templates where it has a place for them; [`fake`] for tests of what
+//! Backends: [`qemu`], which copies machines from templates where it has a place for them; [`vmm`], kiln's own; [`fake`] for tests of what
 //! stands above.
 
 pub mod fake;
@@ -21,6 +21,7 @@ pub mod qemu;
 pub mod scratch;
 mod spawn;
 mod tail;
+pub mod vmm;
 
 use std::borrow::Cow;
 use std::os::fd::OwnedFd;
@@ -229,6 +230,12 @@ pub enum MachineError {
         #[source]
         source: std::io::Error,
     },
+    /// The guest's memory.
+    #[error(transparent)]
+    Memory(#[from] kiln_vmm::memory::MemoryError),
+    /// More processors than a machine can have.
+    #[error("a machine of kiln's VMM cannot have {0} processors")]
+    Processors(u16),
     /// The fs device's process did not do what it was told.
     #[error("the device process failed: {0}")]
     Device(String),
@@ -243,6 +250,8 @@ impl MachineError {
                  bookworm-backports), or name it with KILN_QEMU",
                 qemu::OLDEST
             )),
+            Self::Memory(error) => error.hint(),
+            Self::Processors(_) => Some(format!("give it at most {}", u8::MAX - 1)),
             _ => None,
         }
     }

@@ -154,6 +154,46 @@ const DOOR: &[Allowed] = &[(libc::SYS_accept4, Any), (libc::SYS_fstat, Any), (li
 /// Streams for the guest's connections.
 const PAIRS: &[Allowed] = &[(libc::SYS_socketpair, Any), (libc::SYS_readv, Any)];
 
+/// What KVM is asked for a machine that is put together (linux/kvm.h): its version, what it can do, a machine with memory,
+/// interrupt controllers and descriptors for interrupts and notifications, processors and their registers; KVM_RUN.
+const KVM: Allowed = (
+    libc::SYS_ioctl,
+    OneOf(
+        1,
+        &[
+            0xae00,
+            0xae01,
+            0xae03,
+            0xae04,
+            0xc008_ae05,
+            0xae41,
+            0x4020_ae46,
+            0xae47,
+            0x4008_ae48,
+            0xae60,
+            0x4020_ae76,
+            0x4040_ae79,
+            KVM_RUN,
+            0x4090_ae82,
+            0x8138_ae83,
+            0x4138_ae84,
+            0x4008_ae89,
+            0x4008_ae90,
+            FIONBIO,
+        ],
+    ),
+);
+const KVM_RUN: u32 = 0xae80;
+
+/// What is done to a disk's file.
+const DISK: &[Allowed] = &[
+    (libc::SYS_preadv, Any),
+    (libc::SYS_pread64, Any),
+    (libc::SYS_pwrite64, Any),
+    (libc::SYS_fcntl, Any),
+    (libc::SYS_epoll_create1, Any),
+];
+
 /// QEMU: a loader, memory that is executed, files, timers, signals to itself; no processes, no sockets to others.
 const QEMU: &[Allowed] = &[
     (libc::SYS_clone, With(0, A_THREAD)),
@@ -329,6 +369,13 @@ pub(super) fn enter(profile: &Profile) -> io::Result<()> {
             let all = [COMMON, THREADS, STREAMS, FILES, LANDLOCK, DOOR, PAIRS].concat();
             install(&program(&all, SeccompAction::Allow, SeccompAction::KillProcess)?)
         }
+        Profile::Vmm => {
+            // It opens nothing.
+            refuse(libc::SYS_openat, libc::ENOENT)?;
+            let loading = [(libc::SYS_lseek, Any), (libc::SYS_fstat, Any), (libc::SYS_statx, Any), KVM];
+            let all = [COMMON, THREADS, STREAMS, DISK, &loading].concat();
+            install(&program(&all, SeccompAction::Allow, SeccompAction::KillProcess)?)
+        }
         Profile::Tpm { .. } => {
             let mut all = [COMMON, QEMU, TPM].concat();
             all.push(QEMU_IOCTL);
@@ -360,6 +407,25 @@ pub fn enter_thread(thread: Thread) -> io::Result<()> {
         Thread::VsockQueues => [COMMON, STREAMS, PAIRS].concat(),
     };
     install(&program(&list, SeccompAction::Allow, SeccompAction::KillProcess)?)
+}
+
+/// Filters the calling thread of a VMM, which is to run a guest's processor: it may do no more than that, and tell the
+/// device process of queues.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_processor() -> io::Result<()> {
+    let run = [(libc::SYS_ioctl, OneOf(1, &[KVM_RUN]))];
+    let list = [COMMON, STREAMS, &run].concat();
+    install(&program(&list, SeccompAction::Allow, SeccompAction::KillProcess)?)
+}
+
+/// Filters the calling thread of a VMM, which is to serve a disk.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_disk() -> io::Result<()> {
+    install(&program(&[COMMON, DISK].concat(), SeccompAction::Allow, SeccompAction::KillProcess)?)
 }
 
 /// A filter that answers `listed` to the calls on `list`, and `other` to all else.

@@ -32,6 +32,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use serde::{Deserialize, Serialize};
 
 pub use self::filter::enter_thread;
+pub(super) use self::filter::{enter_disk, enter_processor};
 
 /// Makes what narrows the threads of a device process to `directories`, which are all that it will be given.
 ///
@@ -165,6 +166,8 @@ pub enum Profile {
         #[serde(skip)]
         memory: Option<RawFd>,
     },
+    /// kiln's own VMM: nothing but its descriptors, of which one is KVM's.
+    Vmm,
     /// An emulated TPM.
     Tpm {
         /// Its program.
@@ -247,7 +250,7 @@ impl Profile {
             list.push(Reach { from, ..Reach::read("/etc/resolv.conf") });
         }
         let (program, kvm, files, memory) = match self {
-            Self::Devices => return Vec::new(),
+            Self::Devices | Self::Vmm => return Vec::new(),
             Self::Qemu { program, kvm, files, memory, .. } => (program, *kvm, files, *memory),
             Self::Tpm { state, .. } => {
                 let at = Path::new("/").join(STATE);
@@ -323,7 +326,7 @@ pub(super) fn enter(profile: &Profile, beneath: &[&OwnedFd], without: &[Layer]) 
             Err(error) => held.missing.push((Layer::Landlock, error.to_string())),
         }
     }
-    if *profile == Profile::Devices {
+    if matches!(profile, Profile::Devices | Profile::Vmm) {
         // Nothing in /proc/self is needed any more. QEMU's program would undo it.
         rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
     }

@@ -13,10 +13,10 @@ use crate::machine::spawn::{Process, spawn_jailed};
 use crate::machine::{Carrier, MachineError, Share};
 
 /// The guest's vsock address; each machine has a device process of its own, so all may have the same.
-const GUEST_CID: u64 = 3;
+pub(in crate::machine) const GUEST_CID: u64 = 3;
 
 /// One end for us, one to be handed over.
-pub(super) fn pair(what: &'static str) -> Result<(UnixStream, OwnedFd), MachineError> {
+pub(in crate::machine) fn pair(what: &'static str) -> Result<(UnixStream, OwnedFd), MachineError> {
     let (ours, theirs) = UnixStream::pair().map_err(MachineError::io(what))?;
     Ok((ours, theirs.into()))
 }
@@ -34,7 +34,7 @@ fn listening_pair() -> Result<(OwnedFd, OwnedFd), MachineError> {
 }
 
 /// The parent's and QEMU's side of the device process.
-pub(super) struct Devices {
+pub(in crate::machine) struct Devices {
     pub process: Process,
     pub held: Held,
     /// The connection to it, of which others may have descriptors too.

@@ -4,7 +4,7 @@
 //! A machine boots, or goes on where a [`template`] was frozen; this file brings up either.
 
 mod argv;
-mod devices;
+pub(super) mod devices;
 pub mod firmware;
 mod qmp;
 pub mod ready;
@@ -34,6 +34,7 @@ use devices::{Devices, pair};
 use qmp::{Qmp, Version, Watch};
 use slots::Places;
 use template::Templates;
+pub(super) use vm::in_words;
 use vm::{QemuMachine, Wire};
 
 /// The oldest QEMU kiln is built for (8.2): the first whose vhost-user-fs can be part of a frozen machine.

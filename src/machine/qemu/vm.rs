@@ -121,7 +121,7 @@ impl Machine for QemuMachine {
     }
 }
 
-fn in_words(status: ExitStatus) -> String {
+pub(in crate::machine) fn in_words(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit status {code}"),

@@ -1,0 +1,306 @@
+//! The registers of a virtio-mmio device, version 2 (virtio 1.3 §4.2.2): what is negotiated, where the queues lie, and when
+//! whoever serves them is to begin and to end.
+//!
+//! The registers serve no queue. They collect what a driver says, hold it against the device's limits and the guest's memory,
+//! and hand it to a [`Target`] at DRIVER_OK. From then on notifications and interrupts go by descriptors and touch
+//! no register, so the interrupt's reason is always said to be a used buffer: whoever raises it does not come by here.
+
+use std::io;
+
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::bus::{Effect, Window};
+use crate::vm::Slot;
+
+/// One queue as its driver laid it out: a size that is a power of two and not beyond the device's, rings that lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Queue {
+    /// How many descriptors.
+    pub size: u16,
+    /// Their table.
+    pub descriptors: GuestAddress,
+    /// The ring of the driver.
+    pub available: GuestAddress,
+    /// The ring of the device.
+    pub used: GuestAddress,
+}
+
+/// Whoever serves a device's queues.
+pub trait Target: Send {
+    /// The device type (virtio 1.3 §5).
+    fn device_type(&self) -> u32;
+
+    /// The largest size of each queue.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Feature bits that are offered.
+    fn features(&self) -> u64;
+
+    /// The configuration space.
+    fn config(&self) -> &[u8];
+
+    /// Begins to serve `queues`, of which those that are none are not used. Each is notified by the descriptor of its
+    /// number, and the driver is interrupted by `interrupt`.
+    ///
+    /// # Errors
+    /// It cannot: the driver is told that the device needs a reset.
+    fn start(
+        &mut self,
+        features: u64,
+        queues: &[Option<Queue>],
+        notified: &[EventFd],
+        interrupt: &EventFd,
+    ) -> io::Result<()>;
+
+    /// Ends that, and forgets the driver.
+    ///
+    /// # Errors
+    /// It cannot, and is not to be started again.
+    fn stop(&mut self) -> io::Result<()>;
+}
+
+/// "virt", and the version of the interface.
+const MAGIC: u32 = 0x7472_6976;
+const VERSION: u32 = 2;
+/// "KILN", for who made the device.
+const VENDOR: u32 = 0x4e4c_494b;
+
+/// Bits of the device status (virtio 1.3 §2.1).
+const FEATURES_OK: u32 = 8;
+const DRIVER_OK: u32 = 4;
+const NEEDS_RESET: u32 = 0x40;
+/// Bits of the interrupt status: a used buffer, and a change of the configuration.
+const USED_BUFFER: u32 = 1;
+const CONFIGURATION: u32 = 2;
+/// VIRTIO_F_VERSION_1, without which a driver is none for us.
+const VERSION_1: u64 = 1 << 32;
+/// Where the configuration space begins.
+const CONFIG: u64 = 0x100;
+
+/// What the driver has said of a queue.
+#[derive(Debug, Clone, Copy, Default)]
+struct Draft {
+    size: u32,
+    ready: bool,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+}
+
+/// The registers in front of `T`.
+pub struct Registers<T: Target> {
+    target: T,
+    memory: GuestMemoryMmap,
+    notified: Vec<EventFd>,
+    interrupt: EventFd,
+    offered_page: u32,
+    accepted_page: u32,
+    accepted: u64,
+    selected: u32,
+    status: u32,
+    changed: u32,
+    queues: Vec<Draft>,
+    running: bool,
+}
+
+impl<T: Target + 'static> Registers<T> {
+    /// Registers in front of `target`, as a slot of a machine with `memory`.
+    ///
+    /// # Errors
+    /// The system gives no more descriptors.
+    pub fn slot(target: T, memory: &GuestMemoryMmap) -> io::Result<Slot> {
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        let notified = target.queue_sizes().iter().map(|_| event()).collect::<io::Result<Vec<_>>>()?;
+        let interrupt = event()?;
+        let same = |events: &[EventFd]| events.iter().map(EventFd::try_clone).collect::<io::Result<Vec<_>>>();
+        let registers = Self {
+            queues: vec![Draft::default(); notified.len()],
+            notified: same(&notified)?,
+            interrupt: interrupt.try_clone()?,
+            target,
+            memory: memory.clone(),
+            offered_page: 0,
+            accepted_page: 0,
+            accepted: 0,
+            selected: 0,
+            status: 0,
+            changed: 0,
+            running: false,
+        };
+        let window = std::sync::Arc::new(std::sync::Mutex::new(registers));
+        Ok(Slot { window, interrupt, notified })
+    }
+}
+
+impl<T: Target> Registers<T> {
+    fn register(&self, offset: u64) -> u32 {
+        let queue = usize::try_from(self.selected).ok().and_then(|index| self.queues.get(index));
+        match offset {
+            0x00 => MAGIC,
+            0x04 => VERSION,
+            0x08 => self.target.device_type(),
+            0x0c => VENDOR,
+            0x10 => half(self.target.features(), self.offered_page),
+            0x34 => usize::try_from(self.selected)
+                .ok()
+                .and_then(|index| self.target.queue_sizes().get(index))
+                .map_or(0, |size| u32::from(*size)),
+            0x44 => queue.map_or(0, |queue| u32::from(queue.ready)),
+            0x60 => USED_BUFFER | self.changed,
+            0x70 => self.status,
+            // No shared memory: a length of all ones (§4.2.2, SHMLen).
+            0xb0..=0xbc => u32::MAX,
+            _ => 0,
+        }
+    }
+
+    fn set_register(&mut self, offset: u64, value: u32) {
+        // Queues and features are settled once the driver runs.
+        let open = self.status & DRIVER_OK == 0;
+        let queue = usize::try_from(self.selected).ok().and_then(|index| self.queues.get_mut(index));
+        match (offset, queue) {
+            (0x14, _) => self.offered_page = value,
+            (0x24, _) => self.accepted_page = value,
+            (0x20, _) if self.status & FEATURES_OK == 0 => {
+                set_half(&mut self.accepted, self.accepted_page, value)
+            }
+            (0x30, _) => self.selected = value,
+            (0x38, Some(queue)) if open && !queue.ready => queue.size = value,
+            (0x44, Some(queue)) if open => queue.ready = value & 1 == 1,
+            (0x64, _) => self.changed &= !value,
+            (0x70, _) => self.set_status(value),
+            (0x80 | 0x84, Some(queue)) if open && !queue.ready => {
+                set_half(&mut queue.descriptors, u32::from(offset == 0x84), value);
+            }
+            (0x90 | 0x94, Some(queue)) if open && !queue.ready => {
+                set_half(&mut queue.available, u32::from(offset == 0x94), value);
+            }
+            (0xa0 | 0xa4, Some(queue)) if open && !queue.ready => {
+                set_half(&mut queue.used, u32::from(offset == 0xa4), value);
+            }
+            // A notification comes here only where nothing serves the queue.
+            _ => {}
+        }
+    }
+
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let set = value & !self.status;
+        // A driver may not take bits back, nor say for the device that it needs a reset.
+        self.status |= value & 0x8f;
+        if set & FEATURES_OK != 0 && !self.features_suit() {
+            self.status &= !FEATURES_OK;
+        }
+        if set & DRIVER_OK != 0 && !self.running && self.status & (FEATURES_OK | NEEDS_RESET) == FEATURES_OK {
+            self.running = true;
+            let started = self.layouts().ok_or_else(|| io::Error::other("a queue is not in memory"));
+            let started = started.and_then(|queues| {
+                self.target.start(self.accepted, &queues, &self.notified, &self.interrupt)
+            });
+            if started.is_err() {
+                self.fail();
+            }
+        }
+    }
+
+    fn features_suit(&self) -> bool {
+        self.accepted & !self.target.features() == 0 && self.accepted & VERSION_1 != 0
+    }
+
+    /// The queues that are ready, where all of them are what they should be.
+    fn layouts(&self) -> Option<Vec<Option<Queue>>> {
+        let layout = |(draft, most): (&Draft, &u16)| match draft.ready {
+            false => Some(None),
+            true => self.layout(draft, *most).map(Some),
+        };
+        self.queues.iter().zip(self.target.queue_sizes()).map(layout).collect()
+    }
+
+    fn layout(&self, draft: &Draft, most: u16) -> Option<Queue> {
+        let size = u16::try_from(draft.size).ok().filter(|size| *size <= most && size.is_power_of_two())?;
+        let entries = u64::from(size);
+        // §2.7: what each part is aligned to, and how long it is.
+        let fits = |address: u64, alignment: u64, bytes: u64| {
+            let length = usize::try_from(bytes).ok()?;
+            let lies =
+                address.is_multiple_of(alignment) && self.memory.check_range(GuestAddress(address), length);
+            lies.then_some(GuestAddress(address))
+        };
+        Some(Queue {
+            size,
+            descriptors: fits(draft.descriptors, 16, 16 * entries)?,
+            available: fits(draft.available, 2, 6 + 2 * entries)?,
+            used: fits(draft.used, 4, 6 + 8 * entries)?,
+        })
+    }
+
+    fn reset(&mut self) {
+        if self.running && self.target.stop().is_err() {
+            return self.fail();
+        }
+        for event in &self.notified {
+            // What was notified of is gone; that nothing was is no error.
+            let _ = event.read();
+        }
+        (self.status, self.accepted, self.selected, self.changed, self.running) = (0, 0, 0, 0, false);
+        (self.offered_page, self.accepted_page) = (0, 0);
+        self.queues.fill(Draft::default());
+    }
+
+    fn fail(&mut self) {
+        self.status |= NEEDS_RESET;
+        self.changed |= CONFIGURATION;
+        // Only a full counter fails, and then the interrupt is up anyway.
+        let _ = self.interrupt.write(1);
+    }
+}
+
+impl<T: Target> Window for Registers<T> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if offset >= CONFIG {
+            let config = self.target.config();
+            let at = usize::try_from(offset - CONFIG).unwrap_or(usize::MAX);
+            for (index, byte) in data.iter_mut().enumerate() {
+                *byte = at.checked_add(index).and_then(|at| config.get(at)).copied().unwrap_or(0);
+            }
+            return;
+        }
+        data.fill(0);
+        // Registers are 32 bits wide and are read so (§4.2.2.2).
+        if let (Ok(word), true) = (<&mut [u8; 4]>::try_from(data), offset.is_multiple_of(4)) {
+            *word = self.register(offset).to_le_bytes();
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        // The configuration of these devices is not the driver's to write.
+        if let (Ok(word), true) = (<[u8; 4]>::try_from(data), offset.is_multiple_of(4) && offset < CONFIG) {
+            self.set_register(offset, u32::from_le_bytes(word));
+        }
+        Effect::Nothing
+    }
+}
+
+/// The half of `bits` that `page` selects; there are two.
+fn half(bits: u64, page: u32) -> u32 {
+    let bits = match page {
+        0 => bits,
+        1 => bits >> 32,
+        _ => 0,
+    };
+    u32::try_from(bits & u64::from(u32::MAX)).unwrap_or_default()
+}
+
+fn set_half(bits: &mut u64, page: u32, value: u32) {
+    *bits = match page {
+        0 => *bits & !u64::from(u32::MAX) | u64::from(value),
+        1 => *bits & u64::from(u32::MAX) | u64::from(value) << 32,
+        _ => *bits,
+    };
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,111 @@
+//! The loop that runs a virtual processor until its machine ends, and the ways in which one does.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::bus::{Bus, Effect};
+
+/// How a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum End {
+    /// It switched itself off.
+    #[error("the guest switched itself off")]
+    PoweredOff,
+    /// It asked to start again, as a kernel does that panicked.
+    #[error("the guest asked for a reset")]
+    Reset,
+    /// A fault while a fault was handled while a fault was handled: the processor shut down.
+    #[error("the guest's processor {cpu} met a triple fault")]
+    TripleFault {
+        /// Which processor.
+        cpu: u8,
+    },
+    /// All that could wake a processor is off.
+    #[error("the guest's processor {cpu} halted for good")]
+    Halted {
+        /// Which processor.
+        cpu: u8,
+    },
+    /// KVM met something that it cannot emulate, or failed within.
+    #[error("KVM had an internal error on the guest's processor {cpu}")]
+    InternalError {
+        /// Which processor.
+        cpu: u8,
+    },
+    /// The host's processor did not take the guest's state.
+    #[error("the host's processor refused to run the guest's processor {cpu} (reason {reason:#x})")]
+    FailedEntry {
+        /// Which processor.
+        cpu: u8,
+        /// The hardware's word.
+        reason: u64,
+    },
+    /// Something that KVM was not set up to leave to us.
+    #[error("KVM left something unknown to do on the guest's processor {cpu}: {what}")]
+    Unknown {
+        /// Which processor.
+        cpu: u8,
+        /// What it was.
+        what: String,
+    },
+    /// KVM does not run it at all.
+    #[error("KVM cannot run the guest's processor {cpu}: {what}")]
+    Failed {
+        /// Which processor.
+        cpu: u8,
+        /// The system's word.
+        what: String,
+    },
+    /// The driver broke a device's queue, or the device failed.
+    #[error("a device of the guest's ended: {what}")]
+    Device {
+        /// Which, and why.
+        what: String,
+    },
+    /// Whoever runs the machine wanted it to.
+    #[error("the machine was stopped")]
+    Stopped,
+}
+
+/// The two spaces of addresses of a machine.
+#[derive(Default)]
+pub struct Buses {
+    /// Memory that is none.
+    pub memory: Bus,
+    /// Ports.
+    pub ports: Bus,
+}
+
+/// Runs `vcpu` until the machine ends or `stop` says so, which is asked each time that the processor leaves the guest.
+pub fn run(vcpu: &mut VcpuFd, cpu: u8, buses: &Buses, stop: &AtomicBool) -> End {
+    while !stop.load(Ordering::Acquire) {
+        let effect = match vcpu.run() {
+            // What a string instruction moves comes as one piece, longer than any register, and so moves ones.
+            Ok(VcpuExit::IoIn(port, data)) => {
+                buses.ports.read(port.into(), data);
+                Effect::Nothing
+            }
+            Ok(VcpuExit::IoOut(port, data)) => buses.ports.write(port.into(), data),
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                buses.memory.read(address, data);
+                Effect::Nothing
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => buses.memory.write(address, data),
+            Ok(VcpuExit::Shutdown) => return End::TripleFault { cpu },
+            Ok(VcpuExit::Hlt) => return End::Halted { cpu },
+            Ok(VcpuExit::InternalError) => return End::InternalError { cpu },
+            Ok(VcpuExit::FailEntry(reason, _)) => return End::FailedEntry { cpu, reason },
+            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => Effect::Nothing,
+            Ok(other) => return End::Unknown { cpu, what: format!("{other:?}") },
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Effect::Nothing,
+            Err(error) => return End::Failed { cpu, what: error.to_string() },
+        };
+        match effect {
+            Effect::Nothing => {}
+            Effect::PowerOff => return End::PoweredOff,
+            Effect::Reset => return End::Reset,
+        }
+    }
+    End::Stopped
+}

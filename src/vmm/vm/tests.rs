@@ -1,0 +1,142 @@
+//! Guests of a few instructions, on whatever KVM there is: what they do needs none that is quick.
+
+use std::fs::OpenOptions;
+use std::io::Write as _;
+use std::sync::PoisonError;
+
+use super::*;
+use crate::memory::{LEAST_BYTES, make_file, map};
+
+/// Where the guest's code is put and entered.
+const CODE: u64 = 0x0100_0000;
+
+/// What a guest printed.
+#[derive(Clone, Default)]
+struct Printed(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Printed {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A vmlinux of this code alone.
+fn kernel(code: &[u8]) -> File {
+    let mut file = vec![0; 120];
+    file[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+    file[24..32].copy_from_slice(&CODE.to_le_bytes());
+    file[32] = 64;
+    file[54] = 56;
+    file[56] = 1;
+    file[64] = 1;
+    file[72] = 120;
+    file[88..96].copy_from_slice(&CODE.to_le_bytes());
+    for at in [96, 104] {
+        file[at..at + 8].copy_from_slice(&(code.len() as u64).to_le_bytes());
+    }
+    file.extend_from_slice(code);
+    let mut kernel = tempfile::tempfile().expect("a file");
+    kernel.write_all(&file).expect("room");
+    kernel
+}
+
+fn parts(kvm: impl Into<OwnedFd>, code: &[u8]) -> (Parts, Printed) {
+    let printed = Printed::default();
+    let parts = Parts {
+        kvm: kvm.into(),
+        kernel: kernel(code),
+        initramfs: tempfile::tempfile().expect("a file"),
+        command_line: String::new(),
+        memory: map(&make_file(LEAST_BYTES).expect("memory"), LEAST_BYTES).expect("a mapping"),
+        cpus: 1,
+        model: Model::Fixed,
+        console: Box::new(printed.clone()),
+        devices: Vec::new(),
+        ends: std::sync::mpsc::channel(),
+    };
+    (parts, printed)
+}
+
+/// /dev/kvm, or word that there is none.
+fn device() -> Option<File> {
+    let device = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+    if let Err(error) = &device {
+        let _ = writeln!(io::stderr(), "skipped: /dev/kvm cannot be opened here: {error}");
+    }
+    device.ok()
+}
+
+fn run(code: &[u8]) -> Option<(End, Vec<u8>)> {
+    let (parts, printed) = parts(device()?, code);
+    let end = Machine::new(parts).expect("a machine").run(|| Ok(())).expect("an end");
+    let printed = printed.0.lock().expect("a whole lock").clone();
+    Some((end, printed))
+}
+
+#[test]
+fn a_guest_prints_and_switches_off() {
+    // mov dx, 0x3f8; mov al, 'k'; out dx, al; mov al, 'i'; out dx, al; mov dx, 0x600; mov al, 0x34; out dx, al
+    let code = b"\x66\xba\xf8\x03\xb0k\xee\xb0i\xee\x66\xba\x00\x06\xb0\x34\xee\xeb\xfe";
+    let Some((end, printed)) = run(code) else { return };
+    assert_eq!((end, &printed[..]), (End::PoweredOff, &b"ki"[..]));
+}
+
+#[test]
+fn a_guest_that_resets_is_told_from_one_that_switches_off() {
+    // mov dx, 0x602; mov al, 1; out dx, al
+    let Some((end, _)) = run(b"\x66\xba\x02\x06\xb0\x01\xee\xeb\xfe") else { return };
+    assert_eq!(end, End::Reset);
+}
+
+#[test]
+fn a_triple_fault_is_called_that() {
+    // ud2, with no table of interrupts.
+    let Some((end, _)) = run(b"\x0f\x0b\xeb\xfe") else { return };
+    assert_eq!(end, End::TripleFault { cpu: 0 });
+}
+
+#[test]
+fn what_no_device_has_reads_as_ones() {
+    // mov ebx, 0xd0000000; mov eax, [rbx]; inc eax; mov dx, 0x3f8; add al, 'a'; out dx, al, and off.
+    let code =
+        b"\xbb\x00\x00\x00\xd0\x8b\x03\xff\xc0\x66\xba\xf8\x03\x04a\xee\x66\xba\x00\x06\xb0\x34\xee\xeb\xfe";
+    let Some((end, printed)) = run(code) else { return };
+    assert_eq!((end, &printed[..]), (End::PoweredOff, &b"a"[..]));
+}
+
+#[test]
+fn processors_that_wait_end_with_the_one_that_switches_off() {
+    let Some(device) = device() else { return };
+    let (parts, _) = parts(device, b"\x66\xba\x00\x06\xb0\x34\xee\xeb\xfe");
+    let machine = Machine::new(Parts { cpus: 3, ..parts }).expect("a machine");
+    assert_eq!(machine.run(|| Ok(())).expect("an end"), End::PoweredOff);
+}
+
+#[test]
+fn a_thread_that_cannot_be_confined_runs_no_guest() {
+    let Some(device) = device() else { return };
+    let (parts, printed) = parts(device, b"\x66\xba\xf8\x03\xb0k\xee\xeb\xfe");
+    let machine = Machine::new(parts).expect("a machine");
+    let end = machine.run(|| Err(io::Error::other("no"))).expect("an end");
+    assert_eq!(end, End::Failed { cpu: 0, what: "no".to_owned() });
+    assert!(printed.0.lock().expect("a whole lock").is_empty());
+}
+
+#[test]
+fn what_is_not_kvm_is_refused() {
+    let (parts, _) = parts(tempfile::tempfile().expect("a file"), b"\xf4");
+    assert!(matches!(Machine::new(parts).err(), Some(VmError::Version(_))));
+}
+
+#[test]
+fn a_machine_has_at_least_one_processor() {
+    let Some(device) = device() else { return };
+    let (parts, _) = parts(device, b"\xf4");
+    let made = Machine::new(Parts { cpus: 0, ..parts });
+    assert!(matches!(made.err(), Some(VmError::Cpus { asked: 0, .. })));
+}
