@@ -135,7 +135,7 @@ pub enum BackendChoice {
     Qemu,
     /// QEMU's emulation, even where KVM is there.
     Tcg,
-    /// kiln's own VMM on KVM, or nothing.
+    /// kiln's own VMM on KVM, or nothing; QEMU on KVM for machines with a network or with virtualisation of their own.
     Vmm,
 }
 

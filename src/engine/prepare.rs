@@ -179,7 +179,8 @@ pub(super) fn prepare(
     let mut progress = |text: &str| {
         let _ = events(Event::Progress(text));
     };
-    let vmm = host.vmm();
+    // It has no network card, and no processor with virtualisation.
+    let vmm = host.vmm().filter(|_| !step.network && !step.nested);
     let carrier = if vmm.is_some() { Carrier::Vsock } else { step.carrier };
     let bundle = host.bundle(&step.kernel, carrier, &mut progress)?;
     let root_bundle = match carrier {
