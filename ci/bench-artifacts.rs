@@ -2,6 +2,8 @@
 //!
 //! usage: bench-artifacts squashfs FOLDER IMAGE CODEC LEVEL BLOCK_BYTES
 //!        bench-artifacts verity DATA HASHES
+//!        bench-artifacts uki STUB KERNEL INITRD IMAGE
+//!        bench-artifacts sign IMAGE KEY CERTIFICATE SIGNED
 #![expect(clippy::print_stdout, reason = "what it is for")]
 
 use std::collections::BTreeMap;
@@ -14,8 +16,15 @@ use std::time::Instant;
 
 use kiln_artifact::squashfs::{self, Codec};
 use kiln_artifact::tree::{Contents, Kind, Meta, Node, Timestamp, Tree, TreePath};
+use kiln_artifact::uefi::Signer;
+use kiln_artifact::uefi::authenticode::{Others, Request};
+use kiln_artifact::uefi::pe::Image;
+use kiln_artifact::uefi::uki;
 use kiln_artifact::verity;
 use kiln_digest::Digest;
+use rsa::pkcs1v15::SigningKey;
+use rsa::pkcs8::DecodePrivateKey as _;
+use rsa::signature::{SignatureEncoding as _, Signer as _};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
@@ -47,6 +56,30 @@ fn main() -> Outcome<()> {
             // What the data is, the store knows.
             let parameters = verity::Parameters::derived(&Digest::of(b"bench"));
             timed(|| Ok(verity::write(&data, &parameters, File::create(hashes)?).map(drop)?))
+        }
+        ["uki", stub, kernel, initrd, image] => timed(|| {
+            let (stub, kernel, initrd) = (fs::read(stub)?, fs::read(kernel)?, fs::read(initrd)?);
+            let parts = uki::Parts {
+                os_release: Some(b"ID=bench\n"),
+                release: None,
+                command_line: "quiet",
+                kernel: &kernel,
+                initrds: &[&initrd],
+                sbat: None,
+            };
+            Ok(fs::write(image, uki::write(&stub, &parts)?)?)
+        }),
+        ["sign", image, key, certificate, signed] => {
+            let signer = Signer::from_pem(&fs::read(certificate)?)?;
+            let key = rsa::PrivateKey::from_pkcs8_pem(&fs::read_to_string(key)?)?;
+            let key = SigningKey::<sha2::Sha256>::new(key);
+            timed(|| {
+                let bytes = fs::read(image)?;
+                let image = Image::parse(&bytes)?;
+                let request = Request::new(&image, &signer)?;
+                let signature = key.try_sign(request.to_be_signed())?.to_vec();
+                Ok(fs::write(signed, request.attach(&signature, Others::Keep)?)?)
+            })
         }
         _ => Err("see the head of ci/bench-artifacts.rs".into()),
     }

@@ -14,10 +14,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kiln::boot::{Boot, Told, Verdict};
 use kiln::cache::{Entry, Scope, ShareTrace};
 use kiln::engine::build::sources::{Locked, Permission};
-use kiln::engine::build::{Build, Gate, Machines, Options, Ran, Runner, Timeline};
-use kiln::engine::{Ended, Event, Host, Listener, Phase, RunError, Step};
+use kiln::engine::build::{Build, BuildError, Gate, Machines, Options, Ran, Runner, Timeline};
+use kiln::engine::{Boundary, Ended, Event, Host, Listener, Phase, RunError, Step};
+use kiln::plan::boot::Trust;
 use kiln::plan::recipe::Recipe;
 use kiln::plan::{Plan, RootSpec};
 use kiln::settings::{Flags, Settings};
@@ -77,9 +79,16 @@ impl Runner for Player<'_> {
         Ok(Arc::default())
     }
 
+    // As machines do.
+    fn ahead(&self, jobs: usize) -> usize {
+        jobs
+    }
+
     fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError> {
-        let _ = events(Event::Phase(Phase::Record, Duration::ZERO));
         let io = |source| RunError::Io { what: "play a step", source };
+        for phase in [Phase::Setup, Phase::Collect, Phase::Record] {
+            events(Event::Phase(phase, Duration::ZERO)).map_err(io)?;
+        }
         let shares = match self.machines.is_some() {
             true => vec![self.share(&step.name).map_err(io)?],
             false => Vec::new(),
@@ -96,6 +105,20 @@ impl Runner for Player<'_> {
             held_bytes: None,
             machine: String::new(),
         })
+    }
+
+    fn firmware(&self, _: &Trust) -> Result<Vec<(String, String)>, BuildError> {
+        panic!("no step of the recipe boots");
+    }
+
+    fn boot(
+        &self,
+        _: &mut Boot,
+        _: bool,
+        _: &Boundary,
+        _: &mut dyn FnMut(Told<'_>),
+    ) -> Result<Verdict, BuildError> {
+        panic!("no step of the recipe boots");
     }
 }
 

@@ -16,6 +16,7 @@ mod link;
 mod meter;
 mod modules;
 mod mounts;
+mod network;
 mod obstacle;
 mod place;
 mod program;

@@ -18,7 +18,7 @@ use crate::failure::{Doing, Failure};
 use crate::layer::Layer;
 use crate::modules::ModuleTree;
 use crate::place::StepRoot;
-use crate::{disk, mounts, sys};
+use crate::{disk, mounts, network, sys};
 
 /// The step's root in the agent's own tree.
 pub const ROOT: &CStr = c"/run/kiln/root";
@@ -84,6 +84,9 @@ pub fn make(setup: &Setup, shares: Option<OwnedFd>) -> Result<World, Failure> {
     let has_modules = setup.mounts.iter().any(|mount| matches!(mount.source, Source::Modules(_)));
     if let Some(name) = setup.load_modules.first().filter(|_| !has_modules) {
         return Err(Failure::new(format!("loading module {name}: no module tree is mounted"), Errno::NOENT));
+    }
+    if network::is_wanted() {
+        network::set_up(&root)?;
     }
     for layer in &mut maker.layers {
         layer.remember()?;
@@ -173,6 +176,10 @@ impl Maker {
                 let tree = ModuleTree::open(tree)?;
                 load_modules.iter().try_for_each(|module| tree.load(module))
             }
+            (Source::Within(path), _) => {
+                let folder = root.folder(path)?;
+                attach(root, &mounts::bind(&folder, ".", 0)?, &mount.target)
+            }
             (source, Access::ReadOnly) => attach(root, &self.read_only(source)?, &mount.target),
             (source, Access::Layered) => {
                 let lower = self.lower(source)?;
@@ -199,6 +206,9 @@ impl Maker {
             Source::Disk { serial, filesystem, .. } => mounts::disk(&disk::find(serial)?, filesystem, true),
             Source::Modules(serial) => mounts::disk(&disk::find(serial)?, "erofs", true),
             Source::Share(name) => self.share(name),
+            Source::Within(path) => {
+                Err(Failure::new(format!("a layer over {}", path.escape_ascii()), Errno::INVAL))
+            }
         }
     }
 

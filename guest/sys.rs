@@ -8,6 +8,7 @@ use std::convert::Infallible;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::mem::{size_of, zeroed};
+use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
@@ -258,11 +259,7 @@ pub fn add_entropy(random: &File, seed: &[u8; 64]) -> Result<(), Errno> {
 /// Those of socket(2) and the ioctls.
 pub fn loopback_up() -> Result<(), Errno> {
     let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
-    // SAFETY: ifreq is a C struct and union of integers, for which all zeros is a value.
-    let mut request: libc::ifreq = unsafe { zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
-        *to = libc::c_char::from_ne_bytes([*from]);
-    }
+    let mut request = interface_request("lo");
     // SAFETY: both ioctls take a pointer to an ifreq with a NUL-terminated name; SIOCGIFFLAGS fills the flags, which
     // are the union's member then.
     unsafe {
@@ -270,6 +267,65 @@ pub fn loopback_up() -> Result<(), Errno> {
         request.ifr_ifru.ifru_flags |= libc::c_short::try_from(libc::IFF_UP).map_err(|_| Errno::RANGE)?;
         check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request)).map(drop)
     }
+}
+
+/// An `ifreq` for the interface `name`.
+fn interface_request(name: &str) -> libc::ifreq {
+    // SAFETY: ifreq is a C struct and union of integers, for which all zeros is a value.
+    let mut request: libc::ifreq = unsafe { zeroed() };
+    let most = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name.iter_mut().take(most).zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    request
+}
+
+/// An IPv4 address as netdevice(7) and rtentry take it.
+fn socket_address(address: Ipv4Addr) -> Result<libc::sockaddr, Errno> {
+    // SAFETY: sockaddr is a C struct of integers, for which all zeros is a value.
+    let mut generic: libc::sockaddr = unsafe { zeroed() };
+    generic.sa_family = libc::sa_family_t::try_from(libc::AF_INET).map_err(|_| Errno::RANGE)?;
+    // sockaddr_in: two bytes of port, then the address (ip(7)).
+    for (to, from) in generic.sa_data.iter_mut().skip(2).zip(address.octets()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    Ok(generic)
+}
+
+/// Gives an interface an address and brings it up (netdevice(7)).
+///
+/// # Errors
+/// ENODEV: there is no such interface; else those of socket(2) and the ioctls.
+pub fn interface_up(name: &str, address: Ipv4Addr, mask: Ipv4Addr) -> Result<(), Errno> {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+    let mut request = interface_request(name);
+    // SAFETY: the ioctls take a pointer to a live ifreq with a NUL-terminated name, whose union holds the member that each
+    // reads: an address, then flags, which SIOCGIFFLAGS fills.
+    unsafe {
+        request.ifr_ifru.ifru_addr = socket_address(address)?;
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &raw const request))?;
+        request.ifr_ifru.ifru_addr = socket_address(mask)?;
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFNETMASK, &raw const request))?;
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request))?;
+        request.ifr_ifru.ifru_flags |= libc::c_short::try_from(libc::IFF_UP).map_err(|_| Errno::RANGE)?;
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request)).map(drop)
+    }
+}
+
+/// Sends by `gateway` what no other route takes (`struct rtentry` of linux/route.h).
+///
+/// # Errors
+/// Those of socket(2) and SIOCADDRT.
+pub fn default_route(gateway: Ipv4Addr) -> Result<(), Errno> {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+    // SAFETY: rtentry is a C struct of integers and pointers, for which all zeros is a value.
+    let mut route: libc::rtentry = unsafe { zeroed() };
+    route.rt_dst = socket_address(Ipv4Addr::UNSPECIFIED)?;
+    route.rt_genmask = socket_address(Ipv4Addr::UNSPECIFIED)?;
+    route.rt_gateway = socket_address(gateway)?;
+    route.rt_flags = libc::RTF_UP | libc::RTF_GATEWAY;
+    // SAFETY: SIOCADDRT reads the live rtentry; its pointer to a device's name is null, which means any.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCADDRT, &raw const route) }).map(drop)
 }
 
 /// A stream to a vsock port of the host (vsock(7)).

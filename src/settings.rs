@@ -135,7 +135,7 @@ pub enum BackendChoice {
     Qemu,
     /// QEMU's emulation, even where KVM is there.
     Tcg,
-    /// kiln's own VMM on KVM, or nothing.
+    /// kiln's own VMM on KVM, or nothing; QEMU on KVM for machines with a network or with virtualisation of their own.
     Vmm,
 }
 
@@ -168,6 +168,8 @@ impl fmt::Display for BackendChoice {
 /// What was said on the command line.
 #[derive(Debug, Clone, Default)]
 pub struct Flags {
+    /// The folder from which the recipe is looked for; none: where kiln was called.
+    pub recipe_from: Option<PathBuf>,
     /// `--project`.
     pub project: Option<String>,
     /// `--work`.
@@ -336,7 +338,8 @@ impl Settings {
     pub fn read(flags: Flags) -> Result<Self, SettingsError> {
         let directory =
             env::current_dir().map_err(|source| SettingsError::Read { path: PathBuf::from("."), source })?;
-        let recipe_path = recipe::find(&directory);
+        let from = flags.recipe_from.map_or_else(|| directory.clone(), |folder| directory.join(folder));
+        let recipe_path = recipe::find(&from);
         let recipe_file = recipe_path.clone().map(|path| RecipeFile::read(path, &directory)).transpose()?;
         let none = Arc::new(Recipe::default());
         let recipe = recipe_file.as_ref().map_or(&none, |file| &file.recipe);

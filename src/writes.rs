@@ -170,6 +170,27 @@ pub fn sync_all(folder: &File, path: &Path) -> io::Result<()> {
     through(Act::SyncAll(path), || Ok(rustix::fs::syncfs(folder)?))
 }
 
+/// An open file that is written through the door.
+#[derive(Debug)]
+pub struct Through<'a>(&'a File, &'a Path);
+
+impl<'a> Through<'a> {
+    /// `file`, whose name is `path`.
+    pub fn new(file: &'a File, path: &'a Path) -> Self {
+        Self(file, path)
+    }
+}
+
+impl Write for Through<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        write(&mut self.0, self.1, bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A file that has no name of its own yet, and is gone with this where it never gets one.
 #[derive(Debug)]
 pub struct Unfinished {

@@ -16,19 +16,19 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "engine",
         &[
-            "agent", "cache", "clock", "fetch", "keeper", "machine", "plan", "root", "settings", "sign",
-            "store", "upkeep", "writes",
+            "agent", "boot", "cache", "clock", "fetch", "keeper", "machine", "plan", "root", "settings",
+            "sign", "store", "upkeep", "writes",
         ],
     ),
     ("boot", &["machine", "plan"]),
     // It knows what names blobs, and nothing of builds.
     ("upkeep", &["cache", "clock", "machine", "root", "store", "writes"]),
-    ("cache", &["plan", "store"]),
+    ("cache", &["plan", "store", "writes"]),
     ("root", &["agent", "clock", "fetch", "machine", "plan", "store", "writes"]),
     ("keeper", &["agent", "clock", "machine", "plan", "store"]),
     ("fetch", &["machine", "plan", "store", "writes"]),
     ("sign", &[]),
-    ("machine", &[]),
+    ("machine", &["writes"]),
     ("agent", &["plan", "store"]),
     ("store", &["clock", "writes"]),
     ("writes", &[]),

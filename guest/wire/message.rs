@@ -12,7 +12,7 @@
 //! 5. host → `PowerOff`; agent syncs, answers `Bye` and powers off.
 
 /// The version of this protocol. Host and agent are installed together, so there is no negotiation.
-pub const VERSION: u16 = 5;
+pub const VERSION: u16 = 6;
 
 /// The vsock port on the host (CID 2) that an agent connects to when its carrier is vsock.
 pub const AGENT_VSOCK_PORT: u32 = 1024;
@@ -57,6 +57,9 @@ pub enum Source {
     /// The modules that the initramfs was not given: the erofs disk with this serial, which holds what is mounted
     /// at `/lib/modules/RELEASE`, whatever the mount's target says.
     Modules(String),
+    /// A folder of the step's own tree by its absolute path, made where missing: one folder at two places, so that what is
+    /// written at either is in the layer of the first.
+    Within(Vec<u8>),
 }
 
 /// What may be done to a mounted tree.

@@ -191,6 +191,10 @@ fn write_source(w: &mut Writer, source: &Source) {
             w.u8(2);
             w.text(name);
         }
+        Source::Within(path) => {
+            w.u8(3);
+            w.bytes(path);
+        }
     }
 }
 
@@ -203,6 +207,7 @@ fn read_source(r: &mut Reader<'_>) -> Result<Source, DecodeError> {
             read_only: r.bool("read-only disk")?,
         },
         2 => Source::Modules(r.name("disk of modules")?),
+        3 => Source::Within(r.absolute_path("folder of the step's tree")?),
         tag => return Err(DecodeError::Tag { what: "source", tag }),
     })
 }

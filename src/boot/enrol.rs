@@ -9,12 +9,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::script::Statement;
 use super::trial::{Answer, Moment, Outcome, Rig};
 use super::vars::Vars;
-use super::{BootError, Running, folder, script, start_machine};
+use super::{BootError, Running, folder, start_machine};
 use crate::machine::qemu::Qemu;
 use crate::machine::qemu::firmware::{BootDisk, Bus, FirmwareSpec, Format, Network};
+use crate::plan::script::{self, Statement};
 
 /// What hands them over.
 const ENROLLER: &str = "/usr/lib/systemd/boot/efi/systemd-bootx64.efi";
@@ -77,6 +77,15 @@ pub fn check(folder: &Path) -> Result<(), EnrolError> {
     }
 }
 
+/// What hands them over.
+///
+/// # Errors
+/// [`EnrolError::NoEnroller`].
+pub(super) fn enroller() -> Result<PathBuf, EnrolError> {
+    let path = PathBuf::from(ENROLLER);
+    if path.is_file() { Ok(path) } else { Err(EnrolError::NoEnroller) }
+}
+
 /// Lets the firmware `code` take the keys of `keys` into `vars`, with files in `scratch`. Gives how long it took.
 ///
 /// # Errors
@@ -88,9 +97,7 @@ pub(super) fn enrol(
     keys: &Path,
     scratch: &Path,
 ) -> Result<Duration, BootError> {
-    if !Path::new(ENROLLER).is_file() {
-        return Err(EnrolError::NoEnroller.into());
-    }
+    enroller()?;
     let esp = scratch.join("enrol");
     fill(&esp, keys).map_err(BootError::io("write the files that enrol the keys"))?;
     let disk = BootDisk {

@@ -13,13 +13,14 @@ pub mod folder;
 pub mod image;
 mod layer;
 pub mod report;
-pub mod script;
+
 mod ssh;
 mod stage;
 pub mod trial;
 mod vars;
 
 use kiln_artifact::fat::Label;
+use kiln_digest::Digest;
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -28,21 +29,24 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::machine::qemu::Qemu;
 use crate::machine::qemu::firmware::{Bus, FirmwareMachine, FirmwareSpec, Format, Network, Tpm};
+use crate::machine::qemu::{Qemu, find_program};
 use crate::machine::{Identity, MachineError};
+use crate::plan::script::{self, Statement, Step};
 use crate::plan::{harmless, show_duration};
 pub use enrol::EnrolError;
 use firmware::{Firmware, FirmwareError, SecureBoot};
 use folder::FolderError;
 use image::{ImageError, Subject};
-use script::{Statement, Step};
 use ssh::Ssh;
 pub use ssh::SshError;
 use stage::{Report, Stage};
 use trial::{Input, Moment, Outcome, Rig};
 use vars::Vars;
 pub use vars::VarsError;
+
+/// What a machine has for a TPM.
+const TPM: &str = "swtpm";
 
 /// A disk that is named for a machine.
 #[derive(Debug, Clone)]
@@ -147,6 +151,9 @@ pub enum BootError {
     /// ssh.
     #[error(transparent)]
     Ssh(#[from] SshError),
+    /// No TPM can be had.
+    #[error("`{TPM}` was not found")]
+    NoTpm,
     /// A disk is too large for a layer over it.
     #[error("{} is too large to be kept unchanged", .0.display())]
     TooLarge(PathBuf),
@@ -194,6 +201,7 @@ impl BootError {
             Self::Enrol(error) => error.hint(),
             Self::Machine(error) => error.hint(),
             Self::Ssh(error) => error.hint(),
+            Self::NoTpm => Some("install swtpm (Debian: apt install swtpm)".to_owned()),
             Self::NoKey { .. } => Some("name a private key with --ssh-key".to_owned()),
             Self::NoReport { .. } => Some("name one with --report".to_owned()),
             _ => None,
@@ -205,7 +213,8 @@ impl BootError {
     pub fn is_the_hosts(&self) -> bool {
         matches!(
             self,
-            Self::Firmware(FirmwareError::Missing { .. })
+            Self::NoTpm
+                | Self::Firmware(FirmwareError::Missing { .. })
                 | Self::Enrol(EnrolError::NoEnroller)
                 | Self::Machine(MachineError::Missing { .. } | MachineError::TooOld { .. })
         )
@@ -266,6 +275,32 @@ pub fn check(boot: &Boot) -> Result<(), BootError> {
         SecureBoot::Off | SecureBoot::Setup => {}
     }
     Ok(())
+}
+
+/// Finds what a machine has for a TPM.
+///
+/// # Errors
+/// [`BootError::NoTpm`].
+pub fn find_tpm(search_path: &str) -> Result<PathBuf, BootError> {
+    find_program(TPM, search_path).ok_or(BootError::NoTpm)
+}
+
+/// What a boot of the host's firmware is known by: names and digests of its files, and of what hands over keys.
+///
+/// # Errors
+/// [`BootError`] where they are not there.
+pub fn identify(is_secure: bool, enrolls: bool) -> Result<Vec<(String, String)>, BootError> {
+    let Firmware { code, vars, .. } = firmware::find(is_secure)?;
+    let mut files = vec![("the firmware", code), ("the firmware's variables", vars)];
+    if enrolls {
+        files.push(("what enrolls keys", enrol::enroller()?));
+    }
+    let digest = |(name, path): (&str, PathBuf)| {
+        let (digest, _) =
+            fs::File::open(path).and_then(Digest::of_reader).map_err(BootError::io("read firmware"))?;
+        Ok((name.to_owned(), digest.to_string()))
+    };
+    files.into_iter().map(digest).collect()
 }
 
 /// Boots and judges. The caller has let [`check`] look.

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::script::Statement;
 use super::trial::{Moment, What};
 use crate::plan::harmless;
+use crate::plan::script::Statement;
 
 /// The timeline's line of `moment`: milliseconds since the start, and what happened. A guest's text is harmless.
 #[must_use]
@@ -100,7 +100,7 @@ fn escaped(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::boot::script::parse;
+    use crate::plan::script::parse;
 
     fn verdict(index: usize, failure: Option<&str>) -> Moment {
         let what =

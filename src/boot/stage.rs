@@ -6,12 +6,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::script::{Statement, Step};
 use super::ssh::Ssh;
 use super::trial::{Answer, Moment, Rig, What};
 use super::{Told, report};
 use crate::machine::qemu::firmware::FirmwareMachine;
 use crate::plan::harmless;
+use crate::plan::script::{Statement, Step};
 
 /// The folder of a report.
 pub(super) struct Report {

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use regex::bytes::Regex;
 
 use super::console::Console;
-use super::script::{Statement, Step};
 use crate::machine::qemu::firmware::GuestEvent;
+use crate::plan::script::{Statement, Step};
 
 /// What comes in.
 #[derive(Debug)]
@@ -414,7 +414,7 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
-    use crate::boot::script::parse;
+    use crate::plan::script::parse;
 
     #[derive(Default)]
     struct Played {

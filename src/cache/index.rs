@@ -1,4 +1,4 @@
-//! Where traces are kept: a file for each scope and key, replaced whole, and what each step did last.
+//! Where traces are kept: a file for each scope and key, replaced whole; and where outputs were put.
 //!
 //! Plain files, because that is what measures best: a key is looked up by one open(2), several kilns need no lock to read
 //! it, and a kill at any moment leaves the old file or the new one. Who changes one holds a lock, so that of two that add to
@@ -6,17 +6,18 @@
 //! stays, with all that it names, for as long as this process lives.
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 
 use kiln_digest::Digest;
-use serde::{Deserialize, Serialize};
 
-use super::key::Key;
+use super::alone::Alone;
+use super::notes::{LastRun, Notes};
 use super::trace::{Trace, read_all, write_all};
-use crate::store::{Store, seal, unseal};
+use crate::store::Store;
 
 /// The lock's name among what runs.
 const LOCK: &str = "traces.lock";
@@ -56,42 +57,23 @@ impl fmt::Display for Scope {
     }
 }
 
-/// What a step did last in one WORK: for `kiln why`, `kiln log` and `kiln inputs`.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct LastRun {
-    /// Its name.
-    pub step: String,
-    /// Its key then.
-    pub key: Key,
-    /// How it ended, in words; none where it succeeded.
-    pub failure: Option<String>,
-    /// Why it ran, in words.
-    pub why: String,
-    /// Digest of what it printed.
-    pub log: Option<Digest>,
-    /// Digest of its outputs' manifest.
-    pub outputs: Option<Digest>,
-    /// Why its result was not kept, in words.
-    pub not_kept: Option<String>,
-    /// How long its command ran, milliseconds.
-    pub command_ms: u64,
-    /// How much of the host's memory its machine held at the end, where that is known.
-    #[serde(default)]
-    pub held_bytes: Option<u64>,
-}
-
 /// The traces that a run may read and write.
 #[derive(Debug, Clone)]
 pub struct Index {
     store: Store,
     own: Scope,
     others: Vec<Scope>,
+    notes: Arc<Notes>,
+    /// Of who changes traces.
+    alone: Arc<Alone>,
 }
 
 impl Index {
     /// Those in `store` of the scope `own`, which is written, and of `others`, which are only read.
     pub fn new(store: &Store, own: Scope, others: Vec<Scope>) -> Self {
-        Self { store: store.clone(), own, others }
+        let notes = Arc::new(Notes::new(store));
+        let alone = Arc::new(Alone::new(store.run().join(LOCK)));
+        Self { store: store.clone(), own, others, notes, alone }
     }
 
     /// The scope that is written.
@@ -121,13 +103,6 @@ impl Index {
         self.store.replace(path, &write_all(&self.name(path), traces))
     }
 
-    /// The lock of who changes traces, held until it is dropped. It goes with its holder, however that ends.
-    fn lock(&self) -> io::Result<File> {
-        let lock = File::create(self.store.run().join(LOCK))?;
-        lock.lock()?;
-        Ok(lock)
-    }
-
     /// The traces under `key`, the newest of the own scope first, each with its scope. They and all that they name stay for as
     /// long as this process lives.
     pub fn traces(&self, key: &Digest) -> Vec<(Scope, Trace)> {
@@ -142,7 +117,7 @@ impl Index {
     /// # Errors
     /// What writing says.
     pub fn add(&self, key: &Digest, trace: Trace) -> io::Result<()> {
-        let _alone = self.lock()?;
+        let _alone = self.alone.hold()?;
         let mut traces = self.read(&self.own, key);
         traces.retain(|old| !read_alike(old, &trace));
         traces.insert(0, trace);
@@ -152,21 +127,15 @@ impl Index {
 
     /// What the step `step` did last in the WORK that `work` names.
     pub fn last_run(&self, work: &[u8], step: &str) -> Option<LastRun> {
-        let path = self.last_path(work, step);
-        serde_json::from_slice(unseal(&last_name(&path), &fs::read(&path).ok()?)?).ok()
+        self.notes.last(work, step)
     }
 
-    /// Notes what the step `step` did in the WORK that `work` names.
+    /// Notes what a step did in the WORK that `work` names.
     ///
     /// # Errors
     /// What writing says.
-    pub fn note_run(&self, work: &[u8], step: &str, run: &LastRun) -> io::Result<()> {
-        let path = self.last_path(work, step);
-        self.store.replace(&path, &seal(&last_name(&path), serde_json::to_vec(run)?))
-    }
-
-    fn last_path(&self, work: &[u8], step: &str) -> PathBuf {
-        self.store.last_runs().join(last_key(work, step).to_string())
+    pub fn note_run(&self, work: &[u8], run: &LastRun) -> io::Result<()> {
+        self.notes.add(work, run)
     }
 
     /// Takes the traces under `key` away whose outputs are `outputs`: the store does not have them any more.
@@ -174,20 +143,15 @@ impl Index {
     /// # Errors
     /// What writing says.
     pub fn forget(&self, key: &Digest, outputs: &Digest) -> io::Result<()> {
-        let _alone = self.lock()?;
+        let _alone = self.alone.hold()?;
         let mut traces = self.read(&self.own, key);
         traces.retain(|trace| trace.outputs != *outputs);
         self.write(&self.path(&self.own, key), &traces)
     }
 }
 
-/// Under which name what a step did last is sealed.
-pub(super) fn last_name(path: &Path) -> String {
-    format!("last/{}", path.file_name().unwrap_or_default().to_string_lossy())
-}
-
-fn last_key(work: &[u8], step: &str) -> Digest {
-    Digest::of(&[b"last run\0", work, b"\0", step.as_bytes()].concat())
+fn placed_key(work: &[u8], step: &str) -> Digest {
+    Digest::of(&[b"placed\0", work, b"\0", step.as_bytes()].concat())
 }
 
 impl Index {
@@ -206,7 +170,7 @@ impl Index {
     }
 
     fn placed_path(&self, work: &[u8], step: &str) -> PathBuf {
-        self.store.placed().join(last_key(work, step).to_string())
+        self.store.placed().join(placed_key(work, step).to_string())
     }
 }
 

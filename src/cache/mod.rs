@@ -1,20 +1,23 @@
 //! Traces: what a step was seen to read and what it gave, and whether that still holds.
 //!
-//! - [`key`]: what a step is. Under its key the store keeps [`trace`]s ([`index`]).
+//! - [`key`]: what a step is. Under its key the store keeps [`trace`]s ([`index`]), and what it did last is in [`notes`].
 //! - [`verify`]: whether a trace holds against the files as they are now, and if not, the first [`difference`].
 //!
 //! Nothing here runs a step, and nothing here believes a time stamp that could be older than what it stands for.
 
+mod alone;
 mod codec;
 pub mod difference;
 pub mod index;
 pub mod key;
+pub mod notes;
 pub mod stock;
 pub mod trace;
 pub mod verify;
 
 pub use difference::{Difference, What};
-pub use index::{Index, LastRun, Scope, ScopeError};
+pub use index::{Index, Scope, ScopeError};
 pub use key::Key;
+pub use notes::LastRun;
 pub use trace::{Entry, ShareTrace, Trace};
 pub use verify::{Hidden, Place, Places};

@@ -1,4 +1,4 @@
-//! All that a store has of traces and of what steps did last, for whoever looks after the store; nothing is dated.
+//! All that a store has of traces and of what steps did, for whoever looks after the store; nothing is dated.
 
 use std::fs;
 use std::io;
@@ -6,17 +6,17 @@ use std::path::{Path, PathBuf};
 
 use kiln_digest::Digest;
 
-use super::index::{LastRun, last_name};
+use super::notes::{self, Noted};
 use super::trace::{Trace, read_all};
-use crate::store::{Store, unseal};
+use crate::store::Store;
 
 /// What one file holds.
 #[derive(Debug)]
 pub enum Content {
     /// Traces of a key, in a scope.
     Traces(Vec<Trace>),
-    /// What a step did last.
-    Last(Box<LastRun>),
+    /// What each step did last in a WORK, and whether all else that is there is as it was written too.
+    Notes(Vec<Noted>, bool),
     /// What outputs look like in a WORK.
     Placed(Trace),
     /// It is not what was written.
@@ -63,7 +63,7 @@ pub fn files(folder: &Path) -> io::Result<Vec<PathBuf>> {
 /// What reading folders says.
 pub fn stock(store: &Store) -> io::Result<Vec<Stored>> {
     let mut stock = Vec::new();
-    for folder in [store.traces(), store.last_runs(), store.placed()] {
+    for folder in [store.traces(), store.notes(), store.placed()] {
         for path in files(&folder)? {
             let name = path.strip_prefix(store.path()).unwrap_or(&path).to_string_lossy().into_owned();
             stock.extend(read(&path, &name).map(|content| Stored { path, name, content }));
@@ -84,9 +84,10 @@ fn read(path: &Path, name: &str) -> Option<Content> {
     };
     let content = match name.split('/').next() {
         Some("traces") => read_all(name, &bytes).map(Content::Traces),
-        Some("last") => unseal(&last_name(path), &bytes)
-            .and_then(|text| serde_json::from_slice(text).ok())
-            .map(|last| Content::Last(Box::new(last))),
+        Some("notes") => {
+            let (noted, is_whole) = notes::read_all(name, &bytes);
+            Some(Content::Notes(noted, is_whole))
+        }
         _ => read_all(name, &bytes).and_then(|mut placed| placed.pop()).map(Content::Placed),
     };
     Some(content.unwrap_or(Content::Damaged))

@@ -11,11 +11,11 @@ use super::choice::Choice;
 use super::show::{Narrator, line};
 use super::{CANNOT, FAILED, Failure, USAGE};
 use crate::boot::firmware::{Firmware, SecureBoot};
-use crate::boot::script::{self, ScriptError, Statement};
 use crate::boot::trial::{Outcome, What};
-use crate::boot::{Boot, BootError, DiskChoice, SshChoice, Told, boot, check};
+use crate::boot::{Boot, BootError, DiskChoice, SshChoice, Told, boot, check, find_tpm};
 use crate::engine::{Boundary, Host};
 use crate::machine::qemu::firmware::{Bus, Format};
+use crate::plan::script::{self, ScriptError, Statement};
 use crate::plan::{harmless, parse_bytes, show_duration, without_commands};
 
 /// How a disk may be attached.
@@ -226,13 +226,7 @@ pub(super) fn run(arguments: &BootArguments, mut wanted: Boot, host: &Host) -> R
     check(&wanted)?;
     let qemu = host.backend(&Boundary::default())?;
     if arguments.tpm {
-        let program = "swtpm";
-        let found = crate::machine::qemu::find_program(program, &host.settings.search_path);
-        wanted.tpm = Some(found.ok_or_else(|| Failure {
-            text: format!("`{program}` was not found"),
-            hint: Some("install swtpm (Debian: apt install swtpm)".to_owned()),
-            code: CANNOT,
-        })?);
+        wanted.tpm = Some(find_tpm(&host.settings.search_path)?);
     }
     wanted.scratch = host.store.temporary();
     let mut narrator = Narrator::new(false);

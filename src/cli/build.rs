@@ -66,7 +66,7 @@ pub(super) struct BuildArguments {
     scopes: ScopeFlags,
     /// Write events as JSON, one a line, to standard output
     #[arg(long)]
-    json: bool,
+    pub json: bool,
     /// Write a timeline that trace viewers open
     #[arg(long, value_name = "FILE")]
     trace_out: Option<PathBuf>,
@@ -75,7 +75,7 @@ pub(super) struct BuildArguments {
     pub no_template: bool,
     /// Say nothing but errors and what failed steps printed
     #[arg(long, short)]
-    quiet: bool,
+    pub quiet: bool,
 }
 
 /// Whose results may be used.

@@ -142,7 +142,7 @@ fn try_jail(qemu: &Qemu) -> io::Result<ExitCode> {
     let mut good = true;
     let profiles = [
         ("device process", Profile::Devices),
-        ("QEMU", qemu.profile(Vec::new())),
+        ("QEMU", qemu.profile(Vec::new(), false)),
         ("kiln's VMM", Profile::Vmm),
     ];
     for (name, profile) in profiles {

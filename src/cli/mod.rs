@@ -7,6 +7,7 @@ mod build;
 mod choice;
 mod config;
 mod doctor;
+mod drun;
 mod enter;
 mod events;
 mod fresh;
@@ -74,7 +75,7 @@ Examples:
   kiln lock update -n                             what newer packages there are
   kiln config                                     every setting and where it was set
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 this host cannot do it. `kiln run`, `exec` and `shell` give the
+Exit codes: 0 done, 1 failed, 2 usage, 3 this host cannot do it. `kiln run`, `drun`, `exec` and `shell` give the
 command's own status; 124 timed out, 125 kiln failed, 126 not executable, 127 not found, 128+N killed by
 signal N, or interrupted by it.")]
 struct Cli {
@@ -144,6 +145,8 @@ enum Verb {
     Graph(ask::GraphArguments),
     /// Run one command in its own machine and take its outputs
     Run(Box<run::RunArguments>),
+    /// Run a step of the recipe by its name, or a command whose writes to WORK are all kept
+    Drun(Box<drun::DrunArguments>),
     /// Boot an image on real firmware, and judge what it prints
     Boot(Box<boot::BootArguments>),
     /// Run a command in a machine that was kept, or in one as a step of the recipe gets it
@@ -259,6 +262,7 @@ impl From<BuildError> for Failure {
         let hint = error.hint();
         match error {
             BuildError::Run(error) => error.into(),
+            BuildError::Boot(ref boot) if boot.is_the_hosts() => Self::new(&error, hint, CANNOT),
             BuildError::Source(ref source) if source.is_the_users() => Self::new(&error, hint, USAGE),
             _ => Self::new(&error, hint, FAILED),
         }
@@ -356,6 +360,7 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
                 None => Ok(run::run(&arguments, flags, caller)),
             }
         }
+        Verb::Drun(arguments) => drun::drun(*arguments, flags),
         Verb::Boot(arguments) => {
             let wanted = boot::read(&arguments)?;
             boot::run(&arguments, wanted, &open(flags)?)

@@ -34,7 +34,7 @@ pub(super) struct NameFlags {
         value_name = "NAME",
         conflicts_with_all = [
             "mount", "disk", "stdin", "grace", "attributes", "module", "module_tree", "nested", "wire", "keep",
-            "keep_for", "toolbox", "require", "output", "reads",
+            "keep_for", "toolbox", "require", "output", "reads", "net",
         ]
     )]
     pub step: Option<String>,

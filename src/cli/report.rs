@@ -97,6 +97,7 @@ pub(super) fn code_of(error: &BuildError) -> u8 {
             }
             _ => FAILED,
         },
+        BuildError::Boot(error) if error.is_the_hosts() => super::CANNOT,
         BuildError::Run(crate::engine::RunError::Input(_)) => USAGE,
         _ => FAILED,
     }

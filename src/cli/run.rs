@@ -11,6 +11,7 @@ use clap::Args;
 
 use super::again;
 use super::choice::Choice;
+use super::drun::LAYOUT;
 use super::events::Line;
 use super::interrupt::Interrupts;
 use super::keep::{self, KeepFlags};
@@ -35,7 +36,7 @@ use crate::settings::{Flags, Settings};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The guest sees: the root at /, read-only below a private layer; SRCDIR at /ws/PROJECT, read-only; WORK at
-/x/PROJECT, its content below a private layer; no network; a fixed environment with SRCDIR and WORK.
+/x/PROJECT, its content below a private layer; no network unless --net full; a fixed environment with SRCDIR and WORK.
 Only what --out declares leaves the machine, and only when the command succeeds.
 
 Examples:
@@ -76,13 +77,13 @@ pub(super) struct RunArguments {
     pub overwrite: bool,
     /// Set a variable, or pass the host's on
     #[arg(long, value_name = "NAME[=VALUE]")]
-    env: Vec<String>,
+    pub env: Vec<String>,
     /// Working directory in the guest [default: /ws/PROJECT, else /x/PROJECT]
     #[arg(long, short = 'C', value_name = "PATH")]
     directory: Option<String>,
     /// Pass standard input to the command
     #[arg(long)]
-    stdin: bool,
+    pub stdin: bool,
     /// Memory of the machine
     #[arg(long, value_name = "SIZE", default_value = "2G")]
     pub memory: String,
@@ -115,6 +116,9 @@ pub(super) struct RunArguments {
     /// Offer virtualisation to the guest
     #[arg(long)]
     nested: bool,
+    /// The network: none, or full: what this host reaches, by addresses of its own, 10.0.2.2 for the host itself
+    #[arg(long, value_name = "NETWORK", default_value = "none", value_parser = Choice(&["none", "full"]))]
+    pub net: String,
     /// What carries messages between host and guest
     #[arg(long, value_name = "CARRIER", default_value = "serial", value_parser = Choice(&["serial", "vsock"]))]
     wire: String,
@@ -145,13 +149,20 @@ pub(super) struct RunArguments {
     limit: Vec<String>,
     /// Write what the command read of its shares, as JSON with digests
     #[arg(long, value_name = "FILE")]
-    reads: Option<PathBuf>,
+    pub reads: Option<PathBuf>,
     /// Write events as JSON, one a line, to standard output
     #[arg(long)]
     pub json: bool,
     /// Say nothing but the command's own output and errors
     #[arg(long, short)]
     pub quiet: bool,
+    /// Whether it has the layout of `kiln drun`: folders of WORK at the places of a system, and everything that is written
+    /// there as its outputs.
+    #[arg(skip)]
+    pub layout: bool,
+    /// Steps of the recipe, one of which the command may have been meant to be.
+    #[arg(skip)]
+    pub steps: Vec<String>,
     #[command(flatten)]
     pub named: NameFlags,
     /// The command and its arguments
@@ -166,6 +177,9 @@ impl RunArguments {
     }
 }
 
+/// What is said of a run that has the network.
+const OPEN_NETWORK: &str = "the network is open to this command (--net full): what it does is no longer decided by what \
+                            kiln records, and QEMU keeps this host's network";
 /// 128 + SIGPIPE.
 const SIGPIPE_STATUS: u8 = 128 + 13;
 /// kiln failed where the command should have run.
@@ -231,7 +245,10 @@ pub(super) fn step(arguments: &RunArguments) -> Result<Step, Failure> {
     };
     let bytes = |flag, text: &str| parse_bytes(text).map_err(|error| about(flag, &error));
     let duration = |flag, text: &str| parse_duration(text).map_err(|error| about(flag, &error));
-    let outputs = Outputs::parse(arguments.out.iter().map(String::as_str)).map_err(|error| usage(&error))?;
+    let outputs = match arguments.layout {
+        true => Outputs::everything(),
+        false => Outputs::parse(arguments.out.iter().map(String::as_str)).map_err(|error| usage(&error))?,
+    };
     let mut globs: Vec<&str> = outputs.globs().collect();
     globs.sort_unstable();
     let memory_bytes = bytes("--memory", &arguments.memory)?;
@@ -256,7 +273,13 @@ pub(super) fn step(arguments: &RunArguments) -> Result<Step, Failure> {
     let requirements = [("kvm", Require::Kvm), ("jail", Require::Jail)];
     Ok(Step {
         // Runs that declare the same outputs are the same step: the later one's outputs replace the earlier one's.
-        name: if globs.is_empty() { "run".to_owned() } else { format!("run {}", globs.join(" ")) },
+        name: if arguments.layout {
+            "drun".to_owned()
+        } else if globs.is_empty() {
+            "run".to_owned()
+        } else {
+            format!("run {}", globs.join(" "))
+        },
         root: root(&arguments.root)?,
         kernel: arguments.kernel.choice(),
         argv: arguments
@@ -277,6 +300,7 @@ pub(super) fn step(arguments: &RunArguments) -> Result<Step, Failure> {
             .iter()
             .map(|text| text.parse::<DiskArgument>().map_err(|error| usage(&error)))
             .collect::<Result<_, _>>()?,
+        binds: if arguments.layout { LAYOUT.to_vec() } else { Vec::new() },
         outputs,
         overwrite: arguments.overwrite,
         memory_bytes: memory_bytes.next_multiple_of(1 << 20),
@@ -291,6 +315,7 @@ pub(super) fn step(arguments: &RunArguments) -> Result<Step, Failure> {
         toolbox: arguments.keep.toolbox,
         keep: arguments.keep.keep()?,
         nested: arguments.nested,
+        network: one_of("net", &arguments.net, &[("none", false), ("full", true)])?,
         real_attributes: one_of("attributes", &arguments.attributes, &[("fixed", false), ("real", true)])?,
         boundary: Boundary {
             require: arguments
@@ -370,6 +395,14 @@ fn try_run(arguments: &RunArguments, flags: Flags, left: &mut Left) -> Result<u8
         narrator.say(
             "a CI system reads this log: what the command writes is made harmless (--output raw: as it is)",
         );
+    }
+    if step.network {
+        match arguments.json {
+            true => {
+                let _ = show::try_line(&Line::of_event(None, &Event::Warning(OPEN_NETWORK)).to_string());
+            }
+            false => narrator.alarm(OPEN_NETWORK),
+        }
     }
     let mut phases: Vec<(Phase, Duration)> = Vec::new();
     let mut show_event = |event: Event<'_>| {

@@ -112,6 +112,13 @@ impl Narrator {
         eprintln!("kiln: warning: {}", for_people(text));
     }
 
+    /// A warning about what the user gave up, in red on a terminal.
+    pub fn alarm(&mut self, text: &str) {
+        self.clear();
+        let (red, plain) = if io::stderr().is_terminal() { ("\x1b[31m", "\x1b[0m") } else { ("", "") };
+        eprintln!("{red}kiln: warning: {}{plain}", for_people(text));
+    }
+
     /// Takes the progress line away.
     pub fn clear(&mut self) {
         if std::mem::take(&mut self.over) {

@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::show::{self, Narrator, line};
 use super::{FAILED, Failure, USAGE, recipe};
 use crate::engine::Host;
-use crate::engine::lock::refetch;
+use crate::engine::lock::{self, refetch};
 use crate::plan::{harmless, parse_bytes, parse_duration, show_bytes};
 use crate::upkeep::UpkeepError;
 use crate::upkeep::census::Census;
@@ -215,9 +215,13 @@ fn why(host: &Host, digits: &str) -> Result<ExitCode, Failure> {
         let text = format!("`{digits}` is no digest: write {FEWEST_DIGITS} digits at least");
         return Err(Failure { text, hint: None, code: USAGE });
     }
-    let found = Census::take(&host.store)?.why(digits);
+    let mut found = Census::take(&host.store)?.why(digits);
+    let names = lock::names(host, digits)?;
+    for digest in names.keys() {
+        found.entry(*digest).or_default();
+    }
     if found.is_empty() {
-        let text = format!("the store has no blob and no image `{digits}`");
+        let text = format!("the store has no blob and no image `{digits}`, and the lock names none");
         return Err(Failure { text, hint: None, code: FAILED });
     }
     for (digest, keepers) in found {
@@ -225,8 +229,18 @@ fn why(host: &Host, digits: &str) -> Result<ExitCode, Failure> {
         for (unit, what) in &keepers {
             line(&harmless(format!("  {unit}: {what}").as_bytes()));
         }
+        let name = names.get(&digest);
+        if let Some(name) = name {
+            line(&harmless(format!("  {}: {name}", host.lock_path().display()).as_bytes()));
+        }
         if keepers.is_empty() {
-            line("  nothing names it: it goes when it was not used for long (`kiln store gc`)");
+            line(match name {
+                None => "  nothing names it: it goes when it was not used for long (`kiln store gc`)",
+                Some(_) if host.store.blobs().path(&digest).is_file() => {
+                    "  nothing in the store names it: it goes when it was not used for long, and is fetched again when it is needed"
+                }
+                Some(_) => "  the store does not have it: it is fetched when it is needed",
+            });
         }
     }
     Ok(ExitCode::SUCCESS)

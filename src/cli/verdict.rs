@@ -6,7 +6,8 @@ use kiln_wire::{Outcome, Usage};
 
 use super::run::RunArguments;
 use crate::engine::{Ended, Step};
-use crate::plan::harmless;
+use crate::plan::recipe::is_name;
+use crate::plan::{harmless, nearest};
 
 /// The status of a command that took longer than its time-out.
 pub(super) const TIMED_OUT: u8 = 124;
@@ -54,6 +55,7 @@ pub(super) fn complaint(
             let hint = step.covers_programs().map(|place| {
                 format!("what is mounted at `{place}` covers the root's own: mount it elsewhere, or set PATH")
             });
+            let hint = hint.or_else(|| no_such_step(&program, arguments));
             return Some((format!("`{program}` was not found in the root {root}"), hint));
         }
         Ended::NotStarted { error, .. } => {
@@ -61,6 +63,18 @@ pub(super) fn complaint(
         }
     };
     Some((text, None))
+}
+
+/// What there is to say of a command of `kiln drun` that may have been meant to be a step.
+fn no_such_step(word: &str, arguments: &RunArguments) -> Option<String> {
+    if !arguments.layout || !is_name(word) || arguments.steps.is_empty() {
+        return None;
+    }
+    let meant = match nearest(word, arguments.steps.iter().map(String::as_str)) {
+        Some(meant) => format!("did you mean `{meant}`?"),
+        None => "`kiln graph` shows those it has".to_owned(),
+    };
+    Some(format!("the recipe has no step of that name: {meant}"))
 }
 
 /// What the machine ran out of while the command ran, and which option gives more of it.

@@ -31,6 +31,8 @@ pub struct Collection {
     pub outputs: Tree,
     /// Paths that were written, or removed, and that nobody declared.
     pub undeclared: Vec<TreePath>,
+    /// What the step took away, where its outputs are everything: what lies at or below these paths and is no output.
+    pub removed: Vec<TreePath>,
 }
 
 /// Carries the declared outputs out of the layer over WORK, their contents into `blobs`.
@@ -44,8 +46,19 @@ pub fn collect(what: &Collect<'_>, session: &mut Session, blobs: &Blobs) -> Resu
     // Which globs declare an entry: those of its folder, and those that match it itself. Folders come first.
     let mut declared: BTreeMap<&TreePath, Vec<usize>> = BTreeMap::new();
     let mut undeclared = Vec::new();
+    let mut removed = Vec::new();
     let mut wanted = BTreeSet::new();
     for (path, entry) in listing.entries().filter(|(path, _)| !path.is_root()) {
+        if outputs.are_everything() {
+            // All but a folder that adds to what is there hides what is beneath its path.
+            if !matches!(entry.kind, EntryKind::Directory { opaque: false }) {
+                removed.push(path.clone());
+            }
+            if entry.kind != EntryKind::Whiteout {
+                wanted.insert(entry.ordinal);
+            }
+            continue;
+        }
         if entry.kind == EntryKind::Whiteout {
             // What was removed is no output, whatever matches its name.
             undeclared.push(path.clone());
@@ -115,7 +128,7 @@ pub fn collect(what: &Collect<'_>, session: &mut Session, blobs: &Blobs) -> Resu
     let outputs = tree.finish().map_err(|error| {
         transfer(TransferError::Session(crate::agent::SessionError::Violation(error.to_string())))
     })?;
-    Ok(Collection { outputs, undeclared })
+    Ok(Collection { outputs, undeclared, removed })
 }
 
 fn transfer(error: TransferError) -> RunError {

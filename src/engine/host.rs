@@ -189,7 +189,7 @@ struct Remembered {
 pub fn jail_of(qemu: &Qemu) -> io::Result<Held> {
     let targets = Targets::new()?;
     let others = targets.held(&Profile::Devices)?.both(&targets.held(&Profile::Vmm)?);
-    Ok(targets.held(&qemu.profile(Vec::new()))?.both(&others))
+    Ok(targets.held(&qemu.profile(Vec::new(), false))?.both(&others))
 }
 
 impl Host {

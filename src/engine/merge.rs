@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use super::work::{Identity, Seen, Work};
 use crate::store::Store;
-use crate::writes::{self, Act};
+use crate::writes::{self, Act, Through};
 
 /// The staging folder's name in WORK: reserved, and gone after every merge.
 pub const STAGING: &str = ".kiln-staging";
@@ -190,6 +190,20 @@ impl Merge<'_> {
     /// # Errors
     /// [`MergeError`]; nothing was changed then.
     pub fn run(&self, outputs: &Tree) -> Result<Vec<TreePath>, MergeError> {
+        self.carry_out(outputs, None)
+    }
+
+    /// Merges `outputs` into what is there, whatever put it there: what this step put out before stays. What lies at or
+    /// beneath the paths `removed` and is no output goes. Says which files were placed.
+    ///
+    /// # Errors
+    /// [`MergeError`]; nothing was changed then.
+    pub fn run_upon(&self, outputs: &Tree, removed: &[TreePath]) -> Result<Vec<TreePath>, MergeError> {
+        let over = Merge { overwrite: true, ..*self };
+        over.carry_out(outputs, Some(removed))
+    }
+
+    fn carry_out(&self, outputs: &Tree, removed: Option<&[TreePath]>) -> Result<Vec<TreePath>, MergeError> {
         let locked = open(self.store, self.work)?;
         let ledger: Ledger = self.store.records("work").get(&ledger_key(&locked.path)).unwrap_or_default();
         let mut wanted = BTreeMap::new();
@@ -201,7 +215,7 @@ impl Merge<'_> {
                 wanted.insert(path.clone(), identity);
             }
         }
-        let (journal, places) = self.plan(&locked, outputs, &wanted, ledger)?;
+        let (journal, places) = self.plan(&locked, outputs, &wanted, removed, ledger)?;
         let staging = locked.path.join(STAGING);
         let made =
             writes::through(Act::Make(&staging), || fs::DirBuilder::new().mode(0o700).create(&staging));
@@ -223,12 +237,15 @@ impl Merge<'_> {
         locked: &Locked,
         outputs: &Tree,
         wanted: &BTreeMap<TreePath, Identity>,
+        removed: Option<&[TreePath]>,
         mut ledger: Ledger,
     ) -> Result<(Journal, Vec<TreePath>), MergeError> {
         let look = |path: &TreePath| locked.work.look(path).map_err(at("read", &on_host(&locked.path, path)));
         let changed = |path: &TreePath| MergeError::Changed { path: on_host(&locked.path, path) };
-        let mut removals = self.removals(locked, &ledger, wanted)?;
-        let mut cleared = Vec::new();
+        let (mut removals, mut cleared) = match removed {
+            None => (self.removals(locked, &ledger, wanted)?, Vec::new()),
+            Some(removed) => taken_away(locked, wanted, removed)?,
+        };
         let mut places = Vec::new();
         // Whether what stands at a path goes away, so that something else may take its place.
         let gives_way = |path: &TreePath, removals: &mut BTreeSet<TreePath>| {
@@ -251,7 +268,9 @@ impl Merge<'_> {
                     // Outputs of this step that go away may leave an empty folder; anything else is a person's.
                     let leaves =
                         locked.work.leaves(path).map_err(at("read", &on_host(&locked.path, path)))?;
-                    if leaves.is_empty() || !leaves.iter().all(|leaf| removals.contains(leaf)) {
+                    if (leaves.is_empty() && removed.is_none())
+                        || !leaves.iter().all(|leaf| removals.contains(leaf))
+                    {
                         return Err(changed(path));
                     }
                     cleared.push(path.clone());
@@ -277,7 +296,8 @@ impl Merge<'_> {
         ledger.placed.retain(|path, placed| {
             let gone = TreePath::new(&path.0).is_ok_and(|path| removals.contains(&path));
             !gone
-                && (placed.step != self.step
+                && (removed.is_some()
+                    || placed.step != self.step
                     || TreePath::new(&path.0).is_ok_and(|path| wanted.contains_key(&path)))
         });
         for (path, identity) in wanted {
@@ -352,6 +372,30 @@ impl Merge<'_> {
     }
 }
 
+/// Of what lies at or beneath the paths `removed` and is not `wanted`: the leaves, and the folders that go with them.
+fn taken_away(
+    locked: &Locked,
+    wanted: &BTreeMap<TreePath, Identity>,
+    removed: &[TreePath],
+) -> Result<(BTreeSet<TreePath>, Vec<TreePath>), MergeError> {
+    let (mut leaves, mut folders) = (BTreeSet::new(), Vec::new());
+    for path in removed.iter().filter(|path| path.components().next() != Some(STAGING.as_bytes())) {
+        let failed = |source| at("read", &on_host(&locked.path, path))(source);
+        match locked.work.look(path).map_err(failed)? {
+            Seen::Leaf(_) => leaves.extend(Some(path.clone())),
+            Seen::Folder => {
+                leaves.extend(locked.work.leaves(path).map_err(failed)?);
+                folders.push(path.clone());
+            }
+            Seen::Nothing | Seen::Other | Seen::Blocked(_) => {}
+        }
+    }
+    // What is put in a leaf's place replaces it in one rename.
+    leaves.retain(|path| !wanted.contains_key(path));
+    folders.retain(|path| !wanted.contains_key(path));
+    Ok((leaves, folders))
+}
+
 /// The permissions of a file in WORK: as the step set them, but nobody else may write it and its owner always may.
 fn mode_in_work(node: &Node) -> u32 {
     u32::from(node.meta.mode & 0o755) | 0o600
@@ -384,9 +428,9 @@ fn write_journal(staging: &Path, journal: &Journal) -> Result<(), MergeError> {
     let path = staging.join("journal");
     let temporary = staging.join("journal.new");
     let write = || {
-        let mut file = Named(writes::create(&temporary)?, &temporary);
-        file.write_all(&serde_json::to_vec(journal)?)?;
-        writes::sync(&file.0, &temporary)?;
+        let file = writes::create(&temporary)?;
+        Through::new(&file, &temporary).write_all(&serde_json::to_vec(journal)?)?;
+        writes::sync(&file, &temporary)?;
         writes::rename(&temporary, &path)?;
         writes::sync_folder(staging)
     };
@@ -426,19 +470,6 @@ fn remove_tree(path: &Path) -> Result<(), MergeError> {
     writes::remove_tree(path).map_err(at("remove", path))
 }
 
-/// A file that is written under its name, through the door.
-struct Named<'a>(File, &'a Path);
-
-impl Write for Named<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        writes::write(&mut self.0, self.1, bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
 /// Copies a blob's data and leaves its holes.
 fn copy_sparse(source: &mut File, target: &mut File, path: &Path, size: u64) -> io::Result<()> {
     use rustix::fs::SeekFrom as Seek2;
@@ -452,7 +483,7 @@ fn copy_sparse(source: &mut File, target: &mut File, path: &Path, size: u64) -> 
         let hole = rustix::fs::seek(&*source, Seek2::Hole(data))?;
         source.seek(SeekFrom::Start(data))?;
         target.seek(SeekFrom::Start(data))?;
-        io::copy(&mut Read::by_ref(source).take(hole - data), &mut Named(target.try_clone()?, path))?;
+        io::copy(&mut Read::by_ref(source).take(hole - data), &mut Through::new(target, path))?;
         position = hole;
     }
     writes::set_length(target, path, size)
@@ -526,6 +557,31 @@ mod tests {
         assert!(matches!(world.merge(&[("a", "2"), ("b", "2")]), Err(MergeError::Changed { .. })));
         assert_eq!(world.read("a").as_deref(), Some("1"));
         assert_eq!(world.read("b").as_deref(), Some("mine"));
+    }
+
+    #[test]
+    fn what_is_merged_upon_replaces_and_removes_what_it_names_and_leaves_all_else() {
+        let world = World::new();
+        world.merge(&[("a", "1"), ("d/x", "1"), ("d/y", "1"), ("k", "1")]).expect("a first merge");
+        fs::create_dir_all(world.work().join("mine/empty")).expect("a folder");
+        fs::write(world.work().join("mine/file"), "mine").expect("a person's file");
+        fs::write(world.work().join("a"), "changed").expect("a person's change");
+        let path = |text: &str| TreePath::new(text.as_bytes()).expect("a good path");
+        let upon = |files: &[(&str, &str)], removed: &[&str]| {
+            let merge = Merge { store: &world.store, work: &world.work(), step: "s", overwrite: false };
+            let removed: Vec<TreePath> = removed.iter().map(|text| path(text)).collect();
+            merge.run_upon(&world.outputs(files), &removed).expect("a merge")
+        };
+        // `d` was removed and made anew; `mine` became a file, as the layer says by its name alone.
+        upon(&[("a", "2"), ("d/z", "2"), ("mine", "2")], &["a", "d", "mine", "none/at/all"]);
+        assert_eq!(world.read("a").as_deref(), Some("2"));
+        assert_eq!(world.read("d/z").as_deref(), Some("2"));
+        assert_eq!((world.read("d/x"), world.read("d/y")), (None, None));
+        assert_eq!(world.read("mine").as_deref(), Some("2"));
+        assert_eq!(world.read("k").as_deref(), Some("1"), "it was put out before, and stays");
+        upon(&[], &["mine", STAGING]);
+        assert!(!world.work().join("mine").exists());
+        assert_eq!(world.read("k").as_deref(), Some("1"));
     }
 
     #[test]

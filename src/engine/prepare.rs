@@ -26,6 +26,8 @@ use crate::settings::Settings;
 
 /// The host name of every machine.
 const HOSTNAME: &str = "kiln";
+/// The module that drives the network card of a machine that has one.
+const NETWORK_DRIVER: &str = "virtio_net";
 /// Everything opened and found before the machine starts.
 pub(super) struct Prepared {
     pub qemu: Qemu,
@@ -121,7 +123,11 @@ pub(super) fn prepare(
     };
     mounts.push(shares.add("work", &work_target, directory, attributes(), Access::Layered)?);
     if step.view.is_none() {
-        let mut hidden = merge::placed_by(&host.store, work, &step.name);
+        let mut hidden = match step.outputs.are_everything() {
+            // What it put out before is there to be written on.
+            true => Vec::new(),
+            false => merge::placed_by(&host.store, work, &step.name),
+        };
         hidden.push(PathBytes(merge::STAGING.as_bytes().to_vec()));
         shares.hide(hidden);
     }
@@ -139,6 +145,10 @@ pub(super) fn prepare(
             attributes(),
             Access::ReadOnly,
         )?);
+    }
+    for (inner, place) in &step.binds {
+        let source = Source::Within(format!("{work_target}/{inner}").into_bytes());
+        mounts.push(Mount { source, target: place.as_bytes().to_vec(), access: Access::Layered });
     }
     let mut disks = Vec::new();
     for (index, disk) in step.disks.iter().enumerate() {
@@ -169,7 +179,8 @@ pub(super) fn prepare(
     let mut progress = |text: &str| {
         let _ = events(Event::Progress(text));
     };
-    let vmm = host.vmm();
+    // It has no network card, and no processor with virtualisation.
+    let vmm = host.vmm().filter(|_| !step.network && !step.nested);
     let carrier = if vmm.is_some() { Carrier::Vsock } else { step.carrier };
     let bundle = host.bundle(&step.kernel, carrier, &mut progress)?;
     let root_bundle = match carrier {
@@ -302,7 +313,11 @@ pub(super) fn describe(
         Root::Live(_) => Source::Share("root".to_owned()),
     };
     let mut mounts = mem::take(&mut prepared.mounts);
-    let with_modules = step.module_tree || !step.modules.is_empty();
+    let mut load_modules = step.modules.clone();
+    if step.network {
+        load_modules.push(NETWORK_DRIVER.to_owned());
+    }
+    let with_modules = step.module_tree || !load_modules.is_empty();
     if let (true, Some(modules)) = (with_modules, &prepared.bundle.modules) {
         let file = File::open(image::path(&host.store, modules)).map_err(io("open the module image"))?;
         disks.push(Disk { serial: serial::MODULES.to_owned(), file: file.into(), read_only: true });
@@ -336,7 +351,7 @@ pub(super) fn describe(
         processes: step.limits.processes,
         mounts,
         hostname: HOSTNAME.to_owned(),
-        load_modules: step.modules.clone(),
+        load_modules,
     };
     let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
     let exec = Exec {
@@ -359,6 +374,7 @@ pub(super) fn describe(
         disks,
         carrier: prepared.carrier,
         nested: step.nested,
+        network: step.network,
     };
     Ok((setup, exec, spec))
 }

@@ -222,7 +222,10 @@ fn carry_through(
             } else {
                 let merge =
                     Merge { store: &host.store, work: &work, step: &step.name, overwrite: step.overwrite };
-                merge.run(&collection.outputs)?
+                match step.outputs.are_everything() {
+                    true => merge.run_upon(&collection.outputs, &collection.removed)?,
+                    false => merge.run(&collection.outputs)?,
+                }
             };
             let files = collection.outputs.iter().filter_map(|(_, node)| match node.kind {
                 Kind::File { size, .. } => Some(size),
@@ -326,6 +329,9 @@ fn unrecorded(step: &Step, has_input: bool) -> Vec<String> {
     }
     if step.toolbox {
         unrecorded.push(format!("disk {}", toolbox::PLACE));
+    }
+    if step.network {
+        unrecorded.push("the network".to_owned());
     }
     unrecorded
 }

@@ -64,6 +64,9 @@ pub struct Step {
     pub mounts: Vec<MountArgument>,
     /// Disks.
     pub disks: Vec<DiskArgument>,
+    /// Folders of WORK that are seen at other places as well: relative to WORK, and the place. What is written there is
+    /// written in WORK.
+    pub binds: Vec<(&'static str, &'static str)>,
     /// Declared outputs.
     pub outputs: Outputs,
     /// Whether outputs may replace files that kiln did not put into WORK.
@@ -88,6 +91,8 @@ pub struct Step {
     pub module_tree: bool,
     /// Whether the guest's processor offers virtualisation.
     pub nested: bool,
+    /// Whether it reaches the host's network. What such a step gives is never kept as a result.
+    pub network: bool,
     /// What files of shares show: the contract's fixed owner and time, or the host's own.
     pub real_attributes: bool,
     /// Whether it sees the toolbox.
@@ -117,6 +122,7 @@ impl Step {
             None => path.unwrap_or(FIXED_PATH).split(':').map(str::as_bytes).collect(),
         };
         let places = self.mounts.iter().map(|mount| mount.guest.as_str());
+        let places = places.chain(self.binds.iter().map(|(_, place)| *place));
         let mut places = places.chain(self.disks.iter().map(|disk| disk.guest.as_str()));
         places.find(|place| {
             let place = place.trim_end_matches('/').as_bytes();

@@ -233,6 +233,7 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
         disks,
         carrier: Carrier::Serial,
         nested: false,
+        network: false,
     };
     let accelerator = if order.kvm { Accelerator::Kvm } else { Accelerator::Tcg };
     let program = order.qemu.to_str().ok_or("a QEMU whose path is not UTF-8")?;

@@ -114,6 +114,8 @@ pub struct Spec {
     pub carrier: Carrier,
     /// Whether the guest's processor offers virtualisation.
     pub nested: bool,
+    /// Whether it reaches the host's network.
+    pub network: bool,
 }
 
 /// How strong the boundary around a machine is.

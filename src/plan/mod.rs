@@ -1,5 +1,6 @@
 //! What a step is, as pure data and pure functions: no file, no clock, no process, no environment.
 
+pub mod boot;
 mod environment;
 pub mod graph;
 pub mod make;
@@ -8,6 +9,7 @@ mod overlap;
 mod quantity;
 pub mod recipe;
 mod root;
+pub mod script;
 mod shell;
 mod text;
 

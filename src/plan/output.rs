@@ -22,10 +22,11 @@ pub enum OutputError {
 }
 
 /// The declared outputs of a step. A glob that matches a folder takes all that is in it; `*` does not cross a `/`,
-/// `**` does.
+/// `**` does. Or everything that the step writes there, and takes away.
 #[derive(Clone, Default)]
 pub struct Outputs {
     globs: Vec<(String, GlobMatcher)>,
+    everything: bool,
 }
 
 /// As they were written: what they are compiled to says nothing more.
@@ -60,14 +61,25 @@ impl Outputs {
         Ok(outputs)
     }
 
-    /// The globs as they were written.
+    /// Everything that is written in WORK, as a folder that is bound into a container takes it: what is removed there is
+    /// removed, what was put there before stays.
+    pub fn everything() -> Self {
+        Self { globs: Vec::new(), everything: true }
+    }
+
+    /// Whether they are everything that is written.
+    pub fn are_everything(&self) -> bool {
+        self.everything
+    }
+
+    /// The globs as they were written; of everything, none.
     pub fn globs(&self) -> impl Iterator<Item = &str> {
         self.globs.iter().map(|(text, _)| text.as_str())
     }
 
     /// Whether none were declared.
     pub fn is_empty(&self) -> bool {
-        self.globs.is_empty()
+        self.globs.is_empty() && !self.everything
     }
 
     /// The numbers of the globs that match `path` or a folder it lies in.
@@ -87,7 +99,7 @@ impl Outputs {
 
     /// Whether any glob declares `path`.
     pub fn declare(&self, path: &TreePath) -> bool {
-        self.matching(path).next().is_some()
+        self.everything || self.matching(path).next().is_some()
     }
 }
 
@@ -108,6 +120,15 @@ mod tests {
         for undeclared in ["bin", "shared", "lib/c.a", "x/bin/lua"] {
             assert!(!outputs.declare(&path(undeclared)), "{undeclared}");
         }
+    }
+
+    #[test]
+    fn everything_declares_whatever_there_is_and_misses_nothing() {
+        let outputs = Outputs::everything();
+        assert!(!outputs.is_empty() && outputs.are_everything());
+        assert!(outputs.declare(&path("a/b")) && outputs.declare(&path(".x")));
+        assert_eq!(outputs.globs().count(), 0);
+        assert!(Outputs::default().is_empty() && !Outputs::default().declare(&path("a")));
     }
 
     #[test]

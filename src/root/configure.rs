@@ -128,6 +128,7 @@ impl Workshop<'_> {
             disks: vec![root, scratch],
             carrier: Carrier::Serial,
             nested: false,
+            network: false,
         })
     }
 

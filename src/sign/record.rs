@@ -257,7 +257,7 @@ impl Record {
     }
 
     /// Every file that signing writes, but for enrolment files.
-    fn signed(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn signed(&self) -> impl Iterator<Item = &str> {
         let kernels = self.kernels.iter().flat_map(|kernel| &kernel.signed);
         kernels.chain(self.unified.iter().map(|image| &image.signed)).map(String::as_str)
     }

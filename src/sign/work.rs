@@ -12,6 +12,7 @@ use kiln_digest::Digest;
 
 use super::error::SignError;
 use super::folder::{Folder, FolderError};
+use super::keys::Keys;
 use super::record::{self, File, Record, Verity};
 
 /// Offsets in an image have 32 bits.
@@ -110,6 +111,20 @@ impl Work {
             return Err(SignError::Covered { image: image.image.clone(), length, covered });
         }
         Ok(root)
+    }
+
+    /// What signing by `keys` has written: the path of each file from WORK, and the file.
+    ///
+    /// # Errors
+    /// [`SignError`].
+    pub fn written(&self, keys: &Keys) -> Result<Vec<(String, fs::File)>, SignError> {
+        let enrolment = keys.public()?.into_iter().map(|(name, _)| format!("{}/{name}", self.record.keys));
+        let signed = self.record.signed().map(ToOwned::to_owned);
+        let open = |path: String| {
+            let file = self.folder.file(Path::new(&path))?;
+            Ok((path, file))
+        };
+        signed.chain(enrolment).map(open).collect()
     }
 
     /// A part, read once, after it was found to be what the record has.

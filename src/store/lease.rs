@@ -74,10 +74,14 @@ impl Lease {
         File::open(path).is_ok_and(|file| self.date(&file).is_ok() || path.is_file())
     }
 
-    /// Says of `file` that it was used now. A clock that was set back makes nothing older than this process.
+    /// When that is. A clock that was set back makes nothing older than this process.
+    pub fn now(&self) -> SystemTime {
+        crate::clock::now().max(self.temporary.since())
+    }
+
+    /// Says of `file` that it was used now.
     pub fn date(&self, file: &File) -> io::Result<()> {
-        let now = crate::clock::now().max(self.temporary.since());
-        writes::through(Act::Date, || file.set_modified(now))
+        writes::through(Act::Date, || file.set_modified(self.now()))
     }
 
     /// Waits until nobody dates anything, and keeps it so. With `others`, this process's own things may be taken too.

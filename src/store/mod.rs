@@ -17,6 +17,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use kiln_digest::Digest;
 
@@ -28,7 +29,7 @@ pub use lease::Sweep;
 use limit::Limit;
 pub use limit::{Full, MakeRoom};
 pub use record::Records;
-pub use seal::{seal, unseal};
+pub use seal::{seal, seal_line, unseal, unseal_line};
 
 /// The file that says which form a store has.
 const VERSION_FILE: &str = "version";
@@ -202,6 +203,11 @@ impl Store {
         self.lease.mark(path)
     }
 
+    /// What is used now is dated so.
+    pub fn date(&self) -> SystemTime {
+        self.lease.now()
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
@@ -233,8 +239,8 @@ impl Store {
     }
 
     /// Where it is noted what steps did last.
-    pub fn last_runs(&self) -> PathBuf {
-        self.path.join("last")
+    pub fn notes(&self) -> PathBuf {
+        self.path.join("notes")
     }
 
     /// Where it is noted what outputs look like where they were put.

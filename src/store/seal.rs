@@ -1,4 +1,4 @@
-//! Small documents with a last line that tells whether they are what was written, and under this name.
+//! Small documents, and single lines, whose ends tell whether they are what was written, and under this name.
 
 use kiln_digest::Digest;
 
@@ -25,6 +25,21 @@ pub fn unseal<'a>(name: &str, bytes: &'a [u8]) -> Option<&'a [u8]> {
     let (text, line) = bytes.split_at_checked(length)?;
     let digits = line.strip_prefix(b"\n")?.strip_prefix(MARK)?.strip_suffix(b"\n")?;
     (digits == sum(name, text).to_string().as_bytes()).then_some(text)
+}
+
+/// The line that is `text`, which has no end of line in it, sealed under `name`.
+pub fn seal_line(name: &str, mut text: Vec<u8>) -> Vec<u8> {
+    let sum = sum(name, &text);
+    text.push(b' ');
+    text.extend(sum.to_string().as_bytes());
+    text.push(b'\n');
+    text
+}
+
+/// What was sealed under `name` as a line, whose end is left out; none where `line` is anything else.
+pub fn unseal_line<'a>(name: &str, line: &'a [u8]) -> Option<&'a [u8]> {
+    let (text, digits) = line.split_at_checked(line.len().checked_sub(1 + 64)?)?;
+    (digits.strip_prefix(b" ")? == sum(name, text).to_string().as_bytes()).then_some(text)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use kiln_digest::Digest;
 use serde::Serialize;
 
 use super::UpkeepError;
+use crate::cache::notes::Noted;
 use crate::cache::stock::{Content, files, key_of, stock};
 use crate::root::bundle::Bundle;
 use crate::root::image::{Filesystem, SUMS};
@@ -47,7 +48,9 @@ pub enum Kind {
 pub enum What {
     /// Traces of one key.
     Traces,
-    /// What a step did last, or where its outputs were put.
+    /// What a step did last, by its name: a line of the file.
+    Line(String),
+    /// Where a step's outputs were put.
     Note,
     /// An image with the records that name it.
     Image(Digest, Filesystem),
@@ -163,8 +166,8 @@ impl Census {
     fn add_stock(&mut self, store: &Store) -> Result<(), UpkeepError> {
         let stock = stock(store).map_err(io("list the traces of", store.path()))?;
         for stored in &stock {
-            if let Content::Last(last) = &stored.content {
-                self.steps.insert(last.key.digest(), last.step.clone());
+            if let Content::Notes(noted, _) = &stored.content {
+                self.steps.extend(noted.iter().map(|one| (one.run.key.digest(), one.run.step.clone())));
             }
         }
         let mut manifests = BTreeMap::new();
@@ -183,9 +186,11 @@ impl Census {
                     }
                     (What::Traces, format!("traces of step {step} in scope `{scope}`"))
                 }
-                Content::Last(last) => {
-                    names.extend(last.log.map(|log| (log, (Kind::Logs, "what it printed".to_owned()))));
-                    (What::Note, format!("the last run of step `{}`", last.step))
+                Content::Notes(noted, _) => {
+                    let lines_bytes: u64 = noted.iter().map(|one| one.size_bytes).sum();
+                    *self.others.entry(Kind::Records).or_default() += size_bytes.saturating_sub(lines_bytes);
+                    self.units.extend(noted.iter().map(|one| line(one, &stored.path)));
+                    continue;
                 }
                 Content::Placed(_) | Content::Damaged => (What::Note, stored.name.clone()),
             };
@@ -284,7 +289,7 @@ impl Census {
         for unit in &self.units {
             let kind = match unit.what {
                 What::Traces => Kind::Traces,
-                What::Note | What::Record => Kind::Records,
+                What::Line(_) | What::Note | What::Record => Kind::Records,
                 What::Image(..) => Kind::Images,
                 What::Template => Kind::Templates,
             };
@@ -318,6 +323,20 @@ impl Census {
             }
         }
         found
+    }
+}
+
+/// What a line of the file at `path` is as a unit.
+fn line(noted: &Noted, path: &Path) -> Unit {
+    let run = &noted.run;
+    let log = run.log.map(|log| (log, (Kind::Logs, "what it printed".to_owned())));
+    Unit {
+        what: What::Line(run.step.clone()),
+        name: format!("the last run of step `{}`", run.step),
+        path: path.to_owned(),
+        size_bytes: noted.size_bytes,
+        used: noted.when,
+        names: log.into_iter().collect(),
     }
 }
 

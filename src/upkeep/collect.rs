@@ -4,13 +4,15 @@
 //! that is held. All that names blobs goes for good before the blobs that only it names, so that no trace is believed whose
 //! outputs are gone; a kill in between leaves blobs that nothing names, which the next collection takes.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use kiln_digest::Digest;
 
 use super::UpkeepError;
 use super::census::{Census, Unit, What};
+use crate::cache::notes::{Noted, Notes};
 use crate::root::catalog::{self, CatalogError};
 use crate::store::{Store, Sweep};
 use crate::writes;
@@ -61,6 +63,7 @@ pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
     let mut left_bytes = census.total();
     let mut collected = Collected::default();
     let mut loose = Vec::new();
+    let mut lines: BTreeMap<PathBuf, BTreeMap<String, SystemTime>> = BTreeMap::new();
     let now = crate::clock::now();
     let mut candidates: Vec<(SystemTime, Candidate)> = census
         .units
@@ -94,7 +97,9 @@ pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
                     continue;
                 }
                 let unit = census.units[number].clone();
-                if !order.dry_run && !remove(store, &unit)? {
+                if let What::Line(step) = &unit.what {
+                    lines.entry(unit.path.clone()).or_default().insert(step.clone(), used);
+                } else if !order.dry_run && !remove(store, &unit)? {
                     collected.in_use_bytes += unit.size_bytes;
                     continue;
                 }
@@ -111,6 +116,14 @@ pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
         }
     }
     collected.left_bytes = left_bytes;
+    if !order.dry_run {
+        let notes = Notes::new(store);
+        for (path, steps) in &lines {
+            // A step that ran meanwhile was noted anew.
+            let keeps = |noted: &Noted| steps.get(&noted.run.step) != Some(&noted.when);
+            notes.rewrite(path, keeps).map_err(UpkeepError::at("write", path))?;
+        }
+    }
     if order.dry_run || loose.is_empty() {
         return Ok(collected);
     }
@@ -149,6 +162,8 @@ fn take_blob(
 fn remove(store: &Store, unit: &Unit) -> Result<bool, UpkeepError> {
     let failed = |source| UpkeepError::at("remove", &unit.path)(source);
     match &unit.what {
+        // Lines of one file go together, in the end.
+        What::Line(_) => {}
         What::Traces | What::Note | What::Record => writes::remove(&unit.path).map_err(failed)?,
         What::Template => remove_template(store, &unit.path).map_err(failed)?,
         What::Image(digest, filesystem) => match catalog::remove(store, digest, *filesystem) {

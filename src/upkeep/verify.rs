@@ -11,6 +11,7 @@ use kiln_digest::Digest;
 use super::UpkeepError;
 use super::census::{Census, What, blob_digest, folders, image_name};
 use super::collect::remove_template;
+use crate::cache::notes::{Noted, Notes};
 use crate::cache::stock::{Content, files, reread, stock};
 use crate::machine::qemu::template;
 use crate::root::catalog;
@@ -41,6 +42,7 @@ impl Damage {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Place {
     File(PathBuf),
+    Notes(PathBuf),
     Template(PathBuf),
     Image(Digest, Filesystem),
 }
@@ -171,7 +173,11 @@ impl Verifier<'_> {
             // A collection may have taken it, and a build have written it anew, since it was read: what is there now counts.
             let Some(now) = reread(&stored) else { continue };
             if self.judge(&now, &is_whole).is_some() {
-                self.bad(&stored.path, what, Place::File(stored.path.clone()));
+                let place = match now {
+                    Content::Notes(..) => Place::Notes(stored.path.clone()),
+                    _ => Place::File(stored.path.clone()),
+                };
+                self.bad(&stored.path, what, place);
             }
         }
         Ok(())
@@ -185,7 +191,10 @@ impl Verifier<'_> {
                 let log = trace.log.filter(|log| !is_whole(log));
                 log.or_else(|| self.lost(&trace.outputs, is_whole))
             }),
-            Content::Last(last) => last.log.filter(|log| !is_whole(log)),
+            Content::Notes(_, false) => return Some("is not what was written".to_owned()),
+            Content::Notes(noted, true) => {
+                noted.iter().filter_map(|one| one.run.log).find(|log| !is_whole(log))
+            }
             Content::Placed(_) => None,
         };
         lost.map(|lost| format!("names {lost}, which is damaged or gone"))
@@ -216,6 +225,7 @@ pub fn repair(store: &Store, damage: &[Damage]) -> Result<Vec<Damage>, UpkeepErr
     let census = Census::take(store)?;
     let mut held = Vec::new();
     let mut lost = BTreeSet::new();
+    let blobs = store.blobs();
     for one in damage {
         let failed = |source| UpkeepError::at("remove", &store.path().join(&one.name))(source);
         match &one.place {
@@ -228,6 +238,11 @@ pub fn repair(store: &Store, damage: &[Damage]) -> Result<Vec<Damage>, UpkeepErr
                 }
                 lost.extend(blob);
                 writes::remove(path).map_err(failed)?;
+            }
+            // What is whole stays. Blobs come before it, so those that were damaged are gone.
+            Place::Notes(path) => {
+                let has_log = |noted: &Noted| noted.run.log.is_none_or(|log| blobs.path(&log).is_file());
+                Notes::new(store).rewrite(path, has_log).map_err(failed)?;
             }
             Place::Template(path) => remove_template(store, path).map_err(failed)?,
             Place::Image(digest, filesystem) => match catalog::remove(store, digest, *filesystem) {

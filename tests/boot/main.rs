@@ -8,6 +8,7 @@ mod command;
 mod contract;
 mod debian;
 mod disks;
+mod drun;
 mod enter;
 mod erofs;
 mod failure;

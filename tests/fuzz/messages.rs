@@ -61,14 +61,15 @@ fn strings(random: &mut Random) -> Vec<Vec<u8>> {
 }
 
 fn source(random: &mut Random) -> Source {
-    match random.below(3) {
+    match random.below(4) {
         0 => Source::Share(name(random)),
         1 => Source::Disk {
             serial: name(random),
             filesystem: "erofs".to_owned(),
             read_only: random.once_in(2),
         },
-        _ => Source::Modules(name(random)),
+        2 => Source::Modules(name(random)),
+        _ => Source::Within(format!("/{}", name(random)).into_bytes()),
     }
 }
 

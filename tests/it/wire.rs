@@ -67,6 +67,7 @@ pub fn spec() -> Spec {
         disks: Vec::new(),
         carrier: Carrier::Serial,
         nested: false,
+        network: false,
     }
 }
 

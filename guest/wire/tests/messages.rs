@@ -33,6 +33,7 @@ fn source() -> impl Strategy<Value = Source> {
             read_only
         }),
         name().prop_map(Source::Modules),
+        relative_path().prop_map(|path| Source::Within([b"/", &path[..]].concat())),
     ]
 }
 

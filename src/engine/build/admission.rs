@@ -36,6 +36,10 @@ pub(super) struct Admission {
     /// None until a first step wants to run, and where the store cannot have them: then this build looks at itself alone.
     reservations: Option<Option<Reservations>>,
     expected: BTreeMap<StepId, u64>,
+    /// What is reserved: more than is expected where a step ended and the next was not looked for yet.
+    reserved_bytes: u64,
+    /// How much of that there was room for when it was reserved, by what was measured last.
+    proven_bytes: u64,
     /// What steps that ended have taken; the most of it.
     learnt: Option<u64>,
     measured: Option<(Instant, Measured)>,
@@ -76,6 +80,8 @@ impl Admission {
             registry: None,
             reservations: None,
             expected: BTreeMap::new(),
+            reserved_bytes: 0,
+            proven_bytes: 0,
             learnt: None,
             measured: None,
             refused_until: None,
@@ -97,20 +103,35 @@ impl Admission {
             _ => self.measure(now),
         };
         let bytes = expectation(declared_bytes, own, self.learnt);
-        let taken = self.expected.values().copied().fold(0, u64::saturating_add);
+        let taken = self.taken_bytes();
+        let wanted = taken.saturating_add(bytes);
+        // What a step had that has just ended nobody else could count on since.
+        if wanted <= self.proven_bytes {
+            self.expected.insert(id, bytes);
+            return true;
+        }
         let (is_first, learnt) = (self.expected.is_empty(), self.learnt);
         let fits = |others: &[(i32, u64)]| {
             let own = (rustix::process::getpid().as_raw_pid(), taken);
             let reserved: Vec<_> = others.iter().copied().chain([own]).collect();
-            is_first || bytes <= room(&measured, &reserved, expectation(u64::MAX, None, learnt))
+            bytes <= room(&measured, &reserved, expectation(u64::MAX, None, learnt))
         };
         let run = &self.run;
         let reservations = self.reservations.get_or_insert_with(|| Reservations::open(run).ok());
+        let mut has_room = false;
+        let mut may = |others: &[(i32, u64)]| {
+            has_room = fits(others);
+            is_first || has_room
+        };
         let admitted = match reservations {
-            Some(reservations) => reservations.take(taken.saturating_add(bytes), fits).ok(),
+            Some(reservations) => reservations.take(wanted, &mut may).ok(),
             None => None,
         };
-        let admitted = admitted.unwrap_or_else(|| fits(&[]));
+        let admitted = admitted.unwrap_or_else(|| may(&[]));
+        if admitted {
+            self.reserved_bytes = wanted;
+            self.proven_bytes = if has_room { wanted } else { 0 };
+        }
         match admitted {
             true => drop(self.expected.insert(id, bytes)),
             false => self.refused_until = Some(now + FRESH),
@@ -129,10 +150,23 @@ impl Admission {
             // What it held is free now.
             self.measured = None;
         }
+    }
+
+    /// Gives back what is reserved beyond what is expected, before the build waits for something.
+    pub fn settle(&mut self) {
+        let taken = self.taken_bytes();
+        if taken == self.reserved_bytes {
+            return;
+        }
         if let Some(Some(reservations)) = &self.reservations {
-            let taken = self.expected.values().copied().fold(0, u64::saturating_add);
             let _ = reservations.set(taken);
         }
+        self.reserved_bytes = taken;
+        self.proven_bytes = self.proven_bytes.min(taken);
+    }
+
+    fn taken_bytes(&self) -> u64 {
+        self.expected.values().copied().fold(0, u64::saturating_add)
     }
 
     fn measure(&mut self, now: Instant) -> Measured {
@@ -151,6 +185,7 @@ impl Admission {
                 (of_process.0.saturating_add(held), of_process.1.saturating_add(machine.memory_bytes));
         }
         self.measured = Some((now, measured.clone()));
+        self.proven_bytes = 0;
         measured
     }
 }

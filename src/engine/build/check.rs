@@ -361,7 +361,7 @@ impl<'a, R> Checker<'a, R> {
             // Where it is not known of this run, that of the one before is the best guess.
             held_bytes: ran.held_bytes.or_else(|| before.as_ref()?.held_bytes),
         };
-        self.index.note_run(&self.work, &step.name, &run).map_err(Self::io("write a record to", store()))?;
+        self.index.note_run(&self.work, &run).map_err(Self::io("write a record to", store()))?;
         let same = ran.outputs.is_some() && before.is_some_and(|before| before.outputs == ran.outputs);
         Ok((not_kept, same))
     }

@@ -1,7 +1,9 @@
 //! Steps that need no machine: what is made and what is signed, on a worker's thread.
 
+use std::io::Read;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
+use kiln_artifact::tree::{Kind, Meta, Node, Timestamp, Tree, TreePath};
 use kiln_digest::Digest;
 use kiln_wire::{Outcome, Usage};
 
@@ -9,6 +11,7 @@ use super::BuildError;
 use super::check::now_nanos;
 use super::runner::{Ran, Runner};
 use super::worker::{Kept, Message, Passed, Told, Worker};
+use crate::engine::make::MakeError;
 use crate::engine::merge::Merge;
 use crate::engine::run::Ended;
 use crate::plan::StepId;
@@ -20,10 +23,10 @@ use crate::sign::local::Local;
 use crate::sign::work::Work;
 
 /// What did it, in words.
-const HERE: &str = "kiln, without a machine";
+pub(super) const HERE: &str = "kiln, without a machine";
 
 impl<R: Runner> Worker<'_, '_, R> {
-    fn tell(&self, id: StepId, text: &str) {
+    pub(super) fn tell(&self, id: StepId, text: &str) {
         let _ = self.messages.send(Message::Event(id, Told::Progress(text.to_owned())));
     }
 
@@ -39,9 +42,7 @@ impl<R: Runner> Worker<'_, '_, R> {
         let step = build.plan.step(id);
         let made =
             self.checker.at_bench(step, needs, |bench| bench.make(makes, &mut |text| self.tell(id, text)))?;
-        let io =
-            |source| BuildError::Io { what: "write to", path: build.settings.store.value.clone(), source };
-        let (manifest, _) = build.store.blobs().put(&made.manifest()[..]).map_err(io)?;
+        let manifest = self.manifest(&made)?;
         let merge = Merge {
             store: build.store,
             work: &build.settings.work.value,
@@ -71,11 +72,15 @@ impl<R: Runner> Worker<'_, '_, R> {
         };
         let local = Local::read(secrets, None, None, keys.as_ref()).map_err(SignError::from)?;
         let roots = opened.verify()?;
+        let mut signed = Tree::new();
         let not_kept = match &keys {
             Some(keys) => {
                 self.gate.enter(id);
                 let _passed = Passed::new(self.gate, id);
                 opened.sign(&roots, &local, keys, Source::Keys)?;
+                for (path, file) in opened.written(keys)? {
+                    self.put_out(&mut signed, &path, file)?;
+                }
                 keys.warnings.iter().for_each(|warning| self.tell(id, &format!("warning: {warning}")));
                 "signatures are made anew each time".to_owned()
             }
@@ -91,7 +96,32 @@ impl<R: Runner> Worker<'_, '_, R> {
                 )
             }
         };
-        Ok(Kept { ran: ran(None, 0, started.elapsed()), not_kept: Some(not_kept), same: true })
+        // Whoever needs it sees what was signed, and nothing where there are no keys.
+        let outputs = self.manifest(&signed)?;
+        Ok(Kept { ran: ran(Some(outputs), 0, started.elapsed()), not_kept: Some(not_kept), same: true })
+    }
+
+    /// Puts a file into `tree`, at a path in WORK, with the folders above it; its content is in the store then.
+    pub(super) fn put_out(&self, tree: &mut Tree, path: &str, content: impl Read) -> Result<(), BuildError> {
+        let path = TreePath::new(path.as_bytes()).map_err(MakeError::from)?;
+        let put = self.checker.build.store.blobs().put(content);
+        let (digest, size) = put.map_err(MakeError::io("keep what was put out"))?;
+        let mtime = Timestamp { seconds: self.checker.epoch(), nanoseconds: 0 };
+        let meta = |mode| Meta { mode, mtime, ..Meta::default() };
+        let mut above = path.parent();
+        while let Some(folder) = above.filter(|folder| tree.get(folder).is_none()) {
+            above = folder.parent();
+            tree.insert(folder, Node { kind: Kind::Directory, meta: meta(0o755) });
+        }
+        tree.insert(path, Node { kind: Kind::File { digest, size }, meta: meta(0o644) });
+        Ok(())
+    }
+
+    /// The manifest of `tree` in the store.
+    pub(super) fn manifest(&self, tree: &Tree) -> Result<Digest, BuildError> {
+        let put = self.checker.build.store.blobs().put(&tree.manifest()[..]);
+        let (manifest, _) = put.map_err(MakeError::io("keep what was put out"))?;
+        Ok(manifest)
     }
 }
 

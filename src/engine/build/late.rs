@@ -34,7 +34,7 @@ struct Ingredients<'b, 'a, R> {
 
 impl<R: Runner> Checker<'_, R> {
     /// When files are dated.
-    fn epoch(&self) -> i64 {
+    pub fn epoch(&self) -> i64 {
         crate::plan::DEFAULT_SOURCE_DATE_EPOCH.try_into().unwrap_or_default()
     }
 
@@ -66,12 +66,21 @@ impl<R: Runner> Checker<'_, R> {
         Ok(key)
     }
 
+    /// The file `path` of SRCDIR, in the store; none where there is none.
+    pub fn source_file(&self, path: &str) -> Result<Option<Digest>, BuildError> {
+        Ok(match (Ingredients { checker: self }).source(path)? {
+            Some(Source::File(digest, ..)) => Some(digest),
+            Some(Source::Folder(_)) | None => None,
+        })
+    }
+
     /// The key of `id`, which follows from what the steps that it needs put out.
     pub fn late_key(&self, id: StepId, needs: &[(StepId, Digest)]) -> Result<Key, BuildError> {
         let step = self.build.plan.step(id);
         match &step.command {
             Command::Make(makes) => self.key_of_makes(step, makes, needs),
             Command::Sign => Ok(Key::default()),
+            Command::Boot(boot) => self.key_of_boot(step, boot, needs),
             Command::Text(_) | Command::Script(_) => Ok(self.late(step, needs)?.key),
         }
     }

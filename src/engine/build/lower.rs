@@ -73,7 +73,7 @@ pub(super) fn lower(
     let last = match &planned.command {
         Command::Text(text) => text.clone(),
         Command::Script(path) => format!("{}/{path}", guest_places(settings).0),
-        Command::Make(_) | Command::Sign => String::new(),
+        Command::Make(_) | Command::Sign | Command::Boot(_) => String::new(),
     };
     let words = planned.interpreter.iter().cloned().chain([last]);
     let limits = &planned.limits;
@@ -100,6 +100,7 @@ pub(super) fn lower(
         source_layer: planned.writable_source,
         mounts: Vec::new(),
         disks: Vec::new(),
+        binds: Vec::new(),
         outputs: planned.outputs.clone(),
         overwrite,
         memory_bytes: memory_bytes(planned),
@@ -115,6 +116,7 @@ pub(super) fn lower(
         modules: Vec::new(),
         module_tree: false,
         nested: false,
+        network: false,
         real_attributes: false,
         toolbox: false,
         keep: Keep::Never,

@@ -14,6 +14,7 @@
 //! the same as before is not run again although what made them was, follows from the traces: nothing else knows of it.
 
 mod admission;
+mod boot_step;
 mod check;
 mod gate;
 mod host_step;
@@ -25,6 +26,8 @@ mod runner;
 mod schedule;
 pub mod sources;
 mod stage;
+mod tamper;
+mod tasks;
 mod timeline;
 mod turns;
 mod view;
@@ -47,10 +50,12 @@ use crate::settings::Settings;
 use crate::sign::SignError;
 use crate::store::Store;
 
+pub use boot_step::BootStepError;
 pub use check::{Explained, Standing, work_name};
 pub use gate::Gate;
 pub use lower::Lowered;
 pub use runner::{KeptStep, Machines, Ran, Runner};
+pub use tamper::TamperError;
 pub use timeline::Timeline;
 pub use view::Directory;
 
@@ -89,6 +94,9 @@ pub enum BuildError {
     /// An artifact.
     #[error(transparent)]
     Make(Box<MakeError>),
+    /// A boot that was not judged.
+    #[error(transparent)]
+    Boot(Box<BootStepError>),
     /// What a step should have put out for another.
     #[error("`{output}` is no {what} for step `{step}`")]
     NotPutOut {
@@ -171,6 +179,7 @@ impl BuildError {
             Self::Source(error) => error.hint(),
             Self::Make(error) => error.hint(),
             Self::Sign(error) => error.hint(),
+            Self::Boot(error) => error.hint(),
             Self::NotPutOut { what: "kernel", .. } => Some(
                 "a kernel is one file vmlinuz-RELEASE, with its modules in modules/RELEASE; step:NAME/PATH names one of several"
                     .to_owned(),

@@ -9,6 +9,8 @@ use kiln_digest::Digest;
 use kiln_virtio::fs::Attributes;
 use kiln_wire::Outcome;
 
+use super::BuildError;
+use crate::boot::{self, Boot, Verdict};
 use crate::cache::{Entry, ShareTrace};
 use crate::engine::error::RunError;
 use crate::engine::event::{Event, Listener};
@@ -20,6 +22,7 @@ use crate::engine::step::{Keep, Step, View};
 use crate::keeper::{Keeper, Kept};
 use crate::machine::Carrier;
 use crate::plan::RootSpec;
+use crate::plan::boot::Trust;
 use crate::root;
 use crate::root::debian::DEFAULT_KERNEL_SUITE;
 
@@ -79,6 +82,24 @@ pub trait Runner: Sync {
     /// [`RunError`] where it could not be carried through; a command that fails is a [`Ran`].
     fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError>;
 
+    /// What of the firmware of a boot its key has: names and digests.
+    ///
+    /// # Errors
+    /// [`BuildError`] where this host has none.
+    fn firmware(&self, trust: &Trust) -> Result<Vec<(String, String)>, BuildError>;
+
+    /// Boots `wanted`, in which the TPM and the place for files of the machine are still to be named, and judges it.
+    ///
+    /// # Errors
+    /// [`BuildError`] where nothing could be judged.
+    fn boot(
+        &self,
+        wanted: &mut Boot,
+        tpm: bool,
+        boundary: &Boundary,
+        told: &mut dyn FnMut(boot::Told<'_>),
+    ) -> Result<Verdict, BuildError>;
+
     /// When machines of steps stay.
     fn keep(&self) -> Keep {
         Keep::Never
@@ -89,7 +110,7 @@ pub trait Runner: Sync {
 pub struct Machines<'a> {
     host: &'a Host,
     processors: usize,
-    // Protects what was found out of roots and kernels, each once: held while it is found out.
+    // Protects what was found out of roots, kernels and firmware, each once: held while it is found out.
     known: Mutex<BTreeMap<String, Vec<(String, String)>>>,
     // Protects the files of roots that were asked for; held while they are found out.
     files: Mutex<BTreeMap<String, Arc<Tree>>>,
@@ -208,6 +229,31 @@ impl Runner for Machines<'_> {
         let tree = Arc::new(root::tree(&self.host.store, &found).map_err(RunError::of_root)?);
         files.insert(root.to_string(), Arc::clone(&tree));
         Ok(tree)
+    }
+
+    fn firmware(&self, trust: &Trust) -> Result<Vec<(String, String)>, BuildError> {
+        let (is_secure, enrolls) = (!matches!(trust, Trust::Off), matches!(trust, Trust::Enroll(_)));
+        let name = format!("firmware, Secure Boot {is_secure}, enrolment {enrolls}");
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(parts) = known.get(&name) {
+            return Ok(parts.clone());
+        }
+        let parts = boot::identify(is_secure, enrolls)?;
+        known.insert(name, parts.clone());
+        Ok(parts)
+    }
+
+    fn boot(
+        &self,
+        wanted: &mut Boot,
+        tpm: bool,
+        boundary: &Boundary,
+        told: &mut dyn FnMut(boot::Told<'_>),
+    ) -> Result<Verdict, BuildError> {
+        let qemu = self.host.backend(boundary).map_err(RunError::from)?;
+        wanted.scratch = self.host.store.temporary();
+        wanted.tpm = tpm.then(|| boot::find_tpm(&self.host.settings.search_path)).transpose()?;
+        Ok(boot::boot(&qemu, wanted, told)?)
     }
 
     fn run(&self, step: &Step, events: Listener<'_>) -> Result<Ran, RunError> {

@@ -6,9 +6,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
-use std::sync::{Mutex, OnceLock};
+use std::iter;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::sync::{Arc, OnceLock};
 use std::thread;
+use std::time::Duration;
 
 use kiln_digest::Digest;
 
@@ -16,18 +18,23 @@ use super::admission::Admission;
 use super::check::{Checker, Standing};
 use super::gate::Gate;
 use super::runner::Runner;
+use super::tasks::{Ending, Queue, Task, Tasks};
 use super::turns::Turns;
-use super::worker::{Checked, Kept, Keys, Message, Task, Told, Worker};
-use super::{Build, BuildError, News, Outcome, Summary, Timeline, lower};
+use super::worker::{Checked, Kept, Keys, Message, Told, Worker};
+use super::{Build, BuildError, News, Outcome, Summary, Timeline, boot_step, lower};
 use crate::engine::error::RunError;
 use crate::engine::event::{Event, Phase};
 use crate::plan::StepId;
+use crate::plan::graph::Command;
 
 /// Most messages under way: a step that prints faster than that is told waits.
 const MESSAGES: usize = 256;
 
 /// Most steps that are checked as one task.
 const MOST_CHECKS: usize = 16;
+
+/// How long checks wait for more of them, while all jobs are taken.
+const GATHERING: Duration = Duration::from_millis(3);
 
 /// Where each step is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,12 +73,6 @@ struct Schedule<'b, 'a, R> {
     summary: Summary,
 }
 
-/// Where tasks go. Checks are many and short, and do not wait for a step to be over.
-struct Tasks {
-    checks: Sender<Task>,
-    runs: Sender<Task>,
-}
-
 impl<R: Runner> Build<'_, R> {
     /// Builds the steps `wanted`, which have all that they need among them, and tells `news` how it goes. An error of `news`
     /// about output ends the build.
@@ -98,7 +99,11 @@ impl<R: Runner> Build<'_, R> {
         for id in wanted {
             let planned = self.plan.step(*id);
             if planned.follows_outputs() {
-                let bytes = if planned.command.is_run() { lower::memory_bytes(planned) } else { 0 };
+                let bytes = match &planned.command {
+                    Command::Boot(_) => boot_step::memory_bytes(planned),
+                    command if command.is_run() => lower::memory_bytes(planned),
+                    _ => 0,
+                };
                 memory.insert(*id, bytes);
                 continue;
             }
@@ -106,31 +111,29 @@ impl<R: Runner> Build<'_, R> {
                 let _ = news(News::Event(&self.plan.step(*id).name, &Event::Progress(text)));
             })?;
             memory.insert(*id, lowered.step.memory_bytes);
-            keys.set(*id, lowered.key);
+            keys.set(*id, Arc::new(lowered.key));
         }
         let jobs = self.options.jobs;
         let processors = thread::available_parallelism().map_or(1, usize::from);
         let mut schedule = Schedule::new(self, wanted, &memory, processors);
         let turns = Turns::new(jobs);
-        let (check_sender, checks) = channel();
-        let (run_sender, runs) = channel();
-        let (checks, runs) = (Mutex::new(checks), Mutex::new(runs));
+        let tasks = Tasks::default();
         // As many steps may be over and not kept yet as run.
         let runners = jobs.saturating_add(self.runner.ahead(jobs)).saturating_add(jobs);
         let (sender, messages) = sync_channel(MESSAGES);
         let hidden = OnceLock::new();
         thread::scope(|scope| {
-            for (tasks, workers) in [(&checks, processors), (&runs, runners)] {
+            for (queue, workers) in [(&tasks.checks, processors), (&tasks.runs, runners)] {
                 for _ in 0..workers.min(wanted.len()) {
                     let (messages, turns, hidden) = (sender.clone(), &turns, &hidden);
                     let worker = Worker { checker: &checker, keys: &keys, gate, turns, messages, hidden };
-                    scope.spawn(move || worker.work(tasks));
+                    scope.spawn(move || worker.work(queue));
                 }
             }
             drop(sender);
-            // Given away, so that the workers end when all is done.
-            let tasks = Tasks { checks: check_sender, runs: run_sender };
-            let result = schedule.attend(tasks, &turns, &messages, timeline, news);
+            // The workers end when all is done.
+            let _ending = Ending(&tasks);
+            let result = schedule.attend(&tasks, &turns, &messages, timeline, news);
             // Whoever still has something to say must not wait for somebody to hear it, nor for a turn.
             turns.end();
             drop(messages);
@@ -220,16 +223,16 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
     /// Hands out what can be done, until all is done.
     fn attend(
         &mut self,
-        tasks: Tasks,
+        tasks: &Tasks,
         turns: &Turns,
         messages: &Receiver<Message>,
         timeline: &mut Timeline,
         news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
     ) -> Result<(), BuildError> {
-        let told = |source| RunError::Session(crate::agent::SessionError::Output(source));
+        let mut is_late = false;
         loop {
             let stops = self.stops();
-            if !stops {
+            if !stops && (is_late || !self.may_gather_checks()) {
                 self.hand_out_checks(&tasks.checks, timeline, news);
             }
             while !stops && let Some((id, why)) = self.next_to_run() {
@@ -237,37 +240,27 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
                 let _ = news(News::Starts(name, &why));
                 self.states[id.0] = State::Runs;
                 self.running.insert(id, timeline.begin(name));
-                let _ = tasks.runs.send(Task::Run(id, self.needs(id), why));
+                tasks.runs.push(Task::Run(id, self.needs(id), why));
             }
             if self.running.is_empty() && self.checking == 0 {
                 break;
             }
-            let Ok(message) = messages.recv() else { break };
-            let mut over = None;
-            match message {
-                Message::Event(id, event) => self.tell(id, event, timeline, news).map_err(told)?,
-                Message::Checked(steps) => {
-                    for Checked { id, standing, took, lasted } in steps {
-                        self.checking -= 1;
-                        self.took.extend(took.map(|took| (id, took)));
-                        let name = &self.build.plan.step(id).name;
-                        timeline.check(name, lasted);
-                        let _ = news(News::Checked(name, lasted));
-                        self.checked(id, standing, timeline, news);
+            self.admission.settle();
+            let gathers = !stops && !self.checks.is_empty();
+            let first = match gathers {
+                true => messages.recv_timeout(GATHERING),
+                false => messages.recv().map_err(RecvTimeoutError::from),
+            };
+            is_late = matches!(first, Err(RecvTimeoutError::Timeout));
+            match first {
+                Ok(first) => {
+                    // All that is there, before anything more is handed out.
+                    for message in iter::once(first).chain(messages.try_iter().take(MESSAGES)) {
+                        self.hear(message, turns, timeline, news)?;
                     }
                 }
-                Message::Ran(id, kept) => {
-                    over = Some(id);
-                    self.over(id, kept, timeline, news);
-                }
-                Message::CalledOff(id) => self.end(id, Outcome::Skipped, timeline, news),
-            }
-            if self.stops() {
-                turns.end();
-            }
-            // Only now: nobody begins who would have waited for a step that failed.
-            if let Some(id) = over {
-                turns.give_back(id);
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break,
             }
         }
         for index in 0..self.states.len() {
@@ -278,10 +271,53 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
         Ok(())
     }
 
+    /// Whether checks may wait for more of them: every processor has what to do, and so it will be when a step is over.
+    fn may_gather_checks(&self) -> bool {
+        self.checks.len() < MOST_CHECKS && !self.queue.is_empty() && !self.running.is_empty()
+    }
+
+    /// What a worker says.
+    fn hear(
+        &mut self,
+        message: Message,
+        turns: &Turns,
+        timeline: &mut Timeline,
+        news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
+    ) -> Result<(), BuildError> {
+        let told = |source| RunError::Session(crate::agent::SessionError::Output(source));
+        let mut over = None;
+        match message {
+            Message::Event(id, event) => self.tell(id, event, timeline, news).map_err(told)?,
+            Message::Checked(steps) => {
+                for Checked { id, standing, took, lasted } in steps {
+                    self.checking -= 1;
+                    self.took.extend(took.map(|took| (id, took)));
+                    let name = &self.build.plan.step(id).name;
+                    timeline.check(name, lasted);
+                    let _ = news(News::Checked(name, lasted));
+                    self.checked(id, standing, timeline, news);
+                }
+            }
+            Message::Ran(id, kept) => {
+                over = Some(id);
+                self.over(id, kept, timeline, news);
+            }
+            Message::CalledOff(id) => self.end(id, Outcome::Skipped, timeline, news),
+        }
+        if self.stops() {
+            turns.end();
+        }
+        // Only now: nobody begins who would have waited for a step that failed.
+        if let Some(id) = over {
+            turns.give_back(id);
+        }
+        Ok(())
+    }
+
     /// Hands out all checks that can be done: some at a time, but enough pieces for all processors.
     fn hand_out_checks(
         &mut self,
-        tasks: &Sender<Task>,
+        checks: &Queue<Task>,
         timeline: &mut Timeline,
         news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
     ) {
@@ -293,7 +329,7 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
                 piece.push((id, self.needs(id)));
             }
             if piece.len() == at_once || self.checks.is_empty() && !piece.is_empty() {
-                let _ = tasks.send(Task::Check(std::mem::take(&mut piece)));
+                checks.push(Task::Check(std::mem::take(&mut piece)));
             }
         }
     }

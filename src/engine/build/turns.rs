@@ -1,6 +1,6 @@
 //! Turns: as many commands run at once as the build has jobs, and each begins the moment another is over. A step waits for
 //! its turn with its machine set up, and gives it back when its outputs are out of the machine: what comes before and
-//! after is done while the commands of others run.
+//! after is done while the commands of others run. Steps that need no machine have a turn for all they do.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};

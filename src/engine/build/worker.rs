@@ -1,8 +1,8 @@
 //! What is done for a step on a thread of its own: the check, and the run from its view to its trace.
 
 use std::io::{self, Write};
-use std::sync::mpsc::{Receiver, SyncSender};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use kiln_digest::Digest;
@@ -12,6 +12,7 @@ use super::BuildError;
 use super::check::{Checker, Standing, now_nanos};
 use super::gate::Gate;
 use super::runner::{Ran, Runner};
+use super::tasks::{Queue, Task};
 use super::turns::Turns;
 use crate::cache::Key;
 use crate::engine::event::{Event, Phase};
@@ -61,22 +62,16 @@ pub(super) struct Kept {
 
 /// The keys of steps: of those that follow what others put out, once that is known.
 #[derive(Default)]
-pub(super) struct Keys(Mutex<BTreeMap<StepId, Key>>);
+pub(super) struct Keys(Mutex<BTreeMap<StepId, Arc<Key>>>);
 
 impl Keys {
-    pub fn get(&self, id: StepId) -> Option<Key> {
+    pub fn get(&self, id: StepId) -> Option<Arc<Key>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
     }
 
-    pub fn set(&self, id: StepId, key: Key) {
+    pub fn set(&self, id: StepId, key: Arc<Key>) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id, key);
     }
-}
-
-pub(super) enum Task {
-    /// Several at once: to wake a thread takes as long as to check a small step.
-    Check(Vec<(StepId, Vec<(StepId, Digest)>)>),
-    Run(StepId, Vec<(StepId, Digest)>, String),
 }
 
 /// One that does tasks until there are no more.
@@ -92,13 +87,10 @@ pub(super) struct Worker<'b, 'a, R> {
 
 impl<R: Runner> Worker<'_, '_, R> {
     /// Does them.
-    pub fn work(&self, tasks: &Mutex<Receiver<Task>>) {
-        loop {
-            // Who waits for a task holds the lock; who has one has let go of it.
-            let task = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
+    pub fn work(&self, tasks: &Queue<Task>) {
+        while let Some(task) = tasks.pop() {
             let message = match task {
-                Err(_) => return,
-                Ok(Task::Check(steps)) => {
+                Task::Check(steps) => {
                     let (mut began, mut checked) = (Instant::now(), Vec::with_capacity(steps.len()));
                     for (id, needs) in steps {
                         checked.push(self.checked(id, &needs));
@@ -112,12 +104,16 @@ impl<R: Runner> Worker<'_, '_, R> {
                     }
                     Message::Checked(checked)
                 }
-                Ok(Task::Run(id, needs, why)) => {
-                    let kept = self.run(id, &needs, &why);
+                Task::Run(id, needs, why) => {
+                    // What is done here has a turn from the start; a machine takes one when it is set up.
+                    let is_here = !self.checker.build.plan.step(id).command.is_run();
+                    let kept = (!is_here || self.turns.take(id)).then(|| self.run(id, &needs, &why));
                     self.gate.leave(id);
-                    match self.turns.has_refused(id) {
-                        true => Message::CalledOff(id),
-                        false => Message::Ran(id, kept.inspect_err(|error| self.forget(error, &needs))),
+                    match kept {
+                        Some(kept) if !self.turns.has_refused(id) => {
+                            Message::Ran(id, kept.inspect_err(|error| self.forget(error, &needs)))
+                        }
+                        _ => Message::CalledOff(id),
                     }
                 }
             };
@@ -150,8 +146,8 @@ impl<R: Runner> Worker<'_, '_, R> {
         let key = match self.keys.get(id) {
             Some(key) => key,
             None => {
-                let key = self.checker.late_key(id, needs)?;
-                self.keys.set(id, key.clone());
+                let key = Arc::new(self.checker.late_key(id, needs)?);
+                self.keys.set(id, Arc::clone(&key));
                 key
             }
         };
@@ -169,6 +165,7 @@ impl<R: Runner> Worker<'_, '_, R> {
         match &planned.command {
             Command::Make(makes) => return self.make(id, makes, needs, why),
             Command::Sign => return self.sign(id),
+            Command::Boot(boot) => return self.boot(id, boot, needs, why),
             Command::Text(_) | Command::Script(_) => {}
         }
         let mut step = self.checker.stage(id, needs, self.hidden)?;

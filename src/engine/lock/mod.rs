@@ -6,7 +6,7 @@ mod refetch;
 mod target;
 mod update;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use kiln_digest::Digest;
@@ -143,6 +143,28 @@ impl Named {
 /// [`RelockError::Lock`].
 pub fn read(host: &Host) -> Result<Lock, RelockError> {
     Ok(Lock::load(host.lock_path())?)
+}
+
+/// The files that the lock of this host's settings names whose digests begin with `digits`: each with the entry it is of,
+/// and what it is.
+///
+/// # Errors
+/// [`RelockError::Lock`].
+pub fn names(host: &Host, digits: &str) -> Result<BTreeMap<Digest, String>, RelockError> {
+    let digits = digits.trim_start_matches("sha256:").to_ascii_lowercase();
+    let mut names = BTreeMap::new();
+    for entry in read(host)?.entries() {
+        for (what, digest, _) in entry.files() {
+            if digest.to_string().starts_with(&digits) {
+                let name = match what == entry.name() {
+                    true => format!("{} {what}", entry.kind()),
+                    false => format!("{what} of {} {}", entry.kind(), entry.name()),
+                };
+                names.entry(digest).or_insert(name);
+            }
+        }
+    }
+    Ok(names)
 }
 
 /// Whether the store has all files of `entry`.

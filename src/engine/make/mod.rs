@@ -96,7 +96,10 @@ impl Bench<'_> {
         let mut made = Tree::new();
         for make in makes {
             if let What::Record(recorded) = &make.what {
-                let record = self.record(recorded, make.range(), &made)?;
+                // Several makes of one step add to one record.
+                let path = TreePath::new(make.path.text().as_bytes())?;
+                let record = self.record(recorded, make.range(), &made, &path)?;
+                made.remove_subtree(&path);
                 self.put(&mut made, make.path.text(), &mut &record[..])?;
                 continue;
             }

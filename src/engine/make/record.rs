@@ -7,18 +7,25 @@ use crate::plan::make::{From, Origin, Pattern, Recorded, fill};
 use crate::sign::record::{File, Kernel, Record, Verity};
 
 impl Bench<'_> {
-    /// The record of `recorded`, with a kernel for each match of `range`.
+    /// The record of `recorded`, with a kernel for each match of `range`, behind those that `made` has at `path`.
     pub(super) fn record(
         &self,
         recorded: &Recorded,
         range: Option<&From>,
         made: &Tree,
+        path: &TreePath,
     ) -> Result<Vec<u8>, MakeError> {
         let stars = match range {
             Some(range) => self.stars(range, made)?,
             None => vec![String::new()],
         };
-        let mut record = Record::default();
+        let mut record = match made.get(path).map(|node| &node.kind) {
+            Some(Kind::File { digest, .. }) => {
+                let read = self.store.blobs().read(digest);
+                Record::parse(&read.map_err(MakeError::io("read a record"))?)?
+            }
+            _ => Record::default(),
+        };
         let default = match &recorded.default {
             Some(path) if stars.len() > 1 => {
                 let digest = self.named(path.text(), made)?.sha256;
@@ -32,6 +39,10 @@ impl Bench<'_> {
             if default.as_ref().is_some_and(|default| *default != kernel.release) {
                 let own = recorded.signed.iter().filter(|path| path.has_star());
                 kernel.signed = own.map(|path| path.bind(star)).collect();
+                // All of it is for the other.
+                if kernel.signed.is_empty() {
+                    continue;
+                }
             }
             record.kernels.push(kernel);
         }

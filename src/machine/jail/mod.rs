@@ -243,6 +243,12 @@ impl Profile {
     fn reach(&self) -> Vec<Reach> {
         let mut list: Vec<Reach> = SYSTEM_FOLDERS.iter().chain(&CLOSURES).map(Reach::read).collect();
         list.push(Reach::read("/etc/ld.so.cache"));
+        if matches!(self, Self::Qemu { network: true, .. })
+            && let Ok(from) = std::fs::canonicalize("/etc/resolv.conf")
+        {
+            // Whom QEMU asks where its guest asks for a name. Often a link, to where a jail shows nothing.
+            list.push(Reach { from, ..Reach::read("/etc/resolv.conf") });
+        }
         let (program, kvm, files, memory) = match self {
             Self::Devices | Self::Vmm => return Vec::new(),
             Self::Qemu { program, kvm, files, memory, .. } => (program, *kvm, files, *memory),

@@ -18,6 +18,8 @@ pub(super) struct Shape<'a> {
     pub cpus: u16,
     pub carrier: Carrier,
     pub nested: bool,
+    /// Whether there is a network card, which QEMU serves with sockets of its own.
+    pub network: bool,
     /// Which slots hold a disk.
     pub slots: [bool; SLOTS.len()],
     /// Serial and whether it is read-only, by disk beyond the slots.
@@ -55,6 +57,9 @@ pub(super) fn kernel_command_line(shape: &Shape<'_>) -> String {
     );
     if shape.carrier == Carrier::Vsock {
         line.push_str(" kiln.wire=vsock");
+    }
+    if shape.network {
+        line.push_str(" kiln.network=user");
     }
     line
 }
@@ -123,6 +128,10 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
             &format!("vhost-user-fs-pci,chardev=fs,tag={},queue-size=1024", kiln_wire::SHARES_TAG),
         );
     }
+    if shape.network {
+        option("netdev", "user,id=net,ipv6=off");
+        option("device", "virtio-net-pci,netdev=net,romfile=");
+    }
     for (index, (slot, holds)) in SLOTS.iter().zip(shape.slots).enumerate() {
         let node = if holds { file_node(index, slot.read_only) } else { empty_node(index, slot.read_only) };
         if holds {
@@ -180,6 +189,7 @@ mod tests {
         cpus: 2,
         carrier: Carrier::Serial,
         nested: false,
+        network: false,
         slots: [true, true, false, false],
         disks: &[],
         shares: true,
@@ -204,6 +214,14 @@ mod tests {
         assert!(line.contains("driver=null-co,node-name=disk2,read-only=on"), "{line}");
         assert!(line.contains("drive=disk2,serial=modules"), "{line}");
         assert!(!line.contains("{disk2}"), "{line}");
+    }
+
+    #[test]
+    fn only_a_machine_that_is_to_have_a_network_has_a_card_and_is_told() {
+        let without = arguments(&SHAPE).join(" ");
+        assert!(!without.contains("net"), "{without}");
+        let with = arguments(&Shape { network: true, ..SHAPE }).join(" ");
+        assert!(with.contains("-netdev user,id=net") && with.contains("kiln.network=user"), "{with}");
     }
 
     /// What a guest can see of its machine's devices.

@@ -80,16 +80,10 @@ impl Qemu {
         }
     }
 
-    /// The jail of its process, which opens `files` by name.
-    pub fn profile(&self, files: Vec<(String, PathBuf)>) -> Profile {
+    /// The jail of its process, which opens `files` by name, and serves its guest's network where `network` says so.
+    pub fn profile(&self, files: Vec<(String, PathBuf)>, network: bool) -> Profile {
         let program = std::path::absolute(&self.program).unwrap_or_else(|_| self.program.clone());
-        Profile::Qemu {
-            program,
-            kvm: self.accelerator == Accelerator::Kvm,
-            files,
-            network: false,
-            memory: None,
-        }
+        Profile::Qemu { program, kvm: self.accelerator == Accelerator::Kvm, files, network, memory: None }
     }
 
     /// Copies machines from `templates` from now on, where it can.
@@ -152,6 +146,7 @@ impl Qemu {
             cpus: spec.cpus,
             carrier: spec.carrier,
             nested: spec.nested,
+            network: spec.network,
             slots: places.slots.map(|disk| disk.is_some()),
             disks: others,
             shares: true,
@@ -215,7 +210,7 @@ impl Qemu {
         }
         let shape = Shape { shares: devices.is_some(), ..self.shape(spec, &places, &others, start) };
         let arguments = argv::arguments(&shape);
-        let qemu = Become::Qemu { profile: self.profile(files), arguments };
+        let qemu = Become::Qemu { profile: self.profile(files, spec.network), arguments };
         let (process, held) = spawn_jailed(qemu, &descriptors).map_err(MachineError::io("start QEMU"))?;
         // QEMU and the device process hold the other ends now; with ours gone, their death closes the streams.
         drop(descriptors);

@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use kiln_artifact::cpio::Encoding;
-use kiln_artifact::fat::Label;
 use kiln_artifact::squashfs::Codec;
 
 use super::reader::Reader;
@@ -114,7 +113,10 @@ impl Reader<'_> {
             "squashfs" => What::Squashfs { codec: self.codec(table)?, block_bytes: self.block(table)? },
             "erofs" => What::Erofs,
             "cpio" => What::Cpio(self.encoding(table)?),
-            "fat" => What::Fat { label: self.label(table)?, size_bytes: self.bytes(table.size.as_ref())? },
+            "fat" => What::Fat {
+                label: self.label(table.label.as_ref())?,
+                size_bytes: self.bytes(table.size.as_ref())?,
+            },
             "files" => What::Files,
             "verity" => {
                 What::Verity { hash: table.hash.as_ref().map(|hash| self.pattern(hash)).transpose()? }
@@ -179,7 +181,7 @@ impl Reader<'_> {
         })
     }
 
-    fn pattern(&self, text: &Text) -> Result<Pattern, Fault> {
+    pub(super) fn pattern(&self, text: &Text) -> Result<Pattern, Fault> {
         let wrong = |error| self.fault(text.span(), format!("`{}` {error}", text.get_ref().escape_debug()));
         Pattern::parse(text.get_ref()).map_err(wrong)
     }
@@ -310,16 +312,6 @@ impl Reader<'_> {
             parse_bytes(text.get_ref()).map_err(|error| self.fault(text.span(), error.to_string()))
         };
         text.map(parse).transpose()
-    }
-
-    fn label(&self, table: &MakeTable) -> Result<Option<Label>, Fault> {
-        let parse = |text: &Text| {
-            Label::new(text.get_ref()).ok_or_else(|| {
-                let message = format!("FAT cannot hold the name `{}`", text.get_ref().escape_debug());
-                self.fault(text.span(), message).hint("eleven letters and digits at most")
-            })
-        };
-        table.label.as_ref().map(parse).transpose()
     }
 
     /// The outputs of makes.

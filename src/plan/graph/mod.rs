@@ -3,6 +3,7 @@
 //! Everything that can be refused without looking at a file is refused here, before anything starts.
 
 mod apart;
+mod boot;
 mod make;
 mod reader;
 mod sources;
@@ -13,8 +14,9 @@ use std::path::PathBuf;
 use globset::GlobSet;
 use kiln_digest::Digest;
 
+use super::boot::Boot;
 use super::make::{Make, Origin};
-use super::recipe::{ClockWord, Fault, Recipe, expand, nearest};
+use super::recipe::{ClockWord, Fault, Recipe, Steps, expand, nearest};
 use super::{Outputs, RootSpec};
 use reader::Reader;
 
@@ -36,6 +38,8 @@ pub enum Command {
     Make(Vec<Make>),
     /// Signatures of what it needs.
     Sign,
+    /// An image on real firmware.
+    Boot(Box<Boot>),
 }
 
 impl Command {
@@ -260,7 +264,7 @@ impl Plan {
     /// [`Fault`] for the first thing that is wrong.
     pub fn of(recipe: &Recipe, text: &str, file: &str) -> Result<Self, Fault> {
         let reader = Reader { recipe, text, file };
-        let mut expanded = expand(recipe, text, file)?;
+        let Steps { all: mut expanded, left_out } = expand(recipe, text, file)?;
         let needs = reader.order(&mut expanded)?;
         let mut plan = Self { ignore: reader.ignore()?, sources: reader.all_sources()?, ..Self::default() };
         for (name, table) in &recipe.roots {
@@ -278,7 +282,7 @@ impl Plan {
         reader.outputs_apart(&plan, &expanded)?;
         for (name, members) in &recipe.targets {
             let mut steps = Vec::new();
-            for member in members {
+            for member in members.iter().filter(|member| !left_out.contains(member.get_ref())) {
                 let ids = plan.families.get(member.get_ref());
                 steps.extend(ids.ok_or_else(|| {
                     reader.unknown(member, "step", plan.families.keys().map(String::as_str))

@@ -310,7 +310,8 @@ impl Reader<'_> {
         let sign = table.sign.then(|| ("sign", step.span.clone()));
         let run = table.run.as_ref().map(|run| ("run", run.span()));
         let script = table.script.as_ref().map(|script| ("script", script.span()));
-        let mut said = [run, script, make, sign].into_iter().flatten();
+        let boot = table.boot.as_ref().map(|boot| ("boot", boot.image.span()));
+        let mut said = [run, script, make, sign, boot].into_iter().flatten();
         if let (Some((one, _)), Some((other, span))) = (said.next(), said.next()) {
             let message = format!("step `{}` has both {one} and {other}", step.name);
             return Err(self.fault(span, message).hint("leave one of them out"));
@@ -326,7 +327,7 @@ impl Reader<'_> {
             }
             return Ok((Command::Script(path.clone()), &["sh", "-eu"]));
         }
-        if table.sign || !table.make.0.is_empty() {
+        if table.sign || table.boot.is_some() || !table.make.0.is_empty() {
             let of_machines = [
                 ("root", table.root.as_ref().map(Text::span)),
                 ("kernel", table.kernel.as_ref().map(Text::span)),
@@ -335,6 +336,9 @@ impl Reader<'_> {
             if let Some((key, Some(span))) = of_machines.into_iter().find(|(_, span)| span.is_some()) {
                 let message = format!("`{key}` belongs to a step that runs in a machine");
                 let hint = match key {
+                    "outputs" if table.boot.is_some() => {
+                        "what it puts out is its report: report = \"FOLDER\""
+                    }
                     "outputs" => "what it makes is what it puts out: leave it out",
                     _ => "leave it out",
                 };
@@ -343,10 +347,13 @@ impl Reader<'_> {
             if table.sign {
                 return Ok((Command::Sign, &[]));
             }
+            if let Some(boot) = &table.boot {
+                return Ok((Command::Boot(Box::new(self.boot(step, boot)?)), &[]));
+            }
             return Ok((Command::Make(self.makes(step)?), &[]));
         }
         let message = format!("step `{}` does nothing", step.name);
-        Err(self.fault(step.span.clone(), message).hint("say what with run, script or make"))
+        Err(self.fault(step.span.clone(), message).hint("say what with run, script, make or boot"))
     }
 
     /// The step; `names` are those of all steps, in their order.
@@ -355,6 +362,10 @@ impl Reader<'_> {
         let (command, interpreter) = self.command(step)?;
         let outputs = match &command {
             Command::Make(makes) => self.made(makes, step.span.clone())?,
+            Command::Boot(boot) => {
+                let globs = boot.report.iter().map(|folder| folder.text());
+                Outputs::parse(globs).map_err(|error| self.fault(step.span.clone(), error.to_string()))?
+            }
             _ => self.globs(&table.outputs)?,
         };
         let interpreter = match table.interpreter.is_empty() {

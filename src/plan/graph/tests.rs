@@ -46,6 +46,7 @@ fn what_contradicts_itself_is_refused_where_it_stands() {
     let step = |more: &str| format!("[steps.a]\nrun = \"x\"\n{more}\n");
     let two =
         |one: &str, other: &str| format!("[steps.a]\nrun = \"x\"\n{one}\n[steps.b]\nrun = \"x\"\n{other}\n");
+    let boot = |more: &str| format!("[steps.a.boot]\nimage = \"x\"\n{more}\n");
     for (text, line, words) in [
         (two("outputs = [\"bin\"]", "outputs = [\"bin/x\"]"), 6, "both put out"),
         (two("outputs = [\"*.o\"]", "outputs = [\"x.o\"]"), 6, "both put out"),
@@ -65,6 +66,25 @@ fn what_contradicts_itself_is_refused_where_it_stands() {
         (step("root = \"live:/\""), 3, "live root"),
         (step("root = \"foo:x\""), 3, "names no root"),
         (step("script = \"x\""), 3, "both run and script"),
+        (step("boot = { image = \"x\", expect = \"reboot\" }"), 3, "both run and boot"),
+        (boot("expect = \"reboot\"\nscript = \"x\""), 4, "both expect and script"),
+        (boot(""), 2, "does not say what the image should do"),
+        (boot("expect = \"\""), 3, "nothing is expected"),
+        (boot("expect = \"\"\"\nwithin 5s\nexspect x\n\"\"\""), 5, "`exspect` is no statement"),
+        (boot("expect = \"within 5s\\nexspect x\""), 3, "`exspect` is no statement"),
+        (boot("expect = \"output x\""), 3, "no command over ssh before it"),
+        (boot("expect = \"screenshot x\""), 3, "needs a folder"),
+        (boot("script = \"../x\""), 3, "no path in SRCDIR"),
+        (boot("expect = \"reboot\"\nbus = \"scsi\""), 4, "no bus `scsi`"),
+        (boot("expect = \"reboot\"\nlabel = \"twelve chars\""), 4, "FAT cannot hold"),
+        (boot("expect = \"reboot\"\nsecure-boot = \"on\""), 4, "says nothing of Secure Boot"),
+        (boot("expect = \"reboot\"\nsecure-boot = \"keys\""), 4, "takes the keys of a folder"),
+        (boot("expect = \"reboot\"\nkeys = \"k\""), 4, "has no keys"),
+        (boot("expect = \"reboot\"\nreport = \".\""), 4, "one folder below WORK"),
+        (boot("expect = \"reboot\"\nchange = [{ file = \"x\" }]"), 4, "says what changes"),
+        (boot("expect = \"reboot\"\nchange = [{ flip = 1, text = \"\" }]"), 4, "says what changes"),
+        (boot("expect = \"reboot\"\nchange = [{ text = \"\", section = \"s\" }]"), 4, "belongs to flip"),
+        (boot("expect = \"reboot\"\nchange = [{ sign = \"me\" }]"), 4, "nobody is called `me`"),
         (step("limits = { memory = \"1K\" }"), 3, "too little"),
         (step("limits = { timeout = \"soon\" }"), 3, "not a duration"),
         (step("limits = { cpus = 0 }"), 3, "1 to 64"),

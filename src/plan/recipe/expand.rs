@@ -1,11 +1,12 @@
-//! From a step with a matrix to one plain step for each combination of its values.
+//! From a step with a matrix to one plain step for each combination of its values, with the recipe's variables filled in; and
+//! without the steps that these leave out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use toml::Spanned;
 
-use super::{Fault, Recipe, StepTable, Text};
+use super::{Fault, Recipe, StepTable, Text, nearest};
 
 /// Most steps that one matrix may make.
 const MOST: usize = 1000;
@@ -26,18 +27,37 @@ pub struct Expanded {
     pub table: StepTable,
 }
 
+/// The plain steps of a recipe.
+#[derive(Debug, Default)]
+pub struct Steps {
+    /// Those that there are, in the order of their names.
+    pub all: Vec<Expanded>,
+    /// Names of those that variables leave out.
+    pub left_out: BTreeSet<String>,
+}
+
 /// Whether `text` is good for a step's name: one word that is no path and no option.
 pub fn is_name(text: &str) -> bool {
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-' | '+');
     text.len() <= 100 && text.starts_with(|c: char| c.is_ascii_alphanumeric()) && text.chars().all(good)
 }
 
-/// The plain steps of `recipe`, whose text is `text`, in the order of their names.
+/// The plain steps of `recipe`, whose text is `text`. None needs one that is left out.
 ///
 /// # Errors
-/// [`Fault`] where a name is none, two steps get one name, or a matrix is empty or too large.
-pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Vec<Expanded>, Fault> {
+/// [`Fault`] where a name is none, two steps get one name, a matrix is empty or too large, or a variable is not there.
+pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Steps, Fault> {
     let mut steps: BTreeMap<String, Expanded> = BTreeMap::new();
+    let mut left_out = BTreeSet::new();
+    if let Some(name) = recipe.variables.keys().find(|name| !is_name(name.get_ref())) {
+        let message = format!("`{}` is no name for a variable", name.get_ref().escape_debug());
+        return Err(Fault::at(text, file, name.span(), message).hint(NAMES));
+    }
+    let variables: Vec<(&str, &str)> = recipe
+        .variables
+        .iter()
+        .map(|(name, value)| (name.get_ref().as_str(), value.get_ref().as_str()))
+        .collect();
     for (name, table) in &recipe.steps {
         let fault = |span: Range<usize>, message: String| Fault::at(text, file, span, message);
         if !is_name(name.get_ref()) {
@@ -46,6 +66,10 @@ pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Vec<Expanded>, 
         }
         let mut count: usize = 1;
         for (key, values) in &table.matrix {
+            if recipe.variables.contains_key(key.get_ref().as_str()) {
+                let message = format!("`{}` is a variable of the recipe already", key.get_ref());
+                return Err(fault(key.span(), message));
+            }
             count = count.saturating_mul(values.len());
             if values.is_empty() {
                 let message = format!("`{}` of the matrix has no values", key.get_ref());
@@ -60,6 +84,21 @@ pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Vec<Expanded>, 
             let message = format!("the matrix of step `{}` makes {count} steps", name.get_ref());
             return Err(fault(name.span(), message).hint(format!("{MOST} are the most")));
         }
+        let mut is_wanted = true;
+        for (variable, value) in &table.when {
+            match recipe.variables.get(variable.get_ref().as_str()) {
+                Some(given) => is_wanted &= given.get_ref() == value.get_ref(),
+                None => {
+                    let message = format!("there is no variable `{}`", variable.get_ref());
+                    let known = variables.iter().map(|(name, _)| *name);
+                    let fault = fault(variable.span(), message);
+                    return Err(match nearest(variable.get_ref(), known) {
+                        Some(meant) => fault.hint(format!("did you mean `{meant}`?")),
+                        None => fault.hint("[variables] has them"),
+                    });
+                }
+            }
+        }
         let mut chosen: Vec<Vec<(&str, &str)>> = vec![Vec::new()];
         for (key, values) in &table.matrix {
             let mut longer = Vec::with_capacity(count);
@@ -72,11 +111,15 @@ pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Vec<Expanded>, 
         for values in chosen {
             let full =
                 values.iter().fold(name.get_ref().clone(), |full, (_, value)| format!("{full}-{value}"));
+            if !is_wanted {
+                left_out.extend([name.get_ref().clone(), full]);
+                continue;
+            }
             let step = Expanded {
                 name: full.clone(),
                 family: name.get_ref().clone(),
                 span: name.span(),
-                table: filled(table, &values),
+                table: filled(table, &[&variables[..], &values].concat()),
             };
             if let Some(other) = steps.insert(full.clone(), step) {
                 let message =
@@ -85,7 +128,11 @@ pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Vec<Expanded>, 
             }
         }
     }
-    Ok(steps.into_values().collect())
+    let mut all: Vec<Expanded> = steps.into_values().collect();
+    for step in &mut all {
+        step.table.needs.retain(|need| !left_out.contains(need.get_ref()));
+    }
+    Ok(Steps { all, left_out })
 }
 
 fn filled(table: &StepTable, values: &[(&str, &str)]) -> StepTable {
@@ -101,6 +148,7 @@ fn filled(table: &StepTable, values: &[(&str, &str)]) -> StepTable {
     for text in texts.into_iter().flatten() {
         fill_text(text);
     }
+    table.boot.iter_mut().flat_map(|boot| boot.texts()).for_each(fill_text);
     table.make.0.iter_mut().flat_map(|make| make.texts()).for_each(fill_text);
     for list in [&mut table.needs, &mut table.inputs, &mut table.outputs] {
         list.iter_mut().for_each(fill_text);

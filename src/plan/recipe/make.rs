@@ -41,7 +41,7 @@ pub struct MakeTable {
     /// match, all of them files in WORK; `uname` is their release.
     #[schemars(with = "Option<String>")]
     pub record: Option<Text>,
-    /// Of a record: where each signed image goes in WORK.
+    /// Of a record: where each signed image goes in WORK. Several makes of one step may add to one record.
     #[schemars(with = "Vec<String>")]
     pub signed: Vec<Text>,
     /// Of a record: a file in WORK with the release of the kernel that `signed` paths without `*` are for, where there are

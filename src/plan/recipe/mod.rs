@@ -3,6 +3,7 @@
 //! `fault` shows where a recipe is wrong; `expand` makes plain steps of a matrix. What the steps of a recipe mean
 //! together is [`super::graph`]'s business.
 
+mod boot;
 mod expand;
 mod fault;
 mod make;
@@ -15,7 +16,8 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 
-pub use expand::{Expanded, NAMES, expand, is_name};
+pub use boot::{BootTable, ChangeTable};
+pub use expand::{Expanded, NAMES, Steps, expand, is_name};
 pub use fault::Fault;
 pub use make::{FromKeys, FromTable, MakeTable, Several};
 pub use nearest::nearest;
@@ -43,6 +45,9 @@ pub struct Recipe {
     /// Files from outside by name; a step finds each at $KILN_SOURCES/NAME.
     #[schemars(with = "BTreeMap<String, SourceTable>")]
     pub sources: BTreeMap<Text, SourceTable>,
+    /// Variables: `%{NAME}` stands for a value wherever a matrix's would, and `when` of a step asks for one.
+    #[schemars(with = "BTreeMap<String, String>")]
+    pub variables: BTreeMap<Text, Text>,
     /// Steps by name.
     #[schemars(with = "BTreeMap<String, StepTable>")]
     pub steps: BTreeMap<Text, StepTable>,
@@ -205,6 +210,12 @@ pub struct StepTable {
     /// In place of `run`: sign what the steps it needs left in WORK, with the keys in SECRETS, on the host.
     #[serde(default)]
     pub sign: bool,
+    /// In place of `run`: an image that is booted on real firmware, on the host, and what it should do.
+    pub boot: Option<BootTable>,
+    /// Values that variables must have for it; else it is left out, of targets and of what other steps need too.
+    #[serde(default)]
+    #[schemars(with = "BTreeMap<String, String>")]
+    pub when: BTreeMap<Text, Text>,
     /// What runs it: ["sh", "-eu", "-c"], for a script ["sh", "-eu"], unless said.
     #[serde(default)]
     pub interpreter: Vec<String>,
@@ -257,7 +268,8 @@ pub struct StepTable {
     /// The code is not trusted: demand hardware virtualisation and a whole jail.
     #[serde(default)]
     pub untrusted: bool,
-    /// One step for each combination: `%{NAME}` stands for a value in run, script, root, needs, inputs, outputs, env.
+    /// One step for each combination: `%{NAME}` stands for a value in run, script, root, needs, inputs, outputs, env, and in texts of
+    /// make and boot.
     #[serde(default)]
     #[schemars(with = "BTreeMap<String, Vec<String>>")]
     pub matrix: BTreeMap<Text, Vec<String>>,

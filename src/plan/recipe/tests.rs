@@ -22,7 +22,7 @@ fn an_unknown_key_is_named_with_its_place_and_the_nearest_known_one() {
 #[test]
 fn the_template_is_a_good_recipe() {
     let recipe = Recipe::parse(TEMPLATE, "kiln.toml").expect("good");
-    assert_eq!(expand(&recipe, TEMPLATE, "kiln.toml").expect("good").len(), 2);
+    assert_eq!(expand(&recipe, TEMPLATE, "kiln.toml").expect("good").all.len(), 2);
 }
 
 #[test]
@@ -40,11 +40,32 @@ fn a_matrix_makes_a_step_of_each_combination() {
     let text = "[steps.t]\nmatrix = { py = [\"3.11\", \"3.12\"], os = [\"a\", \"b\"] }\n\
                 run = \"tox -e %{py} # ${py} %{other}\"\noutputs = [\"r/%{os}/%{py}\"]\n";
     let recipe = Recipe::parse(text, "kiln.toml").expect("good");
-    let steps = expand(&recipe, text, "kiln.toml").expect("good");
+    let steps = expand(&recipe, text, "kiln.toml").expect("good").all;
     let names: Vec<&str> = steps.iter().map(|step| step.name.as_str()).collect();
     assert_eq!(names, ["t-a-3.11", "t-a-3.12", "t-b-3.11", "t-b-3.12"]);
     assert_eq!(steps[0].table.run.as_ref().expect("set").get_ref(), "tox -e 3.11 # ${py} %{other}");
     assert_eq!(steps[0].table.outputs[0].get_ref(), "r/a/3.11");
+}
+
+#[test]
+fn variables_are_filled_in_and_leave_steps_out() {
+    let text = "variables = { layout = \"one\" }\n[steps.a]\nrun = \"%{layout} %{v}\"\nmatrix = { v = [\"x\", \"y\"] }\n\
+                when = { layout = \"one\" }\n[steps.b]\nrun = \"b\"\nmatrix = { v = [\"x\"] }\nwhen = { layout = \"two\" }\n\
+                [steps.c]\nrun = \"c\"\nneeds = [\"a\", \"b\", \"b-x\"]\n";
+    let recipe = Recipe::parse(text, "kiln.toml").expect("good");
+    let Steps { all, left_out } = expand(&recipe, text, "kiln.toml").expect("good");
+    assert_eq!(all.iter().map(|step| step.name.as_str()).collect::<Vec<_>>(), ["a-x", "a-y", "c"]);
+    assert_eq!(all[1].table.run.as_ref().expect("set").get_ref(), "one y");
+    assert_eq!(all[2].table.needs.iter().map(|need| need.get_ref().as_str()).collect::<Vec<_>>(), ["a"]);
+    assert_eq!(left_out.into_iter().collect::<Vec<_>>(), ["b", "b-x"]);
+    for (text, line) in [
+        ("variables = { layout = \"one\" }\n[steps.a]\nrun = \"x\"\nwhen = { layuot = \"one\" }\n", 4),
+        ("variables = { v = \"one\" }\n[steps.a]\nrun = \"x\"\nmatrix = { v = [\"x\"] }\n", 4),
+        ("variables = { \"a b\" = \"one\" }\n[steps.a]\nrun = \"x\"\n", 1),
+    ] {
+        let recipe = Recipe::parse(text, "kiln.toml").expect("it parses");
+        assert_eq!(expand(&recipe, text, "kiln.toml").expect_err("it is refused").line, line, "{text}");
+    }
 }
 
 #[test]

@@ -116,7 +116,10 @@ fn drive(arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
     for line in status.lines().filter(|line| line.starts_with("RssAnon") || line.starts_with("Threads")) {
         eprintln!("device before the record: {line}");
     }
+    let began = Instant::now();
     let record = client.finish()?;
+    let entries: usize = record.shares.iter().map(|share| share.entries.len() + share.missed.len()).sum();
+    eprintln!("the record of {entries} entries took {:.3} s", began.elapsed().as_secs_f64());
     println!("{}", serde_json::to_string(&record)?);
     drop(client);
     device.wait()?;

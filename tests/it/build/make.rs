@@ -153,3 +153,18 @@ fn a_link_in_the_sources_does_not_lead_out_of_them() {
         assert!(matches!(built.outcome("s"), Outcome::Failed(_)), "{source}");
     }
 }
+
+#[test]
+fn what_is_made_waits_for_its_turn_as_commands_do() {
+    let mut world = world();
+    world.options.jobs = 1;
+    world.ahead = 2;
+    let lasting = "wait\\n".repeat(20);
+    let recipe = format!(
+        "[steps.a]\nrun = \"wait\"\n[steps.b]\nrun = \"{lasting}fail\"\n\
+         [steps.m]\nneeds = [\"a\"]\nmake = {{ cpio = 'c', from = [{{ text = 'x', at = 'y' }}] }}\n"
+    );
+    let built = world.build(&recipe);
+    // Its turn comes when the other has failed, and nothing begins any more.
+    assert!(matches!(built.outcome("m"), Outcome::Skipped), "{:?}", built.summary.outcomes);
+}

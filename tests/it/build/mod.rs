@@ -1,5 +1,6 @@
 //! Builds of recipes without machines: which steps run, which do not, and what is left where something fails.
 
+mod boot;
 mod clock;
 mod disk;
 mod enter;

@@ -16,7 +16,7 @@ use super::{RECIPE, world};
 
 /// Every file that a verification looks at.
 fn checked(store: &Path) -> Vec<PathBuf> {
-    ["blobs", "images", "records", "traces", "last", "placed"]
+    ["blobs", "images", "records", "traces", "notes", "placed"]
         .iter()
         .flat_map(|folder| files(&store.join(folder)).expect("a store"))
         .collect()

@@ -204,7 +204,7 @@ fn looked(folder: &Path, done: usize, power_failed: bool) -> Result<(), String> 
         return Err(format!("{} is left", left.display()));
     }
     for damage in verify(&world.store).expect("a store").damage {
-        let is_note = ["traces/", "last/", "placed/"].iter().any(|folder| damage.name.starts_with(folder));
+        let is_note = ["traces/", "notes/", "placed/"].iter().any(|folder| damage.name.starts_with(folder));
         // What a step printed is not waited for.
         let is_harmless = damage.name.starts_with("blobs/")
             || is_note
@@ -259,7 +259,7 @@ fn names_its_outputs(world: &World, name: &str) -> bool {
     };
     match stored.content {
         kiln::cache::stock::Content::Traces(traces) => traces.iter().all(|trace| has(&trace.outputs)),
-        // Of a last run only what was printed is missed.
+        // Of notes only what was printed is missed.
         _ => true,
     }
 }

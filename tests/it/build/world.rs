@@ -8,14 +8,19 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use kiln::boot::trial::{Answer, Input, Moment, Rig, carry_out};
+use kiln::boot::{self, Boot, Verdict};
 use kiln::cache::{Entry, ShareTrace};
 use kiln::engine::build::sources::{Locked, Permission};
 use kiln::engine::build::{Build, BuildError, Gate, News, Options, Outcome, Ran, Runner, Summary, Timeline};
 use kiln::engine::merge::Merge;
-use kiln::engine::{Ended, Event, Listener, Phase, RunError, Step};
+use kiln::engine::{Boundary, Ended, Event, Listener, Phase, RunError, Step};
+use kiln::machine::qemu::firmware::GuestEvent;
+use kiln::plan::boot::Trust;
 use kiln::plan::recipe::Recipe;
 use kiln::plan::{Plan, RootSpec};
 use kiln::root::directory;
@@ -366,6 +371,35 @@ impl<'a> Player<'a> {
     }
 }
 
+/// Nobody types into what is played.
+struct Audience<'a> {
+    told: &'a mut dyn FnMut(boot::Told<'_>),
+    moments: Vec<Moment>,
+}
+
+impl Rig for Audience<'_> {
+    fn type_in(&mut self, _: &[u8]) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn ssh(&mut self, _: &str, _: Instant) -> Result<Answer, String> {
+        Err("there is no network".to_owned())
+    }
+
+    fn host_key(&mut self) -> Option<String> {
+        None
+    }
+
+    fn screenshot(&mut self, _: &str) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn told(&mut self, moment: &Moment) {
+        (self.told)(boot::Told::Moment(moment));
+        self.moments.push(moment.clone());
+    }
+}
+
 impl Runner for Player<'_> {
     fn identify(&self, step: &Step, _: &mut dyn FnMut(&str)) -> Result<Vec<(String, String)>, RunError> {
         Ok(vec![("root".to_owned(), step.root.to_string())])
@@ -374,6 +408,32 @@ impl Runner for Player<'_> {
     fn files(&self, root: &RootSpec, _: &mut dyn FnMut(&str)) -> Result<Arc<Tree>, RunError> {
         let RootSpec::Directory(path) = root else { unreachable!("only folders are played") };
         Ok(Arc::new(directory::import(&self.world.store, path).expect("a folder")))
+    }
+
+    fn firmware(&self, _: &Trust) -> Result<Vec<(String, String)>, BuildError> {
+        Ok(Vec::new())
+    }
+
+    fn boot(
+        &self,
+        wanted: &mut Boot,
+        _: bool,
+        _: &Boundary,
+        told: &mut dyn FnMut(boot::Told<'_>),
+    ) -> Result<Verdict, BuildError> {
+        let (sender, inputs) = channel();
+        let says = fs::read(wanted.disks[0].path.join("says")).expect("an image that says something");
+        for input in [Input::Printed(says), Input::Silent, Input::Event(GuestEvent::Ended)] {
+            sender.send(input).expect("the trial is there");
+        }
+        if let Some(report) = &wanted.report {
+            fs::create_dir(report).expect("room");
+            fs::write(report.join("console.txt"), "all of it").expect("room");
+        }
+        let mut rig = Audience { told, moments: Vec::new() };
+        let patience = Duration::from_secs(10);
+        let outcome = carry_out(&wanted.script, &mut rig, &inputs, Instant::now(), patience);
+        Ok(Verdict { outcome, moments: rig.moments, total: Duration::from_secs(1) })
     }
 
     fn ahead(&self, _: usize) -> usize {

@@ -95,6 +95,18 @@ fn an_update_says_package_by_package_what_became_of_it() {
 }
 
 #[test]
+fn a_blob_that_the_lock_names_says_so() {
+    let world = World::new();
+    world.run(&["lock", "update", ROOT]).succeeds();
+    let digest = kiln_digest::Digest::of(b"make").to_string();
+    let told = world.run(&["store", "why", &digest[..12]]);
+    let stdout = &told.succeeds().stdout;
+    assert!(stdout.starts_with(&digest), "{stdout}");
+    assert!(stdout.contains(&format!("kiln.lock: package make 4.3-1 of root {ROOT}\n")), "{stdout}");
+    world.run(&["store", "why", "0123456789"]).fails(1, &["the lock names none"]);
+}
+
+#[test]
 fn an_archive_that_went_back_in_time_changes_nothing() {
     let mut world = World::new();
     world.run(&["lock", "update", ROOT]).succeeds();

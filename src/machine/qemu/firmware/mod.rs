@@ -181,7 +181,7 @@ impl Qemu {
             }
             None => (None, None),
         };
-        let Profile::Qemu { program, kvm, files, memory, .. } = self.profile(Vec::new()) else {
+        let Profile::Qemu { program, kvm, files, memory, .. } = self.profile(Vec::new(), false) else {
             return Err(MachineError::Device("QEMU's jail is none of QEMU's".to_owned()));
         };
         let profile = Profile::Qemu { program, kvm, files, memory, network: spec.network != Network::None };

@@ -5,7 +5,7 @@
 //! else verified whole too.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use super::{TemplateError, ram};
+use crate::writes::{self, Act, Through};
 
 const ABOUT: &str = "about.json";
 const STATE: &str = "state";
@@ -163,7 +164,8 @@ fn read(file: &File, most_bytes: u64) -> Result<Vec<u8>, TemplateError> {
 /// What open(2) says.
 pub fn new_state(folder: &Path) -> io::Result<File> {
     // Not for reading: QEMU takes it for one or the other.
-    File::options().write(true).create_new(true).open(folder.join(STATE))
+    let path = folder.join(STATE);
+    writes::through(Act::Make(&path), || File::options().write(true).create_new(true).open(&path))
 }
 
 /// Writes all but the state, which is there, into `folder`, which will be called `name`, and sees to it that it stays.
@@ -174,18 +176,21 @@ pub fn write(folder: &Path, name: &str, memory: &File, qemu: &str) -> io::Result
     let state = File::open(folder.join(STATE))?;
     let mut bytes = Vec::new();
     (&state).take(MOST_STATE_BYTES).read_to_end(&mut bytes)?;
-    let file = File::options().read(true).write(true).create_new(true).open(folder.join(RAM))?;
-    let digest = ram::write(memory, &file)?;
-    file.sync_all()?;
+    let path = folder.join(RAM);
+    let make = || File::options().read(true).write(true).create_new(true).open(&path);
+    let file = writes::through(Act::Make(&path), make)?;
+    let digest = writes::through(Act::Write(&path, 0), || ram::write(memory, &file))?;
+    writes::sync(&file, &path)?;
     let stamp = Stamp::of(&file)?;
     let state_digest = Digest::of(&bytes);
     let sum = About::sum(name, qemu, &state_digest, &digest);
     let about = About { qemu: qemu.to_owned(), state: state_digest, ram: digest, sum, stamp };
-    fs::write(folder.join(ABOUT), serde_json::to_vec_pretty(&about)?)?;
-    for file in [state, File::open(folder.join(ABOUT))?, File::open(folder)?] {
-        file.sync_all()?;
-    }
-    Ok(())
+    let path = folder.join(ABOUT);
+    let file = writes::create(&path)?;
+    Through::new(&file, &path).write_all(&serde_json::to_vec_pretty(&about)?)?;
+    writes::sync(&state, &folder.join(STATE))?;
+    writes::sync(&file, &path)?;
+    writes::sync_folder(folder)
 }
 
 /// Gives a finished template its name, which is free.
@@ -193,15 +198,15 @@ pub fn write(folder: &Path, name: &str, memory: &File, qemu: &str) -> io::Result
 /// # Errors
 /// What rename(2) says.
 pub fn publish(folder: TempDir, path: &Path) -> io::Result<()> {
-    fs::rename(folder.path(), path)?;
+    writes::rename(folder.path(), path)?;
     let _ = folder.keep();
-    path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+    path.parent().map_or(Ok(()), writes::sync_folder)
 }
 
 /// Takes a template away: from its name at once, and whole.
 pub fn remove(path: &Path, temporary: &Path) {
     if let Ok(folder) = tempfile::tempdir_in(temporary) {
-        let _ = fs::rename(path, folder.path().join("gone"));
+        let _ = writes::rename(path, &folder.path().join("gone"));
     }
 }
 
@@ -240,7 +245,7 @@ pub fn collect(folder: &Path, temporary: &Path, latest: &Digest) {
         if old || index < too_many {
             remove(&folder.join(name), temporary);
             for kind in ["lock", "barren"] {
-                let _ = fs::remove_file(folder.join(format!("{name}.{kind}")));
+                let _ = writes::remove(&folder.join(format!("{name}.{kind}")));
             }
         }
     }

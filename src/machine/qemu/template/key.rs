@@ -66,6 +66,7 @@ mod tests {
             disks: Vec::new(),
             carrier: Carrier::Serial,
             nested: false,
+            network: false,
         }
     }
 

@@ -34,6 +34,7 @@ use super::slots::Places;
 use super::vm::{QemuMachine, Wire};
 use super::{Origins, Qemu, argv};
 use crate::machine::{Carrier, Death, Machine, MachineError, Spec};
+use crate::writes;
 
 /// How long a machine may take to boot before there is no template of it. An emulated one needs two seconds.
 const BOOT_PATIENCE: Duration = Duration::from_secs(60);
@@ -91,7 +92,7 @@ impl TemplateError {
 /// Whether a machine of `spec` can be the copy of a template. What the wire over vsock and machines within machines
 /// need is not part of any, nor are disks beyond the slots.
 pub(super) fn suits(spec: &Spec) -> bool {
-    spec.carrier == Carrier::Serial && !spec.nested && Places::of(&spec.disks).fit_a_copy()
+    spec.carrier == Carrier::Serial && !spec.nested && !spec.network && Places::of(&spec.disks).fit_a_copy()
 }
 
 /// The machine of `spec` with nothing of a step in it.
@@ -106,6 +107,7 @@ fn blank(spec: &Spec) -> Spec {
         disks: Vec::new(),
         carrier: spec.carrier,
         nested: spec.nested,
+        network: spec.network,
     }
 }
 
@@ -193,7 +195,7 @@ impl Templates {
             made = self.make(qemu, spec, key);
         }
         if let Err(error) = made {
-            let _ = File::create(barren);
+            let _ = writes::create(&barren);
             return Err(error);
         }
         files::collect(&self.folder, &self.temporary, key);
@@ -207,7 +209,7 @@ impl Templates {
     fn lock(&self, key: &Digest) -> Result<File, TemplateError> {
         let io = TemplateError::io;
         let path = self.folder.join(format!("{key}.lock"));
-        let lock = File::create(path).map_err(io("lock a template"))?;
+        let lock = writes::create(&path).map_err(io("lock a template"))?;
         let give_up = Instant::now() + MAKING_PATIENCE;
         loop {
             match lock.try_lock() {

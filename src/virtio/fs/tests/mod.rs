@@ -1,5 +1,6 @@
 //! A guest that speaks FUSE, for the tests of the fs device.
 
+mod cost;
 mod hostile;
 mod interference;
 mod model;

@@ -1,4 +1,4 @@
-//! The language of expectations: one statement a line, each a word and its argument. Pure; `trial` carries them out.
+//! The language of expectations: one statement a line, each a word and its argument. Pure; `boot` carries them out.
 //!
 //! | statement | means |
 //! | --- | --- |
@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use regex::bytes::{Regex, RegexBuilder};
 
-use crate::plan::parse_duration;
+use super::parse_duration;
 
 /// How long a statement waits unless the script says.
 pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(120);
@@ -114,6 +114,8 @@ pub enum Problem {
 pub struct ScriptError {
     /// The script's name and the number of the line.
     pub place: String,
+    /// The number of the line, from 1.
+    pub line: usize,
     /// The character where it goes wrong, from 1.
     pub column: usize,
     /// What is wrong.
@@ -134,6 +136,7 @@ pub fn parse(name: &str, text: &str) -> Result<Vec<Statement>, ScriptError> {
         }
         let step = step(line).map_err(|(at, problem)| ScriptError {
             place: place.clone(),
+            line: index + 1,
             column: line.get(..at).unwrap_or(line).chars().count() + 1,
             problem,
         })?;

@@ -1,0 +1,96 @@
+//! Tasks on their way to the workers: checks, which are many and short, and runs, which do not keep them waiting.
+
+use std::collections::VecDeque;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use kiln_digest::Digest;
+
+use crate::plan::StepId;
+
+/// What a worker does.
+pub(super) enum Task {
+    /// Several at once: to wake a thread takes as long as to check a small step.
+    Check(Vec<(StepId, Vec<(StepId, Digest)>)>),
+    Run(StepId, Vec<(StepId, Digest)>, String),
+}
+
+/// A line of tasks. Who takes one wakes nobody, and who puts one in wakes one at most.
+pub(super) struct Queue<T> {
+    // Protects the tasks, and whether no more come.
+    state: Mutex<(VecDeque<T>, bool)>,
+    changed: Condvar,
+}
+
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        Self { state: Mutex::new((VecDeque::new(), false)), changed: Condvar::new() }
+    }
+}
+
+impl<T> Queue<T> {
+    fn state(&self) -> MutexGuard<'_, (VecDeque<T>, bool)> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts one in.
+    pub fn push(&self, task: T) {
+        self.state().0.push_back(task);
+        self.changed.notify_one();
+    }
+
+    /// Waits for the next; none where no more come.
+    pub fn pop(&self) -> Option<T> {
+        let mut state = self.state();
+        loop {
+            if let Some(task) = state.0.pop_front() {
+                return Some(task);
+            }
+            if state.1 {
+                return None;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn end(&self) {
+        self.state().1 = true;
+        self.changed.notify_all();
+    }
+}
+
+/// The queues of a build.
+#[derive(Default)]
+pub(super) struct Tasks {
+    pub checks: Queue<Task>,
+    pub runs: Queue<Task>,
+}
+
+/// No more tasks come once this is dropped, however that happens.
+pub(super) struct Ending<'a>(pub &'a Tasks);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.checks.end();
+        self.0.runs.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    #[test]
+    fn every_task_is_taken_once_and_who_waits_when_they_end_goes() {
+        let queue = Queue::default();
+        let taken: usize = thread::scope(|scope| {
+            let workers: Vec<_> =
+                (0..4).map(|_| scope.spawn(|| std::iter::from_fn(|| queue.pop()).sum::<usize>())).collect();
+            (1..=1000).for_each(|number| queue.push(number));
+            queue.end();
+            workers.into_iter().map(|worker| worker.join().expect("no panic")).sum()
+        });
+        assert_eq!(taken, 500_500);
+    }
+}
