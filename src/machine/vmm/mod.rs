@@ -32,9 +32,10 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 const REAP_PATIENCE: Duration = Duration::from_millis(500);
 
 /// The kernel's command line. As for QEMU: a panic is a reset, which ends the machine at once, and ciphers are not tested.
-/// There is no PCI to look for.
+/// There is no PCI to look for. Without `reboot=a` Linux 6.12 resets this machine by way of a BIOS in real mode, of which it
+/// has none, and hangs there.
 const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 init_on_alloc=1 cryptomgr.notests \
-                            random.trust_cpu=off tsc=nowatchdog rcupdate.rcu_expedited=1 pci=off kiln.wire=vsock";
+                            random.trust_cpu=off tsc=nowatchdog rcupdate.rcu_expedited=1 pci=off reboot=a kiln.wire=vsock";
 
 /// Starts machines with kiln's own VMM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

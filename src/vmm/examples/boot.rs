@@ -18,7 +18,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         kvm: OpenOptions::new().read(true).write(true).open("/dev/kvm")?.into(),
         kernel,
         initramfs,
-        command_line: format!("console=ttyS0 panic=-1 {}", words.join(" ")),
+        command_line: format!("console=ttyS0 panic=-1 reboot=a {}", words.join(" ")),
         memory: memory::map(&memory::make_file(bytes)?, bytes)?,
         cpus,
         model: Model::Fixed,
