@@ -79,6 +79,34 @@ fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
     let console = built.host.read("work/reports/other_hash/console.txt");
     assert!(console.contains("INITOS: FAILED") && !console.contains("login:"), "{console}");
     built.kiln(&["build", "test"]).ends(0, &["1 run, 11 cut off"]);
+
+    // Its sshd takes the owner's key and no other.
+    let stranger = built.host.path("stranger");
+    let mut keys = built.host.kiln();
+    keys.args(["sign", "--init"]).current_dir(built.host.path("initos")).env("SECRETS", &stranger);
+    built.host.end(&mut keys, &[]).ends(0, &["made keys"]);
+    let esp = built.host.path("work/boot/efi");
+    let key = stranger.join("uefi-keys/root.key");
+    let shown = |path: &Path| path.to_str().expect("UTF-8").to_owned();
+    let (esp, trusted, key) = (shown(&esp), shown(&esp.join("KEYS")), shown(&key));
+    built
+        .kiln(&[
+            "boot",
+            &esp,
+            "--bus",
+            "nvme",
+            "--label",
+            "BOOTA",
+            "--secure-boot",
+            &trusted,
+            "--ssh-key",
+            &key,
+            "-e",
+            "expect login:",
+            "-e",
+            "ssh true",
+        ])
+        .ends(1, &["met: expect login:", "the guest does not take the key for root"]);
 }
 
 #[test]
