@@ -1,7 +1,7 @@
 //! The block device (virtio 1.3 §5.2): a file's raw bytes, read and written where they are.
 //!
 //! A disk dies with its machine or is synced by whoever handed it over, so no flush is offered, and a driver that is offered
-//! none asks for none.
+//! none asks for none. What the host cannot read or write is not answered: whoever made the disk is told, to end the machine.
 
 use std::fs::File;
 use std::io;
@@ -16,13 +16,16 @@ use vm_memory::GuestMemoryMmap;
 /// VIRTIO_ID_BLOCK.
 pub const DEVICE_TYPE: u32 = 2;
 const QUEUE_SIZES: [u16; 1] = [256];
-/// VIRTIO_BLK_F_SEG_MAX and VIRTIO_BLK_F_RO.
+/// VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX and VIRTIO_BLK_F_RO.
+const SIZES: u64 = 1 << 1;
 const SEGMENTS: u64 = 1 << 2;
 const READ_ONLY: u64 = 1 << 5;
-/// Most buffers of one request.
+/// Most buffers of one request, and most bytes of each: together what is taken. A larger request would go back without a
+/// word, and a driver may take that for success.
 const MOST_SEGMENTS: u32 = 126;
+const MOST_SEGMENT_BYTES: u32 = 64 << 10;
 const SECTOR_BYTES: u64 = 512;
-/// Most bytes of one request, each buffer of 64 KiB on average.
+/// Most bytes of one request.
 const MOST_BYTES: usize = 8 << 20;
 const LIMITS: Limits =
     Limits { readable_bytes: MOST_BYTES + 16, writable_bytes: MOST_BYTES + 1, slices: 512 };
@@ -39,9 +42,15 @@ const UNSUPPORTED: u8 = 2;
 /// Bytes of a disk's name.
 const ID_BYTES: usize = 20;
 
+/// Hears of what the host could not read or write.
+type OnFailure = Box<dyn Fn(&io::Error) + Send>;
+
 /// A file as a disk.
 pub struct Disk {
     file: File,
+    failed: OnFailure,
+    /// The host failed, and nothing is answered any more.
+    is_dead: bool,
     id: [u8; ID_BYTES],
     read_only: bool,
     bytes: u64,
@@ -49,26 +58,35 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk called `serial` of all whole sectors of `file`.
+    /// A disk called `serial` of all whole sectors of `file`; `failed` is called when the host cannot read or write it.
     ///
     /// # Errors
     /// The file's size cannot be told.
-    pub fn new(file: File, serial: &str, read_only: bool) -> io::Result<Self> {
+    pub fn new(
+        file: File,
+        serial: &str,
+        read_only: bool,
+        failed: impl Fn(&io::Error) + Send + 'static,
+    ) -> io::Result<Self> {
         let sectors = file.metadata()?.len() / SECTOR_BYTES;
         let mut id = [0; ID_BYTES];
         for (place, byte) in id.iter_mut().zip(serial.bytes()) {
             *place = byte;
         }
-        // Capacity, most bytes of a segment (not said), and most segments.
+        // Capacity, most bytes of a segment, and most segments.
         let mut config = sectors.to_le_bytes().to_vec();
-        config.extend(0_u32.to_le_bytes());
+        config.extend(MOST_SEGMENT_BYTES.to_le_bytes());
         config.extend(MOST_SEGMENTS.to_le_bytes());
-        Ok(Self { file, id, read_only, bytes: sectors * SECTOR_BYTES, config })
+        let (failed, is_dead) = (Box::new(failed), false);
+        Ok(Self { file, failed, is_dead, id, read_only, bytes: sectors * SECTOR_BYTES, config })
     }
 
     /// Does one request, and gives how it ended.
-    fn answer(&self, readable: &mut Readable<'_, ()>, room: &mut Writable<'_, ()>) -> u8 {
-        let Some(header) = readable.read_array::<16>() else { return FAILED };
+    ///
+    /// # Errors
+    /// What the host says of its file.
+    fn answer(&self, readable: &mut Readable<'_, ()>, room: &mut Writable<'_, ()>) -> io::Result<u8> {
+        let Some(header) = readable.read_array::<16>() else { return Ok(FAILED) };
         let [kind, sector] = [&header[..8], &header[8..]].map(|half| {
             let mut bytes = [0; 8];
             bytes.copy_from_slice(half);
@@ -81,13 +99,19 @@ impl Disk {
             (start.checked_add(length)? <= self.bytes).then_some(start)
         };
         let done = match kind {
-            IN => within(room.remaining_bytes()).is_some_and(|at| self.read(at, room).is_ok()),
+            IN => match within(room.remaining_bytes()) {
+                Some(at) => self.read(at, room).map(|()| true)?,
+                None => false,
+            },
             OUT if self.read_only => false,
-            OUT => within(readable.remaining_bytes()).is_some_and(|at| self.write(at, readable).is_ok()),
+            OUT => match within(readable.remaining_bytes()) {
+                Some(at) => self.write(at, readable).map(|()| true)?,
+                None => false,
+            },
             GET_ID => room.remaining_bytes() >= ID_BYTES && room.write(&self.id),
-            _ => return UNSUPPORTED,
+            _ => return Ok(UNSUPPORTED),
         };
-        if done { OK } else { FAILED }
+        Ok(if done { OK } else { FAILED })
     }
 
     fn read(&self, at: u64, room: &mut Writable<'_, ()>) -> io::Result<()> {
@@ -119,7 +143,7 @@ impl Device<()> for Disk {
     }
 
     fn features(&self) -> u64 {
-        COMMON_FEATURES | SEGMENTS | if self.read_only { READ_ONLY } else { 0 }
+        COMMON_FEATURES | SIZES | SEGMENTS | if self.read_only { READ_ONLY } else { 0 }
     }
 
     fn config(&self) -> &[u8] {
@@ -133,7 +157,9 @@ impl Device<()> for Disk {
         memory: &GuestMemoryMmap,
     ) -> Result<Outcome, QueueError> {
         let mut outcome = Outcome::default();
-        if let Some(Some(queue)) = queues.first_mut() {
+        if let Some(Some(queue)) = queues.first_mut()
+            && !self.is_dead
+        {
             self.serve(queue, memory, &mut outcome).map_err(|source| QueueError { queue: 0, source })?;
         }
         Ok(outcome)
@@ -144,7 +170,7 @@ impl Device<()> for Disk {
 
 impl Disk {
     fn serve(
-        &self,
+        &mut self,
         queue: &mut Queue,
         memory: &GuestMemoryMmap,
         outcome: &mut Outcome,
@@ -169,7 +195,14 @@ impl Disk {
                 // The last byte of the room is for how it ended; without one there is nobody to tell.
                 let behind = writable.remaining_bytes().checked_sub(1);
                 if let Some(mut status) = behind.and_then(|at| writable.split_off(at)) {
-                    let ended = self.answer(&mut readable, &mut writable);
+                    let ended = match self.answer(&mut readable, &mut writable) {
+                        Ok(ended) => ended,
+                        Err(error) => {
+                            self.is_dead = true;
+                            (self.failed)(&error);
+                            return Ok(());
+                        }
+                    };
                     if status.write(&[ended]) {
                         written = writable.written_bytes() + 1;
                     }

@@ -106,46 +106,57 @@ fn serve<D: Device<()>>(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             result => result?,
         };
-        let mut served = lock(served);
         for event in &events[..count] {
             match usize::try_from(event.data()) {
                 Ok(queue) if event.data() != BELL => {
-                    if let Some(event) = served.notified.get(queue) {
+                    if let Some(event) = lock(served).notified.get(queue) {
                         let _ = event.read();
                     }
-                    served.work(queue, memory)?;
+                    work_off(served, queue, memory)?;
                 }
                 _ => {
                     let _ = bell.read();
+                    let served_now = lock(served);
                     // The descriptors stay the same when a driver starts again.
-                    for (number, event) in (0..).zip(served.notified.iter().filter(|_| !watched)) {
+                    for (number, event) in (0..).zip(served_now.notified.iter().filter(|_| !watched)) {
                         watch(event, number)?;
                     }
                     watched = true;
+                    let queues = served_now.rings.len();
+                    drop(served_now);
                     // What was made available before anybody watched.
-                    (0..served.rings.len()).try_for_each(|queue| served.work(queue, memory))?;
+                    (0..queues).try_for_each(|queue| work_off(served, queue, memory))?;
                 }
             }
         }
     }
 }
 
+/// Works a queue off. Between two rounds a driver that stops the device has its turn.
+fn work_off<D: Device<()>>(
+    served: &Mutex<Served<D>>,
+    queue: usize,
+    memory: &GuestMemoryMmap,
+) -> io::Result<()> {
+    while lock(served).work(queue, memory)? {
+        thread::yield_now();
+    }
+    Ok(())
+}
+
 impl<D: Device<()>> Served<D> {
-    fn work(&mut self, queue: usize, memory: &GuestMemoryMmap) -> io::Result<()> {
-        loop {
-            let mut rings: Vec<Option<&mut Ring>> = self.rings.iter_mut().map(Option::as_mut).collect();
-            let outcome =
-                self.device.process(Wake::Queue(queue), &mut rings, memory).map_err(io::Error::other)?;
-            if outcome.interrupt != 0
-                && let Some(interrupt) = &self.interrupt
-            {
-                // Only a full counter fails, and then the interrupt is up anyway.
-                let _ = interrupt.write(1);
-            }
-            if !outcome.again {
-                return Ok(());
-            }
+    /// Does a round's work, and says whether there is more.
+    fn work(&mut self, queue: usize, memory: &GuestMemoryMmap) -> io::Result<bool> {
+        let mut rings: Vec<Option<&mut Ring>> = self.rings.iter_mut().map(Option::as_mut).collect();
+        let outcome =
+            self.device.process(Wake::Queue(queue), &mut rings, memory).map_err(io::Error::other)?;
+        if outcome.interrupt != 0
+            && let Some(interrupt) = &self.interrupt
+        {
+            // Only a full counter fails, and then the interrupt is up anyway.
+            let _ = interrupt.write(1);
         }
+        Ok(outcome.again)
     }
 }
 

@@ -148,6 +148,7 @@ impl Machine for VmmMachine {
         match status {
             Some(status) if status.success() => Death::Stopped(End::PoweredOff.to_string()),
             Some(_) if said == End::Reset.to_string() => Death::Stopped(said),
+            Some(_) if let Some((disk, why)) = disk_of(&said) => Death::Disk { disk, why },
             Some(status) => Death::Killed { program: PROGRAM.into(), status: in_words(status), said },
             None => Death::Killed {
                 program: PROGRAM.into(),
@@ -167,3 +168,25 @@ impl Machine for VmmMachine {
 }
 
 const PROGRAM: &str = "kiln's VMM";
+
+/// The disk that ended a machine, and why, where that is what its VMM `said` last: [`process`] writes it.
+fn disk_of(said: &str) -> Option<(String, String)> {
+    let end = End::Device { what: said.to_owned() }.to_string();
+    let words = end.strip_suffix(said)?;
+    let (disk, why) = said.strip_prefix(words)?.strip_prefix("disk `")?.split_once("`: ")?;
+    Some((disk.to_owned(), why.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_the_host_could_not_serve_is_named() {
+        let said = End::Device { what: "disk `scratch`: No space left on device".to_owned() }.to_string();
+        let disk = ("scratch".to_owned(), "No space left on device".to_owned());
+        assert_eq!(disk_of(&said), Some(disk));
+        assert_eq!(disk_of(&End::Reset.to_string()), None);
+        assert_eq!(disk_of(&End::Device { what: "disk: its ring".to_owned() }.to_string()), None);
+    }
+}

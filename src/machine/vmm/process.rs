@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
@@ -60,7 +61,11 @@ impl Vmm {
         }
         for (index, disk) in self.disks.iter().enumerate() {
             let file = File::from(take(&format!("disk{index}"))?);
-            let disk = Disk::new(file, &disk.serial, disk.read_only)?;
+            let (sender, serial) = (ends.0.clone(), disk.serial.clone());
+            let failed = move |error: &io::Error| {
+                let _ = sender.send(End::Device { what: format!("disk `{serial}`: {error}") });
+            };
+            let disk = Disk::new(file, &disk.serial, disk.read_only, failed)?;
             let device = Local::new("disk", disk, &memory, jail::enter_disk, ends.0.clone())?;
             devices.push(Registers::slot(device, &memory)?);
         }

@@ -34,7 +34,11 @@ impl Driver {
     fn new(file: File, read_only: bool) -> Self {
         let memory = map(&make_file(LEAST_BYTES).expect("memory"), LEAST_BYTES).expect("a mapping");
         let (sender, ends) = mpsc::channel();
-        let disk = Disk::new(file, "root", read_only).expect("a disk");
+        let failed = sender.clone();
+        let failed = move |error: &std::io::Error| {
+            failed.send(End::Device { what: error.to_string() }).expect("somebody hears");
+        };
+        let disk = Disk::new(file, "root", read_only, failed).expect("a disk");
         let local = Local::new("disk", disk, &memory, || Ok(()), sender).expect("a thread");
         let slot = Registers::slot(local, &memory).expect("registers");
         let driver = Self { memory, window: Arc::clone(&slot.window), slot, asked: 0, ends };
@@ -64,6 +68,14 @@ impl Driver {
 
     /// One request over `length` bytes at DATA, and its status: 0xee where none was written.
     fn ask(&mut self, kind: u32, sector: u64, length: u32) -> u8 {
+        self.send(kind, sector, length);
+        while self.memory.read_obj::<u16>(GuestAddress(USED + 2)).expect("memory") != self.asked {
+            std::thread::yield_now();
+        }
+        self.memory.read_obj(GuestAddress(STATUS)).expect("memory")
+    }
+
+    fn send(&mut self, kind: u32, sector: u64, length: u32) {
         self.memory.write_obj([kind, 0], GuestAddress(HEADER)).expect("memory");
         self.memory.write_obj(sector, GuestAddress(HEADER + 8)).expect("memory");
         self.memory.write_obj(0xee_u8, GuestAddress(STATUS)).expect("memory");
@@ -77,10 +89,6 @@ impl Driver {
         self.asked += 1;
         self.memory.write_obj(self.asked, GuestAddress(AVAILABLE + 2)).expect("memory");
         self.slot.notified[0].write(1).expect("a notification");
-        while self.memory.read_obj::<u16>(GuestAddress(USED + 2)).expect("memory") != self.asked {
-            std::thread::yield_now();
-        }
-        self.memory.read_obj(GuestAddress(STATUS)).expect("memory")
     }
 
     fn data(&self, length: usize) -> Vec<u8> {
@@ -153,4 +161,27 @@ fn a_driver_that_breaks_its_ring_ends_the_machine() {
     driver.slot.notified[0].write(1).expect("a notification");
     let end = driver.ends.recv_timeout(Duration::from_secs(20)).expect("an end");
     assert!(matches!(end, End::Device { .. }), "{end}");
+}
+
+#[test]
+fn what_the_host_cannot_read_ends_the_machine_and_is_not_answered() {
+    let file = file();
+    let mut driver = Driver::new(file.try_clone().expect("a file"), false);
+    file.set_len(512).expect("a shorter file");
+    driver.send(IN, 2, 512);
+    let end = driver.ends.recv_timeout(Duration::from_secs(20)).expect("an end");
+    assert!(matches!(end, End::Device { .. }), "{end}");
+    driver.send(IN, 0, 512);
+    assert_eq!(driver.memory.read_obj::<u16>(GuestAddress(USED + 2)).expect("memory"), 0);
+}
+
+#[test]
+fn the_largest_request_that_a_driver_is_allowed_is_taken() {
+    let disk = Disk::new(file(), "root", false, |_| ()).expect("a disk");
+    let word = |at: usize| {
+        let bytes = disk.config()[at..at + 4].try_into().expect("four bytes");
+        usize::try_from(u32::from_le_bytes(bytes)).expect("it fits")
+    };
+    assert!(word(8) * word(12) <= MOST_BYTES);
+    assert_eq!(Device::<()>::features(&disk) & SIZES, SIZES);
 }
