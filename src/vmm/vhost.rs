@@ -154,8 +154,10 @@ impl Target for VhostUser {
     }
 
     fn stop(&mut self) -> io::Result<()> {
-        for index in std::mem::take(&mut self.serving) {
-            self.frontend.get_vring_base(index).map_err(failed)?;
+        // A queue that was not stopped stays among those that are served: the next stop fails too.
+        while let Some(index) = self.serving.last() {
+            self.frontend.get_vring_base(*index).map_err(failed)?;
+            self.serving.pop();
         }
         Ok(())
     }
