@@ -154,8 +154,12 @@ impl Folder {
     pub fn read(&self, name: &Path, limit_bytes: u64) -> Result<Vec<u8>, FolderError> {
         let path = self.path.join(name);
         let file = self.file(name)?;
+        let length = file.metadata().map_or(0, |metadata| metadata.len());
+        // Before it is read: the limit of images is more than a host may have memory.
+        if length > limit_bytes {
+            return Err(FolderError::TooLong { path, limit_bytes });
+        }
         // Room for all of it at once: kernels and initrds are tens of megabytes.
-        let length = file.metadata().map_or(0, |metadata| metadata.len().min(limit_bytes));
         let mut bytes = Vec::with_capacity(usize::try_from(length).map_or(0, |length| length + 1));
         let read = file.take(limit_bytes.saturating_add(1)).read_to_end(&mut bytes);
         read.map_err(|source| FolderError::System { what: "read", path: path.clone(), source })?;

@@ -163,6 +163,9 @@ fn check_parts(parts: &Parts<'_>) -> Result<(), UkiError> {
     if parts.initrds.iter().all(|archive| archive.is_empty()) {
         return Err(part("initrd", "is empty"));
     }
+    // Before they are put together, which takes the memory for all of them.
+    let joined = parts.initrds.iter().try_fold(0_usize, |sum, archive| sum.checked_add(archive.len()));
+    number(joined.unwrap_or(usize::MAX), "initrd")?;
     kernel(parts.kernel)
 }
 
@@ -390,3 +393,7 @@ impl<'a> Uki<'a> {
         self.section(name).filter(|content| !content.is_empty()).ok_or(UkiError::Missing(name))
     }
 }
+
+#[cfg(test)]
+#[path = "uki_tests.rs"]
+mod tests;

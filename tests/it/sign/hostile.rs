@@ -10,7 +10,7 @@ use kiln::sign::record::{File, Kernel};
 use kiln_digest::Digest;
 
 use super::built::{Built, COMMAND_LINE, archive, files, section, shell, sign_elsewhere};
-use super::judge;
+use super::{Told, judge};
 
 fn le32(bytes: &[u8], at: usize) -> usize {
     bytes[at..at + 4].iter().rev().fold(0, |value, byte| value << 8 | usize::from(*byte))
@@ -93,6 +93,22 @@ fn parts_that_make_no_whole_image_are_refused_with_the_record_on_their_side() {
     let mut built = Built::with_keys();
     built.rebuild(initrd, &[]);
     built.sign(&[]).succeeds();
+}
+
+#[test]
+fn an_initrd_over_four_gibibytes_is_refused_before_it_is_read() {
+    let built = Built::with_keys();
+    let initrd = built.work().join("boot/initrd-base.img");
+    let file = fs::File::options().write(true).open(initrd).expect("there");
+    file.set_len((4 << 30) + 1).expect("a hole");
+    // With no memory for it.
+    let kiln = built.command(&[]);
+    let mut limited = Command::new("prlimit");
+    limited.arg("--as=2147483648").arg(kiln.get_program()).args(kiln.get_args());
+    limited.envs(kiln.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    limited.current_dir(kiln.get_current_dir().expect("a folder of its own"));
+    Told::by(&mut limited).fails(1, &["initrd-base.img", "is longer than 4294967296 bytes"]);
+    built.has_signed_nothing();
 }
 
 #[test]

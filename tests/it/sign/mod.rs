@@ -292,6 +292,44 @@ fn what_was_not_built_is_not_signed() {
 }
 
 #[test]
+fn an_image_that_its_record_has_as_it_is_and_that_is_signed_or_lies_is_not_signed() {
+    let refused = |bytes: &[u8], words: &[&str]| {
+        let mut signing = Signing::with_keys();
+        signing.record.unified.clear();
+        signing.image("a", bytes);
+        signing.write();
+        signing.sign(&[]).fails(1, words);
+        signing.has_signed_nothing();
+    };
+    let signing = Signing::with_keys();
+    signing.sign(&[]).succeeds();
+    refused(&fs::read(signing.signed()).expect("signed"), &["boot/a.efi", "signed"]);
+    // Its headers: a name in them that is there already, and one that must be there and is not.
+    let renamed = |from: &[u8; 8], to: &[u8; 8]| {
+        let mut bytes = unified(COMMAND_LINE, b"initrd");
+        let at = bytes.windows(8).position(|name| name == from).expect("in the table");
+        bytes[at..at + 8].copy_from_slice(to);
+        bytes
+    };
+    refused(&renamed(b".uname\0\0", b".linux\0\0"), &["more than one `.linux`"]);
+    refused(&renamed(b".uname\0\0", b".initrd\0"), &["more than one `.initrd`"]);
+    refused(&renamed(b".initrd\0", b".splash\0"), &["no digest for section `.initrd`"]);
+    refused(&renamed(b".cmdline", b".profile"), &["no digest for section `.cmdline`"]);
+}
+
+#[test]
+fn a_key_behind_a_passphrase_is_refused_and_the_passphrase_is_asked_of_nobody() {
+    let signing = Signing::with_keys();
+    let folder = signing.host.path("secrets/uefi-keys");
+    let lock = ["pkey", "-in", "db.key", "-aes256", "-passout", "pass:word", "-out", "../locked"];
+    judge("openssl", &lock, &folder);
+    fs::write(signing.key("db.key"), fs::read(folder.join("../locked")).expect("made")).expect("room");
+    fs::remove_file(folder.join("../locked")).expect("made");
+    signing.sign(&[]).fails(1, &["`db.key` is no RSA key", "without a passphrase"]);
+    signing.has_signed_nothing();
+}
+
+#[test]
 fn keys_that_others_could_read_change_or_mix_up_are_refused() {
     let refused = |change: &dyn Fn(&Signing), words: &[&str]| {
         let signing = Signing::with_keys();
