@@ -102,6 +102,8 @@ fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
             "--ssh-key",
             &key,
             "-e",
+            "within 6m",
+            "-e",
             "expect login:",
             "-e",
             "ssh true",
