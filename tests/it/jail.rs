@@ -10,7 +10,7 @@ fn every_attempt_fails_in_the_jail_and_every_layer_stops_some() {
     let told = Host::new().run(&["doctor", "--jail"]);
     told.succeeds();
     let rows: Vec<&str> = told.stdout.lines().filter(|line| line.starts_with("  ")).collect();
-    assert_eq!(rows.len(), 2 * 13, "{}", told.stdout);
+    assert_eq!(rows.len(), 3 * 13, "{}", told.stdout);
     for profile in rows.chunks(13) {
         let mut stopped = [0; COLUMNS.len()];
         for row in profile {
