@@ -18,7 +18,6 @@ use super::BuildError;
 use crate::cache::verify::shown;
 use crate::plan::Outputs;
 use crate::store::Store;
-use crate::writes::{self, Act, Through};
 
 /// The mode of a view's top, where nothing says another.
 const TOP_MODE: u32 = 0o755;
@@ -83,8 +82,7 @@ impl Directory {
     /// An empty one.
     fn new(store: &Store) -> Result<Self, BuildError> {
         let area = store.temporary();
-        let make = || tempfile::Builder::new().prefix("view-").tempdir_in(&area);
-        let folder = writes::through(Act::Make(&area), make);
+        let folder = tempfile::Builder::new().prefix("view-").tempdir_in(&area);
         let folder =
             folder.map_err(|source| BuildError::Io { what: "make a folder in", path: area, source })?;
         Ok(Self(folder.keep()))
@@ -93,7 +91,7 @@ impl Directory {
 
 impl Drop for Directory {
     fn drop(&mut self) {
-        let _ = writes::remove_tree(&self.0);
+        let _ = fs::remove_dir_all(&self.0);
     }
 }
 
@@ -117,12 +115,8 @@ pub(super) fn write(
         let node = tree.shown(path).unwrap_or(node);
         let Some((_, mode, _)) = shown(node) else { continue };
         let done = match &node.kind {
-            Kind::Directory => {
-                writes::through(Act::Make(&place), || DirBuilder::new().mode(0o700).create(&place))
-            }
-            Kind::Symlink(text) => {
-                writes::through(Act::Make(&place), || symlink(OsStr::from_bytes(text), &place))
-            }
+            Kind::Directory => DirBuilder::new().mode(0o700).create(&place),
+            Kind::Symlink(text) => symlink(OsStr::from_bytes(text), &place),
             Kind::File { digest, .. } => match copy(store, digest, &place, mode) {
                 Ok(true) => Ok(()),
                 Ok(false) => {
@@ -139,21 +133,14 @@ pub(super) fn write(
     for (path, node) in tree.iter().filter(|(path, node)| !path.is_root() && node.kind == Kind::Directory) {
         let place = directory.0.join(OsStr::from_bytes(path.as_bytes()));
         if let Some((_, mode, _)) = shown(node) {
-            set_mode(&place, mode).map_err(|source| BuildError::Io {
-                what: "set the mode of",
-                path: place,
-                source,
-            })?;
+            let set = fs::set_permissions(&place, Permissions::from_mode(mode));
+            set.map_err(|source| BuildError::Io { what: "set the mode of", path: place, source })?;
         }
     }
     let top = tree.get(&TreePath::root()).and_then(shown).map_or(TOP_MODE, |(_, mode, _)| mode);
-    let set = set_mode(&directory.0, top);
+    let set = fs::set_permissions(&directory.0, Permissions::from_mode(top));
     set.map_err(|source| BuildError::Io { what: "set the mode of", path: directory.0.clone(), source })?;
     Ok(directory)
-}
-
-fn set_mode(place: &Path, mode: u32) -> io::Result<()> {
-    writes::through(Act::Set(place), || fs::set_permissions(place, Permissions::from_mode(mode)))
 }
 
 /// Copies a blob, by cloning where the file system can. False where the store does not have it as it was.
@@ -162,17 +149,16 @@ fn copy(store: &Store, digest: &Digest, place: &Path, mode: u32) -> io::Result<b
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         source => source?,
     };
-    let make = || OpenOptions::new().write(true).create_new(true).mode(0o600).open(place);
-    let target = writes::through(Act::Make(place), make)?;
+    let mut target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(place)?;
     let is_whole = if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
         // What was cloned is what is read here, and nobody can write it any more.
         Digest::of_reader(File::open(place)?)?.0 == *digest
     } else {
         let mut reader = HashingReader::new(source);
-        io::copy(&mut reader, &mut Through::new(&target, place))?;
+        io::copy(&mut reader, &mut target)?;
         reader.finish().0 == *digest
     };
-    writes::set_mode(&target, place, mode)?;
+    target.set_permissions(Permissions::from_mode(mode))?;
     Ok(is_whole)
 }
 
