@@ -62,6 +62,14 @@ pub enum BootStepError {
         /// Whether there are several.
         is_several: bool,
     },
+    /// A link, a device or the like.
+    #[error("`{path}`, of what step `{step}` boots, is neither a file nor a folder")]
+    Unfit {
+        /// The step.
+        step: String,
+        /// Within what is booted.
+        path: String,
+    },
     /// No keys among what steps put out.
     #[error("there are no keys in `{path}` for step `{step}`")]
     NoKeys {
@@ -147,14 +155,14 @@ impl<R: Runner> Checker<'_, R> {
             }
             (false, None) => Tree::new(),
         };
-        plain(&mut files);
+        plain(&step.name, &mut files)?;
         let keys = match &boot.trust {
             Trust::Off | Trust::Setup => None,
             Trust::Keys(folder) | Trust::Enroll(folder) => {
                 let none =
                     || BootStepError::NoKeys { step: step.name.clone(), path: folder.text().to_owned() };
                 let mut keys = view.below(&one(step, &view, folder).map_err(|_| none())?);
-                plain(&mut keys);
+                plain(&step.name, &mut keys)?;
                 Some(keys)
             }
         };
@@ -452,10 +460,38 @@ fn one(step: &PlannedStep, tree: &Tree, pattern: &Pattern) -> Result<TreePath, B
     }
 }
 
-/// Takes away what a disk that is made of the files does not show: owners, modes and times.
-fn plain(tree: &mut Tree) {
-    for (_, node) in tree.iter_mut() {
+/// Takes away what a disk that is made of the files does not show: owners, modes and times. What is neither file nor folder
+/// is refused: files are changed by their names, and a link that a step put out may name any file of this host.
+fn plain(step: &str, tree: &mut Tree) -> Result<(), BootStepError> {
+    for (path, node) in tree.iter_mut() {
+        if !matches!(node.kind, Kind::Directory | Kind::File { .. } | Kind::HardLink(_)) {
+            return Err(BootStepError::Unfit { step: step.to_owned(), path: path.to_string() });
+        }
         let mode = if node.kind == Kind::Directory { 0o755 } else { 0o644 };
         node.meta = Meta { mode, ..Meta::default() };
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_artifact::tree::Node;
+
+    use super::*;
+
+    fn node(kind: Kind) -> Node {
+        Node { kind, meta: Meta::default() }
+    }
+
+    #[test]
+    fn a_link_that_a_step_put_out_is_not_booted() {
+        let path = |text: &str| TreePath::new(text.as_bytes()).expect("a path");
+        let mut tree = Tree::new();
+        tree.insert(TreePath::root(), node(Kind::Directory));
+        assert!(plain("try", &mut tree).is_ok());
+        tree.insert(path("BOOTX64.EFI"), node(Kind::Symlink(b"/home/you/.profile".as_slice().into())));
+        let error = plain("try", &mut tree).expect_err("a link");
+        let said = "`BOOTX64.EFI`, of what step `try` boots, is neither a file nor a folder";
+        assert_eq!(error.to_string(), said);
     }
 }
