@@ -139,16 +139,19 @@ impl Machine for VmmMachine {
             return Death::Killed { program: "the device process".into(), status, said };
         }
         let status = self.process.wait(patience);
-        let console = self.console.text();
-        if let Some(line) = console.lines().find(|line| line.contains("Kernel panic")) {
-            return Death::Panicked(line.trim().to_owned());
-        }
         let said = self.process.said();
         let said = said.trim_start_matches("kiln: ").to_owned();
+        // What a guest prints counts only where the machine went as such a guest's does.
+        let console = self.console.text();
+        let panic = console.lines().find(|line| line.contains("Kernel panic"));
         match status {
-            Some(status) if status.success() => Death::Stopped(End::PoweredOff.to_string()),
-            Some(_) if said == End::Reset.to_string() => Death::Stopped(said),
             Some(_) if let Some((disk, why)) = disk_of(&said) => Death::Disk { disk, why },
+            Some(status) if status.success() => Death::Stopped(End::PoweredOff.to_string()),
+            Some(_) if said == End::Reset.to_string() => match panic {
+                Some(line) => Death::Panicked(line.trim().to_owned()),
+                None => Death::Stopped(said),
+            },
+            None if let Some(line) = panic => Death::Panicked(line.trim().to_owned()),
             Some(status) => Death::Killed { program: PROGRAM.into(), status: in_words(status), said },
             None => Death::Killed {
                 program: PROGRAM.into(),

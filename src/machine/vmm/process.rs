@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
@@ -51,6 +51,11 @@ impl Vmm {
     /// # Errors
     /// It cannot be put together, or ended in another way.
     pub fn run(self, mut descriptors: BTreeMap<String, OwnedFd>) -> Result<(), Box<dyn std::error::Error>> {
+        // A thread that panics says no end, and the others would wait for one.
+        std::panic::set_hook(Box::new(|panic| {
+            let _ = writeln!(io::stderr(), "kiln: {panic}");
+            std::process::abort();
+        }));
         let mut take = |name: &str| descriptors.remove(name).ok_or(format!("no descriptor `{name}`"));
         let memory = memory::map(&File::from(take(RAM)?), self.memory_bytes)?;
         let ends = mpsc::channel();
