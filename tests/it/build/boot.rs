@@ -3,7 +3,7 @@
 
 use kiln::engine::build::{BuildError, Outcome};
 
-use super::world::{World, settle};
+use super::world::{World, done, settle};
 
 const RECIPE: &str = r#"
 [steps.image]
@@ -26,13 +26,6 @@ fn world() -> World {
     world.source("boot.txt", "reject hello\nexpect iello\n");
     settle(&world);
     world
-}
-
-/// The steps that did something.
-fn done(world: &World, recipe: &str) -> Vec<String> {
-    let built = world.build(recipe);
-    assert!(built.summary.is_good(), "{:?}", built.summary.outcomes);
-    built.reasons.into_keys().collect()
 }
 
 #[test]

@@ -9,7 +9,7 @@ use kiln_artifact::tree::{Kind, TreePath};
 use kiln_artifact::verity;
 use kiln_digest::Digest;
 
-use super::world::{World, settle};
+use super::world::{World, done, settle};
 
 const RECIPE: &str = r#"
 [steps.kernels]
@@ -52,13 +52,6 @@ fn world() -> World {
     }
     settle(&world);
     world
-}
-
-/// The steps that did something.
-fn done(world: &World, recipe: &str) -> Vec<String> {
-    let built = world.build(recipe);
-    assert!(built.summary.is_good(), "{:?}", built.summary.outcomes);
-    built.reasons.into_keys().collect()
 }
 
 #[test]

@@ -453,6 +453,13 @@ impl Runner for Player<'_> {
     }
 }
 
+/// The steps that did something in a build, which is good.
+pub fn done(world: &World, recipe: &str) -> Vec<String> {
+    let built = world.build(recipe);
+    assert!(built.summary.is_good(), "{:?}", built.summary.outcomes);
+    built.reasons.into_keys().collect()
+}
+
 /// Makes all files older than any tick: what happens to them next shows in their times.
 pub fn settle(world: &World) {
     let _ = File::open(world.path("src"));
