@@ -313,9 +313,6 @@ impl<R: Runner> Worker<'_, '_, R> {
             scratch: PathBuf::new(),
         };
         boot::check(&wanted)?;
-        if !self.turns.take(id) {
-            return Err(io("begin in")(std::io::ErrorKind::Interrupted.into()));
-        }
         let started = Instant::now();
         let mut log = build.store.blobs().writer().map_err(io("write a log in"))?;
         let mut log_error = None;
