@@ -13,7 +13,7 @@ use kiln_digest::Digest;
 use kiln_wire::{Outcome as Exit, Stream, Usage};
 
 use super::check::{Checker, now_nanos};
-use super::host_step::HERE;
+use super::host_step::{HERE, ran};
 use super::runner::{Ran, Runner};
 use super::tamper::{self, TamperError};
 use super::worker::{Kept, Message, Passed, Told, Worker};
@@ -24,7 +24,6 @@ use crate::boot::{self, BootError, DiskChoice, SshChoice, report};
 use crate::cache::Key;
 use crate::engine::event::Phase;
 use crate::engine::host::Boundary;
-use crate::engine::merge::Merge;
 use crate::engine::run::Ended;
 use crate::machine::qemu::firmware::Bus;
 use crate::plan::boot::{self as plan, Alteration, Boot, Expected, Trust};
@@ -359,31 +358,15 @@ impl<R: Runner> Worker<'_, '_, R> {
             }
         }
         let outputs = self.manifest(&left)?;
-        self.gate.enter(id);
-        let passed = Passed::new(self.gate, id);
-        let merge = Merge {
-            store: build.store,
-            work: &build.settings.work.value,
-            step: &step.name,
-            overwrite: build.options.overwrite,
-        };
-        let changed = if planned.report.is_some() { merge.run(&left)?.len() } else { 0 };
+        let _passed = Passed::enter(self.gate, id);
+        let changed = self.merge(id, &left)?;
         let is_met = matches!(verdict.outcome, Outcome::Met);
         let ran = Ran {
             ended: Ended::Ran(Exit::Exit(u8::from(!is_met)), Usage::default()),
-            outputs: Some(outputs),
-            shares: Vec::new(),
-            spoiled: None,
-            undeclared: Vec::new(),
-            changed,
-            command: took,
-            held_bytes: None,
             machine,
+            ..ran(Some(outputs), changed, took)
         };
-        let key = self.keys.get(id).unwrap_or_default();
-        let (not_kept, same) = self.checker.keep(step, &key, &ran, Some(log), why, stamped_nanos)?;
-        drop(passed);
-        Ok(Kept { ran, not_kept, same })
+        self.keep(id, ran, Some(log), why, stamped_nanos)
     }
 }
 

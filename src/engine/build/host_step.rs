@@ -43,20 +43,25 @@ impl<R: Runner> Worker<'_, '_, R> {
         let made =
             self.checker.at_bench(step, needs, |bench| bench.make(makes, &mut |text| self.tell(id, text)))?;
         let manifest = self.manifest(&made)?;
+        let _passed = Passed::enter(self.gate, id);
+        let changed = self.merge(id, &made)?;
+        self.keep(id, ran(Some(manifest), changed, started.elapsed()), None, why, stamped_nanos)
+    }
+
+    /// Merges what the step `id` puts out into WORK, for somebody who is inside the gate; says how many files changed.
+    pub(super) fn merge(&self, id: StepId, outputs: &Tree) -> Result<usize, BuildError> {
+        let build = self.checker.build;
+        let step = build.plan.step(id);
+        if step.outputs.is_empty() {
+            return Ok(0);
+        }
         let merge = Merge {
             store: build.store,
             work: &build.settings.work.value,
             step: &step.name,
             overwrite: build.options.overwrite,
         };
-        self.gate.enter(id);
-        let passed = Passed::new(self.gate, id);
-        let changed = merge.run(&made)?.len();
-        let ran = ran(Some(manifest), changed, started.elapsed());
-        let key = self.keys.get(id).unwrap_or_default();
-        let (not_kept, same) = self.checker.keep(step, &key, &ran, None, why, stamped_nanos)?;
-        drop(passed);
-        Ok(Kept { ran, not_kept, same })
+        Ok(merge.run(outputs)?.len())
     }
 
     /// Signs what the build's record names, where there are keys.
@@ -75,8 +80,7 @@ impl<R: Runner> Worker<'_, '_, R> {
         let mut signed = Tree::new();
         let not_kept = match &keys {
             Some(keys) => {
-                self.gate.enter(id);
-                let _passed = Passed::new(self.gate, id);
+                let _passed = Passed::enter(self.gate, id);
                 opened.sign(&roots, &local, keys, Source::Keys)?;
                 for (path, file) in opened.written(keys)? {
                     self.put_out(&mut signed, &path, file)?;
@@ -125,8 +129,8 @@ impl<R: Runner> Worker<'_, '_, R> {
     }
 }
 
-/// What came of a step that ran here.
-fn ran(outputs: Option<Digest>, changed: usize, command: Duration) -> Ran {
+/// What came of a step that ran here and succeeded.
+pub(super) fn ran(outputs: Option<Digest>, changed: usize, command: Duration) -> Ran {
     Ran {
         ended: Ended::Ran(Outcome::Exit(0), Usage::default()),
         outputs,

@@ -151,10 +151,7 @@ impl<R: Runner> Worker<'_, '_, R> {
                 key
             }
         };
-        let merges = || {
-            self.gate.enter(id);
-            Passed::new(self.gate, id)
-        };
+        let merges = || Passed::enter(self.gate, id);
         self.checker.check(step, &key, needs, &merges)
     }
 
@@ -206,8 +203,20 @@ impl<R: Runner> Worker<'_, '_, R> {
             return Err(io(error));
         }
         let (log, _) = log.finish().map_err(io)?;
-        let key = self.keys.get(id).unwrap_or_default();
-        let (not_kept, same) = self.checker.keep(planned, &key, &ran, Some(log), why, stamped_nanos)?;
+        self.keep(id, ran, Some(log), why, stamped_nanos)
+    }
+
+    /// Keeps what came of the step `id`, which began at `stamped_nanos` and printed `log`.
+    pub(super) fn keep(
+        &self,
+        id: StepId,
+        ran: Ran,
+        log: Option<Digest>,
+        why: &str,
+        stamped_nanos: i64,
+    ) -> Result<Kept, BuildError> {
+        let (step, key) = (self.checker.build.plan.step(id), self.keys.get(id).unwrap_or_default());
+        let (not_kept, same) = self.checker.keep(step, &key, &ran, log, why, stamped_nanos)?;
         Ok(Kept { ran, not_kept, same })
     }
 }
@@ -216,8 +225,9 @@ impl<R: Runner> Worker<'_, '_, R> {
 pub(super) struct Passed<'a>(&'a Gate, StepId);
 
 impl<'a> Passed<'a> {
-    /// `id`, which has entered.
-    pub fn new(gate: &'a Gate, id: StepId) -> Self {
+    /// `id`, once it has entered.
+    pub fn enter(gate: &'a Gate, id: StepId) -> Self {
+        gate.enter(id);
         Self(gate, id)
     }
 }
