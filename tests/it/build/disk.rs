@@ -7,12 +7,15 @@ use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use kiln::writes::{Act, Watcher};
 use kiln_digest::Digest;
+
+use super::workload::PANICKED;
 
 /// A file or a folder, whatever its name is. The morgue has files under theirs.
 type Number = usize;
@@ -267,7 +270,10 @@ impl Power {
                 naming.apply(&mut names);
             }
         }
-        self.become_those(&log, &names);
+        // A thread that panics would leave the others waiting for the end.
+        if catch_unwind(AssertUnwindSafe(|| self.become_those(&log, &names))).is_err() {
+            std::process::exit(PANICKED);
+        }
         (self.end)()
     }
 
@@ -287,7 +293,7 @@ impl Power {
             match fs::symlink_metadata(&path) {
                 // It went with the folder that it was in.
                 Err(_) => {}
-                Ok(meta) if meta.is_dir() => fs::remove_dir_all(&path).expect("a folder"),
+                Ok(meta) if meta.is_dir() => remove_folder(&path),
                 Ok(_) => fs::remove_file(&path).expect("a file"),
             }
         }
@@ -303,7 +309,7 @@ impl Power {
                 }),
                 Node::Leaf(number) => {
                     self.lose(*number, log.synced[*number]);
-                    fs::hard_link(self.place(*number), path)
+                    name_again(&self.place(*number), path)
                 }
             }
             .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
@@ -332,6 +338,36 @@ impl Power {
             }
         }
         fs::set_permissions(&place, meta.permissions()).expect("mine");
+    }
+}
+
+/// Gives the file `from` the name `to`. A lock of that name, which does not go through the door, may be made again meanwhile.
+fn name_again(from: &Path, to: &Path) -> io::Result<()> {
+    loop {
+        match fs::hard_link(from, to) {
+            Err(error)
+                if error.kind() == io::ErrorKind::AlreadyExists && to.to_string_lossy().ends_with("lock") =>
+            {
+                fs::remove_file(to)?;
+            }
+            named => return named,
+        }
+    }
+}
+
+/// Removes a folder and all in it. What does not go through the door may still be made in it meanwhile, such as reservations
+/// of memory, by the thread that schedules.
+fn remove_folder(path: &Path) {
+    const MOST_TRIES: usize = 1000;
+    let mut tries = 0;
+    while let Err(error) = fs::remove_dir_all(path) {
+        let may_end = matches!(error.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::NotFound);
+        tries += 1;
+        assert!(may_end && tries < MOST_TRIES, "{}: {error}", path.display());
+        if error.kind() == io::ErrorKind::NotFound && !path.exists() {
+            return;
+        }
+        std::thread::yield_now();
     }
 }
 
