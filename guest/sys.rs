@@ -259,13 +259,17 @@ pub fn add_entropy(random: &File, seed: &[u8; 64]) -> Result<(), Errno> {
 /// Those of socket(2) and the ioctls.
 pub fn loopback_up() -> Result<(), Errno> {
     let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
-    let mut request = interface_request("lo");
-    // SAFETY: both ioctls take a pointer to an ifreq with a NUL-terminated name; SIOCGIFFLAGS fills the flags, which
+    bring_up(&socket, &mut interface_request("lo"))
+}
+
+/// Brings the interface up that `request` names.
+fn bring_up(socket: &impl AsRawFd, request: &mut libc::ifreq) -> Result<(), Errno> {
+    // SAFETY: both ioctls take a pointer to a live ifreq with a NUL-terminated name; SIOCGIFFLAGS fills the flags, which
     // are the union's member then.
     unsafe {
-        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request))?;
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut *request))?;
         request.ifr_ifru.ifru_flags |= libc::c_short::try_from(libc::IFF_UP).map_err(|_| Errno::RANGE)?;
-        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request)).map(drop)
+        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const *request)).map(drop)
     }
 }
 
@@ -299,17 +303,14 @@ fn socket_address(address: Ipv4Addr) -> Result<libc::sockaddr, Errno> {
 pub fn interface_up(name: &str, address: Ipv4Addr, mask: Ipv4Addr) -> Result<(), Errno> {
     let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
     let mut request = interface_request(name);
-    // SAFETY: the ioctls take a pointer to a live ifreq with a NUL-terminated name, whose union holds the member that each
-    // reads: an address, then flags, which SIOCGIFFLAGS fills.
+    // SAFETY: the ioctls take a pointer to a live ifreq with a NUL-terminated name, whose union holds an address.
     unsafe {
         request.ifr_ifru.ifru_addr = socket_address(address)?;
         check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &raw const request))?;
         request.ifr_ifru.ifru_addr = socket_address(mask)?;
         check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFNETMASK, &raw const request))?;
-        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFFLAGS, &raw mut request))?;
-        request.ifr_ifru.ifru_flags |= libc::c_short::try_from(libc::IFF_UP).map_err(|_| Errno::RANGE)?;
-        check(libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request)).map(drop)
     }
+    bring_up(&socket, &mut request)
 }
 
 /// Sends by `gateway` what no other route takes (`struct rtentry` of linux/route.h).
