@@ -22,6 +22,7 @@ pub mod control;
 pub mod device;
 pub mod fs;
 pub mod process;
+pub mod ram;
 pub mod ring;
 pub mod vhost_user;
 pub mod vsock;

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 
-use rustix::fs::{MemfdFlags, SealFlags};
+use kiln_virtio::ram;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// The descriptor table that the boot protocol asks for.
@@ -92,13 +92,7 @@ pub fn parts(bytes: u64) -> Result<Vec<(GuestAddress, u64)>, MemoryError> {
 /// [`MemoryError`] for what no machine can have, or the system does not give.
 pub fn make_file(bytes: u64) -> Result<File, MemoryError> {
     parts(bytes)?;
-    let make = |error: rustix::io::Errno| MemoryError::Make(error.into());
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let file = File::from(rustix::fs::memfd_create("guest", flags).map_err(make)?);
-    file.set_len(bytes).map_err(MemoryError::Make)?;
-    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
-        .map_err(make)?;
-    Ok(file)
+    ram::new(bytes).map_err(MemoryError::Make)
 }
 
 /// Guest memory of `bytes` in `file`, shared with whoever else maps it.

@@ -231,7 +231,7 @@ impl Templates {
             .prefix("template-")
             .tempdir_in(&self.temporary)
             .map_err(io("make a folder for a template"))?;
-        let ram = ram::new(spec.memory_bytes).map_err(io("make memory for a template"))?;
+        let ram = kiln_virtio::ram::new(spec.memory_bytes).map_err(io("make memory for a template"))?;
         let given = ram.try_clone().map_err(io("hold a template's memory"))?;
         let state = files::new_state(folder.path()).map_err(io("make a file for a template's state"))?;
         let devices = Devices::start(spec.carrier)?;
@@ -271,7 +271,7 @@ fn thaw(
     devices: Devices,
 ) -> Result<QemuMachine, TemplateError> {
     let io = TemplateError::io;
-    let ram = ram::new(spec.memory_bytes).map_err(io("make memory for a copy"))?;
+    let ram = kiln_virtio::ram::new(spec.memory_bytes).map_err(io("make memory for a copy"))?;
     let given = ram.try_clone().map_err(io("hold a copy's memory"))?;
     let (mut sender, state) = UnixStream::pair().map_err(io("make a socket pair"))?;
     sender.set_write_timeout(Some(COPY_PATIENCE)).map_err(io("make a socket pair"))?;

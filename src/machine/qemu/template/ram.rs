@@ -1,28 +1,16 @@
-//! Guest memory as a file: made, filled, and written down as pages that are not zero.
+//! Guest memory as a file: filled, and written down as pages that are not zero.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
 use kiln_digest::{Digest, Hasher};
-use rustix::fs::{MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, memfd_create, seek};
+use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 const PAGE_BYTES: usize = 4096;
 /// How much is read at a time: a whole number of pages.
 const PIECE_BYTES: usize = 1 << 20;
-
-/// Memory for a guest, all zero: a file in memory whose size stays, as the device process demands.
-///
-/// # Errors
-/// What memfd_create(2) and ftruncate(2) say.
-pub fn new(size_bytes: u64) -> io::Result<File> {
-    let ram = memfd_create("kiln-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    let ram = File::from(ram);
-    ram.set_len(size_bytes)?;
-    fcntl_add_seals(&ram, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Ok(ram)
-}
 
 /// Copies what `from` holds to the same places of `to`, which is zero so far.
 ///
@@ -117,6 +105,8 @@ fn extents(file: &File, mut extent: impl FnMut(u64, u64) -> io::Result<()>) -> i
 
 #[cfg(test)]
 mod tests {
+    use kiln_virtio::ram::new;
+
     use super::*;
 
     /// 64 MiB with marks at the given places.
