@@ -145,7 +145,7 @@ pub fn carry_out(
     rig: &mut dyn Rig,
     inputs: &Receiver<Input>,
     started: Instant,
-    mut patience: Duration,
+    patience: Duration,
 ) -> Outcome {
     let mut trial = Trial {
         script,
@@ -161,35 +161,45 @@ pub fn carry_out(
         is_silent: false,
         is_gone: false,
     };
-    for index in 0..script.len() {
-        let before = Instant::now();
-        if let Step::Within(time) = script[index].step {
-            patience = time;
-            continue;
-        }
-        let result = trial.meet(index, patience);
-        let (index, failure) = match result {
-            Ok(()) => (index, None),
-            Err((index, why)) => (index, Some(why)),
-        };
-        // That something did not come is known at the end.
-        if failure.is_some() || !matches!(script[index].step, Step::Reject(_)) {
-            trial.note(What::Verdict { index, failure: failure.clone(), took: before.elapsed() });
-        }
-        if let Some(why) = failure {
-            return Outcome::NotMet { index, why };
-        }
+    let outcome = trial.play(patience);
+    // What was met may stand in a line that nothing ends any more, such as a prompt: the report has it too.
+    let rest = trial.console.current().to_vec();
+    if !rest.trim_ascii().is_empty() {
+        trial.note(What::Line(rest));
     }
-    if script.is_empty() {
-        return trial.watch(patience);
-    }
-    for index in trial.rejected.iter().map(|(index, _)| *index).collect::<Vec<_>>() {
-        trial.note(What::Verdict { index, failure: None, took: Duration::ZERO });
-    }
-    Outcome::Met
+    outcome
 }
 
 impl Trial<'_> {
+    fn play(&mut self, mut patience: Duration) -> Outcome {
+        for index in 0..self.script.len() {
+            let before = Instant::now();
+            if let Step::Within(time) = self.script[index].step {
+                patience = time;
+                continue;
+            }
+            let result = self.meet(index, patience);
+            let (index, failure) = match result {
+                Ok(()) => (index, None),
+                Err((index, why)) => (index, Some(why)),
+            };
+            // That something did not come is known at the end.
+            if failure.is_some() || !matches!(self.script[index].step, Step::Reject(_)) {
+                self.note(What::Verdict { index, failure: failure.clone(), took: before.elapsed() });
+            }
+            if let Some(why) = failure {
+                return Outcome::NotMet { index, why };
+            }
+        }
+        if self.script.is_empty() {
+            return self.watch(patience);
+        }
+        for index in self.rejected.iter().map(|(index, _)| *index).collect::<Vec<_>>() {
+            self.note(What::Verdict { index, failure: None, took: Duration::ZERO });
+        }
+        Outcome::Met
+    }
+
     fn note(&mut self, what: What) {
         self.rig.told(&Moment { at: self.started.elapsed(), what });
     }
@@ -419,6 +429,7 @@ mod tests {
     #[derive(Default)]
     struct Played {
         typed: Vec<u8>,
+        lines: Vec<String>,
         verdicts: Vec<(usize, bool)>,
     }
 
@@ -446,8 +457,10 @@ mod tests {
         }
 
         fn told(&mut self, moment: &Moment) {
-            if let What::Verdict { index, failure, .. } = &moment.what {
-                self.verdicts.push((*index, failure.is_none()));
+            match &moment.what {
+                What::Verdict { index, failure, .. } => self.verdicts.push((*index, failure.is_none())),
+                What::Line(line) => self.lines.push(String::from_utf8_lossy(line).into_owned()),
+                _ => {}
             }
         }
     }
@@ -491,6 +504,15 @@ mod tests {
         assert_eq!(outcome, Outcome::Met);
         assert_eq!(rig.typed, b"root\r");
         assert_eq!(rig.verdicts, (0..6).map(|index| (index, true)).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_line_that_was_met_is_told_though_it_has_not_ended() {
+        for (script, met) in [("expect FAILED", true), ("reject FAILED\nexpect never", false)] {
+            let (outcome, rig) = play(script, vec![printed("first\nINITOS: FAILED")]);
+            assert_eq!(outcome == Outcome::Met, met);
+            assert_eq!(rig.lines, ["first", "INITOS: FAILED"]);
+        }
     }
 
     #[test]
