@@ -1,25 +1,28 @@
 //! The block device (virtio 1.3 §5.2): a file's raw bytes, read and written where they are.
 //!
-//! A disk dies with its machine or is synced by whoever handed it over, so no flush is offered, and a driver that is offered
-//! none asks for none. What the host cannot read or write is not answered: whoever made the disk is told, to end the machine.
+//! What can be wrong with a request is answered. What the host cannot read or write is not: whoever made the disk is told, to
+//! end the machine. A disk can say that it is larger than its file, or have none, and be a template's place for one that
+//! comes later: what lies behind the file's end is answered as not readable.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
-use kiln_virtio::device::{COMMON_FEATURES, Device, Outcome, Wake};
+use kiln_virtio::device::{COMMON_FEATURES, Device, Outcome, StateError, Wake};
 use kiln_virtio::ring::{Chain, Limits, QueueError, Readable, Writable};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::fallocate::{FallocateMode, fallocate};
 
 /// VIRTIO_ID_BLOCK.
 pub const DEVICE_TYPE: u32 = 2;
 const QUEUE_SIZES: [u16; 1] = [256];
-/// VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX and VIRTIO_BLK_F_RO.
+/// VIRTIO_BLK_F_SIZE_MAX, _SEG_MAX and _RO; _FLUSH, _DISCARD and _WRITE_ZEROES, which only a disk that is written to has.
 const SIZES: u64 = 1 << 1;
 const SEGMENTS: u64 = 1 << 2;
 const READ_ONLY: u64 = 1 << 5;
+const WRITES: u64 = 1 << 9 | 1 << 13 | 1 << 14;
 /// Most buffers of one request, and most bytes of each: together what is taken. A larger request would go back without a
 /// word, and a driver may take that for success.
 const MOST_SEGMENTS: u32 = 126;
@@ -31,30 +34,57 @@ const LIMITS: Limits =
     Limits { readable_bytes: MOST_BYTES + 16, writable_bytes: MOST_BYTES + 1, slices: 512 };
 /// How much is copied at a time on its way to the file.
 const PIECE_BYTES: usize = 128 << 10;
+/// After how many requests, or bytes of them, a driver that wants to stop the device has its turn.
+const ROUND_REQUESTS: u16 = 32;
+const ROUND_BYTES: usize = 4 << 20;
 
 /// Types of requests, and their ends.
 const IN: u32 = 0;
 const OUT: u32 = 1;
+const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
+const DISCARD: u32 = 11;
+const WRITE_ZEROES: u32 = 13;
 const OK: u8 = 0;
 const FAILED: u8 = 1;
 const UNSUPPORTED: u8 = 2;
 /// Bytes of a disk's name.
 const ID_BYTES: usize = 20;
 
+/// How much one request may discard or zero: segments, and sectors of each. Where the file system cannot zero, zeroes are
+/// written, which must not take long.
+const DISCARDS: (u32, u32) = (16, 1 << 21);
+const ZEROES: (u32, u32) = (1, 1 << 15);
+/// What holes of most file systems are aligned to, sectors.
+const HOLE_SECTORS: u32 = 8;
+/// Bytes of a segment (virtio 1.3 §5.2.6): its first sector, how many, and flags, of which there is one: that the room may be
+/// given back.
+const SEGMENT_BYTES: usize = 16;
+const UNMAP: u32 = 1;
+
 /// Hears of what the host could not read or write.
 type OnFailure = Box<dyn Fn(&io::Error) + Send>;
 
 /// A file as a disk.
 pub struct Disk {
-    file: File,
+    file: Option<File>,
     failed: OnFailure,
     /// The host failed, and nothing is answered any more.
     is_dead: bool,
+    /// What is written dies with the machine.
+    is_scratch: bool,
     id: [u8; ID_BYTES],
     read_only: bool,
+    /// Bytes that can be reached: whole sectors of the file within the capacity.
     bytes: u64,
     config: Vec<u8>,
+}
+
+/// A part of a disk that is to be discarded or zeroed.
+struct Segment {
+    at: u64,
+    bytes: u64,
+    unmap: bool,
 }
 
 impl Disk {
@@ -68,17 +98,50 @@ impl Disk {
         read_only: bool,
         failed: impl Fn(&io::Error) + Send + 'static,
     ) -> io::Result<Self> {
-        let sectors = file.metadata()?.len() / SECTOR_BYTES;
+        let bytes = file.metadata()?.len();
+        Self::slot(Some(file), serial, read_only, bytes, failed)
+    }
+
+    /// A disk called `serial` that says it has `capacity_bytes`, whatever `file` has; without one it answers every
+    /// request for data as failed. A driver that knows the one can go on with the other. `failed` is called when the host
+    /// cannot read or write the file.
+    ///
+    /// # Errors
+    /// The file's size cannot be told.
+    pub fn slot(
+        file: Option<File>,
+        serial: &str,
+        read_only: bool,
+        capacity_bytes: u64,
+        failed: impl Fn(&io::Error) + Send + 'static,
+    ) -> io::Result<Self> {
+        let capacity_sectors = capacity_bytes / SECTOR_BYTES;
+        let sectors = match &file {
+            Some(file) => capacity_sectors.min(file.metadata()?.len() / SECTOR_BYTES),
+            None => 0,
+        };
         let mut id = [0; ID_BYTES];
         for (place, byte) in id.iter_mut().zip(serial.bytes()) {
             *place = byte;
         }
-        // Capacity, most bytes of a segment, and most segments.
-        let mut config = sectors.to_le_bytes().to_vec();
-        config.extend(MOST_SEGMENT_BYTES.to_le_bytes());
-        config.extend(MOST_SEGMENTS.to_le_bytes());
-        let (failed, is_dead) = (Box::new(failed), false);
-        Ok(Self { file, failed, is_dead, id, read_only, bytes: sectors * SECTOR_BYTES, config })
+        Ok(Self {
+            file,
+            failed: Box::new(failed),
+            is_dead: false,
+            is_scratch: false,
+            id,
+            read_only,
+            bytes: sectors * SECTOR_BYTES,
+            config: configuration(capacity_sectors),
+        })
+    }
+
+    /// The same disk, where what is written is of no use once the machine is gone: a flush is answered, and nothing is
+    /// waited for.
+    #[must_use]
+    pub fn scratch(mut self) -> Self {
+        self.is_scratch = true;
+        self
     }
 
     /// Does one request, and gives how it ended.
@@ -87,50 +150,155 @@ impl Disk {
     /// What the host says of its file.
     fn answer(&self, readable: &mut Readable<'_, ()>, room: &mut Writable<'_, ()>) -> io::Result<u8> {
         let Some(header) = readable.read_array::<16>() else { return Ok(FAILED) };
-        let [kind, sector] = [&header[..8], &header[8..]].map(|half| {
-            let mut bytes = [0; 8];
-            bytes.copy_from_slice(half);
-            u64::from_le_bytes(bytes)
-        });
-        let kind = u32::try_from(kind & u64::from(u32::MAX)).unwrap_or(u32::MAX);
-        let within = |length: usize| {
-            let start = sector.checked_mul(SECTOR_BYTES)?;
-            let length = u64::try_from(length).ok().filter(|length| length.is_multiple_of(SECTOR_BYTES))?;
-            (start.checked_add(length)? <= self.bytes).then_some(start)
-        };
-        let done = match kind {
-            IN => match within(room.remaining_bytes()) {
-                Some(at) => self.read(at, room).map(|()| true)?,
+        // Type, a field that is reserved, and sector.
+        let (kind, sector) = (word(&header, 0), long(&header, 8));
+        let done = match (kind, &self.file) {
+            (GET_ID, _) => room.remaining_bytes() >= ID_BYTES && room.write(&self.id),
+            (FLUSH | DISCARD | WRITE_ZEROES, _) if self.read_only => return Ok(UNSUPPORTED),
+            (IN | OUT | FLUSH | DISCARD | WRITE_ZEROES, None) => false,
+            (IN, Some(file)) => match self.within(sector, room.remaining_bytes() as u64) {
+                Some(at) => read(file, at, room).map(|()| true)?,
                 None => false,
             },
-            OUT if self.read_only => false,
-            OUT => match within(readable.remaining_bytes()) {
-                Some(at) => self.write(at, readable).map(|()| true)?,
+            (OUT, Some(_)) if self.read_only => false,
+            (OUT, Some(file)) => match self.within(sector, readable.remaining_bytes() as u64) {
+                Some(at) => write(file, at, readable).map(|()| true)?,
                 None => false,
             },
-            GET_ID => room.remaining_bytes() >= ID_BYTES && room.write(&self.id),
+            (FLUSH, Some(_)) if self.is_scratch => true,
+            (FLUSH, Some(file)) => file.sync_data().map(|()| true)?,
+            (DISCARD, Some(file)) => match self.segments(readable, DISCARDS) {
+                Ok(segments) if segments.iter().any(|segment| segment.unmap) => return Ok(UNSUPPORTED),
+                Ok(segments) => return discard(file, &segments),
+                Err(ended) => return Ok(ended),
+            },
+            (WRITE_ZEROES, Some(file)) => match self.segments(readable, ZEROES) {
+                Ok(segments) => segments.iter().try_for_each(|segment| zero(file, segment)).map(|()| true)?,
+                Err(ended) => return Ok(ended),
+            },
             _ => return Ok(UNSUPPORTED),
         };
         Ok(if done { OK } else { FAILED })
     }
 
-    fn read(&self, at: u64, room: &mut Writable<'_, ()>) -> io::Result<()> {
-        let wanted = room.remaining_bytes();
-        match room.read_file_at(self.file.as_fd(), at, wanted)? {
-            count if count == wanted => Ok(()),
-            _ => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
+    /// Where `sector` is, if `bytes` from there are whole sectors of the file.
+    fn within(&self, sector: u64, bytes: u64) -> Option<u64> {
+        let start = sector.checked_mul(SECTOR_BYTES)?;
+        let is_there = bytes.is_multiple_of(SECTOR_BYTES) && start.checked_add(bytes)? <= self.bytes;
+        is_there.then_some(start)
     }
 
-    fn write(&self, mut at: u64, readable: &mut Readable<'_, ()>) -> io::Result<()> {
-        let mut piece = vec![0; PIECE_BYTES.min(readable.remaining_bytes())];
-        while readable.remaining_bytes() > 0 {
-            let count = readable.read(&mut piece);
-            self.file.write_all_at(&piece[..count], at)?;
-            at += count as u64;
+    /// What is to be discarded or zeroed, all of it checked before any of it is done; or how the request ends.
+    fn segments(
+        &self,
+        readable: &mut Readable<'_, ()>,
+        (most, most_sectors): (u32, u32),
+    ) -> Result<Vec<Segment>, u8> {
+        let bytes = readable.remaining_bytes();
+        let most_bytes = usize::try_from(most).unwrap_or(0) * SEGMENT_BYTES;
+        if bytes == 0 || bytes > most_bytes || !bytes.is_multiple_of(SEGMENT_BYTES) {
+            return Err(FAILED);
         }
-        Ok(())
+        let mut segments = Vec::new();
+        while let Some(segment) = readable.read_array::<SEGMENT_BYTES>() {
+            let (sectors, flags) = (word(&segment, 8), word(&segment, 12));
+            if flags & !UNMAP != 0 {
+                return Err(UNSUPPORTED);
+            }
+            let bytes = u64::from(sectors) * SECTOR_BYTES;
+            let at =
+                self.within(long(&segment, 0), bytes).filter(|_| sectors <= most_sectors).ok_or(FAILED)?;
+            segments.push(Segment { at, bytes, unmap: flags & UNMAP != 0 });
+        }
+        Ok(segments)
     }
+}
+
+/// The configuration space (virtio 1.3 §5.2.4), as far as it goes with what is offered.
+fn configuration(sectors: u64) -> Vec<u8> {
+    let mut config = sectors.to_le_bytes().to_vec();
+    config.extend(MOST_SEGMENT_BYTES.to_le_bytes());
+    config.extend(MOST_SEGMENTS.to_le_bytes());
+    // Geometry, block size, topology, the cache's mode and the number of queues are not offered.
+    config.resize(36, 0);
+    let ((discard_segments, discard_sectors), (zero_segments, zero_sectors)) = (DISCARDS, ZEROES);
+    for number in [discard_sectors, discard_segments, HOLE_SECTORS, zero_sectors, zero_segments] {
+        config.extend(number.to_le_bytes());
+    }
+    // Zeroing may give room back.
+    config.extend([1, 0, 0, 0]);
+    config
+}
+
+/// The little-endian number of 32 bits at `at`.
+fn word(bytes: &[u8; 16], at: usize) -> u32 {
+    bytes[at..at + 4].iter().rev().fold(0, |number, byte| number << 8 | u32::from(*byte))
+}
+
+/// The little-endian number of 64 bits at `at`.
+fn long(bytes: &[u8; 16], at: usize) -> u64 {
+    u64::from(word(bytes, at)) | u64::from(word(bytes, at + 4)) << 32
+}
+
+fn read(file: &File, at: u64, room: &mut Writable<'_, ()>) -> io::Result<()> {
+    let wanted = room.remaining_bytes();
+    match room.read_file_at(file.as_fd(), at, wanted)? {
+        count if count == wanted => Ok(()),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+fn write(file: &File, mut at: u64, readable: &mut Readable<'_, ()>) -> io::Result<()> {
+    let mut piece = vec![0; PIECE_BYTES.min(readable.remaining_bytes())];
+    while readable.remaining_bytes() > 0 {
+        let count = readable.read(&mut piece);
+        file.write_all_at(&piece[..count], at)?;
+        at += count as u64;
+    }
+    Ok(())
+}
+
+/// Makes holes of `segments`, and says how that ended.
+fn discard(file: &File, segments: &[Segment]) -> io::Result<u8> {
+    for segment in segments {
+        match allocate(file, FallocateMode::PunchHole, segment) {
+            Err(error) if is_unsupported(&error) => return Ok(UNSUPPORTED),
+            result => result?,
+        }
+    }
+    Ok(OK)
+}
+
+/// Has a segment read as zeroes: with no room where that is allowed, else with the room that it has.
+fn zero(file: &File, segment: &Segment) -> io::Result<()> {
+    let mode = if segment.unmap { FallocateMode::PunchHole } else { FallocateMode::ZeroRange };
+    match allocate(file, mode, segment) {
+        Err(error) if is_unsupported(&error) => {}
+        result => return result,
+    }
+    let zeroes = vec![0; PIECE_BYTES];
+    let end = segment.at + segment.bytes;
+    let mut at = segment.at;
+    while at < end {
+        let count = usize::try_from(end - at).map_or(PIECE_BYTES, |rest| rest.min(PIECE_BYTES));
+        file.write_all_at(&zeroes[..count], at)?;
+        at += count as u64;
+    }
+    Ok(())
+}
+
+/// fallocate(2), which leaves the file as long as it is. Nothing is none of its sizes.
+fn allocate(file: &File, mode: FallocateMode, segment: &Segment) -> io::Result<()> {
+    if segment.bytes == 0 {
+        return Ok(());
+    }
+    fallocate(file, mode, true, segment.at, segment.bytes).map_err(io::Error::from)
+}
+
+/// Whether it is the file system that cannot do this, or not in such pieces, rather than the host that failed.
+fn is_unsupported(error: &io::Error) -> bool {
+    const CODES: [i32; 4] = [libc::EOPNOTSUPP, libc::ENOSYS, libc::ENODEV, libc::EINVAL];
+    error.raw_os_error().is_some_and(|code| CODES.contains(&code))
 }
 
 impl Device<()> for Disk {
@@ -143,7 +311,7 @@ impl Device<()> for Disk {
     }
 
     fn features(&self) -> u64 {
-        COMMON_FEATURES | SIZES | SEGMENTS | if self.read_only { READ_ONLY } else { 0 }
+        COMMON_FEATURES | SIZES | SEGMENTS | if self.read_only { READ_ONLY } else { WRITES }
     }
 
     fn config(&self) -> &[u8] {
@@ -166,6 +334,19 @@ impl Device<()> for Disk {
     }
 
     fn reset(&mut self) {}
+
+    fn can_freeze(&self) -> bool {
+        true
+    }
+
+    /// Between two requests a disk knows nothing of its driver.
+    fn freeze(&self) -> Result<Vec<u8>, StateError> {
+        Ok(Vec::new())
+    }
+
+    fn thaw(&mut self, state: &[u8]) -> Result<(), StateError> {
+        if state.is_empty() { Ok(()) } else { Err(StateError::Malformed) }
+    }
 }
 
 impl Disk {
@@ -175,10 +356,10 @@ impl Disk {
         memory: &GuestMemoryMmap,
         outcome: &mut Outcome,
     ) -> Result<(), virtio_queue::Error> {
-        let mut taken = 0;
+        let (mut taken, mut bytes) = (0, 0_usize);
         queue.disable_notification(memory)?;
         loop {
-            if taken == queue.size() {
+            if taken == ROUND_REQUESTS || bytes >= ROUND_BYTES {
                 outcome.again = true;
                 break;
             }
@@ -192,6 +373,7 @@ impl Disk {
             taken += 1;
             let mut written = 0;
             if let Ok(Chain { mut readable, mut writable }) = next.chain {
+                bytes = bytes.saturating_add(readable.remaining_bytes() + writable.remaining_bytes());
                 // The last byte of the room is for how it ended; without one there is nobody to tell.
                 let behind = writable.remaining_bytes().checked_sub(1);
                 if let Some(mut status) = behind.and_then(|at| writable.split_off(at)) {

@@ -190,6 +190,8 @@ const DISK: &[Allowed] = &[
     (libc::SYS_preadv, Any),
     (libc::SYS_pread64, Any),
     (libc::SYS_pwrite64, Any),
+    (libc::SYS_fallocate, Any),
+    (libc::SYS_fdatasync, Any),
     (libc::SYS_fcntl, Any),
     (libc::SYS_epoll_create1, Any),
 ];

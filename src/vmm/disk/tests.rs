@@ -32,13 +32,18 @@ struct Driver {
 
 impl Driver {
     fn new(file: File, read_only: bool) -> Self {
+        let bytes = file.metadata().expect("metadata").len();
+        Self::slot(Some(file), read_only, bytes)
+    }
+
+    fn slot(file: Option<File>, read_only: bool, capacity_bytes: u64) -> Self {
         let memory = map(&make_file(LEAST_BYTES).expect("memory"), LEAST_BYTES).expect("a mapping");
         let (sender, ends) = mpsc::channel();
         let failed = sender.clone();
         let failed = move |error: &std::io::Error| {
             failed.send(End::Device { what: error.to_string() }).expect("somebody hears");
         };
-        let disk = Disk::new(file, "root", read_only, failed).expect("a disk");
+        let disk = Disk::slot(file, "root", read_only, capacity_bytes, failed).expect("a disk");
         let local = Local::new("disk", disk, &memory, || Ok(()), sender).expect("a thread");
         let slot = Registers::slot(local, &memory).expect("registers");
         let driver = Self { memory, window: Arc::clone(&slot.window), slot, asked: 0, ends };
@@ -79,7 +84,7 @@ impl Driver {
         self.memory.write_obj([kind, 0], GuestAddress(HEADER)).expect("memory");
         self.memory.write_obj(sector, GuestAddress(HEADER + 8)).expect("memory");
         self.memory.write_obj(0xee_u8, GuestAddress(STATUS)).expect("memory");
-        let data = if kind == OUT { NEXT } else { NEXT | WRITE };
+        let data = if [OUT, DISCARD, WRITE_ZEROES].contains(&kind) { NEXT } else { NEXT | WRITE };
         self.descriptor(0, HEADER, 16, NEXT, 1);
         self.descriptor(1, DATA, length, data, 2);
         self.descriptor(2, STATUS, 1, WRITE, 0);
@@ -89,6 +94,18 @@ impl Driver {
         self.asked += 1;
         self.memory.write_obj(self.asked, GuestAddress(AVAILABLE + 2)).expect("memory");
         self.slot.notified[0].write(1).expect("a notification");
+    }
+
+    /// Discards or zeroes what `segments` say: sector, number of sectors, flags.
+    fn ask_of(&mut self, kind: u32, segments: &[(u64, u32, u32)]) -> u8 {
+        let bytes: Vec<u8> = segments
+            .iter()
+            .flat_map(|(sector, count, flags)| {
+                [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
+            })
+            .collect();
+        self.memory.write_slice(&bytes, GuestAddress(DATA)).expect("memory");
+        self.ask(kind, 0, u32::try_from(bytes.len()).expect("few"))
     }
 
     fn data(&self, length: usize) -> Vec<u8> {
@@ -143,12 +160,144 @@ fn a_disk_that_is_read_only_is_not_written() {
     let mut sector = [7; 512];
     file.read_exact_at(&mut sector, 0).expect("a sector");
     assert_eq!(sector, [0; 512]);
+    for kind in [FLUSH, DISCARD, WRITE_ZEROES] {
+        assert_eq!(driver.ask_of(kind, &[(1, 1, 0)]), UNSUPPORTED, "{kind}");
+    }
+    assert_eq!(Device::<()>::features(&Disk::new(file, "", true, |_| ()).expect("a disk")) & WRITES, 0);
+}
+
+/// A file of `sectors` sectors of ones.
+fn ones(sectors: usize) -> File {
+    let mut file = tempfile::tempfile().expect("a file");
+    file.write_all(&vec![1; sectors * 512]).expect("room");
+    file
+}
+
+/// Which sectors of `file` are zeroes; all others are still ones.
+fn zeroes(file: &File) -> Vec<u64> {
+    let sectors = file.metadata().expect("metadata").len() / 512;
+    let mut sector = [0; 512];
+    (0..sectors)
+        .filter(|number| {
+            file.read_exact_at(&mut sector, number * 512).expect("a sector");
+            assert!(sector == [0; 512] || sector == [1; 512], "sector {number}");
+            sector == [0; 512]
+        })
+        .collect()
+}
+
+#[test]
+fn what_is_discarded_or_zeroed_is_so_and_nothing_else() {
+    for (kind, flags) in [(DISCARD, 0), (WRITE_ZEROES, 0), (WRITE_ZEROES, UNMAP)] {
+        let file = ones(64);
+        let mut driver = Driver::new(file.try_clone().expect("a file"), false);
+        assert_eq!(driver.ask_of(kind, &[(7, 20, flags)]), OK, "{kind} {flags}");
+        assert_eq!(zeroes(&file), (7..27).collect::<Vec<_>>(), "{kind} {flags}");
+        assert_eq!(driver.ask_of(kind, &[(63, 1, flags)]), OK);
+        assert_eq!(driver.ask_of(kind, &[(3, 0, flags)]), OK, "nothing of nothing");
+        assert_eq!(zeroes(&file).len(), 21);
+        assert_eq!(driver.ask(FLUSH, 0, 512), OK);
+    }
+    let file = ones(64);
+    let mut driver = Driver::new(file.try_clone().expect("a file"), false);
+    assert_eq!(driver.ask_of(DISCARD, &[(8, 8, 0), (32, 8, 0)]), OK);
+    assert_eq!(zeroes(&file), (8..16).chain(32..40).collect::<Vec<_>>());
+}
+
+#[test]
+fn what_is_discarded_gives_its_room_back() {
+    use std::os::unix::fs::MetadataExt;
+    let file = ones(2048);
+    let blocks = || file.metadata().expect("metadata").blocks();
+    let before = blocks();
+    let mut driver = Driver::new(file.try_clone().expect("a file"), false);
+    assert_eq!(driver.ask_of(DISCARD, &[(0, 1024, 0)]), OK);
+    let half = blocks();
+    assert!(half < before, "{before} {half}");
+    assert_eq!(driver.ask_of(WRITE_ZEROES, &[(1024, 1024, UNMAP)]), OK);
+    assert!(blocks() < half);
+}
+
+#[test]
+fn a_part_that_cannot_be_discarded_leaves_all_as_it_was() {
+    let file = ones(64);
+    let mut driver = Driver::new(file.try_clone().expect("a file"), false);
+    let most = DISCARDS.1;
+    for kind in [DISCARD, WRITE_ZEROES] {
+        for bad in [(64, 1, 0), (60, 5, 0), (u64::MAX, 1, 0), (u64::MAX / 512, 2, 0), (0, u32::MAX, 0)] {
+            assert_eq!(driver.ask_of(kind, &[bad]), FAILED, "{kind} {bad:?}");
+        }
+        assert_eq!(driver.ask_of(kind, &[(0, 1, 2)]), UNSUPPORTED);
+        assert_eq!(driver.ask_of(kind, &[]), FAILED);
+        assert_eq!(driver.ask(kind, 0, 15), FAILED);
+        assert_eq!(driver.ask_of(kind, &[(0, 1, 0); 17]), FAILED);
+    }
+    assert_eq!(driver.ask_of(DISCARD, &[(0, 1, 0), (64, 1, 0), (2, 1, 0)]), FAILED);
+    assert_eq!(driver.ask_of(DISCARD, &[(0, 1, UNMAP)]), UNSUPPORTED);
+    assert_eq!(zeroes(&file), [0_u64; 0]);
+    // More than a request may say, of a disk that is large enough.
+    file.set_len(u64::from(most) * 1024).expect("a long file");
+    let mut driver = Driver::new(file.try_clone().expect("a file"), false);
+    assert_eq!(driver.ask_of(DISCARD, &[(64, most + 1, 0)]), FAILED);
+    assert_eq!(driver.ask_of(DISCARD, &[(64, most, 0)]), OK);
+}
+
+#[test]
+fn where_a_file_cannot_be_zeroed_zeroes_are_written() {
+    // tmpfs and memfds make holes, and know no zeroed range.
+    let mut file = kiln_virtio::ram::new(1 << 20).expect("a file in memory");
+    file.write_all(&vec![1; 1 << 20]).expect("room");
+    let mut driver = Driver::new(file.try_clone().expect("a file"), false);
+    assert_eq!(driver.ask_of(WRITE_ZEROES, &[(3, 600, 0)]), OK);
+    assert_eq!(zeroes(&file), (3..603).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_disk_may_say_that_it_is_larger_than_its_file_and_answers_what_there_is() {
+    let capacity = 16_u64 << 40;
+    let mut driver = Driver::slot(Some(file()), false, capacity);
+    let mut sectors = [0; 8];
+    driver.window.lock().expect("a whole lock").read(0x100, &mut sectors);
+    assert_eq!(u64::from_le_bytes(sectors), capacity / 512);
+    assert_eq!(driver.ask(IN, 3, 512), OK);
+    for kind in [IN, OUT] {
+        assert_eq!(driver.ask(kind, 4, 512), FAILED);
+        assert_eq!(driver.ask(kind, (capacity >> 9) - 1, 512), FAILED);
+    }
+    assert_eq!(driver.ask_of(DISCARD, &[(4, 1, 0)]), FAILED);
+    assert!(driver.ends.try_recv().is_err(), "the machine goes on");
+    assert_eq!(driver.ask(IN, 3, 512), OK);
+}
+
+#[test]
+fn a_disk_without_a_file_has_a_name_and_nothing_else() {
+    let mut driver = Driver::slot(None, false, 1 << 40);
+    for kind in [IN, OUT, FLUSH] {
+        assert_eq!(driver.ask(kind, 0, 512), FAILED, "{kind}");
+    }
+    for kind in [DISCARD, WRITE_ZEROES] {
+        assert_eq!(driver.ask_of(kind, &[(0, 1, 0)]), FAILED, "{kind}");
+    }
+    assert_eq!(driver.ask(GET_ID, 0, 20), OK);
+    assert_eq!(&driver.data(5), b"root\0");
+    assert!(driver.ends.try_recv().is_err(), "the machine goes on");
+}
+
+#[test]
+fn the_configuration_has_the_limits_where_the_specification_puts_them() {
+    let disk = Disk::new(file(), "root", false, |_| ()).expect("a disk");
+    let config = Device::<()>::config(&disk);
+    assert_eq!(config.len(), 60);
+    let number = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().expect("four bytes"));
+    assert_eq!((number(36), number(40)), (DISCARDS.1, DISCARDS.0));
+    assert_eq!((number(48), number(52)), (ZEROES.1, ZEROES.0));
+    assert_eq!((number(44), config[56]), (HOLE_SECTORS, 1));
 }
 
 #[test]
 fn a_request_that_nobody_knows_is_answered_so() {
     let mut driver = Driver::new(file(), false);
-    for kind in [2, 4, 11, 13, u32::MAX] {
+    for kind in [2, 3, 5, 10, 12, 14, u32::MAX] {
         assert_eq!(driver.ask(kind, 0, 512), UNSUPPORTED, "{kind}");
     }
 }
