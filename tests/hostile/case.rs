@@ -17,6 +17,8 @@ pub enum Subject {
     Fs,
     /// The vsock device, likewise.
     Vsock,
+    /// kiln's own VMM's block device, likewise.
+    Disk,
     /// The whole device process, by a front end that speaks vhost-user.
     Process,
     /// The host's side of the wire, and the collector behind it; the case is the agent.
@@ -29,9 +31,10 @@ pub enum Subject {
 
 impl Subject {
     /// All of them, by the words of the language.
-    pub const ALL: [(&'static str, Self); 6] = [
+    pub const ALL: [(&'static str, Self); 7] = [
         ("fs", Self::Fs),
         ("vsock", Self::Vsock),
+        ("disk", Self::Disk),
         ("process", Self::Process),
         ("host", Self::Host),
         ("agent", Self::Agent),

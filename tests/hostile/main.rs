@@ -16,6 +16,7 @@
 mod agent;
 mod case;
 mod changes;
+mod disk;
 #[path = "../folder/mod.rs"]
 mod folder;
 mod fs;
@@ -275,6 +276,7 @@ fn target(subject: Subject) -> Result<Box<dyn Target>, String> {
     Ok(match subject {
         Subject::Fs => Box::new(fs::FsTarget::new()?),
         Subject::Vsock => Box::new(vsock::VsockTarget::new()?),
+        Subject::Disk => Box::new(disk::DiskTarget::new()?),
         Subject::Process => Box::new(process::ProcessTarget::new()?),
         Subject::Host => Box::new(host::HostTarget::new()?),
         Subject::Agent => Box::new(agent::AgentTarget::new()),

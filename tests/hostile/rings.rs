@@ -118,7 +118,7 @@ impl Rings {
         self.fill(0, END, POISON)?;
         self.fill(0, RING_STRIDE * (count as u64 + 1), 0)?;
         self.rings = (0..count).map(Ring::new).collect::<Result<_, _>>()?;
-        self.current = 1;
+        self.current = 1.min(count.saturating_sub(1));
         self.broken = None;
         Ok(())
     }
