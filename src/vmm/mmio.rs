@@ -67,9 +67,12 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = 0x4e4c_494b;
 
 /// Bits of the device status (virtio 1.3 §2.1).
+const ACKNOWLEDGE: u32 = 1;
+const DRIVER: u32 = 2;
 const FEATURES_OK: u32 = 8;
 const DRIVER_OK: u32 = 4;
 const NEEDS_RESET: u32 = 0x40;
+const FAILED: u32 = 0x80;
 /// Bits of the interrupt status: a used buffer, and a change of the configuration.
 const USED_BUFFER: u32 = 1;
 const CONFIGURATION: u32 = 2;
@@ -156,15 +159,14 @@ impl<T: Target> Registers<T> {
     }
 
     fn set_register(&mut self, offset: u64, value: u32) {
-        // Queues and features are settled once the driver runs.
-        let open = self.status & DRIVER_OK == 0;
+        // Features are agreed on first, then queues are laid out, and both are settled once the driver runs (§3.1.1).
+        let open = self.status & (FEATURES_OK | DRIVER_OK) == FEATURES_OK;
+        let agreeing = self.status & (DRIVER | FEATURES_OK) == DRIVER;
         let queue = usize::try_from(self.selected).ok().and_then(|index| self.queues.get_mut(index));
         match (offset, queue) {
             (0x14, _) => self.offered_page = value,
             (0x24, _) => self.accepted_page = value,
-            (0x20, _) if self.status & FEATURES_OK == 0 => {
-                set_half(&mut self.accepted, self.accepted_page, value)
-            }
+            (0x20, _) if agreeing => set_half(&mut self.accepted, self.accepted_page, value),
             (0x30, _) => self.selected = value,
             (0x38, Some(queue)) if open && !queue.ready => queue.size = value,
             (0x44, Some(queue)) if open => queue.ready = value & 1 == 1,
@@ -188,13 +190,19 @@ impl<T: Target> Registers<T> {
         if value == 0 {
             return self.reset();
         }
-        let set = value & !self.status;
-        // A driver may not take bits back, nor say for the device that it needs a reset.
-        self.status |= value & 0x8f;
-        if set & FEATURES_OK != 0 && !self.features_suit() {
-            self.status &= !FEATURES_OK;
+        // A driver may not take bits back, nor say for the device that it needs a reset, and each bit comes behind the one
+        // before it; the last one in a write of its own, since the driver has to read whether its features are good.
+        self.status |= value & (ACKNOWLEDGE | FAILED);
+        if value & DRIVER != 0 && self.status & ACKNOWLEDGE != 0 {
+            self.status |= DRIVER;
         }
-        if set & DRIVER_OK != 0 && !self.running && self.status & (FEATURES_OK | NEEDS_RESET) == FEATURES_OK {
+        let agreed = self.status & FEATURES_OK != 0;
+        if value & FEATURES_OK != 0 && self.status & DRIVER != 0 && self.features_suit() {
+            self.status |= FEATURES_OK;
+        }
+        let stays_off = self.status & (DRIVER_OK | NEEDS_RESET | FAILED) != 0;
+        if value & DRIVER_OK != 0 && agreed && !stays_off {
+            self.status |= DRIVER_OK;
             self.running = true;
             let started = self.layouts().ok_or_else(|| io::Error::other("a queue is not in memory"));
             let started = started.and_then(|queues| {
