@@ -4,7 +4,7 @@
 //! [`Chain::next_of`] takes the next available chain, checks all of it and turns it into two lists of memory
 //! slices. After that nothing of the descriptor table is read again, and each readable byte is copied out at
 //! most once, so a driver that changes them meanwhile changes nothing that was checked. Called by the devices.
-#![expect(unsafe_code, reason = "preadv(2) from a file straight into guest memory")]
+#![expect(unsafe_code, reason = "files and sockets straight from and into guest memory")]
 
 use std::collections::VecDeque;
 use std::io;
@@ -174,27 +174,60 @@ impl<B: Bitmap + 'static> Readable<'_, B> {
     /// # Errors
     /// What the system call fails with; nothing is consumed then.
     pub fn send_to(&mut self, to: BorrowedFd<'_>, most_bytes: usize) -> io::Result<usize> {
+        self.drain(most_bytes, |vectors, count| {
+            // SAFETY: a msghdr is plain data for which all zeroes is a valid value.
+            let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+            message.msg_iov = vectors.cast_mut();
+            message.msg_iovlen = usize::try_from(count).unwrap_or(0);
+            // SAFETY: the vectors describe guest memory that stays mapped during the call, which only reads it.
+            // That the guest changes it meanwhile decides which bytes are sent, and nothing else.
+            unsafe { libc::sendmsg(to.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) }
+        })
+    }
+
+    /// Writes all that remains to `file` at `offset`, straight from guest memory.
+    ///
+    /// # Errors
+    /// What pwritev(2) fails with; some may have been written then.
+    pub fn write_file_at(&mut self, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
+        let mut done = 0_usize;
+        while self.remaining_bytes > 0 {
+            let at = offset.checked_add(done as u64).and_then(|at| i64::try_from(at).ok());
+            let at = at.ok_or(io::ErrorKind::InvalidInput)?;
+            match self.drain(usize::MAX, |vectors, count| {
+                // SAFETY: as in `send_to`: the call only reads guest memory, which stays mapped meanwhile.
+                unsafe { libc::pwritev(file.as_raw_fd(), vectors, count, at) }
+            }) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => done += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets `call` read the next bytes, at most `most_bytes`, and consumes what it says it took.
+    fn drain(
+        &mut self,
+        most_bytes: usize,
+        call: impl FnOnce(*const libc::iovec, libc::c_int) -> isize,
+    ) -> io::Result<usize> {
         let mut vectors = Vec::with_capacity(self.slices.len().min(MAX_VECTORS));
-        let mut total = 0;
+        let mut left = most_bytes;
         // The guards keep the pointers valid for as long as they live.
         let guards: Vec<_> = self.slices.iter().take(MAX_VECTORS).map(VolatileSlice::ptr_guard).collect();
         for guard in &guards {
-            let length = guard.len().min(most_bytes - total);
+            let length = guard.len().min(left);
             vectors.push(libc::iovec { iov_base: guard.as_ptr().cast_mut().cast(), iov_len: length });
-            total += length;
+            left -= length;
         }
-        // SAFETY: a msghdr is plain data for which all zeroes is a valid value.
-        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-        message.msg_iov = vectors.as_mut_ptr();
-        message.msg_iovlen = vectors.len();
-        // SAFETY: the vectors describe guest memory that the guards keep mapped, and the call only reads it.
-        // That the guest changes it meanwhile decides which bytes are sent, and nothing else.
-        let sent =
-            unsafe { libc::sendmsg(to.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) };
+        let count = libc::c_int::try_from(vectors.len()).unwrap_or(0);
+        let taken = call(vectors.as_ptr(), count);
         drop(guards);
-        let sent = usize::try_from(sent).map_err(|_| io::Error::last_os_error())?;
-        self.skip(sent);
-        Ok(sent)
+        let taken = usize::try_from(taken).map_err(|_| io::Error::last_os_error())?;
+        self.skip(taken);
+        Ok(taken)
     }
 
     fn skip(&mut self, mut count: usize) {

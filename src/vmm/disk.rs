@@ -32,7 +32,7 @@ const SECTOR_BYTES: u64 = 512;
 const MOST_BYTES: usize = 8 << 20;
 const LIMITS: Limits =
     Limits { readable_bytes: MOST_BYTES + 16, writable_bytes: MOST_BYTES + 1, slices: 512 };
-/// How much is copied at a time on its way to the file.
+/// How many zeroes are written at a time.
 const PIECE_BYTES: usize = 128 << 10;
 /// After how many requests, or bytes of them, a driver that wants to stop the device has its turn.
 const ROUND_REQUESTS: u16 = 32;
@@ -162,7 +162,7 @@ impl Disk {
             },
             (OUT, Some(_)) if self.read_only => false,
             (OUT, Some(file)) => match self.within(sector, readable.remaining_bytes() as u64) {
-                Some(at) => write(file, at, readable).map(|()| true)?,
+                Some(at) => readable.write_file_at(file.as_fd(), at).map(|()| true)?,
                 None => false,
             },
             (FLUSH, Some(_)) if self.is_scratch => true,
@@ -246,16 +246,6 @@ fn read(file: &File, at: u64, room: &mut Writable<'_, ()>) -> io::Result<()> {
         count if count == wanted => Ok(()),
         _ => Err(io::ErrorKind::UnexpectedEof.into()),
     }
-}
-
-fn write(file: &File, mut at: u64, readable: &mut Readable<'_, ()>) -> io::Result<()> {
-    let mut piece = vec![0; PIECE_BYTES.min(readable.remaining_bytes())];
-    while readable.remaining_bytes() > 0 {
-        let count = readable.read(&mut piece);
-        file.write_all_at(&piece[..count], at)?;
-        at += count as u64;
-    }
-    Ok(())
 }
 
 /// Makes holes of `segments`, and says how that ended.
