@@ -13,7 +13,7 @@ use super::census::{Census, What, blob_digest, folders, image_name};
 use super::collect::remove_template;
 use crate::cache::notes::{Noted, Notes};
 use crate::cache::stock::{Content, files, reread, stock};
-use crate::machine::qemu::template;
+use crate::machine::template;
 use crate::root::catalog;
 use crate::root::image::{Filesystem, SUMS};
 use crate::store::{Store, unseal};
