@@ -295,9 +295,14 @@ impl Host {
         self.settings.template.value.then(place)
     }
 
-    /// kiln's own VMM, where it is chosen for the machines of steps. Roots are made with QEMU's all the same.
+    /// kiln's own VMM, where it runs the machines of steps: where it is chosen, and where nothing is and KVM can be used. Roots
+    /// are made with QEMU's all the same.
     pub fn vmm(&self) -> Option<KilnVmm> {
-        let chosen = self.settings.backend.value == BackendChoice::Vmm;
+        let chosen = match self.settings.backend.value {
+            BackendChoice::Vmm => true,
+            BackendChoice::Auto => self.kvm(false).is_usable(),
+            _ => false,
+        };
         let with = |templates| KilnVmm::default().with_templates(templates);
         chosen.then(|| self.templates().map_or_else(KilnVmm::default, with))
     }
