@@ -5,6 +5,7 @@ mod assembled;
 mod built;
 mod configured;
 mod hostile;
+mod racer;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
