@@ -5,6 +5,9 @@
 
 #![allow(clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "../canary/mod.rs"]
+#[expect(dead_code, reason = "texts are searched elsewhere")]
+mod canary;
 #[path = "../folder/mod.rs"]
 #[expect(dead_code, reason = "files are copied into place here")]
 mod folder;

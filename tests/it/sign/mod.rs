@@ -3,6 +3,9 @@
 
 mod assembled;
 mod built;
+#[path = "../../canary/mod.rs"]
+#[expect(dead_code, reason = "no machine is searched here")]
+mod canary;
 mod configured;
 mod hostile;
 mod racer;
