@@ -82,8 +82,10 @@ pub trait Target: Send {
     /// What whoever takes over its driver must know. The guest does no more.
     ///
     /// # Errors
-    /// See [`StateError`].
-    fn freeze(&mut self) -> Result<Frozen, StateError>;
+    /// See [`StateError`]; one that cannot be part of a frozen machine is `Unsupported`.
+    fn freeze(&mut self) -> Result<Frozen, StateError> {
+        Err(StateError::Unsupported)
+    }
 
     /// Takes over the driver of a device that was frozen: as [`Target::start`], but goes on where that one stopped.
     ///
@@ -91,15 +93,17 @@ pub trait Target: Send {
     /// It cannot.
     fn thaw(
         &mut self,
-        features: u64,
-        queues: &[Option<Queue>],
-        frozen: &Frozen,
-        notified: &[EventFd],
-        interrupt: &EventFd,
-    ) -> io::Result<()>;
+        _features: u64,
+        _queues: &[Option<Queue>],
+        _frozen: &Frozen,
+        _notified: &[EventFd],
+        _interrupt: &EventFd,
+    ) -> io::Result<()> {
+        Err(io::Error::other(StateError::Unsupported))
+    }
 
     /// The guest has ended: what it left for others is passed on, and nothing more is served.
-    fn finish(&mut self);
+    fn finish(&mut self) {}
 }
 
 /// A device on a bus that can be part of a frozen machine.
@@ -136,9 +140,12 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = 0x4e4c_494b;
 
 /// Bits of the device status (virtio 1.3 §2.1).
+const ACKNOWLEDGE: u32 = 1;
+const DRIVER: u32 = 2;
 const FEATURES_OK: u32 = 8;
 const DRIVER_OK: u32 = 4;
 const NEEDS_RESET: u32 = 0x40;
+const FAILED: u32 = 0x80;
 /// Bits of the interrupt status: a used buffer, and a change of the configuration.
 const USED_BUFFER: u32 = 1;
 const CONFIGURATION: u32 = 2;
@@ -232,16 +239,15 @@ impl<T: Target> Registers<T> {
     }
 
     fn set_register(&mut self, offset: u64, value: u32) {
-        // Queues and features are settled once the driver runs.
-        let open = self.said.status & DRIVER_OK == 0;
+        // Features are agreed on first, then queues are laid out, and both are settled once the driver runs (§3.1.1).
+        let open = self.said.status & (FEATURES_OK | DRIVER_OK) == FEATURES_OK;
+        let agreeing = self.said.status & (DRIVER | FEATURES_OK) == DRIVER;
         let queue =
             usize::try_from(self.said.selected).ok().and_then(|index| self.said.queues.get_mut(index));
         match (offset, queue) {
             (0x14, _) => self.said.offered_page = value,
             (0x24, _) => self.said.accepted_page = value,
-            (0x20, _) if self.said.status & FEATURES_OK == 0 => {
-                set_half(&mut self.said.accepted, self.said.accepted_page, value)
-            }
+            (0x20, _) if agreeing => set_half(&mut self.said.accepted, self.said.accepted_page, value),
             (0x30, _) => self.said.selected = value,
             (0x38, Some(queue)) if open && !queue.ready => queue.size = value,
             (0x44, Some(queue)) if open => queue.ready = value & 1 == 1,
@@ -265,16 +271,19 @@ impl<T: Target> Registers<T> {
         if value == 0 {
             return self.reset();
         }
-        let set = value & !self.said.status;
-        // A driver may not take bits back, nor say for the device that it needs a reset.
-        self.said.status |= value & 0x8f;
-        if set & FEATURES_OK != 0 && !self.features_suit() {
-            self.said.status &= !FEATURES_OK;
+        // A driver may not take bits back, nor say for the device that it needs a reset, and each bit comes behind the one
+        // before it; the last one in a write of its own, since the driver has to read whether its features are good.
+        self.said.status |= value & (ACKNOWLEDGE | FAILED);
+        if value & DRIVER != 0 && self.said.status & ACKNOWLEDGE != 0 {
+            self.said.status |= DRIVER;
         }
-        if set & DRIVER_OK != 0
-            && !self.running
-            && self.said.status & (FEATURES_OK | NEEDS_RESET) == FEATURES_OK
-        {
+        let agreed = self.said.status & FEATURES_OK != 0;
+        if value & FEATURES_OK != 0 && self.said.status & DRIVER != 0 && self.features_suit() {
+            self.said.status |= FEATURES_OK;
+        }
+        let stays_off = self.said.status & (DRIVER_OK | NEEDS_RESET | FAILED) != 0;
+        if value & DRIVER_OK != 0 && agreed && !stays_off {
+            self.said.status |= DRIVER_OK;
             self.running = true;
             let started = self.layouts().ok_or_else(|| io::Error::other("a queue is not in memory"));
             let started = started.and_then(|queues| {

@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | `fuse` | requests and descriptor chains for the fs device | right answers, nothing from outside the shares |
 //! | `vsock` | packets, buffers and streams on both sides of the vsock device | right packets, within the guest's credit |
+//! | `mmio` | accesses to the registers of our own VMM and requests to a disk behind them | a model of the disk, the order of the status |
 //! | `to_host` | a stream of an agent's frames for the host's decoder | a message has one form, however the stream is cut |
 //! | `to_agent` | the same for the agent's decoder | the same |
 //! | `session` | all that an agent says in one run of a command | lists are trees, contents are what was sent |
@@ -18,6 +19,7 @@ mod erofs;
 mod fuse;
 mod messages;
 mod meter;
+mod mmio;
 mod random;
 mod session;
 mod vsock;

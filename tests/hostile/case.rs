@@ -19,6 +19,8 @@ pub enum Subject {
     Vsock,
     /// kiln's own VMM's block device, likewise.
     Disk,
+    /// A device behind the registers of kiln's own VMM.
+    Mmio,
     /// The whole device process, by a front end that speaks vhost-user.
     Process,
     /// The host's side of the wire, and the collector behind it; the case is the agent.
@@ -31,10 +33,11 @@ pub enum Subject {
 
 impl Subject {
     /// All of them, by the words of the language.
-    pub const ALL: [(&'static str, Self); 7] = [
+    pub const ALL: [(&'static str, Self); 8] = [
         ("fs", Self::Fs),
         ("vsock", Self::Vsock),
         ("disk", Self::Disk),
+        ("mmio", Self::Mmio),
         ("process", Self::Process),
         ("host", Self::Host),
         ("agent", Self::Agent),

@@ -24,6 +24,7 @@ mod fuse;
 mod host;
 mod hub;
 mod layout;
+mod mmio;
 mod oracle;
 mod process;
 mod rings;
@@ -277,6 +278,7 @@ fn target(subject: Subject) -> Result<Box<dyn Target>, String> {
         Subject::Fs => Box::new(fs::FsTarget::new()?),
         Subject::Vsock => Box::new(vsock::VsockTarget::new()?),
         Subject::Disk => Box::new(disk::DiskTarget::new()?),
+        Subject::Mmio => Box::new(mmio::MmioTarget::new()?),
         Subject::Process => Box::new(process::ProcessTarget::new()?),
         Subject::Host => Box::new(host::HostTarget::new()?),
         Subject::Agent => Box::new(agent::AgentTarget::new()),

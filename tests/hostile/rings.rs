@@ -228,6 +228,12 @@ impl Rings {
         Ok(ring.next_available.wrapping_sub(ring.queue.next_avail()).into())
     }
 
+    /// Whether all chains of the current queue that were offered have come back.
+    pub fn given_back(&self) -> Result<bool, String> {
+        let ring = self.ring()?;
+        Ok(self.read_u16(ring.used + 2)? == ring.next_available)
+    }
+
     fn flip(&mut self, at: u64, one: Vec<u8>, other: Vec<u8>) -> Result<(), String> {
         let stop = Arc::new(AtomicBool::new(false));
         let (memory, stopped) = (self.memory.clone(), Arc::clone(&stop));

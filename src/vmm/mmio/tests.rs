@@ -143,6 +143,57 @@ fn features_that_were_not_offered_or_are_too_old_are_not_agreed_to() {
 }
 
 #[test]
+fn a_driver_that_does_not_keep_the_order_is_not_served() {
+    let ok = FEATURES_OK | DRIVER_OK;
+    // What is written to the status, one after the other, and what it is then.
+    let orders: [(&[u32], u32); 8] = [
+        (&[15], 3),
+        (&[2], 0),
+        (&[8, 4, 12], 0),
+        (&[1, 9, 13], 1),
+        (&[3, 7, 7], 3),
+        (&[NEEDS_RESET, 3], 3),
+        (&[0x83, 0x83 | FEATURES_OK, 0x83 | ok], 0x8b),
+        (&[u32::MAX], 0x83),
+    ];
+    for (writes, status) in orders {
+        let noted = Noted::default();
+        let driver = Driver::new(noted.clone());
+        for value in writes {
+            driver.set(0x70, *value);
+            // Features are there to be agreed on in each case where the driver may say them.
+            for page in [0, 1] {
+                driver.set(0x24, page);
+                driver.set(0x20, half(FEATURES, page));
+            }
+        }
+        assert_eq!(driver.get(0x70), status, "{writes:x?}");
+        assert!(noted.taken().is_empty(), "{writes:x?}");
+    }
+}
+
+#[test]
+fn features_and_queues_are_said_when_it_is_their_turn() {
+    let driver = Driver::new(Noted::default());
+    // Features before there is a driver, and a queue before features are agreed on, are not heard.
+    driver.set(0x24, 1);
+    driver.set(0x20, 1);
+    driver.set(0x70, 3);
+    driver.lay_out(1, 256, RINGS);
+    assert_eq!(driver.get(0x44), 0);
+    driver.set(0x70, 3 | FEATURES_OK);
+    assert_eq!(driver.get(0x70), 3, "no feature was said");
+    driver.negotiate(FEATURES);
+    // What was agreed on stays, and bits are not taken back.
+    driver.set(0x24, 0);
+    driver.set(0x20, u32::MAX);
+    driver.set(0x70, 1);
+    assert_eq!(driver.get(0x70), 3 | FEATURES_OK);
+    driver.lay_out(1, 256, RINGS);
+    assert_eq!(driver.get(0x44), 1);
+}
+
+#[test]
 fn a_queue_that_cannot_be_served_is_answered_with_needs_reset() {
     let end = u32::try_from(LEAST_BYTES).expect("a small machine");
     let [descriptors, available, used] = RINGS;
