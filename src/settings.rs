@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::plan::recipe::{Fault, Recipe, RecipeDebian};
+use crate::plan::recipe::{Fault, GivenError, Recipe, RecipeDebian};
 use crate::plan::{parse_bytes, parse_duration};
 pub use recipe::RecipeFile;
 
@@ -54,6 +54,15 @@ pub enum SettingsError {
     /// The recipe is not what kiln understands.
     #[error(transparent)]
     Recipe(Box<Fault>),
+    /// A variable that cannot be set so.
+    #[error("--set {given}")]
+    Variable {
+        /// What was given.
+        given: String,
+        /// Why not.
+        #[source]
+        source: GivenError,
+    },
     /// A value that its setting does not take.
     #[error("setting `{name}` ({origin}) is `{value}`: {wanted}")]
     Value {
@@ -98,6 +107,7 @@ impl SettingsError {
             Self::TooLong { .. } => {
                 Some("put long texts into files of their own that the steps read".to_owned())
             }
+            Self::Variable { source, .. } => source.hint(),
             Self::Value { .. } | Self::NoHome => None,
         }
     }
@@ -170,6 +180,8 @@ impl fmt::Display for BackendChoice {
 pub struct Flags {
     /// The folder from which the recipe is looked for; none: where kiln was called.
     pub recipe_from: Option<PathBuf>,
+    /// `--set`, each NAME=VALUE.
+    pub variables: Vec<String>,
     /// `--project`.
     pub project: Option<String>,
     /// `--work`.
@@ -340,8 +352,14 @@ impl Settings {
             env::current_dir().map_err(|source| SettingsError::Read { path: PathBuf::from("."), source })?;
         let from = flags.recipe_from.map_or_else(|| directory.clone(), |folder| directory.join(folder));
         let recipe_path = recipe::find(&from);
-        let recipe_file = recipe_path.clone().map(|path| RecipeFile::read(path, &directory)).transpose()?;
-        let none = Arc::new(Recipe::default());
+        let read = |path| RecipeFile::read(path, &directory, &flags.variables);
+        let recipe_file = recipe_path.clone().map(read).transpose()?;
+        let mut none = Recipe::default();
+        if recipe_file.is_none() {
+            // Of no recipe nothing can be set.
+            recipe::set(&mut none, &flags.variables)?;
+        }
+        let none = Arc::new(none);
         let recipe = recipe_file.as_ref().map_or(&none, |file| &file.recipe);
         let recipe_folder = recipe_path.as_deref().and_then(Path::parent);
         let beside_recipe = |path: PathBuf| recipe_folder.unwrap_or(&directory).join(path);

@@ -1,4 +1,5 @@
-//! Numbers, bytes and paths in little room: seven bits a byte, and paths by what they share with the one before.
+//! Numbers, bytes and paths in little room: seven bits a byte, and paths by what they share with the one before; and any
+//! bytes as a word of a line.
 
 use kiln_digest::Digest;
 
@@ -119,5 +120,55 @@ impl<'a> Reader<'a> {
 
     pub fn restart(&mut self) {
         self.last.clear();
+    }
+}
+
+/// Each byte that would end a word or a line, and the letter that stands for it after a backslash.
+const ESCAPED: [(u8, u8); 3] = [(b'\\', b'\\'), (b'\n', b'n'), (b' ', b's')];
+
+/// `bytes` as a word.
+pub(super) fn word(bytes: &[u8]) -> Vec<u8> {
+    let mut word = Vec::with_capacity(bytes.len() + bytes.len() / 32);
+    for byte in bytes {
+        match ESCAPED.iter().find(|(escaped, _)| escaped == byte) {
+            Some((_, letter)) => word.extend([b'\\', *letter]),
+            None => word.push(*byte),
+        }
+    }
+    word
+}
+
+/// The bytes that `word` stands for; none where [`word`] gives no such.
+pub(super) fn unword(word: &[u8]) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(word.len());
+    let mut rest = word.iter();
+    while let Some(byte) = rest.next() {
+        match byte {
+            b'\\' => {
+                let letter = rest.next()?;
+                bytes.push(ESCAPED.iter().find(|(_, standing)| standing == letter)?.0);
+            }
+            b'\n' | b' ' => return None,
+            byte => bytes.push(*byte),
+        }
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_bytes_are_a_word_and_come_back() {
+        let all: Vec<u8> = (0..=255).collect();
+        for bytes in [&all[..], b"", b"\\n", b"\\\\ \n", b" \n "] {
+            let word = word(bytes);
+            assert!(!word.contains(&b' ') && !word.contains(&b'\n'), "{bytes:?}");
+            assert_eq!(unword(&word).as_deref(), Some(bytes));
+        }
+        for bad in [&b"\\"[..], b"a\\x", b"a b", b"a\n"] {
+            assert_eq!(unword(bad), None);
+        }
     }
 }

@@ -1,27 +1,24 @@
-//! Where traces are kept: a file for each scope and key, replaced whole; and where outputs were put.
+//! Where traces are kept: a pack for each scope, in which a key has several lines; and where outputs were put: a pack for
+//! each WORK.
 //!
-//! Plain files, because that is what measures best: a key is looked up by one open(2), several kilns need no lock to read
-//! it, and a kill at any moment leaves the old file or the new one. Who changes one holds a lock, so that of two that add to
-//! one key at once neither loses what the other, or a third, goes by. A file is dated before it is read: what was read
-//! stays, with all that it names, for as long as this process lives.
+//! A trace that holds is dated before anybody goes by it: it stays then, with all that it names, for as long as this
+//! process lives.
 
 use std::fmt;
-use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use kiln_digest::Digest;
 
-use super::alone::Alone;
 use super::notes::{LastRun, Notes};
-use super::trace::{Trace, read_all, write_all};
+use super::pack::{Line, Packs, Which};
+use super::stock::{Family, SUFFIX};
+use super::trace::{Trace, line, read_line};
 use crate::store::Store;
 
-/// The lock's name among what runs.
-const LOCK: &str = "traces.lock";
-/// Most traces of one key.
+/// Most traces of one key: each has one of so many names.
 const MOST: usize = 8;
 
 /// Who may trust an entry: runs of one scope read each other's.
@@ -64,16 +61,31 @@ pub struct Index {
     own: Scope,
     others: Vec<Scope>,
     notes: Arc<Notes>,
-    /// Of who changes traces.
-    alone: Arc<Alone>,
+    traces: Arc<Packs>,
+    placed: Arc<Packs>,
+}
+
+/// A trace as it was found.
+#[derive(Debug)]
+pub struct Found {
+    /// Whose it is.
+    pub scope: Scope,
+    /// It.
+    pub trace: Trace,
+    line: Line,
+}
+
+/// What the names of the lines of a key begin with.
+fn names_of(key: &Digest) -> String {
+    format!("{key}.")
 }
 
 impl Index {
     /// Those in `store` of the scope `own`, which is written, and of `others`, which are only read.
     pub fn new(store: &Store, own: Scope, others: Vec<Scope>) -> Self {
         let notes = Arc::new(Notes::new(store));
-        let alone = Arc::new(Alone::new(store.run().join(LOCK)));
-        Self { store: store.clone(), own, others, notes, alone }
+        let [traces, placed] = [Family::Traces, Family::Placed].map(|family| Arc::new(family.packs(store)));
+        Self { store: store.clone(), own, others, notes, traces, placed }
     }
 
     /// The scope that is written.
@@ -81,48 +93,63 @@ impl Index {
         &self.own
     }
 
-    fn path(&self, scope: &Scope, key: &Digest) -> PathBuf {
-        let name = key.to_string();
-        self.store.traces().join(&scope.0).join(&name[..2]).join(&name[2..])
+    fn path(&self, scope: &Scope) -> PathBuf {
+        self.store.traces().join(format!("{scope}{SUFFIX}"))
     }
 
-    fn read(&self, scope: &Scope, key: &Digest) -> Vec<Trace> {
-        let path = self.path(scope, key);
-        if !self.store.mark(&path) {
-            return Vec::new();
-        }
-        fs::read(&path).ok().and_then(|bytes| read_all(&self.name(&path), &bytes)).unwrap_or_default()
-    }
-
-    /// What a file of the store is called in its own digest.
-    fn name(&self, path: &Path) -> String {
-        path.strip_prefix(self.store.path()).unwrap_or(path).to_string_lossy().into_owned()
-    }
-
-    fn write(&self, path: &Path, traces: &[Trace]) -> io::Result<()> {
-        self.store.replace(path, &write_all(&self.name(path), traces))
-    }
-
-    /// The traces under `key`, the newest of the own scope first, each with its scope. They and all that they name stay for as
-    /// long as this process lives.
-    pub fn traces(&self, key: &Digest) -> Vec<(Scope, Trace)> {
+    /// The traces under `key`, the newest of the own scope first. A collection may take one that is not held.
+    pub fn traces(&self, key: &Digest) -> Vec<Found> {
+        let names = names_of(key);
         let scopes = [&self.own].into_iter().chain(&self.others);
         scopes
-            .flat_map(|scope| self.read(scope, key).into_iter().map(|trace| (scope.clone(), trace)))
+            .flat_map(|scope| {
+                let lines = self.traces.lines(&self.path(scope), Which::Beginning(&names));
+                let found =
+                    |line: Line| Some(Found { scope: scope.clone(), trace: read_line(&line.text)?, line });
+                lines.into_iter().filter_map(found)
+            })
             .collect()
     }
 
-    /// Puts `trace` before the others under `key`, in place of what was read alike. The caller has synced what it names.
+    /// Says that `found` is used now; whether it is still there. It and all that it names stay then for as long as this
+    /// process lives.
+    pub fn hold(&self, found: &Found) -> bool {
+        self.traces.mark(&self.path(&found.scope), &found.line)
+    }
+
+    /// Adds `trace` to those under `key`, in place of what was read alike, or of the oldest where there are many. The caller
+    /// has synced what it names.
     ///
     /// # Errors
-    /// What writing says.
-    pub fn add(&self, key: &Digest, trace: Trace) -> io::Result<()> {
-        let _alone = self.alone.hold()?;
-        let mut traces = self.read(&self.own, key);
-        traces.retain(|old| !read_alike(old, &trace));
-        traces.insert(0, trace);
-        traces.truncate(MOST);
-        self.write(&self.path(&self.own, key), &traces)
+    /// What locking and writing say.
+    pub fn add(&self, key: &Digest, trace: &Trace) -> io::Result<()> {
+        let names = names_of(key);
+        self.traces.change(&self.path(&self.own), |pack| {
+            let lines = pack.lines(Which::Beginning(&names));
+            let is_alike = |line: &&Line| read_line(&line.text).is_some_and(|old| read_alike(&old, trace));
+            let is_free = |name: &String| lines.iter().all(|line| line.name != *name);
+            let free = || (0..MOST).map(|number| format!("{names}{number}")).find(is_free);
+            let alike = lines.iter().find(is_alike).map(|line| line.name.clone());
+            let name = alike.or_else(free).or_else(|| Some(lines.last()?.name.clone()));
+            pack.append(&line(&name.unwrap_or_else(|| format!("{names}0")), trace))
+        })
+    }
+
+    /// Takes the traces under `key` away whose outputs are `outputs`: the store does not have them any more.
+    ///
+    /// # Errors
+    /// What locking and writing say.
+    pub fn forget(&self, key: &Digest, outputs: &Digest) -> io::Result<()> {
+        let names = names_of(key);
+        let is_lost = |line: &Line| {
+            line.name.starts_with(&names)
+                && read_line(&line.text).is_some_and(|trace| trace.outputs == *outputs)
+        };
+        let path = self.path(&self.own);
+        match self.traces.lines(&path, Which::Beginning(&names)).iter().any(is_lost) {
+            true => self.traces.rewrite(&path, |line| !is_lost(line)),
+            false => Ok(()),
+        }
     }
 
     /// What the step `step` did last in the WORK that `work` names.
@@ -138,39 +165,21 @@ impl Index {
         self.notes.add(work, run)
     }
 
-    /// Takes the traces under `key` away whose outputs are `outputs`: the store does not have them any more.
-    ///
-    /// # Errors
-    /// What writing says.
-    pub fn forget(&self, key: &Digest, outputs: &Digest) -> io::Result<()> {
-        let _alone = self.alone.hold()?;
-        let mut traces = self.read(&self.own, key);
-        traces.retain(|trace| trace.outputs != *outputs);
-        self.write(&self.path(&self.own, key), &traces)
+    fn placed_path(&self, work: &[u8]) -> PathBuf {
+        self.store.placed().join(format!("{}{SUFFIX}", Digest::of(&[b"placed in\0", work].concat())))
     }
-}
 
-fn placed_key(work: &[u8], step: &str) -> Digest {
-    Digest::of(&[b"placed\0", work, b"\0", step.as_bytes()].concat())
-}
-
-impl Index {
     /// What the outputs of the step `step` look like in the WORK that `work` names: a trace whose one share is WORK.
     pub fn placed(&self, work: &[u8], step: &str) -> Option<Trace> {
-        let path = self.placed_path(work, step);
-        read_all(&self.name(&path), &fs::read(&path).ok()?)?.pop()
+        read_line(&self.placed.lines(&self.placed_path(work), Which::Name(step)).pop()?.text)
     }
 
     /// Notes that.
     ///
     /// # Errors
-    /// What writing says.
-    pub fn note_placed(&self, work: &[u8], step: &str, placed: Trace) -> io::Result<()> {
-        self.write(&self.placed_path(work, step), &[placed])
-    }
-
-    fn placed_path(&self, work: &[u8], step: &str) -> PathBuf {
-        self.store.placed().join(placed_key(work, step).to_string())
+    /// What locking and writing say.
+    pub fn note_placed(&self, work: &[u8], step: &str, placed: &Trace) -> io::Result<()> {
+        self.placed.change(&self.placed_path(work), |pack| pack.append(&line(step, placed)))
     }
 }
 

@@ -1,22 +1,23 @@
 //! Traces: what a step was seen to read and what it gave, and whether that still holds.
 //!
-//! - [`key`]: what a step is. Under its key the store keeps [`trace`]s ([`index`]), and what it did last is in [`notes`].
+//! - [`key`]: what a step is. Under its key the store keeps [`trace`]s ([`index`]), and what it did last is in [`notes`]. All
+//!   lie in packs, as lines of files.
 //! - [`verify`]: whether a trace holds against the files as they are now, and if not, the first [`difference`].
 //!
 //! Nothing here runs a step, and nothing here believes a time stamp that could be older than what it stands for.
 
-mod alone;
 mod codec;
 pub mod difference;
 pub mod index;
 pub mod key;
 pub mod notes;
+mod pack;
 pub mod stock;
 pub mod trace;
 pub mod verify;
 
 pub use difference::{Difference, What};
-pub use index::{Index, Scope, ScopeError};
+pub use index::{Found, Index, Scope, ScopeError};
 pub use key::Key;
 pub use notes::LastRun;
 pub use trace::{Entry, ShareTrace, Trace};

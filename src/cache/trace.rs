@@ -1,15 +1,17 @@
 //! A trace: what a step was seen to read, with digests, and what it gave.
 //!
-//! In a file, traces of a key follow each other, the newest first. The form is private to kiln: a file that another kiln
-//! wrote, or that is damaged, is as good as none.
+//! In a pack it is a line, which has a name and then the trace in a word. The form is private to kiln: one that another
+//! kiln wrote, or that is damaged, is as good as none.
 
-use kiln_digest::{Digest, Hasher};
+use std::borrow::Cow;
+
+use kiln_digest::Digest;
 use kiln_virtio::fs::record::{Fingerprint, Kind, Observed, PathBytes};
 
-use super::codec::{Reader, Writer};
+use super::codec::{Reader, Writer, unword, word};
 
-/// What the first bytes of a file of traces are. The number is the form's.
-const MAGIC: &[u8] = b"kiln traces 2\n";
+/// What a trace begins with: the number of its form.
+const FORM: u8 = 3;
 
 /// What a step asked about one path, and what it was told.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -172,36 +174,30 @@ impl Trace {
     }
 }
 
-/// The digest that ends a file of traces: of its name in the store too, so that one in another's place is not believed.
-fn sum(name: &str, body: &[u8]) -> Digest {
-    let mut hasher = Hasher::default();
-    hasher.update(name.as_bytes());
-    hasher.update(b"\0");
-    hasher.update(body);
-    hasher.finish().0
-}
-
-/// The bytes of a file that holds `traces` under `name`. The last 32 are a digest of the others.
-pub(super) fn write_all(name: &str, traces: &[Trace]) -> Vec<u8> {
+/// What the line of a pack says that is `trace`, under `name`.
+pub(super) fn line(name: &str, trace: &Trace) -> Vec<u8> {
     let mut to = Writer::default();
-    to.bytes.extend(MAGIC);
-    to.number(traces.len() as u64);
-    traces.iter().for_each(|trace| trace.write(&mut to));
-    let sum = sum(name, &to.bytes);
-    to.digest(&sum);
-    to.bytes
+    to.byte(FORM);
+    trace.write(&mut to);
+    [&word(name.as_bytes())[..], b" ", &word(&to.bytes)].concat()
 }
 
-/// The traces in the bytes of a file; none where they are not what [`write_all`] wrote under `name`.
-pub(super) fn read_all(name: &str, bytes: &[u8]) -> Option<Vec<Trace>> {
-    let (body, found) = bytes.split_last_chunk::<32>()?;
-    if sum(name, body) != Digest::from_bytes(*found) {
-        return None;
+/// The name of a line that [`line`] wrote. There may be anything after it.
+pub(super) fn name_of(text: &[u8]) -> Option<Cow<'_, str>> {
+    let at = text.iter().position(|byte| *byte == b' ')?;
+    match std::str::from_utf8(&text[..at]).ok()? {
+        name if !name.contains('\\') => Some(Cow::Borrowed(name)),
+        name => Some(Cow::Owned(String::from_utf8(unword(name.as_bytes())?).ok()?)),
     }
-    let mut from = Reader::new(body.strip_prefix(MAGIC)?);
-    let count = from.count()?;
-    let traces = (0..count).map(|_| Trace::read(&mut from)).collect::<Option<_>>()?;
-    from.is_at_end().then_some(traces)
+}
+
+/// The trace of a line that [`line`] wrote; none where that is not what it is.
+pub(super) fn read_line(text: &[u8]) -> Option<Trace> {
+    let at = text.iter().position(|byte| *byte == b' ')?;
+    let bytes = unword(&text[at + 1..])?;
+    let mut from = Reader::new(bytes.strip_prefix(&[FORM])?);
+    let trace = Trace::read(&mut from)?;
+    from.is_at_end().then_some(trace)
 }
 
 #[cfg(test)]
@@ -242,20 +238,24 @@ mod tests {
     }
 
     #[test]
-    fn traces_are_read_as_they_were_written() {
-        let traces = [trace(), Trace { log: None, ..trace() }];
-        assert_eq!(read_all("name", &write_all("name", &traces)).as_deref(), Some(&traces[..]));
-        assert_eq!(read_all("name", &write_all("name", &[])).as_deref(), Some(&[][..]));
+    fn a_trace_is_read_as_it_was_written() {
+        for (name, trace) in [("key.0", trace()), ("a step\nof \\ two", Trace { log: None, ..trace() })] {
+            let line = line(name, &trace);
+            assert!(!line.contains(&b'\n'));
+            assert_eq!(name_of(&line).as_deref(), Some(name));
+            assert_eq!(read_line(&line).as_ref(), Some(&trace));
+        }
     }
 
     #[test]
-    fn a_damaged_file_is_as_good_as_none() {
-        let bytes = write_all("name", &[trace()]);
-        for at in 0..bytes.len() {
-            let mut damaged = bytes.clone();
-            damaged[at] ^= 0x20;
-            assert_eq!(read_all("name", &damaged), None, "bit flipped in byte {at}");
-            assert_eq!(read_all("name", &bytes[..at]), None, "cut after {at} bytes");
+    fn half_a_trace_and_one_of_another_form_are_as_good_as_none() {
+        let line = line("n", &trace());
+        for at in 0..line.len() {
+            assert_eq!(read_line(&line[..at]), None, "cut after {at} bytes");
         }
+        let mut other = line.clone();
+        other["n ".len()] = FORM + 1;
+        assert_eq!(read_line(&other), None);
+        assert_eq!(read_line(&[&line[..], b"x"].concat()), None);
     }
 }

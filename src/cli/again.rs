@@ -42,6 +42,7 @@ impl StepCommands {
         let mut add = |name: &str, value: &OsStr| {
             settings.push_str(&format!(" --{name} {}", quote(value.as_bytes())));
         };
+        flags.variables.iter().for_each(|given| add("set", given.as_ref()));
         let texts = [
             ("project", &flags.project),
             ("store-limit", &flags.store_limit),
@@ -96,13 +97,15 @@ mod tests {
         let flags = Flags {
             work: Some("my work".into()),
             store: Some("s".into()),
+            variables: vec!["layout=single".to_owned()],
             offline: true,
             no_template: true,
             ..Flags::default()
         };
         let scopes = ScopeFlags { scope: "ci".to_owned(), read_scope: vec!["trusted".to_owned()] };
         let commands = StepCommands::new(&flags, &scopes, true);
-        let settings = "--store s --work 'my work' --scope ci --read-scope trusted --offline";
+        let settings =
+            "--set layout=single --store s --work 'my work' --scope ci --read-scope trusted --offline";
         assert_eq!(commands.build("a"), format!("kiln build {settings} --overwrite --no-template a"));
         assert_eq!(commands.shell("a"), format!("kiln shell {settings} a"));
         let plain = StepCommands::new(&Flags::default(), &ScopeFlags::trusted(), false);

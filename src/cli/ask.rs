@@ -187,7 +187,7 @@ pub(super) fn inputs(arguments: &InputsArguments, flags: Flags) -> Result<ExitCo
     let index = opened.index(&arguments.scopes)?;
     let id = opened.step_or_script(&index, &arguments.step)?;
     let last = opened.last_run(&index, &arguments.step)?;
-    let trace = index.traces(&last.key.digest()).into_iter().map(|(_, trace)| trace).next();
+    let trace = index.traces(&last.key.digest()).into_iter().map(|found| found.trace).next();
     let trace = trace.ok_or_else(|| Failure {
         text: format!("nothing is kept of what step `{}` read", arguments.step),
         hint: last.not_kept.or(last.failure),

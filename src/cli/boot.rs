@@ -63,7 +63,7 @@ pub(super) struct BootArguments {
     /// A further disk, attached as --bus says unless BUS is given
     #[arg(long = "disk", value_name = "FILE[:BUS]")]
     disks: Vec<String>,
-    /// Secure Boot: `off`, `setup` (on, without keys), or a folder with PK, KEK and db (.esl, .cer, .crt)
+    /// Secure Boot: `off`, `setup` (on, without keys), or a folder with PK, KEK and db, and dbx where it is there (.esl, .cer, .crt)
     #[arg(long, value_name = "off|setup|DIR", default_value = "off")]
     secure_boot: String,
     /// Let the firmware, in setup mode, take PK.auth, KEK.auth and db.auth of DIR before the image is booted

@@ -40,6 +40,7 @@ Examples:
   kiln build -n package       what would run for that step, and why
   kiln build -k -j 4          go on after a failure; four steps at once
   kiln build --keep           keep the machine of a step that fails
+  kiln build --set layout=single    with another value of a variable of the recipe
   kiln build --locked         refuse what kiln.lock does not name")]
 pub(super) struct BuildArguments {
     /// Targets and steps

@@ -104,7 +104,8 @@ pub(super) fn doctor(host: &Host, arguments: &DoctorArguments) -> Result<ExitCod
     }
     match host.backend(&Boundary::default()) {
         Ok(_) if verdict.is_usable() => {
-            line("backend  qemu with KVM, because the probe ran guest code at a processor's speed")
+            let which = if host.vmm().is_some() { "kiln's own VMM on KVM" } else { "qemu with KVM" };
+            line(&format!("backend  {which}, because the probe ran guest code at a processor's speed"));
         }
         Ok(_) => line(&format!(
             "backend  qemu with emulation, because KVM cannot be used: slower, and no security boundary (QEMU {OLDEST} or newer)"

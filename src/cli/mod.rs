@@ -89,6 +89,9 @@ struct Cli {
 #[derive(Debug, Args, Clone)]
 #[command(next_help_heading = "Settings")]
 struct Global {
+    /// Give a variable of the recipe (`[variables]`) this value; may be repeated
+    #[arg(long, global = true, value_name = "NAME=VALUE")]
+    set: Vec<String>,
     /// Name in /ws/PROJECT and /x/PROJECT [env: PROJECT] [default: the recipe's, else `project`]
     #[arg(long, global = true, value_name = "NAME")]
     project: Option<String>,
@@ -322,6 +325,7 @@ fn obey(arguments: impl Iterator<Item = OsString>, caller: Option<Caller>) -> Ex
 
 fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
     let mut flags = Flags {
+        variables: cli.global.set,
         project: cli.global.project,
         store: cli.global.store,
         store_limit: cli.global.store_limit,

@@ -15,7 +15,7 @@ use crate::machine::jail::attempt::Targets;
 use crate::machine::jail::{Held, Profile};
 use crate::machine::probe::{self, Verdict};
 use crate::machine::qemu::Qemu;
-use crate::machine::qemu::template::Templates;
+use crate::machine::template::Templates;
 use crate::machine::vmm::KilnVmm;
 use crate::machine::{Accelerator, Carrier, MachineError};
 use crate::plan::RootSpec;
@@ -271,8 +271,8 @@ impl Host {
             }
         }
         let mut qemu = Qemu::find(&self.settings.qemu.value, &self.settings.search_path, accelerator)?;
-        if self.settings.template.value {
-            qemu = qemu.with_templates(Templates::new(self.store.templates(), self.store.temporary()));
+        if let Some(templates) = self.templates() {
+            qemu = qemu.with_templates(templates);
         }
         let demand = match boundary {
             Boundary { untrusted: true, .. } => Some("--untrusted"),
@@ -289,9 +289,22 @@ impl Host {
         Ok(qemu)
     }
 
-    /// kiln's own VMM, where it is chosen for the machines of steps. Roots are made with QEMU's all the same.
+    /// Where templates are, if they are to be used.
+    fn templates(&self) -> Option<Templates> {
+        let place = || Templates::new(self.store.templates(), self.store.temporary());
+        self.settings.template.value.then(place)
+    }
+
+    /// kiln's own VMM, where it runs the machines of steps: where it is chosen, and where nothing is and KVM can be used. Roots
+    /// are made with QEMU's all the same.
     pub fn vmm(&self) -> Option<KilnVmm> {
-        (self.settings.backend.value == BackendChoice::Vmm).then_some(KilnVmm)
+        let chosen = match self.settings.backend.value {
+            BackendChoice::Vmm => true,
+            BackendChoice::Auto => self.kvm(false).is_usable(),
+            _ => false,
+        };
+        let with = |templates| KilnVmm::default().with_templates(templates);
+        chosen.then(|| self.templates().map_or_else(KilnVmm::default, with))
     }
 
     /// Where Debian packages come from.

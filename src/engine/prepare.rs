@@ -33,8 +33,6 @@ pub(super) struct Prepared {
     pub qemu: Qemu,
     /// kiln's own VMM, where it is to run the step's machine instead.
     pub vmm: Option<KilnVmm>,
-    /// What carries the wire.
-    pub carrier: Carrier,
     pub bundle: Bundle,
     pub root: Root,
     pub environment: Environment,
@@ -181,9 +179,8 @@ pub(super) fn prepare(
     };
     // It has no network card, and no processor with virtualisation.
     let vmm = host.vmm().filter(|_| !step.network && !step.nested);
-    let carrier = if vmm.is_some() { Carrier::Vsock } else { step.carrier };
-    let bundle = host.bundle(&step.kernel, carrier, &mut progress)?;
-    let root_bundle = match carrier {
+    let bundle = host.bundle(&step.kernel, step.carrier, &mut progress)?;
+    let root_bundle = match step.carrier {
         Carrier::Serial => bundle.clone(),
         Carrier::Vsock => host.bundle(&step.kernel, Carrier::Serial, &mut progress)?,
     };
@@ -202,7 +199,6 @@ pub(super) fn prepare(
     Ok(Prepared {
         qemu,
         vmm,
-        carrier,
         bundle,
         root,
         environment,
@@ -372,7 +368,7 @@ pub(super) fn describe(
         cpus: prepared.cpus,
         shares: mem::take(&mut prepared.shares),
         disks,
-        carrier: prepared.carrier,
+        carrier: step.carrier,
         nested: step.nested,
         network: step.network,
     };

@@ -10,8 +10,8 @@ use kiln_wire::{Setup, Source, ToAgent};
 use super::host::Host;
 use super::prepare::Prepared;
 use crate::keeper::Registry;
-use crate::keeper::ready::{Order, order, take_failure, take_turn};
-use crate::machine::qemu::ready::Lent;
+use crate::keeper::ready::{Backend as OrderedBackend, Order, order, take_failure, take_turn};
+use crate::machine::ready::{Lent, Readies as _};
 use crate::machine::{Machine, Spec, serial};
 
 /// Runs that belong together, as the steps of a build do: of none are machines that are made ready taken from another.
@@ -41,8 +41,15 @@ pub(super) struct Readiness {
 impl Readiness {
     /// For machines of `spec`; none where they have to be made for their step.
     pub fn of(host: &Host, series: &Series, prepared: &Prepared, spec: &Spec, setup: &Setup) -> Option<Self> {
-        let idle = host.keeper_idle().filter(|_| prepared.vmm.is_none())?;
-        let key = prepared.qemu.ready_key(spec).ok()??;
+        let idle = host.keeper_idle()?;
+        let (key, backend) = match &prepared.vmm {
+            Some(vmm) => (vmm.ready_key(spec), OrderedBackend::Vmm),
+            None => {
+                let (program, kvm) = (prepared.qemu.program().to_owned(), prepared.qemu.uses_kvm());
+                (prepared.qemu.ready_key(spec), OrderedBackend::Qemu { program, kvm })
+            }
+        };
+        let key = key.ok()??;
         let read_only = spec.disks.iter().filter(|disk| disk.read_only);
         let [scratch] = &spec.disks.iter().filter(|disk| !disk.read_only).collect::<Vec<_>>()[..] else {
             return None;
@@ -57,8 +64,7 @@ impl Readiness {
             turn: series.turn.clone(),
             key,
             store,
-            qemu: prepared.qemu.program().to_owned(),
-            kvm: prepared.qemu.uses_kvm(),
+            backend,
             kernel: spec.kernel.clone(),
             initramfs: spec.initramfs.clone(),
             bundle: spec.bundle,

@@ -280,7 +280,7 @@ pub(super) fn start(
             if let Some(why) = readiness.as_ref().and_then(Readiness::failure) {
                 let _ = events(Event::Warning(&format!("no machine was made ready for this run: {why}")));
             }
-            match prepared.vmm {
+            match &prepared.vmm {
                 Some(vmm) => vmm.start(spec)?,
                 None => prepared.qemu.start(spec)?,
             }

@@ -21,8 +21,9 @@ use super::registration::Registration;
 use super::registry::Registry;
 use super::talk::{Answer, hear, hear_descriptors, say, say_descriptors};
 use crate::machine::qemu::Qemu;
-use crate::machine::qemu::ready::{Lender, Ready};
-use crate::machine::qemu::template::Templates;
+use crate::machine::ready::{Lender, Readies, Ready};
+use crate::machine::template::Templates;
+use crate::machine::vmm::KilnVmm;
 use crate::machine::{Accelerator, Carrier, Death, Disk, Identity, Spec, scratch};
 use crate::plan::harmless;
 use crate::store::Store;
@@ -58,10 +59,8 @@ pub struct Order {
     pub key: Digest,
     /// The store. A keeper opens it for itself, as a run's temporary folder goes when the run ends.
     pub store: PathBuf,
-    /// QEMU.
-    pub qemu: PathBuf,
-    /// Whether it uses KVM.
-    pub kvm: bool,
+    /// What runs it.
+    pub backend: Backend,
     /// What is booted, as in [`Spec`].
     pub kernel: PathBuf,
     /// See there.
@@ -82,6 +81,34 @@ pub struct Order {
     pub idle_seconds: u64,
     /// How many such machines may wait: as many as there are steps at once.
     pub alike: usize,
+}
+
+/// What runs a machine.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Backend {
+    /// kiln's own VMM.
+    Vmm,
+    /// QEMU.
+    Qemu {
+        /// Where it is.
+        program: PathBuf,
+        /// Whether it uses KVM.
+        kvm: bool,
+    },
+}
+
+impl Backend {
+    /// It, with `templates`.
+    fn open(&self, templates: Templates) -> Result<Box<dyn Readies>, Box<dyn std::error::Error>> {
+        Ok(match self {
+            Self::Vmm => Box::new(KilnVmm::default().with_templates(templates)),
+            Self::Qemu { program, kvm } => {
+                let accelerator = if *kvm { Accelerator::Kvm } else { Accelerator::Tcg };
+                let program = program.to_str().ok_or("a QEMU whose path is not UTF-8")?;
+                Box::new(Qemu::find(program, "", accelerator)?.with_templates(templates))
+            }
+        })
+    }
 }
 
 /// What a borrower asks.
@@ -235,15 +262,12 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
         nested: false,
         network: false,
     };
-    let accelerator = if order.kvm { Accelerator::Kvm } else { Accelerator::Tcg };
-    let program = order.qemu.to_str().ok_or("a QEMU whose path is not UTF-8")?;
-    let qemu = Qemu::find(program, "", accelerator)?
-        .with_templates(Templates::new(store.templates(), store.temporary()));
+    let backend = order.backend.open(Templates::new(store.templates(), store.temporary()))?;
     // The files may have changed since they were named.
-    if qemu.ready_key(&spec)? != Some(order.key) {
+    if backend.ready_key(&spec)? != Some(order.key) {
         return Err("the machine would not be the one that was ordered".into());
     }
-    let Some(mut ready) = qemu.make_ready(&spec)? else { return Ok(()) };
+    let Some(mut ready) = backend.make_ready(&spec)? else { return Ok(()) };
     ready.rehearse(&order.rehearsal)?;
     let entry = Entry::ready(&spec, ready.identity(), &order.key, idle);
     let (sender, callers) = channel();

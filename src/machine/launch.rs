@@ -138,16 +138,11 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             become_program(program, &arguments, &words, &held, descriptors.values())
         }
         Become::Devices { vsock_cid } => {
-            // It sees no file of the host by name; what it is handed may lie anywhere.
-            let anywhere = open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-            let held = jail::enter(&Profile::Devices, &[&anywhere], &[])?;
-            drop(anywhere);
-            reply(&held)?;
+            enter_with_shares(&Profile::Devices)?;
             serve_devices(descriptors, vsock_cid)
         }
         Become::Vmm(vmm) => {
-            let held = jail::enter(&Profile::Vmm, &[], &[])?;
-            reply(&held)?;
+            enter_with_shares(&Profile::Vmm)?;
             vmm.run(descriptors)
         }
         Become::Fetcher(fetcher) => {
@@ -167,6 +162,16 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             trial.carry_out()
         }
     }
+}
+
+/// Enters the jail of `profile`, which serves shares, and tells the parent what holds.
+fn enter_with_shares(profile: &Profile) -> Result<(), Box<dyn std::error::Error>> {
+    // It sees no file of the host by name; what it is handed may lie anywhere.
+    let anywhere = open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let held = jail::enter(profile, &[&anywhere], &[])?;
+    drop(anywhere);
+    reply(&held)?;
+    Ok(())
 }
 
 /// Tells the parent what holds and executes `program`, which keeps `descriptors`. Returns only to say why not.

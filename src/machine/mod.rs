@@ -8,8 +8,8 @@
 //! start ──▶ wire (agent answers) ──▶ share, observe … ──▶ drop: killed and reaped
 //! ```
 //!
-//! Backends: [`qemu`], which copies machines from templates where it has a place for them; [`vmm`], kiln's own; [`fake`] for tests of what
-//! stands above.
+//! Backends: [`vmm`], kiln's own, and [`qemu`], which both copy machines from [`template`]s where they have a place for them, also
+//! before there is a step ([`ready`]); [`fake`] for tests of what stands above.
 
 pub mod fake;
 pub mod fetcher;
@@ -18,10 +18,15 @@ pub mod jail;
 pub mod launch;
 pub mod probe;
 pub mod qemu;
+pub mod ready;
 pub mod scratch;
+mod server;
+mod slots;
 mod spawn;
 mod tail;
+pub mod template;
 pub mod vmm;
+mod wire;
 
 use std::borrow::Cow;
 use std::os::fd::OwnedFd;

@@ -84,6 +84,16 @@ impl Drop for Process {
     }
 }
 
+/// How a process ended.
+pub(super) fn in_words(status: ExitStatus) -> String {
+    use std::os::unix::process::ExitStatusExt;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit status {code}"),
+        (None, Some(signal)) => format!("killed by signal {signal}"),
+        (None, None) => io::Error::last_os_error().to_string(),
+    }
+}
+
 type Job = (Command, Sender<io::Result<Child>>);
 
 fn spawner() -> &'static Sender<Job> {

@@ -24,13 +24,13 @@ use crate::root::modules::{Modules, ModulesError};
 use crate::store::{Store, StoreError};
 
 /// Changes with what `initramfs` makes of the same inputs.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 
 /// The modules without which no machine comes up: the root's disk, its file system, and the layer above it.
 pub const NEEDED: [&str; 3] = ["virtio_blk", "erofs", "overlay"];
 /// The module that carries the wire over vsock.
 const NEEDED_FOR_VSOCK: &str = "vmw_vsock_virtio_transport";
-/// The module of kiln's own VMM's devices, where the kernel has it: such machines have their wire over vsock.
+/// The module of kiln's own VMM's devices, where the kernel has it.
 const MMIO: &str = "virtio_mmio";
 
 /// File systems that a disk or a root may bring, by the name that `mount` has for each, and their modules. They are in
@@ -364,7 +364,7 @@ fn make(
             }
             Ok(())
         };
-        if carrier == Carrier::Vsock && modules.load_order(&[MMIO]).is_ok() {
+        if modules.load_order(&[MMIO]).is_ok() {
             wanted.push(MMIO);
         }
         add("modules", modules.load_order(&wanted)?)?;

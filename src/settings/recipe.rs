@@ -31,8 +31,8 @@ pub(super) fn find(directory: &Path) -> Option<PathBuf> {
 }
 
 impl RecipeFile {
-    /// Reads the recipe at `path`, which was found from `directory`.
-    pub(super) fn read(path: PathBuf, directory: &Path) -> Result<Self, SettingsError> {
+    /// Reads the recipe at `path`, which was found from `directory`, and gives its variables the values of `given`.
+    pub(super) fn read(path: PathBuf, directory: &Path, given: &[String]) -> Result<Self, SettingsError> {
         let name = path.strip_prefix(directory).unwrap_or(&path).display().to_string();
         let bytes = read(&path)?;
         let fault = |fault| SettingsError::Recipe(Box::new(fault));
@@ -43,9 +43,17 @@ impl RecipeFile {
             fault(wrong.hint("save the file in the encoding UTF-8"))
         })?;
         let text = if text.contains('\r') { text.replace("\r\n", "\n") } else { text };
-        let recipe = Recipe::parse(&text, &name).map_err(fault)?;
+        let mut recipe = Recipe::parse(&text, &name).map_err(fault)?;
+        set(&mut recipe, given)?;
         Ok(Self { path, name, text, recipe: Arc::new(recipe) })
     }
+}
+
+/// Gives variables of `recipe` the values of `given`, each NAME=VALUE.
+pub(super) fn set(recipe: &mut Recipe, given: &[String]) -> Result<(), SettingsError> {
+    given.iter().try_for_each(|given| {
+        recipe.set(given).map_err(|source| SettingsError::Variable { given: given.clone(), source })
+    })
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, SettingsError> {
@@ -80,7 +88,7 @@ mod tests {
         let lines = "[steps.a]\nrun = \"\"\"\necho a\necho \\r\n\"\"\"\n";
         let read = |text: &str| {
             fs::write(&path, text).expect("room");
-            RecipeFile::read(path.clone(), folder.path()).expect("a good recipe").text
+            RecipeFile::read(path.clone(), folder.path(), &[]).expect("a good recipe").text
         };
         assert_eq!(read(&lines.replace('\n', "\r\n")), read(lines));
     }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use super::lock_file::{Held, LockFile};
 use super::temporary::{self, Temporary};
 use crate::writes::{self, Act};
 
@@ -21,6 +22,8 @@ const LOCK: &str = "collect.lock";
 pub(super) struct Lease {
     store: PathBuf,
     temporary: Arc<Temporary>,
+    /// Of those who date.
+    lock: Arc<LockFile>,
 }
 
 /// The right to remove what is not in use.
@@ -39,17 +42,25 @@ impl Sweep {
     }
 }
 
-fn open(store: &Path) -> io::Result<File> {
-    File::options().create(true).truncate(false).write(true).open(store.join(LOCK))
-}
-
 impl Lease {
     /// Begins to use the store at `store`, whose folder for unfinished files is `area`.
     pub fn begin(store: &Path, area: &Path) -> io::Result<Self> {
-        let lock = open(store)?;
-        lock.lock_shared()?;
-        let temporary = Arc::new(Temporary::new(area)?);
-        Ok(Self { store: store.to_owned(), temporary })
+        let lock = Arc::new(LockFile::new(store.join(LOCK)));
+        let temporary = {
+            let _using = lock.shared()?;
+            Arc::new(Temporary::new(area)?)
+        };
+        Ok(Self { store: store.to_owned(), temporary, lock })
+    }
+
+    /// Since when this process has been using the store.
+    pub fn since(&self) -> SystemTime {
+        self.temporary.since()
+    }
+
+    /// Waits until nobody collects, and keeps it so.
+    pub fn using(&self) -> io::Result<Held<'_>> {
+        self.lock.shared()
     }
 
     /// Where unfinished files lie.
@@ -66,10 +77,7 @@ impl Lease {
             Ok(dated) if dated >= since => return true,
             Ok(_) => {}
         }
-        let Ok(lock) = open(&self.store) else { return path.is_file() };
-        if lock.lock_shared().is_err() {
-            return path.is_file();
-        }
+        let Ok(_using) = self.using() else { return path.is_file() };
         // A store that can only be read is not collected either.
         File::open(path).is_ok_and(|file| self.date(&file).is_ok() || path.is_file())
     }
@@ -86,7 +94,8 @@ impl Lease {
 
     /// Waits until nobody dates anything, and keeps it so. With `others`, this process's own things may be taken too.
     pub fn sweep(&self, others: bool) -> io::Result<Sweep> {
-        let lock = open(&self.store)?;
+        // Not by the file that this process dates by: that a lock is held is known of each file alone.
+        let lock = File::options().write(true).open(self.store.join(LOCK))?;
         lock.lock()?;
         let own = others.then(|| self.temporary.path());
         let since = temporary::earliest(&self.store.join("tmp"), own)?;

@@ -8,6 +8,7 @@ mod blob;
 mod durable;
 mod lease;
 mod limit;
+mod lock_file;
 mod record;
 mod seal;
 mod temporary;
@@ -28,6 +29,7 @@ use lease::Lease;
 pub use lease::Sweep;
 use limit::Limit;
 pub use limit::{Full, MakeRoom};
+pub use lock_file::{Held, LockFile};
 pub use record::Records;
 pub use seal::{seal, seal_line, unseal, unseal_line};
 
@@ -208,6 +210,19 @@ impl Store {
         self.lease.now()
     }
 
+    /// Since when this process uses the store: what is dated no earlier stays for as long as it lives.
+    pub fn since(&self) -> SystemTime {
+        self.lease.since()
+    }
+
+    /// Keeps collections away while something is dated that is no file of its own.
+    ///
+    /// # Errors
+    /// What flock(2) says.
+    pub fn using(&self) -> io::Result<Held<'_>> {
+        self.lease.using()
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
@@ -233,7 +248,7 @@ impl Store {
         self.path.join("templates")
     }
 
-    /// Where traces lie, named by scope and key.
+    /// Where traces lie, named by scope.
     pub fn traces(&self) -> PathBuf {
         self.path.join("traces")
     }
@@ -256,6 +271,21 @@ impl Store {
     pub fn replace(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         let mut file = Unfinished::new_in(self.lease.temporary())?;
         file.write_all(bytes)?;
+        self.put_in_place(file, path)
+    }
+
+    /// The same, and after a power failure too it is whole or as it was.
+    ///
+    /// # Errors
+    /// What writing, syncing and renaming say.
+    pub fn replace_for_good(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        let mut file = Unfinished::new_in(self.lease.temporary())?;
+        file.write_all(bytes)?;
+        file.sync()?;
+        self.put_in_place(file, path)
+    }
+
+    fn put_in_place(&self, file: Unfinished, path: &Path) -> io::Result<()> {
         self.lease.date(file.file())?;
         if let Some(folder) = path.parent() {
             writes::make_folders(folder)?;

@@ -11,8 +11,7 @@ use kiln_digest::Digest;
 use serde::Serialize;
 
 use super::UpkeepError;
-use crate::cache::notes::Noted;
-use crate::cache::stock::{Content, files, key_of, stock};
+use crate::cache::stock::{Content, Stored, files, key_of, left_behind, stock};
 use crate::root::bundle::Bundle;
 use crate::root::image::{Filesystem, SUMS};
 use crate::store::Store;
@@ -46,12 +45,10 @@ pub enum Kind {
 /// What a unit is, for whoever removes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum What {
-    /// Traces of one key.
-    Traces,
-    /// What a step did last, by its name: a line of the file.
-    Line(String),
-    /// Where a step's outputs were put.
-    Note,
+    /// A trace, by its name in its pack.
+    Trace(String),
+    /// What a step did last, or where its outputs were put, by its name in its pack.
+    Note(String),
     /// An image with the records that name it.
     Image(Digest, Filesystem),
     /// A frozen machine.
@@ -165,36 +162,48 @@ impl Census {
 
     fn add_stock(&mut self, store: &Store) -> Result<(), UpkeepError> {
         let stock = stock(store).map_err(io("list the traces of", store.path()))?;
-        for stored in &stock {
-            if let Content::Notes(noted, _) = &stored.content {
-                self.steps.extend(noted.iter().map(|one| (one.run.key.digest(), one.run.step.clone())));
+        for line in stock.iter().flat_map(|stored| &stored.lines) {
+            if let Content::Note(run) = &line.content {
+                self.steps.insert(run.key.digest(), run.step.clone());
             }
         }
         let mut manifests = BTreeMap::new();
-        for stored in stock {
-            let Some((size_bytes, used)) = measure(&stored.path) else { continue };
-            let mut names = BTreeMap::new();
-            let (what, name) = match &stored.content {
-                Content::Traces(traces) => {
-                    // A name that says no key has no traces that `read_all` takes.
-                    let Some((scope, key)) = key_of(&stored.name) else { continue };
-                    let step =
-                        self.steps.get(&key).map_or_else(|| format!("of key {key}"), |s| format!("`{s}`"));
-                    for trace in traces {
+        for Stored { path, name: pack, lines, .. } in &stock {
+            let Some((size_bytes, _)) = measure(path) else { continue };
+            let kind = if pack.starts_with("traces/") { Kind::Traces } else { Kind::Records };
+            let lines_bytes: u64 = lines.iter().map(|line| line.size_bytes).sum();
+            *self.others.entry(kind).or_default() += size_bytes.saturating_sub(lines_bytes);
+            for line in lines {
+                let mut names = BTreeMap::new();
+                let log = |log: Digest| (log, (Kind::Logs, "what it printed".to_owned()));
+                let (what, name) = match &line.content {
+                    Content::Trace(trace) => {
+                        let Some((scope, key)) = key_of(pack, &line.name) else { continue };
+                        let step = self.steps.get(&key);
+                        let step = step.map_or_else(|| format!("of key {key}"), |s| format!("`{s}`"));
                         outputs(store, &trace.outputs, &mut manifests, &mut names);
-                        names.extend(trace.log.map(|log| (log, (Kind::Logs, "what it printed".to_owned()))));
+                        names.extend(trace.log.map(log));
+                        (What::Trace(line.name.clone()), format!("a trace of step {step} in scope `{scope}`"))
                     }
-                    (What::Traces, format!("traces of step {step} in scope `{scope}`"))
-                }
-                Content::Notes(noted, _) => {
-                    let lines_bytes: u64 = noted.iter().map(|one| one.size_bytes).sum();
-                    *self.others.entry(Kind::Records).or_default() += size_bytes.saturating_sub(lines_bytes);
-                    self.units.extend(noted.iter().map(|one| line(one, &stored.path)));
-                    continue;
-                }
-                Content::Placed(_) | Content::Damaged => (What::Note, stored.name.clone()),
+                    Content::Note(run) => {
+                        names.extend(run.log.map(log));
+                        (What::Note(line.name.clone()), format!("the last run of step `{}`", run.step))
+                    }
+                    Content::Placed(_) => {
+                        let name = format!("where the outputs of step `{}` were put", line.name);
+                        (What::Note(line.name.clone()), name)
+                    }
+                };
+                let (path, size_bytes, used) = (path.clone(), line.size_bytes, line.when);
+                self.units.push(Unit { what, name, path, size_bytes, used, names });
+            }
+        }
+        for path in left_behind(store).map_err(io("list the traces of", store.path()))? {
+            let size_bytes = match path.is_dir() {
+                true => size_beneath(&path)?,
+                false => measure(&path).map_or(0, |(size_bytes, _)| size_bytes),
             };
-            self.units.push(Unit { what, name, path: stored.path, size_bytes, used, names });
+            *self.others.entry(Kind::Traces).or_default() += size_bytes;
         }
         Ok(())
     }
@@ -288,8 +297,8 @@ impl Census {
         }
         for unit in &self.units {
             let kind = match unit.what {
-                What::Traces => Kind::Traces,
-                What::Line(_) | What::Note | What::Record => Kind::Records,
+                What::Trace(_) => Kind::Traces,
+                What::Note(_) | What::Record => Kind::Records,
                 What::Image(..) => Kind::Images,
                 What::Template => Kind::Templates,
             };
@@ -323,20 +332,6 @@ impl Census {
             }
         }
         found
-    }
-}
-
-/// What a line of the file at `path` is as a unit.
-fn line(noted: &Noted, path: &Path) -> Unit {
-    let run = &noted.run;
-    let log = run.log.map(|log| (log, (Kind::Logs, "what it printed".to_owned())));
-    Unit {
-        what: What::Line(run.step.clone()),
-        name: format!("the last run of step `{}`", run.step),
-        path: path.to_owned(),
-        size_bytes: noted.size_bytes,
-        used: noted.when,
-        names: log.into_iter().collect(),
     }
 }
 

@@ -1,5 +1,7 @@
 //! Collection: what nothing names and was not used for long, and what was used least recently, down to a size.
 //!
+//! What an earlier kiln left that this one does not read goes in any case.
+//!
 //! What a process that lives has used since it began stays, with all that it names (`store::lease`); so does an image
 //! that is held. All that names blobs goes for good before the blobs that only it names, so that no trace is believed whose
 //! outputs are gone; a kill in between leaves blobs that nothing names, which the next collection takes.
@@ -12,7 +14,7 @@ use kiln_digest::Digest;
 
 use super::UpkeepError;
 use super::census::{Census, Unit, What};
-use crate::cache::notes::{Noted, Notes};
+use crate::cache::stock::{Kept, left_behind, rewrite};
 use crate::root::catalog::{self, CatalogError};
 use crate::store::{Store, Sweep};
 use crate::writes;
@@ -59,6 +61,12 @@ enum Candidate {
 /// [`UpkeepError`].
 pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
     let sweep = store.sweep(order.own).map_err(UpkeepError::at("lock", store.path()))?;
+    if !order.dry_run {
+        for path in left_behind(store).map_err(UpkeepError::at("list", store.path()))? {
+            let removed = if path.is_dir() { writes::remove_tree(&path) } else { writes::remove(&path) };
+            removed.map_err(UpkeepError::at("remove", &path))?;
+        }
+    }
     let mut census = Census::take(store)?;
     let mut left_bytes = census.total();
     let mut collected = Collected::default();
@@ -97,8 +105,8 @@ pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
                     continue;
                 }
                 let unit = census.units[number].clone();
-                if let What::Line(step) = &unit.what {
-                    lines.entry(unit.path.clone()).or_default().insert(step.clone(), used);
+                if let What::Trace(name) | What::Note(name) = &unit.what {
+                    lines.entry(unit.path.clone()).or_default().insert(name.clone(), used);
                 } else if !order.dry_run && !remove(store, &unit)? {
                     collected.in_use_bytes += unit.size_bytes;
                     continue;
@@ -117,11 +125,10 @@ pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
     }
     collected.left_bytes = left_bytes;
     if !order.dry_run {
-        let notes = Notes::new(store);
-        for (path, steps) in &lines {
+        for (path, taken) in &lines {
             // A step that ran meanwhile was noted anew.
-            let keeps = |noted: &Noted| steps.get(&noted.run.step) != Some(&noted.when);
-            notes.rewrite(path, keeps).map_err(UpkeepError::at("write", path))?;
+            let keeps = |line: &Kept| taken.get(&line.name) != Some(&line.when);
+            rewrite(store, path, keeps).map_err(UpkeepError::at("write", path))?;
         }
     }
     if order.dry_run || loose.is_empty() {
@@ -162,9 +169,9 @@ fn take_blob(
 fn remove(store: &Store, unit: &Unit) -> Result<bool, UpkeepError> {
     let failed = |source| UpkeepError::at("remove", &unit.path)(source);
     match &unit.what {
-        // Lines of one file go together, in the end.
-        What::Line(_) => {}
-        What::Traces | What::Note | What::Record => writes::remove(&unit.path).map_err(failed)?,
+        // Lines of one pack go together, in the end.
+        What::Trace(_) | What::Note(_) => {}
+        What::Record => writes::remove(&unit.path).map_err(failed)?,
         What::Template => remove_template(store, &unit.path).map_err(failed)?,
         What::Image(digest, filesystem) => match catalog::remove(store, digest, *filesystem) {
             Ok(()) => {}

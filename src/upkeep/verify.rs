@@ -11,9 +11,8 @@ use kiln_digest::Digest;
 use super::UpkeepError;
 use super::census::{Census, What, blob_digest, folders, image_name};
 use super::collect::remove_template;
-use crate::cache::notes::{Noted, Notes};
-use crate::cache::stock::{Content, files, reread, stock};
-use crate::machine::qemu::template;
+use crate::cache::stock::{Content, Kept, Stored, files, reread, rewrite, stock};
+use crate::machine::template;
 use crate::root::catalog;
 use crate::root::image::{Filesystem, SUMS};
 use crate::store::{Store, unseal};
@@ -42,7 +41,7 @@ impl Damage {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Place {
     File(PathBuf),
-    Notes(PathBuf),
+    Pack(PathBuf),
     Template(PathBuf),
     Image(Digest, Filesystem),
 }
@@ -162,57 +161,53 @@ impl Verifier<'_> {
         Ok(())
     }
 
-    /// Traces and notes, and whether what traces name is there. `damaged` are the blobs that are not what they should be.
+    /// Traces and notes, and whether what they name is there. `damaged` are the blobs that are not what they should be.
     fn stock(&mut self, damaged: &BTreeSet<Digest>) -> Result<(), UpkeepError> {
-        let blobs = self.store.blobs();
-        let is_whole = |digest: &Digest| !damaged.contains(digest) && blobs.path(digest).is_file();
-        let stock = stock(self.store).map_err(UpkeepError::at("list the traces of", self.store.path()))?;
-        for stored in stock {
+        let store = self.store;
+        let is_whole = |digest: &Digest| !damaged.contains(digest) && store.blobs().path(digest).is_file();
+        for stored in stock(store).map_err(UpkeepError::at("list the traces of", store.path()))? {
             self.found.checked += 1;
-            let Some(what) = self.judge(&stored.content, &is_whole) else { continue };
+            let Some(what) = wrong(store, &stored, &is_whole) else { continue };
             // A collection may have taken it, and a build have written it anew, since it was read: what is there now counts.
-            let Some(now) = reread(&stored) else { continue };
-            if self.judge(&now, &is_whole).is_some() {
-                let place = match now {
-                    Content::Notes(..) => Place::Notes(stored.path.clone()),
-                    _ => Place::File(stored.path.clone()),
-                };
-                self.bad(&stored.path, what, place);
+            let now = reread(store, &stored).map_err(UpkeepError::at("lock", &stored.path))?;
+            if now.is_some_and(|now| wrong(store, &now, &is_whole).is_some()) {
+                self.bad(&stored.path, what, Place::Pack(stored.path.clone()));
             }
         }
         Ok(())
     }
+}
 
-    /// What is wrong with traces or notes; none where nothing is.
-    fn judge(&self, content: &Content, is_whole: &dyn Fn(&Digest) -> bool) -> Option<String> {
-        let lost = match content {
-            Content::Damaged => return Some("is not what was written".to_owned()),
-            Content::Traces(traces) => traces.iter().find_map(|trace| {
-                let log = trace.log.filter(|log| !is_whole(log));
-                log.or_else(|| self.lost(&trace.outputs, is_whole))
-            }),
-            Content::Notes(_, false) => return Some("is not what was written".to_owned()),
-            Content::Notes(noted, true) => {
-                noted.iter().filter_map(|one| one.run.log).find(|log| !is_whole(log))
-            }
-            Content::Placed(_) => None,
-        };
-        lost.map(|lost| format!("names {lost}, which is damaged or gone"))
+/// What is wrong with a pack; none where nothing is.
+fn wrong(store: &Store, stored: &Stored, is_whole: &dyn Fn(&Digest) -> bool) -> Option<String> {
+    if !stored.is_whole {
+        return Some("is not what was written".to_owned());
     }
+    let lost = stored.lines.iter().find_map(|line| lost_of(store, line, is_whole));
+    lost.map(|lost| format!("names {lost}, which is damaged or gone"))
+}
 
-    /// What the store has lost of the outputs `manifest`.
-    fn lost(&self, manifest: &Digest, is_whole: &dyn Fn(&Digest) -> bool) -> Option<Digest> {
-        if !is_whole(manifest) {
-            return Some(*manifest);
+/// What the store has lost of what a line names.
+fn lost_of(store: &Store, line: &Kept, is_whole: &dyn Fn(&Digest) -> bool) -> Option<Digest> {
+    match &line.content {
+        Content::Trace(trace) => {
+            trace.log.filter(|log| !is_whole(log)).or_else(|| lost(store, &trace.outputs, is_whole))
         }
-        let tree = Tree::parse_manifest(&fs::read(self.store.blobs().path(manifest)).ok()?).ok()?;
-        tree.iter().find_map(|(_, node)| match &node.kind {
-            kiln_artifact::tree::Kind::File { digest, .. } => {
-                Some(*digest).filter(|digest| !is_whole(digest))
-            }
-            _ => None,
-        })
+        Content::Note(run) => run.log.filter(|log| !is_whole(log)),
+        Content::Placed(_) => None,
     }
+}
+
+/// What the store has lost of the outputs `manifest`.
+fn lost(store: &Store, manifest: &Digest, is_whole: &dyn Fn(&Digest) -> bool) -> Option<Digest> {
+    if !is_whole(manifest) {
+        return Some(*manifest);
+    }
+    let tree = Tree::parse_manifest(&fs::read(store.blobs().path(manifest)).ok()?).ok()?;
+    tree.iter().find_map(|(_, node)| match &node.kind {
+        kiln_artifact::tree::Kind::File { digest, .. } => Some(*digest).filter(|digest| !is_whole(digest)),
+        _ => None,
+    })
 }
 
 /// Removes what is damaged and what names it: the next build that needs it makes or fetches it anew. Gives what is left
@@ -240,9 +235,10 @@ pub fn repair(store: &Store, damage: &[Damage]) -> Result<Vec<Damage>, UpkeepErr
                 writes::remove(path).map_err(failed)?;
             }
             // What is whole stays. Blobs come before it, so those that were damaged are gone.
-            Place::Notes(path) => {
-                let has_log = |noted: &Noted| noted.run.log.is_none_or(|log| blobs.path(&log).is_file());
-                Notes::new(store).rewrite(path, has_log).map_err(failed)?;
+            Place::Pack(path) => {
+                let is_there = |digest: &Digest| blobs.path(digest).is_file();
+                let keeps = |line: &Kept| lost_of(store, line, &is_there).is_none();
+                rewrite(store, path, keeps).map_err(failed)?;
             }
             Place::Template(path) => remove_template(store, path).map_err(failed)?,
             Place::Image(digest, filesystem) => match catalog::remove(store, digest, *filesystem) {

@@ -95,6 +95,10 @@ pub trait Device<B: Bitmap + 'static>: Send {
     /// Forgets everything about the driver that was there. What the host configured stays.
     fn reset(&mut self);
 
+    /// The guest has ended: whatever it left in `queues` for others to read is passed on, and they learn that no more
+    /// comes.
+    fn finish(&mut self, _queues: &mut [Option<&mut Queue>], _memory: &GuestMemoryMmap<B>) {}
+
     /// Whether the device can be part of a frozen machine: [`Device::freeze`] and [`Device::thaw`].
     fn can_freeze(&self) -> bool {
         false

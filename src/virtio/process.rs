@@ -5,23 +5,16 @@
 //! jail the process is to run in is put around it by the launcher; a thread enters its own part of it through
 //! [`Confine`].
 
-use std::collections::BTreeSet;
 use std::io;
-use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
-use crate::control::{Ask, Event, FrameError, Request, receive, send};
-use crate::fs::{Fs, Settings, Share, Shares};
+use crate::control::{FrameError, Server};
 use crate::ring::QueueError;
 use crate::vhost_user::{Carrier, CarryError, Confinement};
-use crate::vsock::{Backend, Connector, Vsock};
-
-/// Descriptors kept for shares, queues and sockets.
-const OTHER_DESCRIPTORS: usize = 128;
 
 /// A thread of a device process that is set up and is about to meet what others send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,8 +25,8 @@ pub enum Thread {
     Messages,
     /// Serves the fs device's queues.
     FsQueues,
-    /// Serves the vsock device's queues.
-    VsockQueues,
+    /// Serves the queues of a device that is streams.
+    StreamQueues,
 }
 
 /// Called on each thread once, before it takes anything from outside: what it confines the thread to is the
@@ -48,7 +41,7 @@ pub type LockIn = Box<dyn Fn() -> io::Result<()> + Send + Sync>;
 pub type Narrow = fn(directories: &[OwnedFd]) -> io::Result<LockIn>;
 
 /// How threads that serve queues learn that they are to be narrowed.
-pub(crate) type Narrowing = Arc<OnceLock<LockIn>>;
+pub type Narrowing = Arc<OnceLock<LockIn>>;
 
 /// Most bytes of private memory a device process should need.
 pub const MEMORY_BYTES: u64 = 15 << 20;
@@ -106,50 +99,28 @@ impl DeviceProcess {
     /// blame for that, the parent is told. That QEMU hangs up ends a device, but not the process: the record is
     /// asked for afterwards.
     ///
-    /// The limit of open descriptors (RLIMIT_NOFILE) is left as it is and shared out: below about 1,700, there
-    /// are fewer open files and streams than there could be.
-    ///
     /// # Errors
     /// See [`ProcessError`].
     pub fn run(self) -> Result<(), ProcessError> {
-        // Files and streams must not take each other's descriptors, and some are for everything else.
-        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-        let limit = limit.and_then(|limit| usize::try_from(limit).ok()).unwrap_or(usize::MAX);
-        let settings = Settings::default();
-        let open_files = settings.open_files.min(limit / 4);
-        let most_connections = limit.saturating_sub(open_files + OTHER_DESCRIPTORS);
-        let (fs, shares) = Fs::new(Settings { open_files, ..settings });
-        let confine = self.confine;
-        let narrowing = Narrowing::default();
-        let sender = Sender { socket: Arc::new(self.control), sending: Arc::default() };
-        let ending = Ending::new()?;
-        let thread = Thread::FsQueues;
-        let confinement = Confinement { confine, thread, narrowing: Arc::clone(&narrowing) };
-        start(fs, "fs", confinement, self.fs, &ending)?;
-        let mut vsock = None;
-        if let Some((listener, guest_cid)) = self.vsock {
-            let listening = Arc::new(Mutex::default());
-            let ports = Ports { listening: Arc::clone(&listening), sender: sender.clone() };
-            let device =
-                Vsock::new(guest_cid, most_connections, Box::new(ports)).map_err(ProcessError::Vsock)?;
-            let (device, connector) = device;
+        let (confine, ending) = (self.confine, Ending::new()?);
+        let (vsock, guest_cid) = self.vsock.unzip();
+        let server = Server::new(self.control, guest_cid, self.narrow, None).map_err(ProcessError::Vsock)?;
+        let (mut server, fs, device) = server;
+        let (thread, narrowing) = (Thread::FsQueues, server.narrowing());
+        start(fs, "fs", Confinement { confine, thread, narrowing }, self.fs, &ending)?;
+        if let Some((device, listener)) = device.zip(vsock) {
             // It opens no files, and is let no more than that from the first.
-            let thread = Thread::VsockQueues;
-            let confinement = Confinement { confine, thread, narrowing: Narrowing::default() };
-            start(device, "vsock", confinement, listener, &ending)?;
-            vsock = Some((connector, listening));
+            let (thread, narrowing) = (Thread::StreamQueues, Narrowing::default());
+            start(device, "vsock", Confinement { confine, thread, narrowing }, listener, &ending)?;
         }
         confine(Thread::Control).map_err(ProcessError::Confine)?;
-        let (narrow, given) = (self.narrow, Vec::new());
-        let mut control = Control { sender: sender.clone(), shares, vsock, given, narrow, narrowing };
-        let served = control.serve(&ending);
+        let served = server.serve(|parent| ending.waits_for(parent));
         let ended = ending.taken();
         if let Some(ProcessError::Misbehaved(what)) = &ended {
-            // A parent that is gone need not know.
-            let _ = sender.send(&Event::Misbehaved { what: what.clone() }, None);
+            server.misbehaved(what.clone());
         }
         // A device whose QEMU still runs holds the socket until the process is gone.
-        let _ = sender.socket.shutdown(Shutdown::Both);
+        server.hang_up();
         match ended {
             Some(error) => Err(error),
             None => Ok(served?),
@@ -228,125 +199,4 @@ fn in_words(error: &dyn std::error::Error) -> String {
         source = inner.source();
     }
     text
-}
-
-/// The sending half of the connection to the parent.
-#[derive(Clone)]
-struct Sender {
-    socket: Arc<UnixStream>,
-    // Held while a frame is sent, so that frames of two threads do not mix.
-    sending: Arc<Mutex<()>>,
-}
-
-impl Sender {
-    fn send(&self, event: &Event, stream: Option<&UnixStream>) -> Result<(), FrameError> {
-        let _sending = self.sending.lock().unwrap_or_else(PoisonError::into_inner);
-        send(&self.socket, event, stream.map(UnixStream::as_fd))
-    }
-}
-
-/// Ports of the host that the guest may connect to, each once: whoever comes second is not who was waited for.
-/// Shared by the thread that serves the parent, which adds to it, and the vsock device's, which takes from it.
-type Listening = Arc<Mutex<BTreeSet<u32>>>;
-
-/// What is behind the vsock device: the parent.
-struct Ports {
-    listening: Listening,
-    sender: Sender,
-}
-
-impl Backend for Ports {
-    fn connect_from_guest(&mut self, port: u32) -> Option<UnixStream> {
-        if !self.listening.lock().unwrap_or_else(PoisonError::into_inner).remove(&port) {
-            return None;
-        }
-        let (ours, theirs) = UnixStream::pair().ok()?;
-        self.sender.send(&Event::Accepted { port }, Some(&theirs)).ok()?;
-        Some(ours)
-    }
-}
-
-/// What the parent asks, and who does it.
-struct Control {
-    sender: Sender,
-    shares: Shares,
-    vsock: Option<(Connector, Listening)>,
-    /// The directories of the shares that were added so far.
-    given: Vec<OwnedFd>,
-    narrow: Narrow,
-    narrowing: Narrowing,
-}
-
-impl Control {
-    fn serve(&mut self, ending: &Ending) -> Result<(), FrameError> {
-        while ending.waits_for(&self.sender.socket) {
-            let Some((request, descriptor)) = receive::<Request>(&self.sender.socket)? else { break };
-            let id = request.id;
-            if let Some(result) = self.answer(request, descriptor)? {
-                self.sender.send(&Event::Reply { id, result }, None)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Locks this thread in, and lets the others know that they are to.
-    fn narrow(&mut self) -> io::Result<()> {
-        let lock_in = (self.narrow)(&std::mem::take(&mut self.given))?;
-        lock_in()?;
-        self.narrowing.set(lock_in).map_err(|_| io::Error::other("it was done before"))
-    }
-
-    /// Does what is asked; `None` where the answer will come from elsewhere.
-    fn answer(
-        &mut self,
-        request: Request,
-        descriptor: Option<OwnedFd>,
-    ) -> Result<Option<Result<(), String>>, FrameError> {
-        let id = request.id;
-        Ok(Some(match (request.what, descriptor, &self.vsock) {
-            (Ask::AddShare { .. }, Some(_), _) if self.narrowing.get().is_some() => {
-                Err("no share can be added any more".to_owned())
-            }
-            (Ask::AddShare { name, attributes }, Some(directory), _) => {
-                directory.try_clone().map_err(|error| error.to_string()).and_then(|held| {
-                    let share = Share { directory, attributes };
-                    let added = self.shares.with_tree(|tree| tree.add_share(&name.0, share));
-                    added.map(|()| self.given.push(held)).map_err(|error| error.to_string())
-                })
-            }
-            (Ask::Narrow, None, _) => self.narrow().map_err(|error| error.to_string()),
-            (Ask::Hide { name, paths }, None, _) => {
-                let paths = paths.into_iter().map(|path| path.0.into_boxed_slice());
-                let hidden = self.shares.with_tree(|tree| tree.hide(&name.0, paths));
-                if hidden { Ok(()) } else { Err("no share of that name".to_owned()) }
-            }
-            (Ask::RemoveShare { name }, None, _) => {
-                let removed = self.shares.with_tree(|tree| tree.remove_share(&name.0));
-                if removed { Ok(()) } else { Err("no share of that name".to_owned()) }
-            }
-            (Ask::Finish, None, _) => {
-                self.shares.with_tree(|tree| {
-                    tree.settle();
-                    tree.export(|part| self.sender.send(&Event::Record { id, part }, None))
-                })?;
-                Ok(())
-            }
-            (Ask::Listen { port }, None, Some((_, listening))) => {
-                listening.lock().unwrap_or_else(PoisonError::into_inner).insert(port);
-                Ok(())
-            }
-            (Ask::Connect { port }, Some(stream), Some((connector, _))) => {
-                let sender = self.sender.clone();
-                connector.connect_to_guest(port, stream.into(), move |accepted| {
-                    let refused = || Err("the guest does not accept".to_owned());
-                    let result = if accepted { Ok(()) } else { refused() };
-                    // A parent that is gone ends the process on another thread.
-                    let _ = sender.send(&Event::Reply { id, result }, None);
-                });
-                return Ok(None);
-            }
-            (Ask::Listen { .. } | Ask::Connect { .. }, _, None) => Err("there is no vsock device".to_owned()),
-            _ => Err("a descriptor is missing, or one too many".to_owned()),
-        }))
-    }
 }

@@ -10,9 +10,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use rustix::fs::SealFlags;
 use vhost::vhost_user::Listener;
@@ -29,6 +27,7 @@ use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
 
 use crate::device::{Device, MOST_STATE_BYTES, Outcome, Wake};
+use crate::patience::{self, Patience};
 use crate::process::{Confine, Narrowing, Thread};
 use crate::ring::QueueError;
 
@@ -48,11 +47,6 @@ pub enum CarryError {
     #[error("the vhost-user protocol was broken: {0}")]
     Connection(String),
 }
-
-/// How long at most to look out for a guest's next request. An emulated guest takes about 0.1 ms to ask it.
-const MOST_PATIENCE: Duration = Duration::from_micros(400);
-/// How long to look out for it where that was in vain before.
-const LEAST_PATIENCE: Duration = Duration::from_micros(20);
 
 /// Hears of a queue that the driver broke, on the thread that serves queues.
 type OnBroken = Box<dyn Fn(QueueError) + Send + Sync>;
@@ -318,36 +312,18 @@ impl<D: Device<()> + 'static> Backend<D> {
         }
     }
 
-    /// Looks out for the next request in any queue, for as long as that has paid off lately. A thread that sleeps is
-    /// woken too slowly for a guest that asks one thing after the other.
+    /// Looks out for the next request in any queue, for as long as that has paid off lately.
     fn linger(&self, vrings: &[VringMutex]) {
-        thread_local! { static PATIENCE: Cell<Duration> = const { Cell::new(MOST_PATIENCE) } }
-        let patience = PATIENCE.get();
-        let began = Instant::now();
+        thread_local! { static PATIENCE: Cell<Patience> = Cell::default() }
         let has_come = |served: &mut Served<D>| {
             vrings.iter().any(|vring| {
                 let state = vring.get_ref();
-                let queue = state.get_queue();
-                let available = || queue.avail_idx(&*served.memory, Ordering::Acquire);
-                // A ring that cannot be looked at is for the next call to complain about.
-                queue.ready() && available().is_ok_and(|index| index.0 != queue.next_avail())
+                patience::has_come(state.get_queue(), &served.memory)
             })
         };
-        loop {
-            let has_come = self.with(has_come);
-            if has_come {
-                PATIENCE.set((patience * 2).min(MOST_PATIENCE));
-                return;
-            }
-            if began.elapsed() >= patience {
-                PATIENCE.set((patience / 2).max(LEAST_PATIENCE));
-                return;
-            }
-            for _ in 0..50 {
-                std::hint::spin_loop();
-            }
-            std::thread::yield_now();
-        }
+        let mut patience = PATIENCE.get();
+        patience.look_out(|| self.with(has_come));
+        PATIENCE.set(patience);
     }
 
     fn serve_once(&self, wake: Wake, vrings: &[VringMutex]) -> io::Result<Outcome> {

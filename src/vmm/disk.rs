@@ -102,8 +102,8 @@ impl Disk {
         Self::slot(Some(file), serial, read_only, bytes, failed)
     }
 
-    /// A disk called `serial` that says it has `capacity_bytes`, whatever `file` has; without one it answers every
-    /// request for data as failed. A driver that knows the one can go on with the other. `failed` is called when the host
+    /// A disk called `serial` that says it has `capacity_bytes`, whatever `file` has; without one it reads as
+    /// zeros and cannot be written. A driver that knows the one can go on with the other. `failed` is called when the host
     /// cannot read or write the file.
     ///
     /// # Errors
@@ -155,7 +155,9 @@ impl Disk {
         let done = match (kind, &self.file) {
             (GET_ID, _) => room.remaining_bytes() >= ID_BYTES && room.write(&self.id),
             (FLUSH | DISCARD | WRITE_ZEROES, _) if self.read_only => return Ok(UNSUPPORTED),
-            (IN | OUT | FLUSH | DISCARD | WRITE_ZEROES, None) => false,
+            // A kernel looks for partitions when it finds a disk.
+            (IN, None) => zeros(room),
+            (OUT | FLUSH | DISCARD | WRITE_ZEROES, None) => false,
             (IN, Some(file)) => match self.within(sector, room.remaining_bytes() as u64) {
                 Some(at) => read(file, at, room).map(|()| true)?,
                 None => false,
@@ -238,6 +240,13 @@ fn word(bytes: &[u8; 16], at: usize) -> u32 {
 /// The little-endian number of 64 bits at `at`.
 fn long(bytes: &[u8; 16], at: usize) -> u64 {
     u64::from(word(bytes, at)) | u64::from(word(bytes, at + 4)) << 32
+}
+
+/// Fills all of `room` with zeros.
+fn zeros(room: &mut Writable<'_, ()>) -> bool {
+    const PIECE: [u8; 4096] = [0; 4096];
+    while room.remaining_bytes() > 0 && room.write(&PIECE[..PIECE.len().min(room.remaining_bytes())]) {}
+    true
 }
 
 fn read(file: &File, at: u64, room: &mut Writable<'_, ()>) -> io::Result<()> {

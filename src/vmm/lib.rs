@@ -13,11 +13,12 @@
 //! | [`cpu`] | the processor that a guest sees, and its registers at the start |
 //! | [`bus`] | which device an address belongs to |
 //! | [`mmio`] | the registers of a virtio-mmio device |
-//! | [`vhost`] | a device that another process serves |
-//! | [`local`] | a device that this process serves |
+//! | [`local`] | a device on a thread of its own |
 //! | [`disk`] | the block device |
 //! | [`serial`] | the serial port, and the ports of power-off and reset |
 //! | [`vcpu`] | the loop that runs a virtual processor |
+//! | [`processor`] | all that one holds |
+//! | [`snapshot`] | all of a frozen machine but its memory |
 //! | [`vm`] | all of it put together |
 //!
 //! What it is not: it opens no path, starts no process and locks nothing in. Its caller hands it descriptors, and is
@@ -31,10 +32,11 @@ pub mod disk;
 pub mod local;
 pub mod memory;
 pub mod mmio;
+pub mod processor;
 pub mod serial;
+pub mod snapshot;
 pub mod vcpu;
-pub mod vhost;
 pub mod vm;
 
 pub use vcpu::End;
-pub use vm::{Machine, Parts, VmError};
+pub use vm::{Machine, Origin, Parts, VmError};

@@ -1,21 +1,22 @@
-//! A device that this process serves itself, on a thread of its own: it waits for notifications, calls the device and raises
-//! the interrupts that the device returns.
+//! A device on a thread of its own: it waits for notifications and for what the device waits for, calls the device and raises the
+//! interrupts that the device returns.
 
 use std::io;
-use std::os::fd::AsRawFd;
-use std::sync::mpsc::Sender;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use kiln_virtio::device::{Device, Wake};
+use kiln_virtio::device::{Device, Outcome, StateError, Wake};
+use kiln_virtio::patience::{self, Patience};
+use kiln_virtio::process::Narrowing;
 use virtio_queue::{Queue as Ring, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::mmio::{Queue, Target};
+use crate::mmio::{Frozen, Position, Queue, Target};
 use crate::vcpu::End;
-use crate::vm::Confine;
+use crate::vm::{Confine, OnEnd};
 
 /// VIRTIO_F_EVENT_IDX.
 const EVENT_IDX: u64 = 1 << 29;
@@ -30,10 +31,21 @@ struct Served<D> {
     notified: Vec<EventFd>,
 }
 
+/// The thread that serves a device.
+pub struct Thread {
+    /// What it and the device are called.
+    pub name: &'static str,
+    /// Confines it.
+    pub confine: Confine,
+    /// What it calls before it takes the next request, once it is there.
+    pub narrowing: Option<Narrowing>,
+}
+
 /// A device of this process's. Its thread runs for as long as the process.
 pub struct Local<D> {
     // Taken by the processor that starts or stops the device, and by the thread that serves it.
     served: Arc<Mutex<Served<D>>>,
+    memory: GuestMemoryMmap,
     /// Rung when the device has queues to look at.
     bell: EventFd,
     device_type: u32,
@@ -43,20 +55,16 @@ pub struct Local<D> {
 }
 
 impl<D: Device<()> + 'static> Local<D> {
-    /// Starts a thread for `device`, called `name` and confined by `confine`. A driver that breaks a queue ends the machine.
+    /// Starts a thread for `device`. A driver that breaks a queue ends the machine, which `on_end` hears.
     ///
     /// # Errors
     /// The system gives no thread or descriptor.
-    pub fn new(
-        name: &'static str,
-        device: D,
-        memory: &GuestMemoryMmap,
-        confine: Confine,
-        ends: Sender<End>,
-    ) -> io::Result<Self> {
+    pub fn new(run_by: Thread, device: D, memory: &GuestMemoryMmap, on_end: OnEnd) -> io::Result<Self> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let bell = event()?;
+        let events = device.events().map(|events| events.as_raw_fd());
         let local = Self {
+            memory: memory.clone(),
             device_type: device.device_type(),
             queue_sizes: device.queue_sizes().to_vec(),
             features: device.features(),
@@ -70,14 +78,42 @@ impl<D: Device<()> + 'static> Local<D> {
             })),
         };
         let (served, memory) = (Arc::clone(&local.served), memory.clone());
+        let Thread { name, confine, narrowing } = run_by;
+        // Made here: its thread may not be let make one.
+        let epoll = Epoll::new()?;
         let serve = move || {
-            let broken = confine().and_then(|()| serve(&served, &bell, &memory));
+            let mut server = Server { served, memory, narrowing, patience: Patience::default() };
+            let broken = confine().and_then(|()| server.serve(&epoll, &bell, events));
             if let Err(error) = broken {
-                let _ = ends.send(End::Device { what: format!("{name}: {error}") });
+                on_end(End::Device { what: format!("{name}: {error}") });
             }
         };
         thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES).spawn(serve)?;
         Ok(local)
+    }
+
+    /// Serves `queues`, of which each is as far as `positions` say, from now on.
+    fn begin(
+        &self,
+        features: u64,
+        queues: &[Option<Queue>],
+        positions: &[Option<Position>],
+        notified: &[EventFd],
+        interrupt: &EventFd,
+    ) -> io::Result<()> {
+        let position = |index| positions.get(index).copied().flatten();
+        let rings = queues
+            .iter()
+            .enumerate()
+            .map(|(index, queue)| queue.map(|queue| ring(&queue, position(index), features)).transpose());
+        let rings = rings.collect::<Result<_, _>>().map_err(io::Error::other)?;
+        let mut served = lock(&self.served);
+        if served.notified.is_empty() {
+            served.notified = notified.iter().map(EventFd::try_clone).collect::<io::Result<_>>()?;
+        }
+        (served.rings, served.interrupt) = (rings, Some(interrupt.try_clone()?));
+        drop(served);
+        self.bell.write(1)
     }
 }
 
@@ -85,88 +121,114 @@ fn lock<D>(served: &Mutex<Served<D>>) -> std::sync::MutexGuard<'_, Served<D>> {
     served.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The bell's number among what is waited for; queues have their own.
+/// Numbers of what is waited for beside queues, which have their own.
 const BELL: u64 = u64::MAX;
+const EVENTS: u64 = u64::MAX - 1;
 
-/// Serves until the driver breaks a queue.
-fn serve<D: Device<()>>(
-    served: &Mutex<Served<D>>,
-    bell: &EventFd,
-    memory: &GuestMemoryMmap,
-) -> io::Result<()> {
-    let epoll = Epoll::new()?;
-    let watch = |event: &EventFd, number| {
-        epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, number))
-    };
-    watch(bell, BELL)?;
-    let mut watched = false;
-    let mut events = [EpollEvent::default(); 8];
-    loop {
-        let count = match epoll.wait(-1, &mut events) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            result => result?,
+/// What the thread works with.
+struct Server<D> {
+    served: Arc<Mutex<Served<D>>>,
+    memory: GuestMemoryMmap,
+    narrowing: Option<Narrowing>,
+    patience: Patience,
+}
+
+impl<D: Device<()>> Server<D> {
+    /// Serves until the driver breaks a queue.
+    fn serve(&mut self, epoll: &Epoll, bell: &EventFd, events_of_device: Option<RawFd>) -> io::Result<()> {
+        let watch = |descriptor: RawFd, number| {
+            epoll.ctl(ControlOperation::Add, descriptor, EpollEvent::new(EventSet::IN, number))
         };
-        for event in &events[..count] {
-            match usize::try_from(event.data()) {
-                Ok(queue) if event.data() != BELL => {
-                    if let Some(event) = lock(served).notified.get(queue) {
-                        let _ = event.read();
+        watch(bell.as_raw_fd(), BELL)?;
+        let mut watched = false;
+        let mut events = [EpollEvent::default(); 8];
+        loop {
+            let count = match epoll.wait(-1, &mut events) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => result?,
+            };
+            for event in &events[..count] {
+                match (event.data(), usize::try_from(event.data())) {
+                    (EVENTS, _) => self.work_off(Wake::Events)?,
+                    (BELL, _) | (_, Err(_)) => {
+                        let _ = bell.read();
+                        let served = lock(&self.served);
+                        // The descriptors stay the same when a driver starts again.
+                        for (number, event) in (0..).zip(served.notified.iter().filter(|_| !watched)) {
+                            watch(event.as_raw_fd(), number)?;
+                        }
+                        if let (Some(events), false) = (events_of_device, watched) {
+                            watch(events, EVENTS)?;
+                        }
+                        watched = true;
+                        let queues = served.rings.len();
+                        drop(served);
+                        // What was made available before anybody watched.
+                        (0..queues).try_for_each(|queue| self.work_off(Wake::Queue(queue)))?;
                     }
-                    work_off(served, queue, memory)?;
-                }
-                _ => {
-                    let _ = bell.read();
-                    let served_now = lock(served);
-                    // The descriptors stay the same when a driver starts again.
-                    for (number, event) in (0..).zip(served_now.notified.iter().filter(|_| !watched)) {
-                        watch(event, number)?;
+                    (_, Ok(queue)) => {
+                        if let Some(event) = lock(&self.served).notified.get(queue) {
+                            let _ = event.read();
+                        }
+                        self.work_off(Wake::Queue(queue))?;
                     }
-                    watched = true;
-                    let queues = served_now.rings.len();
-                    drop(served_now);
-                    // What was made available before anybody watched.
-                    (0..queues).try_for_each(|queue| work_off(served, queue, memory))?;
                 }
             }
         }
     }
-}
 
-/// Works a queue off. Between two rounds a driver that stops the device has its turn.
-fn work_off<D: Device<()>>(
-    served: &Mutex<Served<D>>,
-    queue: usize,
-    memory: &GuestMemoryMmap,
-) -> io::Result<()> {
-    while lock(served).work(queue, memory)? {
-        thread::yield_now();
+    /// Works off what is there. Between two rounds a driver that stops the device has its turn.
+    fn work_off(&mut self, wake: Wake) -> io::Result<()> {
+        loop {
+            if let Some(lock_in) = self.narrowing.as_ref().and_then(|narrowing| narrowing.get()) {
+                lock_in()?;
+                self.narrowing = None;
+            }
+            let outcome = lock(&self.served).work(wake, &self.memory)?;
+            if outcome.lingers {
+                let (served, memory) = (&self.served, &self.memory);
+                self.patience.look_out(|| {
+                    lock(served).rings.iter().flatten().any(|ring| patience::has_come(ring, memory))
+                });
+            }
+            if !outcome.again {
+                return Ok(());
+            }
+            thread::yield_now();
+        }
     }
-    Ok(())
 }
 
 impl<D: Device<()>> Served<D> {
-    /// Does a round's work, and says whether there is more.
-    fn work(&mut self, queue: usize, memory: &GuestMemoryMmap) -> io::Result<bool> {
+    /// Does a round's work, raises its interrupt, and says what is left.
+    fn work(&mut self, wake: Wake, memory: &GuestMemoryMmap) -> io::Result<Outcome> {
         let mut rings: Vec<Option<&mut Ring>> = self.rings.iter_mut().map(Option::as_mut).collect();
-        let outcome =
-            self.device.process(Wake::Queue(queue), &mut rings, memory).map_err(io::Error::other)?;
-        if outcome.interrupt != 0
-            && let Some(interrupt) = &self.interrupt
-        {
+        let outcome = self.device.process(wake, &mut rings, memory).map_err(io::Error::other)?;
+        if outcome.interrupt != 0 {
+            self.interrupt();
+        }
+        Ok(outcome)
+    }
+
+    fn interrupt(&self) {
+        if let Some(interrupt) = &self.interrupt {
             // Only a full counter fails, and then the interrupt is up anyway.
             let _ = interrupt.write(1);
         }
-        Ok(outcome.again)
     }
 }
 
-/// The queue as the device works on it.
-fn ring(queue: &Queue, features: u64) -> Result<Ring, virtio_queue::Error> {
+/// The queue as the device works on it, where `position` says how far it is.
+fn ring(queue: &Queue, position: Option<Position>, features: u64) -> Result<Ring, virtio_queue::Error> {
     let mut ring = Ring::new(queue.size)?;
     ring.try_set_desc_table_address(queue.descriptors)?;
     ring.try_set_avail_ring_address(queue.available)?;
     ring.try_set_used_ring_address(queue.used)?;
     ring.set_event_idx(features & EVENT_IDX != 0);
+    if let Some(position) = position {
+        ring.set_next_avail(position.available);
+        ring.set_next_used(position.used);
+    }
     ring.set_ready(true);
     Ok(ring)
 }
@@ -195,15 +257,7 @@ impl<D: Device<()> + 'static> Target for Local<D> {
         notified: &[EventFd],
         interrupt: &EventFd,
     ) -> io::Result<()> {
-        let rings = queues.iter().map(|queue| queue.map(|queue| ring(&queue, features)).transpose());
-        let rings = rings.collect::<Result<_, _>>().map_err(io::Error::other)?;
-        let mut served = lock(&self.served);
-        if served.notified.is_empty() {
-            served.notified = notified.iter().map(EventFd::try_clone).collect::<io::Result<_>>()?;
-        }
-        (served.rings, served.interrupt) = (rings, Some(interrupt.try_clone()?));
-        drop(served);
-        self.bell.write(1)
+        self.begin(features, queues, &[], notified, interrupt)
     }
 
     fn stop(&mut self) -> io::Result<()> {
@@ -211,5 +265,46 @@ impl<D: Device<()> + 'static> Target for Local<D> {
         served.rings.clear();
         served.device.reset();
         Ok(())
+    }
+
+    fn freeze(&mut self) -> Result<Frozen, StateError> {
+        let mut served = lock(&self.served);
+        // What the guest asked for last may not have been looked at. A queue that it broke is told by the copy.
+        for queue in 0..served.rings.len() {
+            while served.work(Wake::Queue(queue), &self.memory).is_ok_and(|outcome| outcome.again) {}
+        }
+        let position = |ring: &Ring| Position { available: ring.next_avail(), used: ring.next_used() };
+        let positions = served.rings.iter().map(|ring| ring.as_ref().map(position)).collect();
+        let device = if served.device.can_freeze() { served.device.freeze()? } else { Vec::new() };
+        served.rings.clear();
+        Ok(Frozen { positions, device })
+    }
+
+    fn thaw(
+        &mut self,
+        features: u64,
+        queues: &[Option<Queue>],
+        frozen: &Frozen,
+        notified: &[EventFd],
+        interrupt: &EventFd,
+    ) -> io::Result<()> {
+        {
+            let mut served = lock(&self.served);
+            if served.device.can_freeze() {
+                served.device.thaw(&frozen.device).map_err(io::Error::other)?;
+            }
+        }
+        self.begin(features, queues, &frozen.positions, notified, interrupt)?;
+        // One that was raised when the machine was frozen may be lost; one too many does no harm.
+        lock(&self.served).interrupt();
+        Ok(())
+    }
+
+    fn finish(&mut self) {
+        let mut served = lock(&self.served);
+        let Served { device, rings, .. } = &mut *served;
+        let mut queues: Vec<Option<&mut Ring>> = rings.iter_mut().map(Option::as_mut).collect();
+        device.finish(&mut queues, &self.memory);
+        served.rings.clear();
     }
 }

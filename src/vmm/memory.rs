@@ -1,11 +1,11 @@
-//! Guest memory: one sealed memfd, mapped as a low and a high part around the hole below 4 GiB, and the addresses at
-//! which a machine has what is no device of virtio's.
+//! Guest memory: one file, a sealed memfd or the memory of a frozen machine, mapped as a low and a high part around the hole
+//! below 4 GiB; and the addresses at which a machine has what is no device of virtio's.
 
 use std::fs::File;
 use std::io;
 
 use kiln_virtio::ram;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// The descriptor table that the boot protocol asks for.
 pub const GDT: GuestAddress = GuestAddress(0x500);
@@ -100,16 +100,36 @@ pub fn make_file(bytes: u64) -> Result<File, MemoryError> {
 /// # Errors
 /// [`MemoryError`] for what no machine can have, or that cannot be mapped.
 pub fn map(file: &File, bytes: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    map_with(file, bytes, libc::MAP_SHARED)
+}
+
+/// Guest memory of `bytes` that begins as `file` is. What is written to it stays in this process, and what is only read is
+/// shared with all who map the file.
+///
+/// # Errors
+/// [`MemoryError`] for what no machine can have, or a file that cannot be mapped or is shorter.
+pub fn map_private(file: &File, bytes: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    map_with(file, bytes, libc::MAP_PRIVATE)
+}
+
+fn map_with(file: &File, bytes: u64, how: libc::c_int) -> Result<GuestMemoryMmap, MemoryError> {
     let text = |error: &dyn std::error::Error| MemoryError::Map(error.to_string());
-    let mut ranges = Vec::new();
+    let there = file.metadata().map_err(MemoryError::Make)?.len();
+    if there < bytes {
+        return Err(MemoryError::Map(format!("its file has {there} bytes")));
+    }
+    let mut regions = Vec::new();
     let mut offset = 0;
     for (start, length) in parts(bytes)? {
-        let file = file.try_clone().map_err(MemoryError::Make)?;
+        let file = FileOffset::new(file.try_clone().map_err(MemoryError::Make)?, offset);
         let length_here = usize::try_from(length).map_err(|error| text(&error))?;
-        ranges.push((start, length_here, Some(FileOffset::new(file, offset))));
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let mapped = MmapRegion::build(Some(file), length_here, access, libc::MAP_NORESERVE | how);
+        let region = GuestRegionMmap::new(mapped.map_err(|error| text(&error))?, start);
+        regions.push(region.ok_or_else(|| MemoryError::Map("it has no such addresses".to_owned()))?);
         offset += length;
     }
-    GuestMemoryMmap::from_ranges_with_files(ranges).map_err(|error| text(&error))
+    GuestMemoryMmap::from_regions(regions).map_err(|error| text(&error))
 }
 
 #[cfg(test)]
@@ -140,6 +160,19 @@ mod tests {
         assert_eq!(memory.read_obj::<u64>(GuestAddress(HOLE.0 - 8)).expect("memory"), 1);
         assert!(memory.write_obj(3_u64, HOLE).is_err());
         assert_eq!(memory.num_regions(), 2);
+    }
+
+    #[test]
+    fn a_private_mapping_begins_as_its_file_is_and_changes_nothing_there() {
+        let file = make_file(LEAST_BYTES).expect("memory");
+        let shared = map(&file, LEAST_BYTES).expect("a mapping");
+        shared.write_obj(7_u64, GuestAddress(4096)).expect("memory");
+        let copies = [(); 2].map(|()| map_private(&file, LEAST_BYTES).expect("a mapping"));
+        copies[0].write_obj(8_u64, GuestAddress(4096)).expect("memory");
+        for (memory, value) in [(&shared, 7), (&copies[0], 8), (&copies[1], 7)] {
+            assert_eq!(memory.read_obj::<u64>(GuestAddress(4096)).expect("memory"), value);
+        }
+        assert!(map_private(&file, LEAST_BYTES + 4096).is_err(), "it is shorter");
     }
 
     #[test]

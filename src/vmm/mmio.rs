@@ -7,11 +7,31 @@
 
 use std::io;
 
+use kiln_virtio::device::StateError;
+use serde::{Deserialize, Serialize};
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::bus::{Effect, Window};
 use crate::vm::Slot;
+
+/// How far a device and its driver are with a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// The next entry of the available ring.
+    pub available: u16,
+    /// The next entry of the used ring.
+    pub used: u16,
+}
+
+/// What whoever takes over a device's driver must know, beside where the queues are.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Frozen {
+    /// Of each queue that runs.
+    pub positions: Vec<Option<Position>>,
+    /// What the device itself knows.
+    pub device: Vec<u8>,
+}
 
 /// One queue as its driver laid it out: a size that is a power of two and not beyond the device's, rings that lie in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,6 +78,59 @@ pub trait Target: Send {
     /// # Errors
     /// It cannot, and is not to be started again.
     fn stop(&mut self) -> io::Result<()>;
+
+    /// What whoever takes over its driver must know. The guest does no more.
+    ///
+    /// # Errors
+    /// See [`StateError`]; one that cannot be part of a frozen machine is `Unsupported`.
+    fn freeze(&mut self) -> Result<Frozen, StateError> {
+        Err(StateError::Unsupported)
+    }
+
+    /// Takes over the driver of a device that was frozen: as [`Target::start`], but goes on where that one stopped.
+    ///
+    /// # Errors
+    /// It cannot.
+    fn thaw(
+        &mut self,
+        _features: u64,
+        _queues: &[Option<Queue>],
+        _frozen: &Frozen,
+        _notified: &[EventFd],
+        _interrupt: &EventFd,
+    ) -> io::Result<()> {
+        Err(io::Error::other(StateError::Unsupported))
+    }
+
+    /// The guest has ended: what it left for others is passed on, and nothing more is served.
+    fn finish(&mut self) {}
+}
+
+/// A device on a bus that can be part of a frozen machine.
+pub trait Carried: Window {
+    /// Its registers and what its target knows. The guest does no more.
+    ///
+    /// # Errors
+    /// See [`StateError`].
+    fn freeze(&mut self) -> Result<DeviceState, StateError>;
+
+    /// Becomes the device that was frozen.
+    ///
+    /// # Errors
+    /// The state is not one of such a device, or its target cannot go on.
+    fn thaw(&mut self, state: &DeviceState) -> io::Result<()>;
+
+    /// The guest has ended: see [`Target::finish`].
+    fn finish(&mut self);
+}
+
+/// A frozen device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceState {
+    device_type: u32,
+    registers: Said,
+    /// Where a driver runs it.
+    frozen: Option<Frozen>,
 }
 
 /// "virt", and the version of the interface.
@@ -82,7 +155,7 @@ const VERSION_1: u64 = 1 << 32;
 const CONFIG: u64 = 0x100;
 
 /// What the driver has said of a queue.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Draft {
     size: u32,
     ready: bool,
@@ -91,12 +164,9 @@ struct Draft {
     used: u64,
 }
 
-/// The registers in front of `T`.
-pub struct Registers<T: Target> {
-    target: T,
-    memory: GuestMemoryMmap,
-    notified: Vec<EventFd>,
-    interrupt: EventFd,
+/// What the driver has said.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Said {
     offered_page: u32,
     accepted_page: u32,
     accepted: u64,
@@ -104,7 +174,23 @@ pub struct Registers<T: Target> {
     status: u32,
     changed: u32,
     queues: Vec<Draft>,
+}
+
+/// The registers in front of `T`.
+pub struct Registers<T: Target> {
+    target: T,
+    memory: GuestMemoryMmap,
+    notified: Vec<EventFd>,
+    interrupt: EventFd,
+    said: Said,
     running: bool,
+}
+
+impl Said {
+    /// By no driver yet, of `queues` queues.
+    fn of_nobody(queues: usize) -> Self {
+        Self { queues: vec![Draft::default(); queues], ..Self::default() }
+    }
 }
 
 impl<T: Target + 'static> Registers<T> {
@@ -118,40 +204,34 @@ impl<T: Target + 'static> Registers<T> {
         let interrupt = event()?;
         let same = |events: &[EventFd]| events.iter().map(EventFd::try_clone).collect::<io::Result<Vec<_>>>();
         let registers = Self {
-            queues: vec![Draft::default(); notified.len()],
+            said: Said::of_nobody(notified.len()),
             notified: same(&notified)?,
             interrupt: interrupt.try_clone()?,
             target,
             memory: memory.clone(),
-            offered_page: 0,
-            accepted_page: 0,
-            accepted: 0,
-            selected: 0,
-            status: 0,
-            changed: 0,
             running: false,
         };
-        let window = std::sync::Arc::new(std::sync::Mutex::new(registers));
-        Ok(Slot { window, interrupt, notified })
+        let device = std::sync::Arc::new(std::sync::Mutex::new(registers));
+        Ok(Slot { device, interrupt, notified })
     }
 }
 
 impl<T: Target> Registers<T> {
     fn register(&self, offset: u64) -> u32 {
-        let queue = usize::try_from(self.selected).ok().and_then(|index| self.queues.get(index));
+        let queue = usize::try_from(self.said.selected).ok().and_then(|index| self.said.queues.get(index));
         match offset {
             0x00 => MAGIC,
             0x04 => VERSION,
             0x08 => self.target.device_type(),
             0x0c => VENDOR,
-            0x10 => half(self.target.features(), self.offered_page),
-            0x34 => usize::try_from(self.selected)
+            0x10 => half(self.target.features(), self.said.offered_page),
+            0x34 => usize::try_from(self.said.selected)
                 .ok()
                 .and_then(|index| self.target.queue_sizes().get(index))
                 .map_or(0, |size| u32::from(*size)),
             0x44 => queue.map_or(0, |queue| u32::from(queue.ready)),
-            0x60 => USED_BUFFER | self.changed,
-            0x70 => self.status,
+            0x60 => USED_BUFFER | self.said.changed,
+            0x70 => self.said.status,
             // No shared memory: a length of all ones (§4.2.2, SHMLen).
             0xb0..=0xbc => u32::MAX,
             _ => 0,
@@ -160,17 +240,18 @@ impl<T: Target> Registers<T> {
 
     fn set_register(&mut self, offset: u64, value: u32) {
         // Features are agreed on first, then queues are laid out, and both are settled once the driver runs (§3.1.1).
-        let open = self.status & (FEATURES_OK | DRIVER_OK) == FEATURES_OK;
-        let agreeing = self.status & (DRIVER | FEATURES_OK) == DRIVER;
-        let queue = usize::try_from(self.selected).ok().and_then(|index| self.queues.get_mut(index));
+        let open = self.said.status & (FEATURES_OK | DRIVER_OK) == FEATURES_OK;
+        let agreeing = self.said.status & (DRIVER | FEATURES_OK) == DRIVER;
+        let queue =
+            usize::try_from(self.said.selected).ok().and_then(|index| self.said.queues.get_mut(index));
         match (offset, queue) {
-            (0x14, _) => self.offered_page = value,
-            (0x24, _) => self.accepted_page = value,
-            (0x20, _) if agreeing => set_half(&mut self.accepted, self.accepted_page, value),
-            (0x30, _) => self.selected = value,
+            (0x14, _) => self.said.offered_page = value,
+            (0x24, _) => self.said.accepted_page = value,
+            (0x20, _) if agreeing => set_half(&mut self.said.accepted, self.said.accepted_page, value),
+            (0x30, _) => self.said.selected = value,
             (0x38, Some(queue)) if open && !queue.ready => queue.size = value,
             (0x44, Some(queue)) if open => queue.ready = value & 1 == 1,
-            (0x64, _) => self.changed &= !value,
+            (0x64, _) => self.said.changed &= !value,
             (0x70, _) => self.set_status(value),
             (0x80 | 0x84, Some(queue)) if open && !queue.ready => {
                 set_half(&mut queue.descriptors, u32::from(offset == 0x84), value);
@@ -192,21 +273,21 @@ impl<T: Target> Registers<T> {
         }
         // A driver may not take bits back, nor say for the device that it needs a reset, and each bit comes behind the one
         // before it; the last one in a write of its own, since the driver has to read whether its features are good.
-        self.status |= value & (ACKNOWLEDGE | FAILED);
-        if value & DRIVER != 0 && self.status & ACKNOWLEDGE != 0 {
-            self.status |= DRIVER;
+        self.said.status |= value & (ACKNOWLEDGE | FAILED);
+        if value & DRIVER != 0 && self.said.status & ACKNOWLEDGE != 0 {
+            self.said.status |= DRIVER;
         }
-        let agreed = self.status & FEATURES_OK != 0;
-        if value & FEATURES_OK != 0 && self.status & DRIVER != 0 && self.features_suit() {
-            self.status |= FEATURES_OK;
+        let agreed = self.said.status & FEATURES_OK != 0;
+        if value & FEATURES_OK != 0 && self.said.status & DRIVER != 0 && self.features_suit() {
+            self.said.status |= FEATURES_OK;
         }
-        let stays_off = self.status & (DRIVER_OK | NEEDS_RESET | FAILED) != 0;
+        let stays_off = self.said.status & (DRIVER_OK | NEEDS_RESET | FAILED) != 0;
         if value & DRIVER_OK != 0 && agreed && !stays_off {
-            self.status |= DRIVER_OK;
+            self.said.status |= DRIVER_OK;
             self.running = true;
             let started = self.layouts().ok_or_else(|| io::Error::other("a queue is not in memory"));
             let started = started.and_then(|queues| {
-                self.target.start(self.accepted, &queues, &self.notified, &self.interrupt)
+                self.target.start(self.said.accepted, &queues, &self.notified, &self.interrupt)
             });
             if started.is_err() {
                 self.fail();
@@ -215,7 +296,7 @@ impl<T: Target> Registers<T> {
     }
 
     fn features_suit(&self) -> bool {
-        self.accepted & !self.target.features() == 0 && self.accepted & VERSION_1 != 0
+        self.said.accepted & !self.target.features() == 0 && self.said.accepted & VERSION_1 != 0
     }
 
     /// The queues that are ready, where all of them are what they should be.
@@ -224,7 +305,7 @@ impl<T: Target> Registers<T> {
             false => Some(None),
             true => self.layout(draft, *most).map(Some),
         };
-        self.queues.iter().zip(self.target.queue_sizes()).map(layout).collect()
+        self.said.queues.iter().zip(self.target.queue_sizes()).map(layout).collect()
     }
 
     fn layout(&self, draft: &Draft, most: u16) -> Option<Queue> {
@@ -253,16 +334,42 @@ impl<T: Target> Registers<T> {
             // What was notified of is gone; that nothing was is no error.
             let _ = event.read();
         }
-        (self.status, self.accepted, self.selected, self.changed, self.running) = (0, 0, 0, 0, false);
-        (self.offered_page, self.accepted_page) = (0, 0);
-        self.queues.fill(Draft::default());
+        (self.said, self.running) = (Said::of_nobody(self.notified.len()), false);
     }
 
     fn fail(&mut self) {
-        self.status |= NEEDS_RESET;
-        self.changed |= CONFIGURATION;
+        self.said.status |= NEEDS_RESET;
+        self.said.changed |= CONFIGURATION;
         // Only a full counter fails, and then the interrupt is up anyway.
         let _ = self.interrupt.write(1);
+    }
+}
+
+impl<T: Target> Carried for Registers<T> {
+    fn freeze(&mut self) -> Result<DeviceState, StateError> {
+        let frozen = if self.running { Some(self.target.freeze()?) } else { None };
+        Ok(DeviceState { device_type: self.target.device_type(), registers: self.said.clone(), frozen })
+    }
+
+    fn thaw(&mut self, state: &DeviceState) -> io::Result<()> {
+        let is_another = state.device_type != self.target.device_type()
+            || state.registers.queues.len() != self.notified.len()
+            || state.registers.accepted & !self.target.features() != 0;
+        if is_another {
+            return Err(io::Error::other("it is of another device"));
+        }
+        self.said = state.registers.clone();
+        if let Some(frozen) = &state.frozen {
+            let queues = self.layouts().ok_or_else(|| io::Error::other("a queue is not in memory"))?;
+            let (accepted, notified) = (self.said.accepted, &self.notified);
+            self.target.thaw(accepted, &queues, frozen, notified, &self.interrupt)?;
+            self.running = true;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) {
+        self.target.finish();
     }
 }
 

@@ -3,7 +3,8 @@
 
 use std::io::{self, Write};
 
-use vm_superio::serial::NoEvents;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -44,10 +45,61 @@ impl Trigger for Line {
 /// A 16550A whose output goes to `W`. Nothing is ever typed at it.
 pub struct Console<W: Write + Send>(Serial<Line, NoEvents, W>);
 
+/// The port's registers, in a frozen machine: divisor (low, high), interrupt enable and identification, line control and
+/// status, modem control and status, scratch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ConsoleState([u8; 9]);
+
 impl<W: Write + Send> Console<W> {
     /// A port that prints to `output`, and whose interrupt is `line`.
     pub fn new(line: EventFd, output: W) -> Self {
         Self(Serial::new(Line(line), output))
+    }
+
+    /// As [`Console::new`], but with the registers of a frozen one.
+    ///
+    /// # Errors
+    /// The interrupt that it owes cannot be raised.
+    pub fn thaw(state: ConsoleState, line: EventFd, output: W) -> io::Result<Self> {
+        let [low, high, enable, identification, control, status, modem_control, modem_status, scratch] =
+            state.0;
+        let state = SerialState {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: control,
+            line_status: status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer: Vec::new(),
+        };
+        let port = Serial::from_state(&state, Line(line), NoEvents, output);
+        port.map(Self).map_err(|error| io::Error::other(format!("{error:?}")))
+    }
+}
+
+/// A port that can be part of a frozen machine.
+pub trait Port: Window {
+    /// Its registers.
+    fn freeze(&self) -> ConsoleState;
+}
+
+impl<W: Write + Send> Port for Console<W> {
+    fn freeze(&self) -> ConsoleState {
+        let state = self.0.state();
+        ConsoleState([
+            state.baud_divisor_low,
+            state.baud_divisor_high,
+            state.interrupt_enable,
+            state.interrupt_identification,
+            state.line_control,
+            state.line_status,
+            state.modem_control,
+            state.modem_status,
+            state.scratch,
+        ])
     }
 }
 

@@ -68,6 +68,25 @@ pub enum End {
     Stopped,
 }
 
+impl End {
+    /// Whether the guest brought it about, or its driver, and not KVM or this process.
+    #[must_use]
+    pub fn is_the_guests(&self) -> bool {
+        match self {
+            Self::PoweredOff
+            | Self::Reset
+            | Self::TripleFault { .. }
+            | Self::Halted { .. }
+            | Self::Device { .. }
+            | Self::Stopped => true,
+            Self::InternalError { .. }
+            | Self::FailedEntry { .. }
+            | Self::Unknown { .. }
+            | Self::Failed { .. } => false,
+        }
+    }
+}
+
 /// The two spaces of addresses of a machine.
 #[derive(Default)]
 pub struct Buses {
@@ -75,6 +94,20 @@ pub struct Buses {
     pub memory: Bus,
     /// Ports.
     pub ports: Bus,
+}
+
+/// Lets `vcpu` finish what the guest was doing when it left it: only then are its registers those of a whole instruction.
+///
+/// # Errors
+/// What KVM says.
+pub fn complete(vcpu: &mut VcpuFd) -> Result<(), kvm_ioctls::Error> {
+    vcpu.set_kvm_immediate_exit(1);
+    let result = vcpu.run().map(drop);
+    vcpu.set_kvm_immediate_exit(0);
+    match result {
+        Err(error) if error.errno() != libc::EINTR => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Runs `vcpu` until the machine ends or `stop` says so, which is asked each time that the processor leaves the guest.

@@ -1,6 +1,12 @@
-//! A machine put together: memory, interrupt controllers, processors and devices; and run.
+//! A machine put together: memory, interrupt controllers, processors and devices; run, stopped and frozen.
 //!
-//! [`Machine::new`] does all that needs KVM's device and the caller's files. [`Machine::run`] starts the processors, and
+//! ```text
+//! Machine::new ──▶ start ──▶ Running ──▶ stop ──▶ finish: what devices still hold is passed on
+//!   boots, or goes on where          └──▶ freeze: all but the memory, as bytes
+//!   one was frozen
+//! ```
+//!
+//! [`Machine::new`] does all that needs KVM's device and the caller's files. [`Machine::start`] starts the processors, and
 //! is called when the process is locked in: from then on guest code decides what happens.
 
 #![expect(unsafe_code, reason = "KVM maps memory of this process into the guest, and comes as a descriptor")]
@@ -9,23 +15,25 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use kvm_bindings::kvm_userspace_memory_region;
+use kiln_virtio::device::StateError;
+use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError};
-use crate::bus::Window;
 use crate::cpu::{self, CpuError, Model, kvm};
-use crate::memory::{MemoryError, WINDOW_BYTES};
-use crate::serial::{self, Console, Power};
+use crate::memory::{GENERATION_ID, MemoryError, WINDOW_BYTES};
+use crate::mmio::{Carried, DeviceState};
+use crate::processor::Processor;
+use crate::serial::{self, Console, Port, Power};
+use crate::snapshot::{Snapshot, SnapshotError};
 use crate::vcpu::{self, Buses, End};
 
 /// What KVM must be able to do for a machine of ours.
@@ -44,11 +52,11 @@ const STACK_BYTES: usize = 256 << 10;
 
 /// A device on the memory bus, which the guest's kernel drives as virtio-mmio.
 pub struct Slot {
-    /// Its registers.
-    pub window: Arc<Mutex<dyn Window>>,
+    /// Its registers, and what is behind them.
+    pub device: Arc<Mutex<dyn Carried>>,
     /// Written to, raises its interrupt.
     pub interrupt: EventFd,
-    /// Where the driver's notification of each queue goes, without a stop in [`Slot::window`].
+    /// Where the driver's notification of each queue goes, without a stop in [`Slot::device`].
     pub notified: Vec<EventFd>,
 }
 
@@ -59,13 +67,11 @@ const QUEUE_NOTIFY: u64 = 0x50;
 pub struct Parts {
     /// /dev/kvm, open for reading and writing.
     pub kvm: OwnedFd,
-    /// vmlinux or bzImage.
-    pub kernel: File,
-    /// The initramfs.
-    pub initramfs: File,
-    /// The kernel's command line.
-    pub command_line: String,
-    /// Guest memory, as [`crate::memory::map`] maps it.
+    /// Where it begins.
+    pub origin: Origin,
+    /// Another one for each machine that ever runs: at a new one a guest's kernel draws its random numbers anew.
+    pub generation: [u8; 16],
+    /// Guest memory, as [`crate::memory`] maps it.
     pub memory: GuestMemoryMmap,
     /// Virtual processors.
     pub cpus: u8,
@@ -75,9 +81,27 @@ pub struct Parts {
     pub console: Box<dyn Write + Send>,
     /// Devices, in the order in which the kernel finds them.
     pub devices: Vec<Slot>,
-    /// By which whatever ends the machine says so, devices too.
-    pub ends: (Sender<End>, Receiver<End>),
+    /// Hears of whatever ends the machine, of a processor or a device; more than once where several do.
+    pub on_end: OnEnd,
 }
+
+/// Where a machine begins.
+pub enum Origin {
+    /// At the first instruction of a kernel.
+    Boot {
+        /// vmlinux or bzImage.
+        kernel: File,
+        /// The initramfs.
+        initramfs: File,
+        /// The kernel's command line.
+        command_line: String,
+    },
+    /// Where one was frozen, whose memory it has.
+    Frozen(Box<Snapshot>),
+}
+
+/// Hears how a machine ended.
+pub type OnEnd = Arc<dyn Fn(End) + Send + Sync>;
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +132,20 @@ pub enum VmError {
     /// KVM and its processors.
     #[error(transparent)]
     Cpu(#[from] CpuError),
+    /// A snapshot cannot be read.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A snapshot is of a machine with other parts.
+    #[error("the snapshot is of a machine with {0}")]
+    OtherMachine(&'static str),
+    /// A device cannot be frozen, or does not go on.
+    #[error("device {index}: {why}")]
+    Device {
+        /// Its place.
+        index: usize,
+        /// Why.
+        why: String,
+    },
     /// A thread, an eventfd.
     #[error("cannot {what}")]
     Io {
@@ -136,78 +174,214 @@ fn io(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
     move |source| VmError::Io { what, source }
 }
 
+/// Called on each processor's thread before it runs guest code; an error ends the machine.
+pub type Confine = fn() -> io::Result<()>;
+
 /// A machine that has not run yet. Fields are dropped in order: nothing of KVM's outlives the guest's memory.
 pub struct Machine {
     vcpus: Vec<VcpuFd>,
-    buses: Buses,
-    ends: (Sender<End>, Receiver<End>),
-    _vm: VmFd,
-    _memory: GuestMemoryMmap,
+    on_end: OnEnd,
+    rest: Rest,
 }
 
-/// Called on each processor's thread before it runs guest code; an error ends the machine.
-pub type Confine = fn() -> io::Result<()>;
+/// What of a machine is no processor.
+struct Rest {
+    buses: Arc<Buses>,
+    devices: Vec<Arc<Mutex<dyn Carried>>>,
+    console: Arc<Mutex<dyn Port>>,
+    /// What each processor can do.
+    leaves: Vec<Vec<kvm_cpuid_entry2>>,
+    /// The model-specific registers that this KVM knows.
+    registers: Vec<u32>,
+    vm: VmFd,
+    memory: GuestMemoryMmap,
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 impl Machine {
     /// Puts a machine together.
     ///
     /// # Errors
     /// See [`VmError`].
-    pub fn new(mut parts: Parts) -> Result<Self, VmError> {
+    pub fn new(parts: Parts) -> Result<Self, VmError> {
         // SAFETY: the descriptor is owned, and its ownership goes over to `Kvm`. That it is KVM's is checked below, by what
         // it answers; another file answers no such question.
-        let device = unsafe { Kvm::from_raw_fd(parts.kvm.into_raw_fd()) };
-        check(&device, parts.cpus)?;
-        let vm = device.create_vm().map_err(kvm("make a machine"))?;
+        let kvm_device = unsafe { Kvm::from_raw_fd(parts.kvm.into_raw_fd()) };
+        check(&kvm_device, parts.cpus)?;
+        let vm = kvm_device.create_vm().map_err(kvm("make a machine"))?;
         set_memory(&vm, &parts.memory)?;
         vm.set_identity_map_address(IDENTITY_MAP).map_err(kvm("take a place for its page table"))?;
         vm.set_tss_address(TASK_STATE).map_err(kvm("take a place for its task state"))?;
         vm.create_irq_chip().map_err(kvm("make interrupt controllers"))?;
 
-        let entry = boot::load(&parts.memory, &mut parts.kernel, &mut parts.initramfs, &parts.command_line)?;
-        cpu::write_tables(&parts.memory)?;
-        acpi::write(&parts.memory, parts.cpus, parts.devices.len())?;
-        let buses = attach(&vm, parts.console, parts.devices)?;
-
-        let (supported, deadline_timer) = cpu::supported(&device)?;
-        let mut vcpus = Vec::new();
-        for number in 0..parts.cpus {
-            let vcpu = vm.create_vcpu(number.into()).map_err(kvm("make a processor"))?;
-            cpu::set_up(&vcpu, &cpu::leaves(parts.model, &supported, deadline_timer, number))?;
-            if number == 0 {
-                cpu::enter_long_mode(&vcpu, entry)?;
+        let memory = parts.memory;
+        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(io("make an interrupt"))?;
+        let interrupt = line.try_clone().map_err(io("make an interrupt"))?;
+        let console: Arc<Mutex<dyn Port>> = match &parts.origin {
+            Origin::Boot { .. } => Arc::new(Mutex::new(Console::new(interrupt, parts.console))),
+            Origin::Frozen(snapshot) => {
+                let console = Console::thaw(snapshot.console, interrupt, parts.console);
+                Arc::new(Mutex::new(console.map_err(io("set the serial port up"))?))
             }
+        };
+        let devices: Vec<_> = parts.devices.iter().map(|slot| Arc::clone(&slot.device)).collect();
+        let buses = Arc::new(attach(&vm, &line, &console, parts.devices)?);
+        let (supported, deadline_timer) = cpu::supported(&kvm_device)?;
+        let leaves: Vec<_> = (0..parts.cpus)
+            .map(|number| cpu::leaves(parts.model, &supported, deadline_timer, number))
+            .collect();
+        let registers = kvm_device.get_msr_index_list().map_err(kvm("list registers"))?.as_slice().to_vec();
+        let mut vcpus = Vec::new();
+        for (number, leaves) in (0..).zip(&leaves) {
+            let vcpu = vm.create_vcpu(number).map_err(kvm("make a processor"))?;
+            cpu::set_up(&vcpu, leaves)?;
             vcpus.push(vcpu);
         }
-        Ok(Self { vcpus, buses, ends: parts.ends, _vm: vm, _memory: parts.memory })
+        let rest = Rest { buses, devices, console, leaves, registers, vm, memory };
+        let id = rest.memory.write_slice(&parts.generation, GENERATION_ID);
+        id.map_err(AcpiError::Write)?;
+        match parts.origin {
+            Origin::Boot { mut kernel, mut initramfs, command_line } => {
+                let entry = boot::load(&rest.memory, &mut kernel, &mut initramfs, &command_line)?;
+                cpu::write_tables(&rest.memory)?;
+                acpi::write(&rest.memory, parts.cpus, rest.devices.len())?;
+                if let Some(first) = vcpus.first() {
+                    cpu::enter_long_mode(first, entry)?;
+                }
+            }
+            Origin::Frozen(snapshot) => rest.thaw(&vcpus, &snapshot)?,
+        }
+        Ok(Self { vcpus, on_end: parts.on_end, rest })
     }
 
-    /// Runs it to its end, each processor on a thread of its own.
+    /// Starts its processors, each on a thread of its own.
     ///
     /// # Errors
     /// A thread that cannot be started.
-    pub fn run(self, confine: Confine) -> Result<End, VmError> {
+    pub fn start(self, confine: Confine) -> Result<Running, VmError> {
         register_signal_handler(SIGRTMIN(), interrupted)
             .map_err(|error| io("take a signal")(io::Error::from_raw_os_error(error.errno())))?;
-        let buses = Arc::new(self.buses);
-        let (sender, ends) = self.ends;
         let stop = Arc::new(AtomicBool::new(false));
-        let mut threads = Threads { stop: Arc::clone(&stop), running: Vec::new() };
+        let threads = Threads { stop: Arc::clone(&stop), running: Vec::new() };
+        let mut running = Running { threads, stopped: Vec::new(), rest: self.rest };
         for (number, mut vcpu) in (0..).zip(self.vcpus) {
-            let (sender, buses, stop) = (sender.clone(), Arc::clone(&buses), Arc::clone(&stop));
+            let (on_end, stop) = (Arc::clone(&self.on_end), Arc::clone(&stop));
+            let buses = Arc::clone(&running.rest.buses);
             let run = move || {
                 let end = match confine() {
                     Ok(()) => vcpu::run(&mut vcpu, number, &buses, &stop),
                     Err(error) => End::Failed { cpu: number, what: error.to_string() },
                 };
-                // Only the first is waited for.
-                let _ = sender.send(end);
+                match end {
+                    End::Stopped => {}
+                    end => on_end(end),
+                }
+                vcpu
             };
             let builder = thread::Builder::new().name(format!("vcpu{number}")).stack_size(STACK_BYTES);
-            threads.running.push(builder.spawn(run).map_err(io("start a processor's thread"))?);
+            running.threads.running.push(builder.spawn(run).map_err(io("start a processor's thread"))?);
         }
-        drop(sender);
-        ends.recv().map_err(|_| io("run a processor")(io::Error::other("its thread died")))
+        Ok(running)
+    }
+}
+
+impl Rest {
+    /// Becomes the machine that was frozen.
+    fn thaw(&self, vcpus: &[VcpuFd], snapshot: &Snapshot) -> Result<(), VmError> {
+        let memory_bytes: u64 = self.memory.iter().map(GuestMemoryRegion::len).sum();
+        if snapshot.memory_bytes != memory_bytes {
+            return Err(VmError::OtherMachine("another size of memory"));
+        }
+        if snapshot.processors.len() != vcpus.len() || snapshot.devices.len() != self.devices.len() {
+            return Err(VmError::OtherMachine("other parts"));
+        }
+        let same = snapshot.processors.iter().zip(&self.leaves).all(|(frozen, ours)| frozen.leaves == *ours);
+        if !same {
+            return Err(VmError::OtherMachine("other processors than this host's can be"));
+        }
+        for (frozen, vcpu) in snapshot.processors.iter().zip(vcpus) {
+            frozen.put_into(vcpu)?;
+        }
+        for chip in &snapshot.chips {
+            self.vm.set_irqchip(chip).map_err(kvm("take an interrupt controller's state"))?;
+        }
+        // It counts on from where it was: what it says of the world's time belongs to the machine that was frozen.
+        let clock = kvm_clock_data { clock: snapshot.clock.clock, ..kvm_clock_data::default() };
+        self.vm.set_clock(&clock).map_err(kvm("take a clock"))?;
+        for (index, (state, device)) in snapshot.devices.iter().zip(&self.devices).enumerate() {
+            let thawed = lock(device).thaw(state);
+            thawed.map_err(|error| VmError::Device { index, why: error.to_string() })?;
+        }
+        // The generation id in its memory is another.
+        for level in [true, false] {
+            let line = self.vm.set_irq_line(acpi::GENERATION_INTERRUPT, level);
+            line.map_err(kvm("raise an interrupt"))?;
+        }
+        Ok(())
+    }
+
+    fn freeze(&self, vcpus: &[VcpuFd]) -> Result<Snapshot, VmError> {
+        let devices = self.devices.iter().enumerate().map(|(index, device)| {
+            let state = lock(device).freeze();
+            state.map_err(|error: StateError| VmError::Device { index, why: error.to_string() })
+        });
+        let devices: Vec<DeviceState> = devices.collect::<Result<_, _>>()?;
+        let processors = vcpus.iter().zip(&self.leaves);
+        let processors = processors.map(|(vcpu, leaves)| Processor::of(vcpu, leaves, &self.registers));
+        let mut chips = Vec::new();
+        for chip_id in 0..CHIPS {
+            let mut chip = kvm_irqchip { chip_id, ..kvm_irqchip::default() };
+            self.vm.get_irqchip(&mut chip).map_err(kvm("tell an interrupt controller's state"))?;
+            chips.push(chip);
+        }
+        Ok(Snapshot {
+            memory_bytes: self.memory.iter().map(GuestMemoryRegion::len).sum(),
+            processors: processors.collect::<Result<_, _>>()?,
+            chips,
+            clock: self.vm.get_clock().map_err(kvm("tell the clock"))?,
+            console: lock(&self.console).freeze(),
+            devices,
+        })
+    }
+}
+
+/// The two controllers of the PC, and the I/O APIC (KVM_GET_IRQCHIP).
+const CHIPS: u32 = 3;
+
+/// A machine whose processors run, until it is stopped. Fields are dropped in order, as [`Machine`]'s are.
+pub struct Running {
+    threads: Threads,
+    stopped: Vec<VcpuFd>,
+    rest: Rest,
+}
+
+impl Running {
+    /// Stops the processors, for good.
+    pub fn stop(&mut self) {
+        self.stopped.extend(self.threads.stop());
+    }
+
+    /// Stops the processors, and lets the devices pass on what the guest left with them.
+    pub fn finish(&mut self) {
+        self.stop();
+        for device in &self.rest.devices {
+            lock(device).finish();
+        }
+    }
+
+    /// Stops the processors, and gives all of the machine but its memory, which nothing writes to any more.
+    ///
+    /// # Errors
+    /// See [`VmError`].
+    pub fn freeze(&mut self) -> Result<Snapshot, VmError> {
+        self.stop();
+        for vcpu in &mut self.stopped {
+            vcpu::complete(vcpu).map_err(kvm("finish an instruction"))?;
+        }
+        self.rest.freeze(&self.stopped)
     }
 }
 
@@ -217,19 +391,28 @@ extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc:
 /// The processors' threads, which have ended when this is dropped.
 struct Threads {
     stop: Arc<AtomicBool>,
-    running: Vec<JoinHandle<()>>,
+    running: Vec<JoinHandle<VcpuFd>>,
 }
 
-impl Drop for Threads {
-    fn drop(&mut self) {
+impl Threads {
+    /// Ends them, and gives back the processors.
+    fn stop(&mut self) -> Vec<VcpuFd> {
         self.stop.store(true, Ordering::Release);
+        let mut stopped = Vec::new();
         for thread in self.running.drain(..) {
             // A signal that comes just before a thread enters the guest is lost on it, so it gets another.
             while !thread.is_finished() && thread.kill(SIGRTMIN()).is_ok() {
                 thread::sleep(Duration::from_millis(1));
             }
-            let _ = thread.join();
+            stopped.extend(thread.join());
         }
+        stopped
+    }
+}
+
+impl Drop for Threads {
+    fn drop(&mut self) {
+        self.stop();
     }
 }
 
@@ -269,23 +452,26 @@ fn set_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), VmError> {
 }
 
 /// Puts the devices where guests find them.
-fn attach(vm: &VmFd, console: Box<dyn Write + Send>, devices: Vec<Slot>) -> Result<Buses, VmError> {
+fn attach(
+    vm: &VmFd,
+    line: &EventFd,
+    console: &Arc<Mutex<dyn Port>>,
+    devices: Vec<Slot>,
+) -> Result<Buses, VmError> {
     let mut buses = Buses::default();
-    let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(io("make an interrupt"))?;
-    vm.register_irqfd(&line, serial::INTERRUPT).map_err(kvm("take an interrupt"))?;
-    let console = Arc::new(Mutex::new(Console::new(line, console)));
+    vm.register_irqfd(line, serial::INTERRUPT).map_err(kvm("take an interrupt"))?;
     let power = Arc::new(Mutex::new(Power));
-    let mut placed = buses.ports.insert(serial::PORT.into(), serial::PORTS.into(), console)
+    let mut placed = buses.ports.insert(serial::PORT.into(), serial::PORTS.into(), Arc::clone(console) as _)
         && buses.ports.insert(serial::POWER_PORT.into(), serial::POWER_PORTS.into(), power);
     let count = devices.len();
-    for (index, device) in devices.into_iter().enumerate() {
+    for (index, slot) in devices.into_iter().enumerate() {
         let (start, interrupt) = acpi::place(index).ok_or(AcpiError::TooManyDevices(count))?;
-        vm.register_irqfd(&device.interrupt, interrupt).map_err(kvm("take an interrupt"))?;
-        for (queue, notified) in (0_u32..).zip(&device.notified) {
+        vm.register_irqfd(&slot.interrupt, interrupt).map_err(kvm("take an interrupt"))?;
+        for (queue, notified) in (0_u32..).zip(&slot.notified) {
             let address = IoEventAddress::Mmio(start.0 + QUEUE_NOTIFY);
             vm.register_ioevent(notified, &address, queue).map_err(kvm("take a notification"))?;
         }
-        placed &= buses.memory.insert(start.0, WINDOW_BYTES, device.window);
+        placed &= buses.memory.insert(start.0, WINDOW_BYTES, slot.device);
     }
     debug_assert!(placed, "the places of devices are constants that do not overlap");
     Ok(buses)

@@ -136,7 +136,7 @@ fn a_machine_that_stood_still_while_it_was_ready_has_the_clock_of_the_host() {
     with_keeper(&host, &["--quiet"], "true").ends(0, &[]);
     let keeper_of_it = keeper(&host);
     let all = [children(&keeper_of_it), vec![keeper_of_it]].concat();
-    assert_eq!(all.len(), 3, "a keeper, QEMU and a device process: {all:?}");
+    assert!(all.len() >= 2, "a keeper and kiln's VMM, or QEMU and a device process: {all:?}");
     for pid in &all {
         signal(Signal::STOP, pid);
     }
@@ -178,13 +178,15 @@ fn a_machine_that_is_ready_and_does_not_answer_costs_time_only() {
     with_keeper(&host, &["--quiet"], "true").ends(0, &[]);
     let name = |pid: &String| fs::read_to_string(format!("/proc/{pid}/comm")).expect("it lives");
     let children = children(&keeper(&host));
-    let qemu = children.iter().find(|pid| name(pid).starts_with("qemu")).expect("a child");
-    signal(Signal::STOP, qemu);
+    // kiln's VMM, or QEMU beside its device process.
+    let runs = children.iter().find(|pid| name(pid).starts_with("qemu")).or(children.first());
+    let runs = runs.expect("a child");
+    signal(Signal::STOP, runs);
     let told = with_keeper(&host, &["--json"], "echo right");
     told.ends(0, &[]);
     assert_eq!(origin(&told), "template");
     assert!(told.events().iter().any(|event| event["text"] == "right\n"), "{told:?}");
-    soon(10, "it is gone", || !Path::new(&format!("/proc/{qemu}")).exists());
+    soon(10, "it is gone", || !Path::new(&format!("/proc/{runs}")).exists());
     keeper(&host);
     end(&host);
 }

@@ -1,11 +1,16 @@
 //! initOS from the recipe that ships, small: built of Debian packages, signed, and booted as its recipe says, from NVMe, virtio
 //! and USB, as it is and with changes that somebody must find; and what follows a changed init.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::host::{Host, Told};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::canary::Canaries;
+use super::host::{Host, Running, Told};
 
 const RECIPE: &str = include_str!("../../images/initos/kiln.toml");
 const ROOT: &str = r#"packages = ["iproute2", "kmod", "login", "openssh-server"]"#;
@@ -23,23 +28,48 @@ struct Built {
 
 impl Built {
     fn new() -> Self {
-        Self::of(&small())
-    }
-
-    /// One of the recipe `text`.
-    fn of(text: &str) -> Self {
         let host = Host::new();
         let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("images/initos");
         let copied = Command::new("cp").arg("-r").arg(shipped).arg(host.path("initos")).status();
         assert!(copied.expect("cp").success());
-        fs::write(host.path("initos/kiln.toml"), text).expect("room");
+        fs::write(host.path("initos/kiln.toml"), small()).expect("room");
         Self { host }
     }
 
-    fn kiln(&self, arguments: &[&str]) -> Told {
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut kiln = self.host.kiln();
         kiln.args(arguments).current_dir(self.host.path("initos")).env("SECRETS", self.host.path("secrets"));
-        self.host.end(&mut kiln, &[])
+        kiln
+    }
+
+    fn kiln(&self, arguments: &[&str]) -> Told {
+        self.host.end(&mut self.command(arguments), &[])
+    }
+
+    /// As [`Built::kiln`], with all processes looked at for keys meanwhile.
+    fn watched(&self, arguments: &[&str], canaries: &Canaries) -> Told {
+        let kiln = Running::start(self.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()));
+        let search = canaries.watch(kiln.id());
+        let told = kiln.end();
+        let found = search.end();
+        found.is_clean_but_for(&[PLACE]);
+        assert!(found.has(PLACE, "environ of kiln") && found.places > 4, "{found:?}");
+        told
+    }
+
+    /// Asserts that the files and links below WORK/boot are these and no others: `*` is each kernel's release.
+    fn boot_is(&self, expected: &[&str]) {
+        let boot = self.host.path("work/boot");
+        let mut find = Command::new("find");
+        find.args([".", "-mindepth", "1", "!", "-type", "d", "-printf", "%P\\n"]).current_dir(&boot);
+        let output = find.output().expect("find");
+        let found = String::from_utf8(output.stdout).expect("text");
+        let releases = ["version", "version-virt"].map(|name| self.host.read(&format!("work/boot/{name}")));
+        let expected: BTreeSet<String> = expected
+            .iter()
+            .flat_map(|path| releases.iter().map(|release| path.replace('*', release)))
+            .collect();
+        assert_eq!(found.lines().map(str::to_owned).collect::<BTreeSet<_>>(), expected);
     }
 
     fn keys(&self) -> PathBuf {
@@ -47,8 +77,44 @@ impl Built {
     }
 }
 
+/// What `all` and `sign` leave in WORK/boot, the images of the root apart.
+const BOOT: [&str; 27] = [
+    "cmdline",
+    "cmdline.secure",
+    "cmdline.usb",
+    "config-*",
+    "efi/EFI/BOOT/BOOTX64.EFI",
+    "efi/EFI/BOOT/Initos-NEW-*.EFI",
+    "efi/InitOS-*.EFI",
+    "efi/InitOS-Signed-*.EFI",
+    "efi/InitOS-Signed-usb.EFI",
+    "efi/KEYS/KEK.auth",
+    "efi/KEYS/KEK.cer",
+    "efi/KEYS/KEK.crt",
+    "efi/KEYS/PK.auth",
+    "efi/KEYS/PK.cer",
+    "efi/KEYS/PK.crt",
+    "efi/KEYS/db.auth",
+    "efi/KEYS/db.cer",
+    "efi/KEYS/db.crt",
+    "efi/KEYS/root.pem",
+    "initos-hashes-*.cpio",
+    "initos-xtra.cpio.gz",
+    "initrd-initos.img-*",
+    "linuxx64.efi.stub",
+    "record.json",
+    "version",
+    "version-virt",
+    "vmlinuz-*",
+];
+
+/// What is looked for to see that a search finds something: where SECRETS are, and the owner's public key.
+const PLACE: &str = "where they are";
+const PUBLIC: &str = "a public key";
+
 #[test]
 fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
+    let start = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_secs_f64();
     let built = Built::new();
     built.kiln(&["build", "all", "check"]).ends(0, &["nothing was signed", "check: done"]);
     built
@@ -56,6 +122,11 @@ fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
         .ends(1, &["there are no keys in `boot/efi/KEYS`", "`kiln sign --init` makes keys"]);
     assert!(!built.host.path("secrets").exists(), "a build makes no keys");
     built.kiln(&["sign"]).ends(0, &["made keys", "signed 3 images"]);
+    let separate = ["recovery", "modules-*", "firmware"].map(|name| {
+        [format!("efi/{name}.sqfs"), format!("efi/{name}.sqfs.verity"), format!("efi/hash.{name}")]
+    });
+    let separate = separate.iter().flatten().map(String::as_str);
+    built.boot_is(&BOOT.into_iter().chain(separate).collect::<Vec<_>>());
     let image = built.host.path("work/boot/efi/EFI/BOOT/BOOTX64.EFI");
     let verify = |certificate: &str| {
         let mut sbverify = Command::new("sbverify");
@@ -64,23 +135,50 @@ fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
     };
     assert!(verify("db.crt") && !verify("KEK.crt"));
     let signed = fs::read(&image).expect("it was signed");
+    let public = fs::read(built.keys().join("authorized_keys")).expect("made");
+    let canaries = Canaries::of(&built.keys())
+        .with_control(PLACE, built.host.path("secrets").as_os_str().as_encoded_bytes())
+        .with_control(PUBLIC, public.split(|byte| *byte == b' ').nth(1).expect("its second word"));
 
     // With keys a build signs by itself, the same bytes, and does nothing else.
-    let again = built.kiln(&["build", "all"]);
+    let again = built.watched(&["build", "all"], &canaries);
     again.ends(0, &["signatures are made anew each time", "1 run, 7 up to date"]);
     assert!(fs::read(&image).expect("signed") == signed, "signing twice gives the same bytes");
 
     // The boots of the recipe: each tells of itself in a report.
-    built.kiln(&["build", "test", "-j", "2"]).ends(0, &["boot-nvme: done", "boot_usb: done"]);
+    let tested = built.watched(&["build", "test", "-j", "2"], &canaries);
+    tested.ends(0, &["boot-nvme: done", "boot_usb: done"]);
     for report in REPORTS {
         let xml = built.host.read(&format!("work/reports/{report}/junit.xml"));
         assert!(xml.contains("failures=\"0\" errors=\"0\" skipped=\"0\""), "{report}: {xml}");
     }
     let console = built.host.read("work/reports/other_hash/console.txt");
     assert!(console.contains("INITOS: FAILED") && !console.contains("login:"), "{console}");
-    built.kiln(&["build", "test"]).ends(0, &["1 run, 11 cut off"]);
+    let events = built.kiln(&["build", "test", "--json", "--trace-out", "../trace.json"]);
+    events.ends(0, &[]);
+    assert!(events.text().contains("\"run\":1,\"cut_off\":11,"), "{}", events.text());
+    fs::write(built.host.path("events"), &events.stdout).expect("room");
 
-    // Its sshd takes the owner's key and no other.
+    let told = boot_of_a_stranger(&built, &canaries);
+    told.ends(1, &["met: expect login:", "the guest does not take the key for root"]);
+    for (name, output) in [("stdout", &told.stdout), ("stderr", &told.stderr.into_bytes())] {
+        fs::write(built.host.path(name), output).expect("room");
+    }
+    no_step_sees_a_key(&built, &canaries);
+
+    // And no file that was made meanwhile: events, reports and consoles, WORK, the store's contents, records and traces.
+    let store = fs::canonicalize(built.host.path("store/blobs")).expect("the shared store's");
+    let found = canaries.below(start, &[&built.host.path(""), store.parent().expect("a folder")]);
+    let (there, elsewhere): (Vec<_>, Vec<_>) =
+        found.hits.iter().partition(|(_, place)| place.contains("/secrets/uefi-keys/"));
+    assert!(there.len() >= 4, "the keys themselves: {found:?}");
+    let elsewhere: Vec<_> =
+        elsewhere.iter().filter(|(name, _)| ![PLACE, PUBLIC].contains(&&name[..])).collect();
+    assert!(elsewhere.is_empty(), "{elsewhere:?}");
+}
+
+/// Its sshd takes the owner's key and no other. While it runs, nothing of the machine has a private key in it.
+fn boot_of_a_stranger(built: &Built, canaries: &Canaries) -> Told {
     let stranger = built.host.path("stranger");
     let mut keys = built.host.kiln();
     keys.args(["sign", "--init"]).current_dir(built.host.path("initos")).env("SECRETS", &stranger);
@@ -89,33 +187,37 @@ fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
     let key = stranger.join("uefi-keys/root.key");
     let shown = |path: &Path| path.to_str().expect("UTF-8").to_owned();
     let (esp, trusted, key) = (shown(&esp), shown(&esp.join("KEYS")), shown(&key));
-    built
-        .kiln(&[
-            "boot",
-            &esp,
-            "--bus",
-            "nvme",
-            "--label",
-            "BOOTA",
-            "--secure-boot",
-            &trusted,
-            "--ssh-key",
-            &key,
-            "-e",
-            "within 6m",
-            "-e",
-            "expect login:",
-            "-e",
-            "ssh true",
-        ])
-        .ends(1, &["met: expect login:", "the guest does not take the key for root"]);
+    let mut arguments = vec!["boot", &esp, "--bus", "nvme", "--label", "BOOTA", "--secure-boot", &trusted];
+    arguments.extend(["--ssh-key", &key, "-e", "within 6m", "-e", "expect INITOS: sshd is up"]);
+    arguments.extend(["-e", "expect login:", "-e", "ssh true"]);
+    let mut kiln = Running::start(built.command(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()));
+    kiln.read_until("INITOS: sshd is up");
+    // The machine lives for as long as its kiln does nothing.
+    let signal = |signal| kill_process(Pid::from_child(&kiln), signal).expect("it runs");
+    signal(Signal::STOP);
+    let found = canaries.inside(kiln.id());
+    signal(Signal::CONT);
+    found.is_clean_but_for(&[PLACE, PUBLIC]);
+    assert!(found.has(PUBLIC, "memory of qemu") && found.bytes > 100 << 20, "{found:?}");
+    kiln.end()
+}
+
+/// A step that waits, in the middle of a build's life: its machine has nothing of SECRETS.
+fn no_step_sees_a_key(built: &Built, canaries: &Canaries) {
+    let mut step = built.host.command(&["--stdin"], &["sh", "-c", "echo ready-$((1 + 1)); read word"]);
+    step.env("SECRETS", built.host.path("secrets")).stdin(Stdio::piped());
+    let mut kiln = Running::start(step.stdout(Stdio::piped()).stderr(Stdio::piped()));
+    kiln.read_until("ready-2");
+    let found = canaries.clone().with_control("what it printed", b"ready-2").inside(kiln.id());
+    found.is_clean_but_for(&[PLACE, "what it printed"]);
+    assert!(found.has("what it printed", "memory of qemu"), "{found:?}");
+    drop(kiln.stdin.take());
+    kiln.end().ends(1, &["exited with status 1"]);
 }
 
 #[test]
 fn one_image_with_all_in_it_boots_and_is_opened_by_the_signed_hash_alone() {
-    let single = small().replace("layout = \"separate\"\n\n", "layout = \"single\"\n\n");
-    assert_ne!(single, small());
-    let built = Built::of(&single);
+    let built = Built::new();
     built.kiln(&["sign", "--init"]).ends(0, &["made keys"]);
     built
         .kiln(&[
@@ -124,12 +226,15 @@ fn one_image_with_all_in_it_boots_and_is_opened_by_the_signed_hash_alone() {
             "corrupt_root_single",
             "corrupt_hashes_single",
             "other_hash_single",
+            "--set",
+            "layout=single",
             "-j",
             "2",
         ])
         .ends(0, &["boot-nvme: done", "other_hash_single: done"]);
-    let esp = built.host.path("work/boot/efi");
-    assert!(esp.join("initos/initos.sqfs").exists() && !esp.join("recovery.sqfs").exists());
+    let single =
+        ["initos.sqfs", "initos.sqfs.verity", "initos.hash"].map(|name| format!("efi/initos/{name}"));
+    built.boot_is(&BOOT.into_iter().chain(single.iter().map(String::as_str)).collect::<Vec<_>>());
     let console = built.host.read("work/reports/boot-nvme/console.txt");
     assert!(
         console.contains("Mounted verity root") && !console.contains("Mounted verity modules"),

@@ -5,6 +5,9 @@
 
 #![allow(clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "../canary/mod.rs"]
+#[expect(dead_code, reason = "texts are searched elsewhere")]
+mod canary;
 #[path = "../folder/mod.rs"]
 #[expect(dead_code, reason = "files are copied into place here")]
 mod folder;
@@ -93,10 +96,33 @@ fn secure_boot_starts_what_the_db_key_signed_and_nothing_else() {
     };
     let within = "within 100s";
     let refused = [within, "reject MARKER", "expect /Access Denied|Security Violation/"];
-    // The guest itself reads that Secure Boot is on.
-    run(&uki::signed("db"), &[within, "expect MARKER", "expect /6 +0 +0 +0 +1$/"]).ends(0, &[]);
+    // The guest itself reads that Secure Boot is on. A signature of somebody unknown beside the right one does no harm.
+    run(&uki::signed("both"), &[within, "expect MARKER", "expect /6 +0 +0 +0 +1$/"]).ends(0, &[]);
     run(&uki::signed("other"), &refused).ends(0, &[]);
     run(&uki::unsigned(), &refused).ends(0, &[]);
+}
+
+/// One start of one firmware: disks that it must not start come before the one that it must.
+#[test]
+fn what_the_firmware_forbids_is_refused_whoever_else_signed_it() {
+    let host = Host::new();
+    let [keys, other, both, forbidden, good] = [
+        uki::forbidding_keys(),
+        uki::signed("other"),
+        uki::signed("both"),
+        uki::signed("forbidden"),
+        uki::signed("db"),
+    ]
+    .map(|path| path.to_str().expect("text").to_owned());
+    let mut arguments = vec![other.as_str(), "--bus", "nvme", "--secure-boot", &keys];
+    // Signed by whom db has and dbx too; by him and by db's key; by db's key alone, with its digest in dbx.
+    arguments.extend(["--disk", &both, "--disk", &forbidden, "--disk", &good]);
+    let refused = |disk| format!("expect /failed to load Boot.*kiln{disk} .*Access Denied/");
+    let refused = [0, 1, 2].map(refused);
+    let mut script = vec!["within 100s"];
+    script.extend(refused.iter().map(String::as_str));
+    script.extend(["expect /starting Boot.*kiln3 /", "expect MARKER", IS_ON]);
+    boot(&host, &arguments, &script).ends(0, &["as the script wants it"]);
 }
 
 /// What the guest prints of the variable `SecureBoot` where it is on, and off.

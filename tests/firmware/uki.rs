@@ -126,9 +126,16 @@ fn place() -> &'static Path {
             qemu-img convert -O qcow2 disk.img disk.qcow2
             mkdir cd && cp disk.img cd/efi.img
             xorriso -as mkisofs -quiet -e efi.img -no-emul-boot -o cd.iso cd 2>/dev/null
-            for name in db other; do
-                sbsign --key keys/$name.key --cert keys/$name.crt --output signed-$name.efi unsigned.efi
-            done"#,
+            sign() { # sign KEY IMAGE SIGNED
+                sbsign --key keys/$1.key --cert keys/$1.crt --output signed-$3.efi $2
+            }
+            sign db unsigned.efi db && sign other unsigned.efi other && sign other signed-db.efi both
+            # Firmware that trusts other too, and forbids it all the same; and an image by its digest.
+            printf 'ID=forbidden\n' >osrel && unify initrd forbidden.efi && sign db forbidden.efi forbidden
+            hash-to-efi-sig-list forbidden.efi forbidden.list >/dev/null
+            mkdir forbidding && cp keys/PK.crt keys/KEK.crt forbidding
+            cat keys/db.list keys/other.list >forbidding/db.esl
+            cat keys/other.list forbidden.list >forbidding/dbx.esl"#,
         );
         place
     })
@@ -139,7 +146,8 @@ pub fn unsigned() -> PathBuf {
     place().join("unsigned.efi")
 }
 
-/// The same, signed with a key of [`keys`], or with `other`, which no firmware knows.
+/// The same, signed with a key of [`keys`], or with `other`, which those do not have; `both` has both signatures. And
+/// `forbidden`, another image by db's key.
 pub fn signed(key: &str) -> PathBuf {
     place().join(format!("signed-{key}.efi"))
 }
@@ -147,6 +155,11 @@ pub fn signed(key: &str) -> PathBuf {
 /// PK, KEK and db.
 pub fn keys() -> PathBuf {
     place().join("keys")
+}
+
+/// The same, with `other` in db and in dbx, where the digest of `forbidden` is too.
+pub fn forbidding_keys() -> PathBuf {
+    place().join("forbidding")
 }
 
 /// PK.auth, KEK.auth and db.auth, each signed by whom it must be.

@@ -415,7 +415,7 @@ impl Target for Mmio {
         let direct = Direct { carried: Arc::clone(&carried), features, config };
         let slot = Registers::slot(direct, &self.memory).expect("descriptors");
         let mut bus = Bus::default();
-        assert!(bus.insert(0, WINDOW_BYTES, slot.window));
+        assert!(bus.insert(0, WINDOW_BYTES, slot.device));
         let (ring, model) = (Ring::new(0, QUEUE_SIZE), Some(content));
         let memory = &self.memory;
         let mut machine = Machine { memory, bus, carried, ring, file, model, sound: false };

@@ -10,7 +10,7 @@ use kiln_virtio::fs::{Fs, Settings};
 use kiln_virtio::vsock::{Backend, Vsock};
 use kiln_vmm::bus::Bus;
 use kiln_vmm::disk::Disk;
-use kiln_vmm::local::Local;
+use kiln_vmm::local::{Local, Thread};
 use kiln_vmm::mmio::Registers;
 use kiln_vmm::vcpu::End;
 use kiln_vmm::vm::Slot;
@@ -84,7 +84,9 @@ fn say(error: impl std::fmt::Display) -> String {
 
 fn slot<D: Device<()> + 'static>(device: D, rings: &Rings) -> Result<(Slot, Receiver<End>), String> {
     let (sender, ends) = channel();
-    let local = Local::new("device", device, &rings.memory, || Ok(()), sender).map_err(say)?;
+    let thread = Thread { name: "device", confine: || Ok(()), narrowing: None };
+    let on_end = Arc::new(move |end| drop(sender.send(end)));
+    let local = Local::new(thread, device, &rings.memory, on_end).map_err(say)?;
     Ok((Registers::slot(local, &rings.memory).map_err(say)?, ends))
 }
 
@@ -96,7 +98,7 @@ fn made(kind: Kind, rings: &Rings) -> Result<(Bus, Slot, Receiver<End>), String>
         Kind::Vsock => slot(Vsock::new(77, 16, Box::new(Nobody)).map_err(say)?.0, rings),
     }?;
     let mut bus = Bus::default();
-    if !bus.insert(0, WINDOW_BYTES, Arc::clone(&slot.window)) {
+    if !bus.insert(0, WINDOW_BYTES, Arc::clone(&slot.device) as _) {
         return Err("the bus takes no window".to_owned());
     }
     Ok((bus, slot, ends))

@@ -21,6 +21,32 @@ fn a_recipe_with_a_mark_of_its_encoding_or_line_ends_of_another_system_is_the_sa
 }
 
 #[test]
+fn a_variable_is_set_for_one_run_and_what_cannot_be_set_is_said_with_what_can() {
+    let host = Host::new();
+    host.file(
+        "kiln.toml",
+        "variables = { layout = \"separate\", note = \"x\" }\n[steps.a]\nrun = \"a\"\nwhen = { layout = \"separate\" }\n\
+         [steps.b]\nrun = \"b\"\nwhen = { layout = \"single\" }\n",
+    );
+    let set = |values: &[&str]| {
+        let flags = values.iter().flat_map(|value| ["--set", value]);
+        host.run(&["recipe", "check"].into_iter().chain(flags).collect::<Vec<_>>())
+    };
+    assert_eq!(set(&[]).succeeds().stdout, "a\n");
+    assert_eq!(set(&["layout=single", "note=all = of it"]).succeeds().stdout, "b\n");
+    assert_eq!(set(&["layout=single", "layout=separate"]).succeeds().stdout, "a\n");
+    set(&["lay-out=single"])
+        .fails(2, &["--set lay-out=single", "no variable `lay-out`"])
+        .hints(&["`layout`"]);
+    set(&["colour=red"]).fails(2, &["no variable `colour`"]).hints(&["layout, note"]);
+    set(&["layout=singel"]).fails(2, &["no step of the recipe is for"]).hints(&["separate, single"]);
+    set(&["layout"]).fails(2, &["`layout` is not NAME=VALUE"]);
+    fs::remove_file(host.path("kiln.toml")).expect("it was there");
+    let told = host.run(&["config", "--set", "layout=single"]);
+    told.fails(2, &["no variable `layout`"]).hints(&["[variables]"]);
+}
+
+#[test]
 fn bytes_that_are_no_text_are_refused_where_they_are() {
     for (bytes, words) in [
         (&b"project = \"p\"\n# caf\xe9\n"[..], ["kiln.toml:2:6", "not UTF-8"]),

@@ -17,7 +17,7 @@ use rustix::fs::AtFlags;
 use super::runner::{Ran, failure};
 use super::{Build, BuildError, view};
 use crate::cache::verify::{Hashed, Verdict, verify};
-use crate::cache::{Entry, Hidden, Index, Key, LastRun, Place, Places, Scope, ShareTrace, Trace};
+use crate::cache::{Entry, Found, Hidden, Index, Key, LastRun, Place, Places, Scope, ShareTrace, Trace};
 use crate::engine::merge::Merge;
 use crate::plan::{PlannedStep, StepId};
 
@@ -159,7 +159,7 @@ impl<'a, R> Checker<'a, R> {
             return Ok(Standing::Must(self.why_unknown(step, key)));
         }
         let reads = |name: &str| {
-            let mut shares = traces.iter().flat_map(|(_, trace)| &trace.shares);
+            let mut shares = traces.iter().flat_map(|found| &found.trace.shares);
             shares.any(|share| share.name == name && !(share.entries.is_empty() && share.missed.is_empty()))
         };
         let view = if reads("work") { self.view(step, needs)? } else { Arc::default() };
@@ -172,12 +172,15 @@ impl<'a, R> Checker<'a, R> {
             places.insert("src".to_owned(), Place::Live { directory, hidden: &self.hidden });
         }
         let mut first = None;
-        for (scope, trace) in traces {
-            match verify(&trace, &places, &self.hashed, now_nanos()) {
+        for found in traces {
+            match verify(&found.trace, &places, &self.hashed, now_nanos()) {
                 Verdict::Differs(difference) => {
                     first.get_or_insert(difference);
                 }
+                // What a collection has taken meanwhile may have lost its outputs.
+                Verdict::Holds(_) if !self.index.hold(&found) => {}
                 Verdict::Holds(renewed) => {
+                    let Found { scope, trace, .. } = found;
                     let restored = match self.restore(step, &trace.outputs, merges) {
                         Ok(restored) => restored,
                         Err(BuildError::Lost { path, .. }) => {
@@ -190,7 +193,7 @@ impl<'a, R> Checker<'a, R> {
                         Some(renewed) => {
                             // Not to have it costs the next build some hashing.
                             if scope == *self.index.scope() && !self.build.options.dry_run {
-                                let _ = self.index.add(&digest, Trace::clone(&renewed));
+                                let _ = self.index.add(&digest, &renewed);
                             }
                             renewed
                         }
@@ -243,7 +246,7 @@ impl<'a, R> Checker<'a, R> {
             match verify(&placed, &places, &self.hashed, now_nanos()) {
                 Verdict::Holds(None) => return Ok(0),
                 Verdict::Holds(Some(renewed)) => {
-                    let _ = self.index.note_placed(&self.work, &step.name, *renewed);
+                    let _ = self.index.note_placed(&self.work, &step.name, &renewed);
                     return Ok(0);
                 }
                 Verdict::Differs(_) => {}
@@ -296,7 +299,7 @@ impl<'a, R> Checker<'a, R> {
         let (log, command_ms, machine) = (None, 0, String::new());
         let placed =
             Trace { stamped_nanos, shares: vec![share], outputs: *manifest, log, command_ms, machine };
-        let _ = self.index.note_placed(&self.work, &step.name, placed);
+        let _ = self.index.note_placed(&self.work, &step.name, &placed);
     }
 
     /// Makes what a trace names survive a power failure, but for a log. The merge has synced the outputs, where they and
@@ -344,7 +347,7 @@ impl<'a, R> Checker<'a, R> {
                     command_ms,
                     machine: ran.machine.clone(),
                 };
-                self.index.add(&key.digest(), trace).map_err(Self::io("write a trace to", store()))?;
+                self.index.add(&key.digest(), &trace).map_err(Self::io("write a trace to", store()))?;
             }
         } else {
             not_kept = Some("it failed".to_owned());

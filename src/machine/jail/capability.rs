@@ -7,14 +7,16 @@ use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 
 use super::Profile;
 
-/// Gives up all capabilities, in every set. Where kiln is root, its device process keeps the one that reads and
+/// Gives up all capabilities, in every set. Where kiln is root, who serves shares keeps the one that reads and
 /// searches whatever the owner: a share shows what root would see, and nothing else can be opened anyway.
 ///
 /// # Errors
 /// What capset(2) and prctl(2) say.
 pub(super) fn drop_all(profile: &Profile) -> io::Result<()> {
     let kept = match profile {
-        Profile::Devices if rustix::process::geteuid().is_root() => CapabilitySet::DAC_READ_SEARCH,
+        Profile::Devices | Profile::Vmm if rustix::process::geteuid().is_root() => {
+            CapabilitySet::DAC_READ_SEARCH
+        }
         _ => CapabilitySet::empty(),
     };
     let held = rustix::thread::capabilities(None)?;

@@ -154,31 +154,56 @@ const DOOR: &[Allowed] = &[(libc::SYS_accept4, Any), (libc::SYS_fstat, Any), (li
 /// Streams for the guest's connections.
 const PAIRS: &[Allowed] = &[(libc::SYS_socketpair, Any), (libc::SYS_readv, Any)];
 
-/// What KVM is asked for a machine that is put together (linux/kvm.h): its version, what it can do, a machine with memory,
-/// interrupt controllers and descriptors for interrupts and notifications, processors and their registers; KVM_RUN.
+/// What KVM is asked for a machine that is put together, frozen or goes on (linux/kvm.h), with the types' sizes on x86-64.
 const KVM: Allowed = (
     libc::SYS_ioctl,
     OneOf(
         1,
         &[
+            // Its version, a machine, what it can do, memory for a processor's exits, its features and registers.
             0xae00,
             0xae01,
             0xae03,
             0xae04,
             0xc008_ae05,
+            0xc004_ae02,
+            // Of a machine: a processor, memory, interrupt controllers and their state, places that KVM needs, descriptors
+            // for interrupts and notifications, an interrupt, the clock.
             0xae41,
             0x4020_ae46,
             0xae47,
             0x4008_ae48,
             0xae60,
+            0x4008_ae61,
+            0xc208_ae62,
+            0x8208_ae63,
             0x4020_ae76,
             0x4040_ae79,
+            0x4030_ae7b,
+            0x8030_ae7c,
+            // Of a processor: to run, and its state, told and taken.
             KVM_RUN,
+            0x8090_ae81,
             0x4090_ae82,
             0x8138_ae83,
             0x4138_ae84,
+            0xc008_ae88,
             0x4008_ae89,
+            0x8400_ae8e,
+            0x4400_ae8f,
             0x4008_ae90,
+            0x8004_ae98,
+            0x4004_ae99,
+            0x8040_ae9f,
+            0x4040_aea0,
+            0x8080_aea1,
+            0x4080_aea2,
+            0xaea2,
+            0xaea3,
+            0x9000_aea4,
+            0x5000_aea5,
+            0x8188_aea6,
+            0x4188_aea7,
             FIONBIO,
         ],
     ),
@@ -194,7 +219,6 @@ const DISK: &[Allowed] = &[
     (libc::SYS_fallocate, Any),
     (libc::SYS_fdatasync, Any),
     (libc::SYS_fcntl, Any),
-    (libc::SYS_epoll_create1, Any),
 ];
 
 /// QEMU: a loader, memory that is executed, files, timers, signals to itself; no processes, no sockets to others.
@@ -373,10 +397,9 @@ pub(super) fn enter(profile: &Profile) -> io::Result<()> {
             install(&program(&all, SeccompAction::Allow, SeccompAction::KillProcess)?)
         }
         Profile::Vmm => {
-            // It opens nothing.
+            // As a device process, which it is too.
             refuse(libc::SYS_openat, libc::ENOENT)?;
-            let loading = [(libc::SYS_lseek, Any), (libc::SYS_fstat, Any), (libc::SYS_statx, Any), KVM];
-            let all = [COMMON, THREADS, STREAMS, DISK, &loading].concat();
+            let all = [COMMON, THREADS, STREAMS, FILES, LANDLOCK, PAIRS, DISK, &[KVM]].concat();
             install(&program(&all, SeccompAction::Allow, SeccompAction::KillProcess)?)
         }
         Profile::Tpm { .. } => {
@@ -407,19 +430,22 @@ pub fn enter_thread(thread: Thread) -> io::Result<()> {
         Thread::Control => [COMMON, STREAMS, FILES, LANDLOCK].concat(),
         Thread::Messages => [COMMON, THREADS, STREAMS, DOOR].concat(),
         Thread::FsQueues => [COMMON, FILES, LANDLOCK].concat(),
-        Thread::VsockQueues => [COMMON, STREAMS, PAIRS].concat(),
+        Thread::StreamQueues => [COMMON, STREAMS, PAIRS].concat(),
     };
     install(&program(&list, SeccompAction::Allow, SeccompAction::KillProcess)?)
 }
 
-/// Filters the calling thread of a VMM, which is to run a guest's processor: it may do no more than that, and tell the
-/// device process of queues.
+/// Filters the calling thread of a VMM, which is to run a guest's processor: it may do no more than that, and print what the
+/// guest's kernel does.
 ///
 /// # Errors
 /// As [`enter`].
 pub fn enter_processor() -> io::Result<()> {
-    let run = [(libc::SYS_ioctl, OneOf(1, &[KVM_RUN]))];
-    let list = [COMMON, STREAMS, &run].concat();
+    // A driver that starts a device gives its thread descriptors to watch.
+    let duplicate = OneOf(1, &[libc::F_GETFD as u32, libc::F_DUPFD_CLOEXEC as u32]);
+    let run =
+        [(libc::SYS_ioctl, OneOf(1, &[KVM_RUN])), (libc::SYS_sendto, Any), (libc::SYS_fcntl, duplicate)];
+    let list = [COMMON, &run].concat();
     install(&program(&list, SeccompAction::Allow, SeccompAction::KillProcess)?)
 }
 

@@ -166,7 +166,7 @@ pub enum Profile {
         #[serde(skip)]
         memory: Option<RawFd>,
     },
-    /// kiln's own VMM: nothing but its descriptors, of which one is KVM's.
+    /// kiln's own VMM, which is a device process too: nothing but its descriptors, of which one is KVM's.
     Vmm,
     /// An emulated TPM.
     Tpm {

@@ -1,6 +1,6 @@
 //! The command line of QEMU for a machine: a pure function of its spec. `{NAME}` stands for a descriptor or a file.
 
-use super::slots::{SLOT_BYTES, SLOTS};
+use crate::machine::slots::{SLOT_BYTES, SLOTS};
 use crate::machine::{Accelerator, Carrier};
 
 /// The processor every step sees, whatever the host has: x86-64-v2 as QEMU can give it under emulation and under

@@ -1,15 +1,14 @@
 //! The QEMU backend: QEMU with its own disks and serial port, and beside it our device process, which serves
 //! shares and vsock over vhost-user.
 //!
-//! A machine boots, or goes on where a [`template`] was frozen; this file brings up either.
+//! A machine boots, or goes on where one was frozen ([`freeze`]); this file brings up either.
 
 mod argv;
-pub(super) mod devices;
+mod devices;
 pub mod firmware;
+mod freeze;
+mod key;
 mod qmp;
-pub mod ready;
-mod slots;
-pub mod template;
 mod vm;
 
 use std::io::{self, Read};
@@ -26,16 +25,18 @@ use rustix::process::{Pid, Signal};
 
 use super::jail::Profile;
 use super::launch::{Become, RAM};
+use super::ready::Lendable as _;
+use super::server::pair;
+use super::slots::Places;
 use super::spawn::spawn_jailed;
 use super::tail::Tail;
+use super::template::{self, Templates};
+use super::wire::Wire;
 use super::{Accelerator, Backend, Carrier, Identity, Machine, MachineError, Origin, Spec};
 use argv::{Shape, Start};
-use devices::{Devices, pair};
+use devices::Devices;
 use qmp::{Qmp, Version, Watch};
-use slots::Places;
-use template::Templates;
-pub(super) use vm::in_words;
-use vm::{QemuMachine, Wire};
+use vm::QemuMachine;
 
 /// The oldest QEMU kiln is built for (8.2): the first whose vhost-user-fs can be part of a frozen machine.
 pub const OLDEST: &str = "8.2";
@@ -91,6 +92,11 @@ impl Qemu {
         Self { templates: Some(templates), ..self }
     }
 
+    /// Where it has templates.
+    pub fn templates(&self) -> Option<&Templates> {
+        self.templates.as_ref()
+    }
+
     /// Whether it uses KVM.
     pub fn uses_kvm(&self) -> bool {
         self.accelerator == Accelerator::Kvm
@@ -115,8 +121,11 @@ enum Origins {
 impl Backend for Qemu {
     fn start(&self, spec: Spec) -> Result<Box<dyn Machine>, MachineError> {
         let notes = match &self.templates {
-            Some(templates) if template::suits(&spec) => match templates.copy(self, &spec, true)? {
-                Ok(machine) => return Ok(Box::new(machine)),
+            Some(templates) if template::suits(&spec) => match templates.copy(self, &spec) {
+                Ok(mut machine) => {
+                    machine.give(&spec.shares)?;
+                    return Ok(Box::new(machine));
+                }
                 Err(notes) => notes,
             },
             _ => Vec::new(),
@@ -172,6 +181,7 @@ impl Qemu {
         let wire = match (spec.carrier, &devices) {
             (Carrier::Vsock, Some(devices)) => {
                 let port = kiln_wire::AGENT_VSOCK_PORT;
+                let devices = &devices.server;
                 Wire::Awaited(devices.control()?.listen(port).map_err(|error| devices.failure(&error))?)
             }
             _ => {
@@ -180,7 +190,7 @@ impl Qemu {
                 if let Some(devices) = &devices {
                     // A guest waits for ever for a share that nobody serves any more.
                     let hold = wire.try_clone().map_err(MachineError::io("hold the wire"))?;
-                    devices.process.hang_up_at_end(hold);
+                    devices.server.process.hang_up_at_end(hold);
                 }
                 Wire::Connected(wire)
             }
@@ -214,6 +224,7 @@ impl Qemu {
         let (process, held) = spawn_jailed(qemu, &descriptors).map_err(MachineError::io("start QEMU"))?;
         // QEMU and the device process hold the other ends now; with ours gone, their death closes the streams.
         drop(descriptors);
+        let devices = devices.map(|devices| devices.server);
         let mut machine = QemuMachine {
             identity: Identity {
                 backend: "qemu".to_owned(),

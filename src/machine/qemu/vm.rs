@@ -1,41 +1,32 @@
 //! A running QEMU and its device process, as a [`Machine`].
 
-use std::io;
 use std::os::unix::net::UnixStream;
-use std::process::ExitStatus;
-use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use kiln_virtio::fs::record::Record;
 
-use super::devices::Devices;
 use super::qmp::{DiskTrouble, Watch};
-use crate::machine::spawn::Process;
+use crate::machine::ready::Lendable;
+use crate::machine::server::Server;
+use crate::machine::spawn::{Process, in_words};
 use crate::machine::tail::Tail;
-use crate::machine::{Death, Identity, Machine, MachineError};
+use crate::machine::wire::Wire;
+use crate::machine::{Death, Identity, Machine, MachineError, Share};
 
 /// How long a process that closed its streams may take to be gone.
 const REAP_PATIENCE: Duration = Duration::from_millis(500);
-/// How long an agent may take to connect over vsock.
-const WIRE_PATIENCE: Duration = Duration::from_secs(90);
-
-/// The stream to the agent.
-pub(super) enum Wire {
-    Connected(UnixStream),
-    Awaited(Receiver<UnixStream>),
-    Taken,
-}
 
 /// A running QEMU. Fields are dropped in order: QEMU dies before what it is connected to.
-pub(super) struct QemuMachine {
+pub(in crate::machine) struct QemuMachine {
     pub identity: Identity,
     pub wire: Wire,
     pub console: Tail,
-    pub watch: Watch,
+    pub(super) watch: Watch,
     /// Serials, in QEMU's order.
     pub disks: Vec<String>,
     pub process: Process,
-    pub devices: Option<Devices>,
+    /// The device process.
+    pub devices: Option<Server>,
     /// What the user should know of how it came to be.
     pub notes: Vec<String>,
 }
@@ -50,14 +41,9 @@ impl Machine for QemuMachine {
     }
 
     fn wire(&mut self) -> Result<UnixStream, MachineError> {
-        let wire = match std::mem::replace(&mut self.wire, Wire::Taken) {
-            Wire::Connected(wire) => Ok(wire),
-            // The first connection is the agent's: nothing of a step runs before it. Later ones find nobody.
-            Wire::Awaited(connections) => connections
-                .recv_timeout(WIRE_PATIENCE)
-                .map_err(|_| MachineError::DiedAtStart(self.death(Duration::ZERO))),
-            Wire::Taken => Err(MachineError::Device("the wire was taken before".to_owned())),
-        }?;
+        let process = &mut self.process;
+        let wire = self.wire.take(|| process.wait(Duration::ZERO).is_some())?;
+        let Some(wire) = wire else { return Err(MachineError::DiedAtStart(self.death(Duration::ZERO))) };
         self.watch.hang_up_at_trouble(wire.try_clone().map_err(MachineError::io("hold the wire"))?);
         Ok(wire)
     }
@@ -121,11 +107,27 @@ impl Machine for QemuMachine {
     }
 }
 
-pub(in crate::machine) fn in_words(status: ExitStatus) -> String {
-    use std::os::unix::process::ExitStatusExt;
-    match (status.code(), status.signal()) {
-        (Some(code), _) => format!("exit status {code}"),
-        (None, Some(signal)) => format!("killed by signal {signal}"),
-        (None, None) => io::Error::last_os_error().to_string(),
+impl Lendable for QemuMachine {
+    fn wire_held(&self) -> Option<&UnixStream> {
+        self.wire.held()
+    }
+
+    fn control_socket(&self) -> Option<&UnixStream> {
+        self.devices.as_ref().map(|devices| &devices.socket)
+    }
+
+    fn stop(&mut self) {
+        self.process.stop();
+    }
+
+    fn note(&mut self, notes: Vec<String>) {
+        self.notes = notes;
+    }
+
+    fn give(&mut self, shares: &[Share]) -> Result<(), MachineError> {
+        match &self.devices {
+            Some(devices) => devices.give(shares),
+            None => Ok(()),
+        }
     }
 }

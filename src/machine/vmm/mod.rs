@@ -1,98 +1,241 @@
-//! The backend that is kiln's own VMM (`src/vmm`) on KVM, and beside it the device process, which serves shares and the
-//! wire over vhost-user as it does beside QEMU. This is the parent's side; [`process`] is the VMM's.
+//! The backend that is kiln's own VMM (`src/vmm`) on KVM: one process a machine, which serves its shares too. This is the parent's
+//! side; [`process`] is the VMM's.
 //!
-//! The VMM gets descriptors alone: KVM's, the guest's memory, kernel, initramfs, console, disks, and its two connections
-//! to the device process. The wire is carried by vsock.
+//! The VMM gets descriptors alone: KVM's, the guest's memory, kernel and initramfs or the state of a frozen machine, console,
+//! wire, disks, and the connection over which it is given shares and asked for their record. A copy of a template maps the
+//! template's memory, and holds for itself only what it writes to.
 
 mod process;
 
 use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use kiln_digest::Digest;
 use kiln_virtio::fs::record::Record;
-use kiln_vmm::End;
-use kiln_vmm::memory;
+use kiln_vmm::{End, memory};
+use rustix::fs::{MemfdFlags, memfd_create};
 
-use self::process::DiskOf;
 pub(super) use self::process::Vmm;
+use self::process::{DiskOf, Origin as Begin};
 use super::launch::{Become, RAM};
-use super::qemu::devices::{Devices, pair};
-use super::qemu::in_words;
-use super::spawn::{Process, spawn_jailed};
+use super::ready::Lendable;
+use super::server::{Server, pair};
+use super::slots::{Places, SLOT_BYTES, SLOTS};
+use super::spawn::in_words;
 use super::tail::Tail;
-use super::{Accelerator, Backend, Carrier, Death, Identity, Machine, MachineError, Origin, Spec};
+use super::template::{
+    self, BOOT_PATIENCE, COPY_PATIENCE, Freezer, Template, TemplateError, Templates, answer,
+};
+use super::wire::Wire;
+use super::{Accelerator, Backend, Carrier, Death, Identity, Machine, MachineError, Origin, Share, Spec};
 
-/// How long an agent may take to connect.
-const WIRE_PATIENCE: Duration = Duration::from_secs(90);
-/// How often to look meanwhile whether the VMM is still there.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
-/// How long a process that closed its streams may take to be gone.
-const REAP_PATIENCE: Duration = Duration::from_millis(500);
+/// How often to look whether the VMM has said how its guest ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// The kernel's command line. As for QEMU: a panic is a reset, which ends the machine at once, and ciphers are not tested.
 /// There is no PCI to look for. Without `reboot=a` Linux 6.12 resets this machine by way of a BIOS in real mode, of which it
 /// has none, and hangs there.
 const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 init_on_alloc=1 cryptomgr.notests \
-                            random.trust_cpu=off tsc=nowatchdog rcupdate.rcu_expedited=1 pci=off reboot=a kiln.wire=vsock";
+                            random.trust_cpu=off tsc=nowatchdog rcupdate.rcu_expedited=1 pci=off reboot=a";
 
-/// Starts machines with kiln's own VMM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct KilnVmm;
+/// Changes with what a machine of this backend is, beside what is in the key anyway.
+const FORMAT: u32 = 1;
 
-impl Backend for KilnVmm {
-    fn start(&self, spec: Spec) -> Result<Box<dyn Machine>, MachineError> {
-        let device = OpenOptions::new().read(true).write(true).open("/dev/kvm");
-        let device = device.map_err(MachineError::io("open /dev/kvm"))?;
-        let open = |path| File::open(path).map_err(MachineError::io("open the kernel or its initramfs"));
-        let (kernel, initramfs) = (open(&spec.kernel)?, open(&spec.initramfs)?);
-        let ram = memory::make_file(spec.memory_bytes)?;
-        let cpus = u8::try_from(spec.cpus).map_err(|_| MachineError::Processors(spec.cpus))?;
-        let mut devices = Devices::with_shares(Carrier::Vsock, &spec.shares)?;
-        let port = kiln_wire::AGENT_VSOCK_PORT;
-        let wire = devices.control()?.listen(port).map_err(|error| devices.failure(&error))?;
-        let (console, theirs) = pair("make a socket pair")?;
-        let mut descriptors = vec![
-            ("kvm".to_owned(), device.into()),
-            ("kernel".to_owned(), kernel.into()),
-            ("initramfs".to_owned(), initramfs.into()),
-            ("console".to_owned(), theirs),
-            (RAM.to_owned(), ram.into()),
-        ];
-        descriptors.append(&mut devices.for_qemu);
-        let mut disks = Vec::new();
-        for (index, disk) in spec.disks.into_iter().enumerate() {
-            descriptors.push((format!("disk{index}"), disk.file));
-            disks.push(DiskOf { serial: disk.serial, read_only: disk.read_only });
-        }
-        let vmm = Vmm { command_line: COMMAND_LINE.to_owned(), memory_bytes: spec.memory_bytes, cpus, disks };
-        let (process, held) =
-            spawn_jailed(Become::Vmm(vmm), &descriptors).map_err(MachineError::io("start kiln's VMM"))?;
-        // The processes hold their ends now; with ours gone, their death closes the streams.
-        drop(descriptors);
-        Ok(Box::new(VmmMachine {
-            identity: Identity {
-                backend: format!("vmm {}", env!("CARGO_PKG_VERSION")),
-                accelerator: Accelerator::Kvm,
-                jail: held.both(&devices.held),
-                origin: Origin::Boot,
-            },
-            wire: Some(wire),
-            console: Tail::follow(console),
-            process,
-            devices,
-        }))
+fn command_line(carrier: Carrier) -> String {
+    match carrier {
+        Carrier::Serial => COMMAND_LINE.to_owned(),
+        Carrier::Vsock => format!("{COMMAND_LINE} kiln.wire=vsock"),
     }
 }
 
-/// A running VMM. Fields are dropped in order: it dies before what it is connected to.
-struct VmmMachine {
+/// Starts machines with kiln's own VMM.
+#[derive(Debug, Clone, Default)]
+pub struct KilnVmm {
+    templates: Option<Templates>,
+}
+
+impl KilnVmm {
+    /// Copies machines from `templates` from now on, where it can.
+    #[must_use]
+    pub fn with_templates(self, templates: Templates) -> Self {
+        Self { templates: Some(templates) }
+    }
+
+    /// Where it has templates.
+    pub fn templates(&self) -> Option<&Templates> {
+        self.templates.as_ref()
+    }
+
+    /// Starts a machine of `spec` without its shares.
+    fn bring_up(&self, spec: &Spec, begins: Begins<'_>) -> Result<VmmMachine, MachineError> {
+        let device = OpenOptions::new().read(true).write(true).open("/dev/kvm");
+        let device = device.map_err(MachineError::io("open /dev/kvm"))?;
+        let cpus = u8::try_from(spec.cpus).map_err(|_| MachineError::Processors(spec.cpus))?;
+        let (console, theirs) = pair("make a socket pair")?;
+        let mut descriptors = vec![("kvm".to_owned(), device.into()), ("console".to_owned(), theirs)];
+        let mut add = |name: &str, file: File| descriptors.push((name.to_owned(), file.into()));
+        let (origin, begin) = match begins {
+            Begins::Boot(ram) => {
+                let open =
+                    |path| File::open(path).map_err(MachineError::io("open the kernel or its initramfs"));
+                add("kernel", open(&spec.kernel)?);
+                add("initramfs", open(&spec.initramfs)?);
+                add(RAM, ram);
+                (Origin::Boot, Begin::Boot { command_line: command_line(spec.carrier) })
+            }
+            Begins::Thaw(template) => {
+                let ram = template.ram.try_clone().map_err(MachineError::io("hold a template's memory"))?;
+                add(RAM, ram);
+                add("state", held(&template.state).map_err(MachineError::io("hold a template's state"))?);
+                (Origin::Template, Begin::Frozen)
+            }
+        };
+        let mut wire = None;
+        if spec.carrier == Carrier::Serial {
+            let (ours, theirs) = pair("make a socket pair")?;
+            descriptors.push(("wire".to_owned(), theirs));
+            wire = Some(Wire::Connected(ours));
+        }
+        let places = Places::of(&spec.disks);
+        let mut disks = Vec::new();
+        for (slot, disk) in SLOTS.iter().zip(places.slots) {
+            let (serial, read_only) = (slot.serial.to_owned(), slot.read_only);
+            // A copy's driver keeps the size that it saw when the slot was empty.
+            let capacity = (disk.is_none() || matches!(begin, Begin::Frozen)).then_some(SLOT_BYTES);
+            disks.push(DiskOf { serial, read_only, capacity, is_there: disk.is_some() });
+        }
+        for disk in &places.others {
+            let (serial, read_only) = (disk.serial.clone(), disk.read_only);
+            disks.push(DiskOf { serial, read_only, capacity: None, is_there: true });
+        }
+        for (index, disk) in places.numbered() {
+            let file = disk.file.try_clone().map_err(MachineError::io("hold a disk"))?;
+            descriptors.push((format!("disk{index}"), file));
+        }
+        let vmm = Vmm {
+            origin: begin,
+            memory_bytes: spec.memory_bytes,
+            cpus,
+            has_vsock: spec.carrier == Carrier::Vsock,
+            disks,
+        };
+        let server = Server::start(Become::Vmm(vmm), descriptors, "start kiln's VMM")?;
+        let wire = match wire {
+            Some(wire) => wire,
+            None => {
+                let port = kiln_wire::AGENT_VSOCK_PORT;
+                Wire::Awaited(server.control()?.listen(port).map_err(|error| server.failure(&error))?)
+            }
+        };
+        Ok(VmmMachine {
+            identity: Identity {
+                backend: format!("vmm {}", env!("CARGO_PKG_VERSION")),
+                accelerator: Accelerator::Kvm,
+                jail: server.held.clone(),
+                origin,
+            },
+            wire,
+            console: Tail::follow(console),
+            server,
+            notes: Vec::new(),
+        })
+    }
+}
+
+/// Where a machine begins.
+enum Begins<'a> {
+    /// At its kernel, in this memory.
+    Boot(File),
+    /// Where another was frozen.
+    Thaw(&'a Template),
+}
+
+/// `bytes` as a file for another process to read.
+fn held(bytes: &[u8]) -> io::Result<File> {
+    let file = File::from(memfd_create("state", MemfdFlags::CLOEXEC)?);
+    std::os::unix::fs::FileExt::write_all_at(&file, bytes, 0)?;
+    Ok(file)
+}
+
+impl Backend for KilnVmm {
+    fn start(&self, spec: Spec) -> Result<Box<dyn Machine>, MachineError> {
+        let notes = match &self.templates {
+            Some(templates) if template::suits(&spec) => match templates.copy(self, &spec) {
+                Ok(mut machine) => {
+                    machine.give(&spec.shares)?;
+                    return Ok(Box::new(machine));
+                }
+                Err(notes) => notes,
+            },
+            _ => Vec::new(),
+        };
+        let mut machine = self.bring_up(&spec, Begins::Boot(memory::make_file(spec.memory_bytes)?))?;
+        machine.note(notes);
+        machine.give(&spec.shares)?;
+        Ok(Box::new(machine))
+    }
+}
+
+impl Freezer for KilnVmm {
+    type Machine = VmmMachine;
+
+    fn key(&self, spec: &Spec) -> io::Result<Digest> {
+        let parts = [
+            format!("vmm {FORMAT}, wire {}", kiln_wire::VERSION),
+            template::key::kiln()?,
+            template::key::processor()?,
+            format!("bundle {}", spec.bundle),
+            format!("{} bytes, {} processors", spec.memory_bytes, spec.cpus),
+            command_line(spec.carrier),
+        ];
+        Ok(Digest::of(parts.join("\n").as_bytes()))
+    }
+
+    fn freeze(&self, spec: &Spec, state: File) -> Result<(File, String), TemplateError> {
+        let ram = memory::make_file(spec.memory_bytes).map_err(MachineError::from)?;
+        let given = ram.try_clone().map_err(TemplateError::io("hold a template's memory"))?;
+        let mut machine = self.bring_up(spec, Begins::Boot(given))?;
+        answer(&mut machine, BOOT_PATIENCE)?;
+        // Once more: by its answer, all that it had to say before has been read.
+        answer(&mut machine, COPY_PATIENCE)?;
+        let server = &machine.server;
+        let frozen = server.control()?.freeze_guest(state.as_fd());
+        frozen.map_err(|error| server.failure(&error))?;
+        Ok((ram, env!("CARGO_PKG_VERSION").to_owned()))
+    }
+
+    fn thaw(&self, template: &Template, spec: &Spec) -> Result<VmmMachine, TemplateError> {
+        let mut machine = self.bring_up(spec, Begins::Thaw(template))?;
+        answer(&mut machine, COPY_PATIENCE)?;
+        Ok(machine)
+    }
+}
+
+/// A running VMM. Fields are dropped in order: the streams to it go before it does.
+pub(super) struct VmmMachine {
     identity: Identity,
-    wire: Option<Receiver<UnixStream>>,
+    wire: Wire,
     console: Tail,
-    process: Process,
-    devices: Devices,
+    server: Server,
+    notes: Vec<String>,
+}
+
+impl VmmMachine {
+    /// What the VMM said of its guest's end, if it says something within `patience` or ends itself.
+    fn last_words(&mut self, patience: Duration) -> String {
+        let give_up = Instant::now() + patience;
+        loop {
+            let said = self.server.process.said();
+            let over = self.server.process.wait(Duration::ZERO).is_some() || Instant::now() >= give_up;
+            if over || !said.is_empty() {
+                return said.trim_start_matches("kiln: ").to_owned();
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
 }
 
 impl Machine for VmmMachine {
@@ -100,64 +243,45 @@ impl Machine for VmmMachine {
         &self.identity
     }
 
+    fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
     fn wire(&mut self) -> Result<UnixStream, MachineError> {
-        let Some(connections) = self.wire.take() else {
-            return Err(MachineError::Device("the wire was taken before".to_owned()));
-        };
-        let give_up = Instant::now() + WIRE_PATIENCE;
-        let wire = loop {
-            // The first connection is the agent's: nothing of a step runs before it. Later ones find nobody.
-            match connections.recv_timeout(LOOK_AGAIN) {
-                Ok(wire) => break wire,
-                Err(RecvTimeoutError::Timeout) if Instant::now() < give_up => {
-                    if self.process.wait(Duration::ZERO).is_none() {
-                        continue;
-                    }
-                }
-                Err(_) => {}
-            }
-            return Err(MachineError::DiedAtStart(self.death(Duration::ZERO)));
-        };
-        self.process.hang_up_at_end(wire.try_clone().map_err(MachineError::io("hold the wire"))?);
+        let process = &mut self.server.process;
+        let wire = self.wire.take(|| process.wait(Duration::ZERO).is_some())?;
+        let Some(wire) = wire else { return Err(MachineError::DiedAtStart(self.death(Duration::ZERO))) };
+        let held = wire.try_clone().map_err(MachineError::io("hold the wire"))?;
+        self.server.process.hang_up_at_end(held);
         Ok(wire)
     }
 
     fn observed(&mut self) -> Result<Record, MachineError> {
         // A guest that still ran could read on after the record was taken.
-        self.process.stop();
+        self.server.control()?.stop_guest().map_err(|error| self.server.failure(&error))?;
         self.observed_so_far()
     }
 
     fn observed_so_far(&mut self) -> Result<Record, MachineError> {
-        let devices = &self.devices;
-        devices.control()?.finish().map_err(|error| devices.failure(&error))
+        self.server.control()?.finish().map_err(|error| self.server.failure(&error))
     }
 
     fn death(&mut self, patience: Duration) -> Death {
-        if let Some(status) = self.devices.process.wait(REAP_PATIENCE) {
-            let (status, said) = (in_words(status), self.devices.process.said());
-            return Death::Killed { program: "the device process".into(), status, said };
-        }
-        let status = self.process.wait(patience);
-        let said = self.process.said();
-        let said = said.trim_start_matches("kiln: ").to_owned();
+        let said = self.last_words(patience);
+        let status = self.server.process.wait(Duration::ZERO);
         // What a guest prints counts only where the machine went as such a guest's does.
         let console = self.console.text();
         let panic = console.lines().find(|line| line.contains("Kernel panic"));
-        match status {
-            Some(_) if let Some((disk, why)) = disk_of(&said) => Death::Disk { disk, why },
-            Some(status) if status.success() => Death::Stopped(End::PoweredOff.to_string()),
-            Some(_) if said == End::Reset.to_string() => match panic {
-                Some(line) => Death::Panicked(line.trim().to_owned()),
-                None => Death::Stopped(said),
-            },
-            None if let Some(line) = panic => Death::Panicked(line.trim().to_owned()),
-            Some(status) => Death::Killed { program: PROGRAM.into(), status: in_words(status), said },
-            None => Death::Killed {
-                program: PROGRAM.into(),
-                status: "still running, but not answering".to_owned(),
-                said,
-            },
+        if let Some((disk, why)) = disk_of(&said) {
+            return Death::Disk { disk, why };
+        }
+        match (status, panic) {
+            (None, Some(line)) => Death::Panicked(line.trim().to_owned()),
+            (None, None) if !said.is_empty() => Death::Stopped(said),
+            (status, _) => {
+                let status = status.map_or_else(|| "still running, but not answering".to_owned(), in_words);
+                Death::Killed { program: PROGRAM.into(), status, said }
+            }
         }
     }
 
@@ -166,13 +290,35 @@ impl Machine for VmmMachine {
     }
 
     fn processes(&self) -> Vec<i32> {
-        [&self.process, &self.devices.process].into_iter().filter_map(Process::number).collect()
+        self.server.process.number().into_iter().collect()
+    }
+}
+
+impl Lendable for VmmMachine {
+    fn wire_held(&self) -> Option<&UnixStream> {
+        self.wire.held()
+    }
+
+    fn control_socket(&self) -> Option<&UnixStream> {
+        Some(&self.server.socket)
+    }
+
+    fn stop(&mut self) {
+        self.server.process.stop();
+    }
+
+    fn note(&mut self, notes: Vec<String>) {
+        self.notes = notes;
+    }
+
+    fn give(&mut self, shares: &[Share]) -> Result<(), MachineError> {
+        self.server.give(shares)
     }
 }
 
 const PROGRAM: &str = "kiln's VMM";
 
-/// The disk that ended a machine, and why, where that is what its VMM `said` last: [`process`] writes it.
+/// The disk that ended a machine, and why, where that is what its VMM `said`: [`process`] writes it.
 fn disk_of(said: &str) -> Option<(String, String)> {
     let end = End::Device { what: said.to_owned() }.to_string();
     let words = end.strip_suffix(said)?;

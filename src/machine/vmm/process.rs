@@ -1,39 +1,61 @@
-//! The process that is a VMM: what it is handed becomes a machine, which it runs to its end.
+//! The process that is a VMM: what it is handed becomes a machine, which it runs to its end, and whose shares it serves.
 //!
 //! It is locked in by the time it gets here, and all that it takes of the guest it takes on threads that are locked in
-//! further: one for each processor, one for each disk.
+//! further: one for each processor and one for each device. Another serves the parent. This one owns the machine: it is told
+//! of the guest's end and of what the parent asks.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
 
+use kiln_virtio::console::Console;
+use kiln_virtio::control::{Guest, Server};
+use kiln_virtio::process::Thread as Kind;
 use kiln_vmm::cpu::Model;
 use kiln_vmm::disk::Disk;
-use kiln_vmm::local::Local;
+use kiln_vmm::local::{Local, Thread};
 use kiln_vmm::mmio::Registers;
-use kiln_vmm::vhost::{Kind, VhostUser};
+use kiln_vmm::snapshot::Snapshot;
+use kiln_vmm::vm::{OnEnd, Running, Slot};
 use kiln_vmm::{End, Machine, Parts, memory};
 use serde::{Deserialize, Serialize};
+use vm_memory::GuestMemoryMmap;
 
 use crate::machine::jail;
 use crate::machine::launch::RAM;
-use crate::machine::qemu::devices::GUEST_CID;
+use crate::machine::server::GUEST_CID;
 
-/// What its machine is to be, beside the descriptors `kvm`, `kernel`, `initramfs`, `console`, `ram`, `fs`, `vsock` and
-/// `disk0` and so on.
+/// What its machine is to be, beside the descriptors `kvm`, `console`, `control`, `ram`, `kernel` and `initramfs` or `state`,
+/// `wire` where no vsock carries it, and `disk0` and so on.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Vmm {
-    /// The kernel's command line.
-    pub command_line: String,
+    /// Where it begins.
+    pub origin: Origin,
     /// Guest memory, all of `ram`.
     pub memory_bytes: u64,
     /// Virtual processors.
     pub cpus: u8,
-    /// Disks, in the order of their descriptors.
+    /// Whether the wire is carried by vsock.
+    pub has_vsock: bool,
+    /// Disks, in the order of their numbers.
     pub disks: Vec<DiskOf>,
+}
+
+/// Where a machine begins.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Origin {
+    /// At `kernel`.
+    Boot {
+        /// The kernel's command line.
+        command_line: String,
+    },
+    /// Where it was frozen, as `state` says.
+    Frozen,
 }
 
 /// A disk of a machine.
@@ -43,52 +65,196 @@ pub struct DiskOf {
     pub serial: String,
     /// Whether the guest may write.
     pub read_only: bool,
+    /// How large it says it is, where that is not what its file is.
+    pub capacity: Option<u64>,
+    /// Whether there is a file for it.
+    pub is_there: bool,
+}
+
+/// What the thread that owns the machine is told.
+enum Word {
+    /// The guest ended, or cannot go on.
+    Ended(End),
+    /// The guest is to end.
+    Stop(Sender<Result<(), String>>),
+    /// The machine is to be frozen into this file.
+    Freeze(File, Sender<Result<(), String>>),
+    /// The parent is gone.
+    Left,
+}
+
+/// What the thread that serves the parent asks of the one that owns the machine.
+struct Owner(Sender<Word>);
+
+impl Owner {
+    fn ask(&self, word: impl FnOnce(Sender<Result<(), String>>) -> Word) -> Result<(), String> {
+        let (answer, answered) = mpsc::channel();
+        let gone = || "the machine is gone".to_owned();
+        self.0.send(word(answer)).map_err(|_| gone())?;
+        answered.recv().map_err(|_| gone())?
+    }
+}
+
+impl Guest for Owner {
+    fn stop(&mut self) -> Result<(), String> {
+        self.ask(Word::Stop)
+    }
+
+    fn freeze(&mut self, state: File) -> Result<(), String> {
+        self.ask(|answer| Word::Freeze(state, answer))
+    }
+}
+
+/// Descriptors by name.
+struct Descriptors(BTreeMap<String, OwnedFd>);
+
+impl Descriptors {
+    fn take(&mut self, name: &str) -> Result<OwnedFd, String> {
+        self.0.remove(name).ok_or_else(|| format!("no descriptor `{name}`"))
+    }
 }
 
 impl Vmm {
-    /// Runs the machine until it is switched off.
+    /// Runs the machine until the parent hangs up. How the guest ended is said on standard error.
     ///
     /// # Errors
-    /// It cannot be put together, or ended in another way.
-    pub fn run(self, mut descriptors: BTreeMap<String, OwnedFd>) -> Result<(), Box<dyn std::error::Error>> {
+    /// It cannot be put together, or not be run any more.
+    pub fn run(self, descriptors: BTreeMap<String, OwnedFd>) -> Result<(), Box<dyn std::error::Error>> {
         // A thread that panics says no end, and the others would wait for one.
         std::panic::set_hook(Box::new(|panic| {
             let _ = writeln!(io::stderr(), "kiln: {panic}");
             std::process::abort();
         }));
-        let mut take = |name: &str| descriptors.remove(name).ok_or(format!("no descriptor `{name}`"));
-        let memory = memory::map(&File::from(take(RAM)?), self.memory_bytes)?;
-        let ends = mpsc::channel();
-        let mut devices = Vec::new();
-        for (name, kind) in [("fs", Kind::fs(kiln_wire::SHARES_TAG)), ("vsock", Kind::vsock(GUEST_CID))] {
-            let stream = UnixStream::from(take(name)?);
-            devices.push(Registers::slot(VhostUser::new(stream, kind, &memory)?, &memory)?);
+        let mut descriptors = Descriptors(descriptors);
+        let ram = File::from(descriptors.take(RAM)?);
+        let (words, inbox) = mpsc::channel();
+        let memory = match self.origin {
+            Origin::Boot { .. } => memory::map(&ram, self.memory_bytes)?,
+            Origin::Frozen => memory::map_private(&ram, self.memory_bytes)?,
+        };
+        let control = UnixStream::from(descriptors.take("control")?);
+        let cid = self.has_vsock.then_some(GUEST_CID);
+        let owner = Box::new(Owner(words.clone()));
+        let (mut server, fs, vsock) = Server::new(control, cid, jail::narrow, Some(owner))?;
+        let ended = words.clone();
+        let on_end: OnEnd = Arc::new(move |end| drop(ended.send(Word::Ended(end))));
+
+        let devices = Devices { memory: &memory, on_end: &on_end };
+        let narrowing = Some(server.narrowing());
+        let fs_thread = Thread { name: "fs", confine: || jail::enter_thread(Kind::FsQueues), narrowing };
+        let mut slots = vec![devices.slot(fs_thread, fs)?];
+        let stream =
+            |name| Thread { name, confine: || jail::enter_thread(Kind::StreamQueues), narrowing: None };
+        match vsock {
+            Some(vsock) => slots.push(devices.slot(stream("vsock"), vsock)?),
+            None => {
+                let wire = UnixStream::from(descriptors.take("wire")?);
+                let console = Console::new(kiln_wire::SERIAL_PORT_NAME, wire)?;
+                slots.push(devices.slot(stream("console"), console)?);
+            }
         }
         for (index, disk) in self.disks.iter().enumerate() {
-            let file = File::from(take(&format!("disk{index}"))?);
-            let (sender, serial) = (ends.0.clone(), disk.serial.clone());
-            let failed = move |error: &io::Error| {
-                let _ = sender.send(End::Device { what: format!("disk `{serial}`: {error}") });
+            let file = match disk.is_there {
+                true => Some(File::from(descriptors.take(&format!("disk{index}"))?)),
+                false => None,
             };
-            let disk = Disk::new(file, &disk.serial, disk.read_only, failed)?;
-            let device = Local::new("disk", disk, &memory, jail::enter_disk, ends.0.clone())?;
-            devices.push(Registers::slot(device, &memory)?);
+            let size = file.as_ref().map(File::metadata).transpose()?.map_or(0, |meta| meta.len());
+            let capacity = disk.capacity.unwrap_or(size);
+            let (on_end, serial) = (Arc::clone(&on_end), disk.serial.clone());
+            let failed = move |error: &io::Error| {
+                on_end(End::Device { what: format!("disk `{serial}`: {error}") });
+            };
+            let disk = Disk::slot(file, &disk.serial, disk.read_only, capacity, failed)?.scratch();
+            let thread = Thread { name: "disk", confine: jail::enter_disk, narrowing: None };
+            slots.push(devices.slot(thread, disk)?);
         }
+
+        let origin = match self.origin {
+            Origin::Boot { command_line } => kiln_vmm::Origin::Boot {
+                kernel: descriptors.take("kernel")?.into(),
+                initramfs: descriptors.take("initramfs")?.into(),
+                command_line,
+            },
+            Origin::Frozen => {
+                let mut bytes = Vec::new();
+                File::from(descriptors.take("state")?).read_to_end(&mut bytes)?;
+                kiln_vmm::Origin::Frozen(Box::new(Snapshot::decode(&bytes)?))
+            }
+        };
+        let console = UnixStream::from(descriptors.take("console")?);
+        // Where nobody reads, what the guest prints is lost, and the guest runs on.
+        console.set_nonblocking(true)?;
+        let mut generation = [0; 16];
+        rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty())?;
         let machine = Machine::new(Parts {
-            kvm: take("kvm")?,
-            kernel: take("kernel")?.into(),
-            initramfs: take("initramfs")?.into(),
-            command_line: self.command_line,
-            memory,
+            kvm: descriptors.take("kvm")?,
+            origin,
+            generation,
+            memory: memory.clone(),
             cpus: self.cpus,
             model: Model::Fixed,
-            console: Box::new(UnixStream::from(take("console")?)),
-            devices,
-            ends,
+            console: Box::new(console),
+            devices: slots,
+            on_end,
         })?;
-        match machine.run(jail::enter_processor)? {
-            End::PoweredOff => Ok(()),
-            other => Err(other.into()),
+        let serve = move || {
+            if jail::enter_thread(Kind::Control).is_ok() {
+                // A parent that speaks nonsense is as good as gone.
+                let _ = server.serve(|_| true);
+            }
+            let _ = words.send(Word::Left);
+        };
+        thread::Builder::new().name("control".to_owned()).stack_size(256 << 10).spawn(serve)?;
+        own(machine.start(jail::enter_processor)?, &inbox)
+    }
+}
+
+/// Makes devices of the machine's.
+struct Devices<'a> {
+    memory: &'a GuestMemoryMmap,
+    on_end: &'a OnEnd,
+}
+
+impl Devices<'_> {
+    fn slot<D>(&self, thread: Thread, device: D) -> io::Result<Slot>
+    where
+        D: kiln_virtio::device::Device<()> + 'static,
+    {
+        let local = Local::new(thread, device, self.memory, Arc::clone(self.on_end))?;
+        Registers::slot(local, self.memory)
+    }
+}
+
+/// Does with the machine what it is told to, until the parent leaves.
+fn own(mut running: Running, inbox: &Receiver<Word>) -> Result<(), Box<dyn std::error::Error>> {
+    let mut has_ended = false;
+    while let Ok(word) = inbox.recv() {
+        match word {
+            Word::Left => break,
+            Word::Stop(answer) => {
+                running.stop();
+                let _ = answer.send(Ok(()));
+            }
+            Word::Freeze(state, answer) => {
+                let _ = answer.send(freeze(&mut running, state).map_err(|error| error.to_string()));
+            }
+            // Several may say so, of which the first is why.
+            Word::Ended(_) if has_ended => {}
+            Word::Ended(end) => {
+                if !end.is_the_guests() {
+                    return Err(end.into());
+                }
+                has_ended = true;
+                writeln!(io::stderr(), "kiln: {end}")?;
+                // The wire ends here, and what was read can still be asked for.
+                running.finish();
+            }
         }
     }
+    Ok(())
+}
+
+fn freeze(running: &mut Running, mut state: File) -> Result<(), Box<dyn std::error::Error>> {
+    let snapshot = running.freeze()?.encode()?;
+    Ok(state.write_all(&snapshot)?)
 }

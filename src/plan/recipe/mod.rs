@@ -1,11 +1,12 @@
 //! The recipe: what `kiln.toml` may say, as types. The JSON schema that editors use is made of the same types.
 //!
-//! `fault` shows where a recipe is wrong; `expand` makes plain steps of a matrix. What the steps of a recipe mean
+//! `fault` shows where a recipe is wrong; `given` sets variables from outside; `expand` makes plain steps of a matrix. What the steps of a recipe mean
 //! together is [`super::graph`]'s business.
 
 mod boot;
 mod expand;
 mod fault;
+mod given;
 mod make;
 mod nearest;
 
@@ -19,6 +20,7 @@ use toml::Spanned;
 pub use boot::{BootTable, ChangeTable};
 pub use expand::{Expanded, NAMES, Steps, expand, is_name};
 pub use fault::Fault;
+pub use given::GivenError;
 pub use make::{FromKeys, FromTable, MakeTable, Several};
 pub use nearest::nearest;
 

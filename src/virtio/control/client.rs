@@ -170,6 +170,23 @@ impl Client {
         Ok(ours)
     }
 
+    /// Ends the guest, where it runs in that process.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; `Refused` where it does not.
+    pub fn stop_guest(&self) -> Result<(), ClientError> {
+        self.ask(Ask::Stop, None, PATIENCE).map(drop)
+    }
+
+    /// Freezes the guest, where it runs in that process: it does no more, and all of its machine but the memory is in
+    /// `state` then.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn freeze_guest(&self, state: BorrowedFd<'_>) -> Result<(), ClientError> {
+        self.ask(Ask::Freeze, Some(state), PATIENCE).map(drop)
+    }
+
     /// The record of everything the guest has asked so far. To be called when its run is over; calling it
     /// earlier gives what was asked until then.
     ///

@@ -14,16 +14,20 @@
 //! | `Narrow` | | no thread will open a file but beneath a share's directory; no share can be added any more |
 //! | `Listen` | | the guest may connect to the port, once |
 //! | `Connect` | one end of a stream | the guest has accepted or refused |
+//! | `Stop` | | the guest, where it runs in that process, does no more |
+//! | `Freeze` | a file | the guest has stopped, and its machine without the memory is in the file |
 //! | `Finish` | | the record has been sent, as `Event::Record` parts |
 
 mod client;
 mod frame;
+mod server;
 
 use serde::{Deserialize, Serialize};
 
 pub use self::client::{Client, ClientError};
 pub use self::frame::{FrameError, MOST_FRAME_BYTES};
-pub(crate) use self::frame::{receive, send};
+use self::frame::{receive, send};
+pub use self::server::{Guest, Server};
 use crate::fs::Attributes;
 use crate::fs::record::{PathBytes, RecordPart};
 
@@ -71,6 +75,10 @@ pub enum Ask {
         /// The port.
         port: u32,
     },
+    /// End the guest, where it runs in the process that is asked.
+    Stop,
+    /// Freeze it into the file that comes along.
+    Freeze,
     /// Look once more at what was read, and send the record.
     Finish,
 }

@@ -6,7 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::bus::Window;
-use crate::local::Local;
+use crate::local::{Local, Thread};
 use crate::memory::{LEAST_BYTES, make_file, map};
 use crate::mmio::Registers;
 use crate::vcpu::End;
@@ -44,9 +44,11 @@ impl Driver {
             failed.send(End::Device { what: error.to_string() }).expect("somebody hears");
         };
         let disk = Disk::slot(file, "root", read_only, capacity_bytes, failed).expect("a disk");
-        let local = Local::new("disk", disk, &memory, || Ok(()), sender).expect("a thread");
+        let thread = Thread { name: "disk", confine: || Ok(()), narrowing: None };
+        let on_end = Arc::new(move |end| drop(sender.send(end)));
+        let local = Local::new(thread, disk, &memory, on_end).expect("a thread");
         let slot = Registers::slot(local, &memory).expect("registers");
-        let driver = Self { memory, window: Arc::clone(&slot.window), slot, asked: 0, ends };
+        let driver = Self { memory, window: Arc::clone(&slot.device) as _, slot, asked: 0, ends };
         driver.set(0x70, 3);
         driver.set(0x24, 1);
         driver.set(0x20, 1);
@@ -270,9 +272,11 @@ fn a_disk_may_say_that_it_is_larger_than_its_file_and_answers_what_there_is() {
 }
 
 #[test]
-fn a_disk_without_a_file_has_a_name_and_nothing_else() {
+fn a_disk_without_a_file_has_a_name_and_reads_as_zeros() {
     let mut driver = Driver::slot(None, false, 1 << 40);
-    for kind in [IN, OUT, FLUSH] {
+    assert_eq!(driver.ask(IN, 7, 512), OK);
+    assert_eq!(driver.data(512), [0; 512]);
+    for kind in [OUT, FLUSH] {
         assert_eq!(driver.ask(kind, 0, 512), FAILED, "{kind}");
     }
     for kind in [DISCARD, WRITE_ZEROES] {

@@ -52,10 +52,31 @@ impl Target for Noted {
         self.note("stop".to_owned());
         Ok(())
     }
+
+    fn freeze(&mut self) -> Result<Frozen, StateError> {
+        Ok(Frozen { positions: vec![None, Some(Position { available: 3, used: 2 })], device: vec![9] })
+    }
+
+    fn thaw(
+        &mut self,
+        features: u64,
+        queues: &[Option<Queue>],
+        frozen: &Frozen,
+        _: &[EventFd],
+        _: &EventFd,
+    ) -> io::Result<()> {
+        let sizes: Vec<_> = queues.iter().map(|queue| queue.map(|queue| queue.size)).collect();
+        self.note(format!("thaw {features:#x} {sizes:?} {:?}", frozen.device));
+        Ok(())
+    }
+
+    fn finish(&mut self) {
+        self.note("finish".to_owned());
+    }
 }
 
 struct Driver {
-    window: Arc<Mutex<dyn Window>>,
+    device: Arc<Mutex<dyn Carried>>,
     interrupt: EventFd,
 }
 
@@ -63,17 +84,17 @@ impl Driver {
     fn new(target: Noted) -> Self {
         let memory = map(&make_file(LEAST_BYTES).expect("memory"), LEAST_BYTES).expect("a mapping");
         let slot = Registers::slot(target, &memory).expect("registers");
-        Self { window: slot.window, interrupt: slot.interrupt }
+        Self { device: slot.device, interrupt: slot.interrupt }
     }
 
     fn get(&self, offset: u64) -> u32 {
         let mut word = [0; 4];
-        self.window.lock().expect("a whole lock").read(offset, &mut word);
+        self.device.lock().expect("a whole lock").read(offset, &mut word);
         u32::from_le_bytes(word)
     }
 
     fn set(&self, offset: u64, value: u32) {
-        self.window.lock().expect("a whole lock").write(offset, &value.to_le_bytes());
+        self.device.lock().expect("a whole lock").write(offset, &value.to_le_bytes());
     }
 
     fn negotiate(&self, features: u64) {
@@ -218,10 +239,10 @@ fn nothing_changes_under_a_queue_that_is_served() {
 fn the_configuration_is_read_in_pieces_of_any_width_and_ends() {
     let driver = Driver::new(Noted::default());
     let mut bytes = [0; 8];
-    driver.window.lock().expect("a whole lock").read(CONFIG, &mut bytes);
+    driver.device.lock().expect("a whole lock").read(CONFIG, &mut bytes);
     assert_eq!(&bytes, b"config\0\0");
     let mut byte = [9];
-    driver.window.lock().expect("a whole lock").read(CONFIG + 5, &mut byte);
+    driver.device.lock().expect("a whole lock").read(CONFIG + 5, &mut byte);
     assert_eq!(&byte, b"g");
     assert_eq!(driver.get(0xffc), 0);
 }
@@ -238,9 +259,57 @@ fn a_driver_that_writes_anything_anywhere_starts_nothing_that_does_not_lie_in_me
         let width = [1, 2, 4, 4, 4, 8][usize::try_from(state % 6).expect("small")];
         let offset = (state >> 8) % 0x120;
         let bytes = (state >> 16).to_le_bytes();
-        driver.window.lock().expect("a whole lock").write(offset, &bytes[..width]);
-        driver.window.lock().expect("a whole lock").read(offset, &mut [0; 8][..width]);
+        driver.device.lock().expect("a whole lock").write(offset, &bytes[..width]);
+        driver.device.lock().expect("a whole lock").read(offset, &mut [0; 8][..width]);
     }
     driver.set(0x70, 0);
     assert_eq!(driver.get(0x70), 0);
+}
+
+#[test]
+fn a_frozen_device_goes_on_with_what_its_driver_said() {
+    let noted = Noted::default();
+    let driver = Driver::new(noted.clone());
+    driver.negotiate(FEATURES);
+    driver.lay_out(1, 256, RINGS);
+    driver.set(0x70, 3 | FEATURES_OK | DRIVER_OK);
+    noted.taken();
+    let state = driver.device.lock().expect("a whole lock").freeze().expect("a state");
+    let copy = Driver::new(noted.clone());
+    copy.device.lock().expect("a whole lock").thaw(&state).expect("its state");
+    assert_eq!(noted.taken(), ["thaw 0x120000000 [None, Some(256)] [9]"]);
+    assert_eq!(copy.get(0x70), driver.get(0x70));
+    copy.set(0x70, 0);
+    assert_eq!(noted.taken(), ["stop"]);
+}
+
+#[test]
+fn a_device_that_no_driver_runs_is_frozen_as_it_is() {
+    let noted = Noted::default();
+    let driver = Driver::new(noted.clone());
+    driver.negotiate(FEATURES);
+    let state = driver.device.lock().expect("a whole lock").freeze().expect("a state");
+    let copy = Driver::new(noted.clone());
+    copy.device.lock().expect("a whole lock").thaw(&state).expect("its state");
+    assert_eq!((copy.get(0x70), noted.taken().len()), (3 | FEATURES_OK, 0));
+    copy.device.lock().expect("a whole lock").finish();
+    assert_eq!(noted.taken(), ["finish"], "also without a driver");
+}
+
+#[test]
+fn the_state_of_another_device_is_refused() {
+    let noted = Noted::default();
+    let driver = Driver::new(noted.clone());
+    driver.negotiate(FEATURES);
+    let state = driver.device.lock().expect("a whole lock").freeze().expect("a state");
+    let changes: [fn(&mut DeviceState); 3] = [
+        |state| state.device_type = 2,
+        |state| state.registers.accepted |= 1,
+        |state| state.registers.queues.truncate(1),
+    ];
+    for change in changes {
+        let mut state = state.clone();
+        change(&mut state);
+        assert!(driver.device.lock().expect("a whole lock").thaw(&state).is_err());
+    }
 }

@@ -17,7 +17,7 @@ use kiln_virtio::process::{DeviceProcess, ProcessError};
 use kiln_virtio::vsock::{Backend, Connector, Vsock};
 use kiln_vmm::bus::Window;
 use kiln_vmm::disk::Disk;
-use kiln_vmm::local::Local;
+use kiln_vmm::local::{Local, Thread};
 use kiln_vmm::mmio::Registers;
 use kiln_vmm::vcpu::End;
 use kiln_vmm::vm::Slot;
@@ -150,7 +150,9 @@ fn over_vhost_user(device: usize, share: &File, wanted: u64) -> Driven {
 
 fn slot<D: Device<()> + 'static>(device: D, memory: &GuestMemoryMmap) -> (Slot, Receiver<End>) {
     let (sender, ends) = channel();
-    let local = Local::new("device", device, memory, || Ok(()), sender).expect("a thread");
+    let thread = Thread { name: "device", confine: || Ok(()), narrowing: None };
+    let on_end = Arc::new(move |end| drop(sender.send(end)));
+    let local = Local::new(thread, device, memory, on_end).expect("a thread");
     (Registers::slot(local, memory).expect("registers"), ends)
 }
 
@@ -159,7 +161,7 @@ fn over_mmio<D: Device<()> + 'static>(device: D, wanted: u64, keep: Option<Conne
     let memory = shared_memory();
     let rings = rings(device.queue_sizes().len().min(2));
     let (slot, ends) = slot(device, &memory);
-    let window: Arc<Mutex<dyn Window>> = slot.window;
+    let window: Arc<Mutex<dyn Window>> = slot.device;
     let set = |offset: u64, value: u64| {
         let value = u32::try_from(value & u64::from(u32::MAX)).expect("masked");
         window.lock().expect("a whole lock").write(offset, &value.to_le_bytes());

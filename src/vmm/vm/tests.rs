@@ -2,10 +2,12 @@
 
 use std::fs::OpenOptions;
 use std::io::Write as _;
-use std::sync::PoisonError;
+use std::sync::{PoisonError, mpsc};
+
+use vm_memory::GuestAddress;
 
 use super::*;
-use crate::memory::{LEAST_BYTES, make_file, map};
+use crate::memory::{LEAST_BYTES, make_file, map, map_private};
 
 /// Where the guest's code is put and entered.
 const CODE: u64 = 0x0100_0000;
@@ -49,17 +51,28 @@ fn parts(kvm: impl Into<OwnedFd>, code: &[u8]) -> (Parts, Printed) {
     let printed = Printed::default();
     let parts = Parts {
         kvm: kvm.into(),
-        kernel: kernel(code),
-        initramfs: tempfile::tempfile().expect("a file"),
-        command_line: String::new(),
+        origin: Origin::Boot {
+            kernel: kernel(code),
+            initramfs: tempfile::tempfile().expect("a file"),
+            command_line: String::new(),
+        },
+        generation: [7; 16],
         memory: map(&make_file(LEAST_BYTES).expect("memory"), LEAST_BYTES).expect("a mapping"),
         cpus: 1,
         model: Model::Fixed,
         console: Box::new(printed.clone()),
         devices: Vec::new(),
-        ends: std::sync::mpsc::channel(),
+        on_end: Arc::new(|_| {}),
     };
     (parts, printed)
+}
+
+/// How the machine of `parts` ends, whose threads are confined by `confine`.
+fn end_of(mut parts: Parts, confine: Confine) -> End {
+    let (sender, ends) = mpsc::channel();
+    parts.on_end = Arc::new(move |end| drop(sender.send(end)));
+    let _running = Machine::new(parts).expect("a machine").start(confine).expect("threads");
+    ends.recv().expect("an end")
 }
 
 /// /dev/kvm, or word that there is none.
@@ -73,7 +86,7 @@ fn device() -> Option<File> {
 
 fn run(code: &[u8]) -> Option<(End, Vec<u8>)> {
     let (parts, printed) = parts(device()?, code);
-    let end = Machine::new(parts).expect("a machine").run(|| Ok(())).expect("an end");
+    let end = end_of(parts, || Ok(()));
     let printed = printed.0.lock().expect("a whole lock").clone();
     Some((end, printed))
 }
@@ -113,16 +126,14 @@ fn what_no_device_has_reads_as_ones() {
 fn processors_that_wait_end_with_the_one_that_switches_off() {
     let Some(device) = device() else { return };
     let (parts, _) = parts(device, b"\x66\xba\x00\x06\xb0\x34\xee\xeb\xfe");
-    let machine = Machine::new(Parts { cpus: 3, ..parts }).expect("a machine");
-    assert_eq!(machine.run(|| Ok(())).expect("an end"), End::PoweredOff);
+    assert_eq!(end_of(Parts { cpus: 3, ..parts }, || Ok(())), End::PoweredOff);
 }
 
 #[test]
 fn a_thread_that_cannot_be_confined_runs_no_guest() {
     let Some(device) = device() else { return };
     let (parts, printed) = parts(device, b"\x66\xba\xf8\x03\xb0k\xee\xeb\xfe");
-    let machine = Machine::new(parts).expect("a machine");
-    let end = machine.run(|| Err(io::Error::other("no"))).expect("an end");
+    let end = end_of(parts, || Err(io::Error::other("no")));
     assert_eq!(end, End::Failed { cpu: 0, what: "no".to_owned() });
     assert!(printed.0.lock().expect("a whole lock").is_empty());
 }
@@ -139,4 +150,57 @@ fn a_machine_has_at_least_one_processor() {
     let (parts, _) = parts(device, b"\xf4");
     let made = Machine::new(Parts { cpus: 0, ..parts });
     assert!(matches!(made.err(), Some(VmError::Cpus { asked: 0, .. })));
+}
+
+/// Prints `k`, waits for the byte at [`MARK`] to be set, prints it and switches off.
+const WAITS: &[u8] = b"\xbb\x00\x08\x00\x01\x66\xba\xf8\x03\xb0k\xee\x80\x3b\x00\x74\xfb\x8a\x03\xee\
+                       \x66\xba\x00\x06\xb0\x34\xee\xeb\xfe";
+const MARK: GuestAddress = GuestAddress(CODE + 0x800);
+
+/// A machine of [`WAITS`] that was frozen while it waited, and its memory.
+fn frozen(device: &File, cpus: u8) -> (Snapshot, File) {
+    let ram = make_file(LEAST_BYTES).expect("memory");
+    let (parts, printed) = parts(device.try_clone().expect("a descriptor"), WAITS);
+    let parts = Parts { cpus, memory: map(&ram, LEAST_BYTES).expect("a mapping"), ..parts };
+    let mut running = Machine::new(parts).expect("a machine").start(|| Ok(())).expect("threads");
+    while printed.0.lock().expect("a whole lock").is_empty() {
+        thread::yield_now();
+    }
+    (running.freeze().expect("a snapshot"), ram)
+}
+
+#[test]
+fn copies_of_a_frozen_machine_go_on_where_it_was_each_for_itself() {
+    let Some(device) = device() else { return };
+    let (snapshot, ram) = frozen(&device, 2);
+    let bytes = snapshot.encode().expect("text");
+    for mark in *b"xy" {
+        let memory = map_private(&ram, LEAST_BYTES).expect("a mapping");
+        let snapshot = Snapshot::decode(&bytes).expect("a snapshot");
+        let (parts, printed) = parts(device.try_clone().expect("a descriptor"), WAITS);
+        memory.write_obj(mark, MARK).expect("memory");
+        let origin = Origin::Frozen(Box::new(snapshot));
+        let end = end_of(Parts { origin, memory, cpus: 2, ..parts }, || Ok(()));
+        assert_eq!((end, &printed.0.lock().expect("a whole lock")[..]), (End::PoweredOff, &[mark][..]));
+    }
+}
+
+#[test]
+fn a_snapshot_is_of_its_own_machine_alone() {
+    let Some(device) = device() else { return };
+    let (snapshot, ram) = frozen(&device, 1);
+    let bytes = snapshot.encode().expect("text");
+    let thawed = |cpus, change: fn(&mut Snapshot)| {
+        let mut snapshot = Snapshot::decode(&bytes).expect("a snapshot");
+        change(&mut snapshot);
+        let (parts, _) = parts(device.try_clone().expect("a descriptor"), WAITS);
+        let memory = map_private(&ram, LEAST_BYTES).expect("a mapping");
+        Machine::new(Parts { origin: Origin::Frozen(Box::new(snapshot)), memory, cpus, ..parts }).err()
+    };
+    assert!(matches!(thawed(2, |_| {}), Some(VmError::OtherMachine("other parts"))));
+    let error = thawed(1, |snapshot| snapshot.memory_bytes *= 2);
+    assert!(matches!(error, Some(VmError::OtherMachine("another size of memory"))));
+    let error = thawed(1, |snapshot| snapshot.processors[0].leaves[0].ebx ^= 1);
+    assert!(matches!(error, Some(VmError::OtherMachine("other processors than this host's can be"))));
+    assert!(thawed(1, |_| {}).is_none());
 }

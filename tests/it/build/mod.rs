@@ -312,19 +312,14 @@ fn what_a_needed_step_put_out_and_the_store_has_lost_comes_back_with_the_next_bu
 fn damaged_traces_cost_runs_and_no_more() {
     let world = world();
     world.build(RECIPE);
-    let mut files = vec![world.path("store/traces")];
+    let pack = world.path("store/traces/trusted.pack");
+    let mut bytes = fs::read(&pack).expect("a pack");
     let mut damaged = 0;
-    while let Some(path) = files.pop() {
-        if path.is_dir() {
-            files.extend(fs::read_dir(path).expect("a folder").flatten().map(|entry| entry.path()));
-        } else {
-            let mut bytes = fs::read(&path).expect("a file");
-            let middle = bytes.len() / 2;
-            bytes[middle] ^= 1;
-            fs::write(&path, bytes).expect("room");
-            damaged += 1;
-        }
+    for line in bytes.split_mut(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        line[line.len() / 2] ^= 1;
+        damaged += 1;
     }
+    fs::write(&pack, bytes).expect("room");
     assert_eq!(damaged, 4);
     assert_eq!(world.build(RECIPE).ran.len(), 4);
     assert!(world.build(RECIPE).ran.is_empty());

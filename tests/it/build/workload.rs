@@ -157,7 +157,7 @@ fn clean() -> &'static (Contents, Vec<u8>) {
 }
 
 /// Looks at what a process left of which `done` builds had ended well, and goes on with it. With `power_failed`, blobs that
-/// nothing names and notes that say of themselves that they are damaged may be there.
+/// nothing names and packs that say of themselves that they are damaged may be there.
 pub fn look(folder: &Path, done: usize, power_failed: bool) -> Result<(), String> {
     match catch_unwind(AssertUnwindSafe(|| looked(folder, done, power_failed))) {
         Ok(looked) => looked,
@@ -243,7 +243,7 @@ fn looked(folder: &Path, done: usize, power_failed: bool) -> Result<(), String> 
     Ok(())
 }
 
-/// Whether all that a file of traces names is there as it was put out.
+/// Whether all that a pack's traces name is there as it was put out.
 fn names_its_outputs(world: &World, name: &str) -> bool {
     let blobs = world.store.blobs();
     let stock = kiln::cache::stock::stock(&world.store).expect("a store");
@@ -257,9 +257,9 @@ fn names_its_outputs(world: &World, name: &str) -> bool {
             })
         })
     };
-    match stored.content {
-        kiln::cache::stock::Content::Traces(traces) => traces.iter().all(|trace| has(&trace.outputs)),
+    stored.lines.iter().all(|line| match &line.content {
+        kiln::cache::stock::Content::Trace(trace) => has(&trace.outputs),
         // Of notes only what was printed is missed.
         _ => true,
-    }
+    })
 }

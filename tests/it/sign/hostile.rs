@@ -1,16 +1,14 @@
-//! Parts, records and keys that somebody made on purpose, and somebody who changes files while they are signed.
+//! Parts, records and keys that somebody made on purpose.
 
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 
 use kiln::sign::record::{File, Kernel};
 use kiln_digest::Digest;
 
-use super::built::{Built, COMMAND_LINE, archive, files, section, shell, sign_elsewhere};
-use super::{Told, judge};
+use super::built::{Built, archive, files, section, shell, sign_elsewhere};
+use super::{Told, canary::Canaries, judge};
 
 fn le32(bytes: &[u8], at: usize) -> usize {
     bytes[at..at + 4].iter().rev().fold(0, |value, byte| value << 8 | usize::from(*byte))
@@ -169,96 +167,18 @@ fn a_record_that_names_what_it_should_not_signs_nothing() {
     assert!(!built.work().join("boot/efi/KEYS/db.crt").exists());
 }
 
-/// Ends a thread when it goes.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-#[test]
-fn whoever_swaps_a_part_while_it_is_signed_gets_no_signature_over_another() {
-    let mut built = Built::with_keys();
-    // Long enough for the swap to fall between reading and signing.
-    built.rebuild(|kernel| &mut kernel.initrds[1], &archive("bin/busybox", &vec![7; 2 << 20]));
-    let boot = built.work().join("boot");
-    let parts = ["cmdline.secure", "initrd-base.img"];
-    let evil: [Vec<u8>; 2] = [b"init=/bin/sh".to_vec(), archive("bin/busybox", &vec![8; 2 << 20])];
-    let good = parts.map(|name| fs::read(boot.join(name)).expect("there"));
-    for (at, name) in parts.iter().enumerate() {
-        fs::write(boot.join(format!("{name}.evil")), &evil[at]).expect("room");
-        fs::write(boot.join(format!("{name}.good")), &good[at]).expect("room");
-    }
-    let stop = AtomicBool::new(false);
-    let (mut signed, mut refused) = (0, 0);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            // By a new file under the name, and in the file itself.
-            while !stop.load(Ordering::Relaxed) {
-                for which in ["evil", "good"] {
-                    for name in parts {
-                        let (from, new) = (boot.join(format!("{name}.{which}")), boot.join("new"));
-                        fs::copy(&from, &new).expect("room");
-                        fs::rename(&new, boot.join(name)).expect("there");
-                    }
-                    let text = if which == "evil" { &evil[0] } else { &good[0] };
-                    fs::write(boot.join(parts[0]), text).expect("room");
-                }
-            }
-        });
-        // Also where an assertion fails, or the scope would wait for good.
-        let _stop = Stop(&stop);
-        for _ in 0..60 {
-            let told = built.sign(&[]);
-            if told.code == Some(0) {
-                signed += 1;
-                let image = built.signed();
-                assert_eq!(section(&image, ".cmdline"), COMMAND_LINE.as_bytes());
-                assert!(section(&image, ".initrd").windows(good[1].len()).any(|part| part == good[1]));
-            } else {
-                refused += 1;
-                told.fails(1, &["is not what was built"]);
-            }
-        }
-    });
-    println!("signed {signed} times, refused {refused} times");
-    assert!(refused > 0, "nothing was ever swapped in time");
-}
-
 #[test]
 fn private_keys_appear_in_no_file_and_in_no_output() {
     let built = Built::with_keys();
     let keys = built.host.path("secrets/uefi-keys");
     built.secret("local/etc/hostname", b"all\n");
-    let mut canaries: Vec<(String, Vec<u8>)> = Vec::new();
-    for name in ["PK", "KEK", "db", "root"] {
-        let text = fs::read_to_string(keys.join(format!("{name}.key"))).expect("made");
-        // A line from the middle, where nothing is public, and the key's own numbers.
-        let lines: Vec<&str> = text.lines().collect();
-        canaries.push((name.to_owned(), lines[lines.len() / 2].as_bytes().to_vec()));
-        let arguments = ["pkey", "-in", &format!("{name}.key"), "-text", "-noout"];
-        let said = judge("openssl", &arguments, &keys);
-        let number =
-            said.split("priv:").nth(1).or_else(|| said.split("privateExponent:").nth(1)).expect("a number");
-        let number: String =
-            number.lines().map(str::trim).skip(1).take(2).collect::<String>().replace(':', "");
-        let bytes: Option<Vec<u8>> = (0..number.len() / 2)
-            .map(|at| u8::from_str_radix(&number[2 * at..2 * at + 2], 16).ok())
-            .collect();
-        let bytes = bytes.expect("hexadecimal");
-        canaries.push((format!("{name}'s number"), bytes[..24].to_vec()));
-        canaries.push((format!("{name}'s number in text"), number.as_bytes()[..48].to_vec()));
-    }
-    let found = |bytes: &[u8]| {
-        let there = |canary: &[u8]| bytes.windows(canary.len()).any(|window| window == canary);
-        canaries.iter().find(|(_, canary)| there(canary)).map(|(name, _)| name.clone())
-    };
+    let canaries = Canaries::of(&keys);
     // The search finds them where they are.
-    assert_eq!(found(&fs::read(keys.join("db.key")).expect("made")).as_deref(), Some("db"));
+    assert_eq!(canaries.find(&fs::read(keys.join("db.key")).expect("made")), Some("db"));
     let der = judge("openssl", &["pkey", "-in", "db.key", "-outform", "DER", "-out", "../der"], &keys);
-    assert!(der.is_empty() && found(&fs::read(built.host.path("secrets/der")).expect("made")).is_some());
+    assert!(
+        der.is_empty() && canaries.find(&fs::read(built.host.path("secrets/der")).expect("made")).is_some()
+    );
     fs::remove_file(built.host.path("secrets/der")).expect("made");
 
     fs::create_dir(built.host.path("out")).expect("a folder");
@@ -288,14 +208,14 @@ fn private_keys_appear_in_no_file_and_in_no_output() {
     told.fails(1, &["db.key"]);
     said.extend([told.stdout, told.stderr]);
     for text in &said {
-        assert_eq!(found(text.as_bytes()), None, "{text}");
+        assert_eq!(canaries.find(text.as_bytes()), None, "{text}");
     }
     let secrets = built.host.path("secrets");
     let written: Vec<_> =
         files(&built.host.path(".")).into_iter().filter(|path| !path.starts_with(&secrets)).collect();
     assert!(written.len() > 25, "{written:?}");
     for path in written {
-        assert_eq!(found(&fs::read(&path).expect("readable")), None, "{}", path.display());
+        assert_eq!(canaries.find(&fs::read(&path).expect("readable")), None, "{}", path.display());
     }
 }
 

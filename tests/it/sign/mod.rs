@@ -3,8 +3,12 @@
 
 mod assembled;
 mod built;
+#[path = "../../canary/mod.rs"]
+#[expect(dead_code, reason = "no machine is searched here")]
+mod canary;
 mod configured;
 mod hostile;
+mod racer;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

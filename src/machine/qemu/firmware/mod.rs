@@ -17,11 +17,11 @@ use std::time::Duration;
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
 use serde_json::{Value, json};
 
-use super::devices::pair;
 use super::qmp::{Commands, Qmp};
 use super::{OLDEST_VERSION, Qemu};
 use crate::machine::jail::{Held, Profile};
 use crate::machine::launch::Become;
+use crate::machine::server::pair;
 use crate::machine::spawn::{Process, spawn_jailed};
 use crate::machine::{Death, Identity, MachineError, Origin};
 use argv::{DiskShape, SCREEN_SET, Shape};

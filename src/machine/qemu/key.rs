@@ -1,13 +1,13 @@
-//! Under which name a template is kept: the digest of all that decides what is in it.
+//! Under which name a template of QEMU's is kept: the digest of all that decides what is in it.
 
-use std::fs::{self, Metadata};
+use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 
 use kiln_digest::Digest;
 
 use super::{Places, Qemu, Spec, argv};
 use crate::machine::Accelerator;
+use crate::machine::template::key::{identity, kiln, processor};
 
 /// Changes with what is frozen from the same parts.
 const FORMAT: u32 = 1;
@@ -22,30 +22,14 @@ pub fn of(qemu: &Qemu, spec: &Spec) -> io::Result<Digest> {
     let parts = [
         format!("template {FORMAT}, wire {}", kiln_wire::VERSION),
         // The device process is kiln, and the guest's driver knows what it offered.
-        format!("kiln {}", identity(&fs::metadata("/proc/self/exe")?)),
+        kiln()?,
         format!("qemu {} {}", program.display(), identity(&fs::metadata(&program)?)),
         format!("bundle {}", spec.bundle),
-        format!("processor {}", processor(qemu.accelerator)?),
+        // Nothing of the host's processor meets a guest that is emulated.
+        if qemu.accelerator == Accelerator::Kvm { processor()? } else { String::new() },
         argv::arguments(&shape).join("\0"),
     ];
     Ok(Digest::of(parts.join("\n").as_bytes()))
-}
-
-/// Tells a program from another that was installed in its place.
-fn identity(meta: &Metadata) -> String {
-    format!("{} {} {}.{:09}", meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec())
-}
-
-/// What of the host's processor a guest meets: nothing where it is emulated.
-fn processor(accelerator: Accelerator) -> io::Result<String> {
-    if accelerator == Accelerator::Tcg {
-        return Ok(String::new());
-    }
-    let text = fs::read_to_string("/proc/cpuinfo")?;
-    let names = ["vendor_id", "cpu family", "model", "model name", "stepping", "microcode", "flags"];
-    let first = text.split("\n\n").next().unwrap_or_default();
-    let of_model = |line: &&str| names.contains(&line.split(':').next().unwrap_or_default().trim());
-    Ok(first.lines().filter(of_model).collect::<Vec<_>>().join("\n"))
 }
 
 #[cfg(test)]

@@ -2,44 +2,42 @@
 //! step's machine is a copy of one.
 //!
 //! ```text
-//! key ──▶ files::open ──▶ thaw: memory filled while QEMU starts ──▶ the copy's agent answers ──▶ a machine
+//! key ──▶ files::open ──▶ thaw ──▶ the copy's agent answers ──▶ a machine
 //!            │ none, or damaged            │ the copy does not come up
 //!            └──▶ make, under a lock ◀─────┘ once, with a note; after that the machine boots
 //! ```
 //!
-//! A template's memory is a sparse file, of which each copy has its own in memory, and its state is what QEMU and the
-//! device process know. What every copy has from its template was drawn before there was a step: layout of the kernel
+//! This is the same for every backend whose machines can be frozen ([`Freezer`]). A template's memory is a sparse file: a copy by
+//! QEMU has its own in memory, and those by kiln's VMM share what they only read. Its state is what the backend knows
+//! beside. What every copy has from its template was drawn before there was a step: layout of the kernel
 //! and of the agent, no number of the step's. The agent is seeded and its clock set before anything of a step runs
 //! (`Setup`), and each copy has another generation id, at which the kernel's generator starts afresh.
 
 mod files;
 pub(super) mod greeting;
 pub(super) mod key;
-mod ram;
+pub(super) mod ram;
 
 use std::fs::{self, File, TryLockError};
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use kiln_digest::Digest;
 
-use self::files::Template;
+pub(super) use self::files::Template;
 use self::greeting::greet;
-use super::devices::Devices;
+use super::ready::Lendable;
 use super::slots::Places;
-use super::vm::{QemuMachine, Wire};
-use super::{Origins, Qemu, argv};
-use crate::machine::{Carrier, Death, Machine, MachineError, Spec};
+use super::{Carrier, Death, MachineError, Spec};
 use crate::writes;
 
 /// How long a machine may take to boot before there is no template of it. An emulated one needs two seconds.
-const BOOT_PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const BOOT_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a copy's agent may take to answer. It needs a tenth of a second.
-const COPY_PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const COPY_PATIENCE: Duration = Duration::from_secs(30);
 /// How long to wait for another kiln that makes the same template.
 const MAKING_PATIENCE: Duration = Duration::from_secs(120);
 /// How often to look whether it is done.
@@ -54,6 +52,31 @@ const BARREN: Duration = Duration::from_secs(600);
 pub struct Templates {
     folder: PathBuf,
     temporary: PathBuf,
+}
+
+/// A backend whose machines can be frozen, and go on as copies.
+pub(super) trait Freezer {
+    /// Its machines.
+    type Machine: Lendable;
+
+    /// What decides what is in the template for machines of `spec`.
+    ///
+    /// # Errors
+    /// A program cannot be looked at.
+    fn key(&self, spec: &Spec) -> io::Result<Digest>;
+
+    /// Boots a machine of `spec`, which has nothing of a step in it, until its agent has answered [`twice`](answer), and freezes
+    /// it: its memory, and the version of the program that wrote all else of it to `state`.
+    ///
+    /// # Errors
+    /// See [`TemplateError`].
+    fn freeze(&self, spec: &Spec, state: File) -> Result<(File, String), TemplateError>;
+
+    /// A machine of `spec` without its shares that goes on where `template` was frozen, and whose agent has answered.
+    ///
+    /// # Errors
+    /// See [`TemplateError`].
+    fn thaw(&self, template: &Template, spec: &Spec) -> Result<Self::Machine, TemplateError>;
 }
 
 /// Why there is no template, or no copy of one.
@@ -84,7 +107,7 @@ pub(super) enum TemplateError {
 }
 
 impl TemplateError {
-    fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+    pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { what, source }
     }
 }
@@ -117,37 +140,24 @@ impl Templates {
         Self { folder, temporary }
     }
 
-    /// A copy of the template for `spec`, which is made where there is none. Where there can be no copy, what the user
-    /// should know of that. Without `with_shares` it gets them later.
-    ///
-    /// # Errors
-    /// [`MachineError`] where the shares are to blame: a machine that boots would not have them either.
-    pub(super) fn copy(
-        &self,
-        qemu: &Qemu,
-        spec: &Spec,
-        with_shares: bool,
-    ) -> Result<Result<QemuMachine, Vec<String>>, MachineError> {
+    /// A copy of the template for `spec`, which is made where there is none; it has no shares yet. Where there can be no
+    /// copy, what the user should know of that.
+    pub(super) fn copy<F: Freezer>(&self, freezer: &F, spec: &Spec) -> Result<F::Machine, Vec<String>> {
         let mut notes = Vec::new();
-        let Ok(key) = key::of(qemu, spec) else { return Ok(Err(notes)) };
+        let Ok(key) = freezer.key(spec) else { return Err(notes) };
         for _ in 0..2 {
-            let template = match self.find_or_make(qemu, spec, &key, &mut notes) {
+            let template = match self.find_or_make(freezer, spec, &key, &mut notes) {
                 Ok(template) => template,
-                Err(TemplateError::Barren) => return Ok(Err(notes)),
+                Err(TemplateError::Barren) => return Err(notes),
                 Err(error) => {
                     notes.push(format!("there is no template, so the machine booted: {error}"));
-                    return Ok(Err(notes));
+                    return Err(notes);
                 }
             };
-            let devices = match with_shares {
-                true => Devices::with_shares(spec.carrier, &spec.shares)?,
-                // They come later.
-                false => Devices::start(spec.carrier)?,
-            };
-            match thaw(&template, qemu, spec, devices) {
+            match freezer.thaw(&template, spec) {
                 Ok(mut machine) => {
-                    machine.notes = notes;
-                    return Ok(Ok(machine));
+                    machine.note(notes);
+                    return Ok(machine);
                 }
                 Err(error) => {
                     notes.push(format!("a template was thrown away, as no copy of it came up: {error}"));
@@ -155,12 +165,12 @@ impl Templates {
                 }
             }
         }
-        Ok(Err(notes))
+        Err(notes)
     }
 
-    fn find_or_make(
+    fn find_or_make<F: Freezer>(
         &self,
-        qemu: &Qemu,
+        freezer: &F,
         spec: &Spec,
         key: &Digest,
         notes: &mut Vec<String>,
@@ -188,11 +198,11 @@ impl Templates {
         if files::is_younger(&barren, &lock, BARREN) {
             return Err(TemplateError::Barren);
         }
-        let mut made = self.make(qemu, spec, key);
+        let mut made = self.make(freezer, spec, key);
         if let Err(TemplateError::Died(death @ Death::Killed { .. })) = &made {
             // On a busy host QEMU has been seen to abort while its machine boots.
             notes.push(format!("the machine for a template was booted again: {death}"));
-            made = self.make(qemu, spec, key);
+            made = self.make(freezer, spec, key);
         }
         if let Err(error) = made {
             let _ = writes::create(&barren);
@@ -224,26 +234,14 @@ impl Templates {
     }
 
     /// Boots a machine, freezes it, and keeps it as the template `key`.
-    fn make(&self, qemu: &Qemu, spec: &Spec, key: &Digest) -> Result<(), TemplateError> {
+    fn make<F: Freezer>(&self, freezer: &F, spec: &Spec, key: &Digest) -> Result<(), TemplateError> {
         let io = TemplateError::io;
-        let spec = blank(spec);
         let folder = tempfile::Builder::new()
             .prefix("template-")
             .tempdir_in(&self.temporary)
             .map_err(io("make a folder for a template"))?;
-        let ram = kiln_virtio::ram::new(spec.memory_bytes).map_err(io("make memory for a template"))?;
-        let given = ram.try_clone().map_err(io("hold a template's memory"))?;
         let state = files::new_state(folder.path()).map_err(io("make a file for a template's state"))?;
-        let devices = Devices::start(spec.carrier)?;
-        let origins = Origins::Freeze { ram: given.into(), state: state.into() };
-        let (mut machine, mut qmp) = qemu.bring_up(&spec, Some(devices), origins)?;
-        answer(&mut machine, BOOT_PATIENCE)?;
-        // Once more: by its answer, all that it had to say before has been read.
-        answer(&mut machine, COPY_PATIENCE)?;
-        qmp.freeze(argv::STATE_SET).map_err(io("freeze the machine"))?;
-        let version = qmp.version.to_string();
-        // Nothing writes the memory any more.
-        drop((qmp, machine));
+        let (ram, version) = freezer.freeze(&blank(spec), state)?;
         files::write(folder.path(), &key.to_string(), &ram, &version).map_err(io("keep a template"))?;
         files::publish(folder, &self.folder.join(key.to_string())).map_err(io("keep a template"))
     }
@@ -263,46 +261,9 @@ pub fn verify(path: &Path) -> io::Result<()> {
     files::verify(path).map_err(io::Error::other)
 }
 
-/// A machine that goes on where `template` was frozen, and whose agent has answered.
-fn thaw(
-    template: &Template,
-    qemu: &Qemu,
-    spec: &Spec,
-    devices: Devices,
-) -> Result<QemuMachine, TemplateError> {
-    let io = TemplateError::io;
-    let ram = kiln_virtio::ram::new(spec.memory_bytes).map_err(io("make memory for a copy"))?;
-    let given = ram.try_clone().map_err(io("hold a copy's memory"))?;
-    let (mut sender, state) = UnixStream::pair().map_err(io("make a socket pair"))?;
-    sender.set_write_timeout(Some(COPY_PATIENCE)).map_err(io("make a socket pair"))?;
-    let origins = Origins::Thaw { ram: given.into(), state: state.into() };
-    let (mut machine, qmp) = thread::scope(|scope| {
-        // While QEMU starts, which touches no memory before it has a state.
-        let filling = scope.spawn(|| ram::fill(&ram, &template.ram));
-        let (machine, mut qmp) = qemu.bring_up(spec, Some(devices), origins)?;
-        qmp.ignore_shared_memory().map_err(io("prepare QEMU for a state"))?;
-        let filled = filling.join().unwrap_or_else(|_| Err(io::Error::other("it panicked")));
-        filled.map_err(io("fill a copy's memory"))?;
-        Ok::<_, TemplateError>((machine, qmp))
-    })?;
-    if qmp.version.to_string() != template.qemu {
-        return Err(TemplateError::Damaged("another QEMU made it"));
-    }
-    match sender.write_all(&template.state) {
-        Err(source) if source.kind() != io::ErrorKind::BrokenPipe => {
-            return Err(io("send a state")(source));
-        }
-        // A QEMU that is gone says why below.
-        _ => drop(sender),
-    }
-    machine.watch = qmp.watch();
-    answer(&mut machine, COPY_PATIENCE)?;
-    Ok(machine)
-}
-
 /// Waits for the machine's agent to answer.
-fn answer(machine: &mut QemuMachine, patience: Duration) -> Result<(), TemplateError> {
-    let Wire::Connected(wire) = &machine.wire else {
+pub(super) fn answer(machine: &mut impl Lendable, patience: Duration) -> Result<(), TemplateError> {
+    let Some(wire) = machine.wire_held() else {
         return Err(TemplateError::Damaged("its wire is not there"));
     };
     match greet(wire, patience) {

@@ -33,8 +33,8 @@ const MOST_TEMPLATES: usize = 8;
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct About {
-    /// The version of the QEMU that made it.
-    qemu: String,
+    /// The version of the program that made it.
+    version: String,
     state: Digest,
     ram: Digest,
     /// Digest of the three above, and of the template's name.
@@ -54,8 +54,8 @@ struct Stamp {
 }
 
 impl About {
-    fn sum(name: &str, qemu: &str, state: &Digest, ram: &Digest) -> Digest {
-        Digest::of(format!("template {name} {qemu} {state} {ram}").as_bytes())
+    fn sum(name: &str, version: &str, state: &Digest, ram: &Digest) -> Digest {
+        Digest::of(format!("template {name} {version} {state} {ram}").as_bytes())
     }
 }
 
@@ -75,9 +75,9 @@ impl Stamp {
 /// A template that was found and holds what was frozen.
 #[derive(Debug)]
 pub struct Template {
-    /// The version of the QEMU that made it.
-    pub qemu: String,
-    /// What QEMU and the device process know.
+    /// The version of the program that made it.
+    pub version: String,
+    /// What the backend knows beside the memory.
     pub state: Vec<u8>,
     /// The guest's memory, with holes.
     pub ram: File,
@@ -94,7 +94,7 @@ pub fn open(path: &Path, memory_bytes: u64) -> Result<Option<Template>, Template
     let about = file(&folder, ABOUT)?;
     let text = read(&about, MOST_ABOUT_BYTES)?;
     let known: About = serde_json::from_slice(&text).map_err(|_| Damaged("its description is damaged"))?;
-    if About::sum(&name_of(path), &known.qemu, &known.state, &known.ram) != known.sum {
+    if About::sum(&name_of(path), &known.version, &known.state, &known.ram) != known.sum {
         return Err(Damaged("its description is damaged"));
     }
     let state = read(&file(&folder, STATE)?, MOST_STATE_BYTES)?;
@@ -114,7 +114,7 @@ pub fn open(path: &Path, memory_bytes: u64) -> Result<Option<Template>, Template
     }
     // Not being able to note it makes it go earlier.
     let _ = touch(&about);
-    Ok(Some(Template { qemu: known.qemu, state, ram }))
+    Ok(Some(Template { version: known.version, state, ram }))
 }
 
 /// Holds all of the template at `path` against its digests, its memory too.
@@ -129,7 +129,7 @@ pub fn verify(path: &Path) -> Result<(), TemplateError> {
     // A flip in a blank changes nothing that `open` believes; it is damage all the same. Another stamp is none: a store that
     // was copied has it, and the memory is read here in any case.
     let same = serde_json::to_vec_pretty(&known).is_ok_and(|again| again == text);
-    let sum = About::sum(&name_of(path), &known.qemu, &known.state, &known.ram);
+    let sum = About::sum(&name_of(path), &known.version, &known.state, &known.ram);
     let ram = file(&folder, RAM)?;
     if !same || sum != known.sum {
         return Err(Damaged("its description is damaged"));
@@ -172,7 +172,7 @@ pub fn new_state(folder: &Path) -> io::Result<File> {
 ///
 /// # Errors
 /// What writing says.
-pub fn write(folder: &Path, name: &str, memory: &File, qemu: &str) -> io::Result<()> {
+pub fn write(folder: &Path, name: &str, memory: &File, version: &str) -> io::Result<()> {
     let state = File::open(folder.join(STATE))?;
     let mut bytes = Vec::new();
     (&state).take(MOST_STATE_BYTES).read_to_end(&mut bytes)?;
@@ -183,8 +183,8 @@ pub fn write(folder: &Path, name: &str, memory: &File, qemu: &str) -> io::Result
     writes::sync(&file, &path)?;
     let stamp = Stamp::of(&file)?;
     let state_digest = Digest::of(&bytes);
-    let sum = About::sum(name, qemu, &state_digest, &digest);
-    let about = About { qemu: qemu.to_owned(), state: state_digest, ram: digest, sum, stamp };
+    let sum = About::sum(name, version, &state_digest, &digest);
+    let about = About { version: version.to_owned(), state: state_digest, ram: digest, sum, stamp };
     let path = folder.join(ABOUT);
     let file = writes::create(&path)?;
     Through::new(&file, &path).write_all(&serde_json::to_vec_pretty(&about)?)?;

@@ -11,7 +11,7 @@
 
 use std::fs::File;
 
-use crate::machine::{Disk, serial};
+use super::{Disk, serial};
 
 /// A disk with a purpose.
 #[derive(Debug)]

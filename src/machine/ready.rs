@@ -15,13 +15,13 @@ use kiln_digest::Digest;
 use kiln_virtio::control::Client;
 use kiln_virtio::fs::record::Record;
 
-use super::Qemu;
-use super::devices::give;
+use super::qemu::Qemu;
+use super::server::give;
 use super::slots::Places;
 use super::template::greeting::{exchange, greet};
-use super::template::{key, suits};
-use super::vm::{QemuMachine, Wire};
-use crate::machine::{Death, Disk, Identity, Machine, MachineError, Origin, Share, Spec};
+use super::template::{Freezer, Templates, suits};
+use super::vmm::KilnVmm;
+use super::{Death, Disk, Identity, Machine, MachineError, Origin, Share, Spec};
 
 /// How long an agent that is ready may take to say so.
 const CHECK_PATIENCE: Duration = Duration::from_millis(500);
@@ -29,15 +29,36 @@ const CHECK_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a rehearsal may take.
 const REHEARSAL_PATIENCE: Duration = Duration::from_secs(10);
 
+/// A machine that can be lent.
+pub(super) trait Lendable: Machine {
+    /// The wire, where nobody has taken it.
+    fn wire_held(&self) -> Option<&UnixStream>;
+
+    /// The connection to whoever serves its shares.
+    fn control_socket(&self) -> Option<&UnixStream>;
+
+    /// Ends it.
+    fn stop(&mut self);
+
+    /// Takes what the user should know of how it came to be.
+    fn note(&mut self, notes: Vec<String>);
+
+    /// Gives it `shares`, which are all that it may read from then on.
+    ///
+    /// # Errors
+    /// Whoever serves them does not take them.
+    fn give(&mut self, shares: &[Share]) -> Result<(), MachineError>;
+}
+
 /// A machine that waits for its step.
 pub struct Ready {
-    pub(super) machine: QemuMachine,
+    machine: Box<dyn Lendable>,
 }
 
 impl Ready {
     /// What it is.
     pub fn identity(&self) -> &Identity {
-        &self.machine.identity
+        self.machine.identity()
     }
 
     /// What a borrower gets: the wire, and the connection to the device process.
@@ -45,17 +66,15 @@ impl Ready {
     /// # Errors
     /// What dup(2) says; `NotConnected` where the machine has no wire any more.
     pub fn descriptors(&self) -> io::Result<[OwnedFd; 2]> {
-        match (&self.machine.wire, &self.machine.devices) {
-            (Wire::Connected(wire), Some(devices)) => {
-                Ok([wire.try_clone()?.into(), devices.socket.try_clone()?.into()])
-            }
+        match (self.machine.wire_held(), self.machine.control_socket()) {
+            (Some(wire), Some(control)) => Ok([wire.try_clone()?.into(), control.try_clone()?.into()]),
             _ => Err(io::ErrorKind::NotConnected.into()),
         }
     }
 
     /// The machine itself, for what its borrower asks.
     pub fn machine(&mut self) -> &mut dyn Machine {
-        &mut self.machine
+        &mut *self.machine
     }
 
     /// Asks the agent whether it is there.
@@ -63,10 +82,7 @@ impl Ready {
     /// # Errors
     /// It does not answer.
     pub fn check(&mut self) -> io::Result<()> {
-        match &self.machine.wire {
-            Wire::Connected(wire) => greet(wire, CHECK_PATIENCE),
-            _ => Err(io::ErrorKind::NotConnected.into()),
-        }
+        greet(self.wire()?, CHECK_PATIENCE)
     }
 
     /// Lets the agent rehearse a step: `message` says which.
@@ -74,17 +90,17 @@ impl Ready {
     /// # Errors
     /// It cannot.
     pub fn rehearse(&mut self, message: &[u8]) -> io::Result<()> {
-        match &self.machine.wire {
-            Wire::Connected(wire) => exchange(wire, message, REHEARSAL_PATIENCE, |answer| {
-                matches!(answer, kiln_wire::FromAgent::SetupDone)
-            }),
-            _ => Err(io::ErrorKind::NotConnected.into()),
-        }
+        let is_answer = |answer: &_| matches!(answer, kiln_wire::FromAgent::SetupDone);
+        exchange(self.wire()?, message, REHEARSAL_PATIENCE, is_answer)
+    }
+
+    fn wire(&self) -> io::Result<&UnixStream> {
+        self.machine.wire_held().ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
     /// Ends the guest.
     pub fn stop(&mut self) {
-        self.machine.process.stop();
+        self.machine.stop();
     }
 }
 
@@ -149,8 +165,11 @@ impl Machine for Lent {
     }
 
     fn observed(&mut self) -> Result<Record, MachineError> {
-        // Where the lender is gone, so is the guest.
-        let _ = self.lender.stop();
+        // Where whoever serves the shares also runs the guest, it has to stay for the record. Where the lender is gone, so is
+        // the guest.
+        if self.control.stop_guest().is_err() {
+            let _ = self.lender.stop();
+        }
         self.observed_so_far()
     }
 
@@ -175,34 +194,62 @@ impl Machine for Lent {
     }
 }
 
-impl Qemu {
+/// A backend whose machines can be made ready.
+pub trait Readies {
     /// Under which key a machine for `spec` can be made ready and found; none where it has to be made for its step.
     ///
     /// # Errors
     /// A program or a disk cannot be looked at.
-    pub fn ready_key(&self, spec: &Spec) -> io::Result<Option<Digest>> {
-        if self.templates.is_none() || !suits(spec) {
-            return Ok(None);
-        }
-        let mut parts = vec![key::of(self, spec)?.to_string()];
-        for (index, disk) in Places::of(&spec.disks).numbered() {
-            parts.push(format!("{index} {}", identity(disk)?));
-        }
-        Ok(Some(Digest::of(parts.join("\n").as_bytes())))
-    }
+    fn ready_key(&self, spec: &Spec) -> io::Result<Option<Digest>>;
 
     /// Makes a machine ready for a step with the disks of `spec`; none where there is no template for it, of which the run
     /// that looked for one has told.
     ///
     /// # Errors
     /// [`MachineError`]: what came of making it.
-    pub fn make_ready(&self, spec: &Spec) -> Result<Option<Ready>, MachineError> {
-        let Some(templates) = &self.templates else { return Ok(None) };
-        match templates.copy(self, spec, false)? {
-            Ok(machine) => Ok(Some(Ready { machine })),
-            Err(notes) if notes.is_empty() => Ok(None),
-            Err(notes) => Err(MachineError::Device(notes.join("; "))),
-        }
+    fn make_ready(&self, spec: &Spec) -> Result<Option<Ready>, MachineError>;
+}
+
+impl Readies for Qemu {
+    fn ready_key(&self, spec: &Spec) -> io::Result<Option<Digest>> {
+        key(self, self.templates(), spec)
+    }
+
+    fn make_ready(&self, spec: &Spec) -> Result<Option<Ready>, MachineError> {
+        make(self, self.templates(), spec)
+    }
+}
+
+impl Readies for KilnVmm {
+    fn ready_key(&self, spec: &Spec) -> io::Result<Option<Digest>> {
+        key(self, self.templates(), spec)
+    }
+
+    fn make_ready(&self, spec: &Spec) -> Result<Option<Ready>, MachineError> {
+        make(self, self.templates(), spec)
+    }
+}
+
+fn key(freezer: &impl Freezer, templates: Option<&Templates>, spec: &Spec) -> io::Result<Option<Digest>> {
+    if templates.is_none() || !suits(spec) {
+        return Ok(None);
+    }
+    let mut parts = vec![freezer.key(spec)?.to_string()];
+    for (index, disk) in Places::of(&spec.disks).numbered() {
+        parts.push(format!("{index} {}", identity(disk)?));
+    }
+    Ok(Some(Digest::of(parts.join("\n").as_bytes())))
+}
+
+fn make<F: Freezer<Machine: 'static>>(
+    freezer: &F,
+    templates: Option<&Templates>,
+    spec: &Spec,
+) -> Result<Option<Ready>, MachineError> {
+    match templates.map(|templates| templates.copy(freezer, spec)) {
+        Some(Ok(machine)) => Ok(Some(Ready { machine: Box::new(machine) })),
+        Some(Err(notes)) if !notes.is_empty() => Err(MachineError::Device(notes.join("; "))),
+        _ => Ok(None),
     }
 }
 
