@@ -210,6 +210,8 @@ pub struct Flags {
     pub offline: bool,
     /// `--vendor`.
     pub vendor: Option<PathBuf>,
+    /// `--ca-file`.
+    pub ca_file: Option<PathBuf>,
     /// `--lock`.
     pub lock: Option<PathBuf>,
     /// `--no-template`.
@@ -267,6 +269,8 @@ pub struct Settings {
     pub offline: Setting<bool>,
     /// Vendored bytes: a directory or an archive that `kiln lock vendor` made.
     pub vendor: Setting<Option<PathBuf>>,
+    /// Certificate authorities that vouch for servers, in place of those that browsers trust.
+    pub ca_file: Setting<Option<PathBuf>>,
     /// The agent, where the environment names it.
     pub agent: Setting<Option<PathBuf>>,
     /// A directory to be the toolbox; none: Debian packages.
@@ -306,7 +310,7 @@ pub fn host_variable(name: &str) -> Option<Vec<u8>> {
 }
 
 /// Every variable that is a setting.
-const VARIABLES: [&str; 23] = [
+const VARIABLES: [&str; 24] = [
     "PROJECT",
     "WORK",
     "SRCDIR",
@@ -328,6 +332,7 @@ const VARIABLES: [&str; 23] = [
     "KILN_LOCKED",
     "KILN_OFFLINE",
     "KILN_VENDOR",
+    "KILN_CA_FILE",
     "KILN_AGENT",
     "KILN_TOOLBOX",
 ];
@@ -462,6 +467,13 @@ impl Settings {
             file.vendor.clone().map(|path| Some(beside_recipe(path))),
             || None,
         );
+        let ca_file = pick(
+            flags.ca_file.map(Some),
+            "KILN_CA_FILE",
+            |text| Some(text.into()),
+            file.ca_file.clone().map(|path| Some(beside_recipe(path))),
+            || None,
+        );
         let no_debian = RecipeDebian::default();
         let debian = file.debian.as_ref().unwrap_or(&no_debian);
         Ok(Self {
@@ -542,6 +554,10 @@ impl Settings {
             vendor: Setting {
                 value: vendor.value.map(|path: PathBuf| directory.join(path)),
                 origin: vendor.origin,
+            },
+            ca_file: Setting {
+                value: ca_file.value.map(|path: PathBuf| directory.join(path)),
+                origin: ca_file.origin,
             },
             lock: pick(flags.lock, "KILN_LOCK", PathBuf::from, None, || beside_recipe(LOCK.into())),
             agent: pick(None, "KILN_AGENT", |text| Some(text.into()), None, || None),

@@ -56,6 +56,7 @@ impl StepCommands {
             ("lock", &flags.lock),
             ("debian-keyring", &flags.debian_keyring),
             ("vendor", &flags.vendor),
+            ("ca-file", &flags.ca_file),
             ("work", &flags.work),
         ];
         let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text.as_ref()?.as_ref())));

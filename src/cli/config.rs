@@ -78,6 +78,7 @@ fn rows(settings: Settings) -> Vec<Row> {
         row("KILN_LOCKED", &settings.locked, on_or_off),
         row("KILN_OFFLINE", &settings.offline, on_or_off),
         row("KILN_VENDOR", &settings.vendor, file("none")),
+        row("KILN_CA_FILE", &settings.ca_file, file("those that browsers trust")),
         row(
             "debian.security-mirror",
             &settings.debian_security_mirror,

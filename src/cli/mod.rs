@@ -132,6 +132,10 @@ struct Global {
     /// Take bytes from what `kiln lock vendor` made before any server is asked [env: KILN_VENDOR]
     #[arg(long, global = true, value_name = "DIR|FILE")]
     vendor: Option<PathBuf>,
+    /// Trust servers that the certificate authorities in FILE (PEM) vouch for, and no others [env: KILN_CA_FILE] [default:
+    /// those that browsers trust]
+    #[arg(long, global = true, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -339,6 +343,7 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
         locked: cli.global.locked,
         offline: cli.global.offline,
         vendor: cli.global.vendor,
+        ca_file: cli.global.ca_file,
         ..Flags::default()
     };
     match cli.verb {

@@ -8,7 +8,7 @@ use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
 
 use super::build::sources::Permission;
-use crate::fetch::http::Client;
+use crate::fetch::http::{AuthorityError, Client};
 use crate::fetch::lock::{Lock, LockError, LockedRoot};
 use crate::keeper::Registry;
 use crate::machine::jail::attempt::Targets;
@@ -32,6 +32,9 @@ pub enum HostError {
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The certificate authorities that are trusted.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
     /// The machine.
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -121,6 +124,7 @@ impl HostError {
             Self::Debian(error) => error.hint(),
             Self::Root(error) => error.hint(),
             Self::Store(error) => error.hint(),
+            Self::Authority(error) => error.hint(),
             Self::Toolbox(error) => error.hint(),
             Self::Bundle(_) => None,
         }
@@ -196,7 +200,7 @@ impl Host {
     /// Opens the store; nothing else is touched until it is needed.
     ///
     /// # Errors
-    /// [`HostError::Store`].
+    /// [`HostError::Store`], [`HostError::Authority`].
     pub fn open(settings: Settings) -> Result<Self, HostError> {
         let store = Store::open(&settings.store.value)?;
         if let Some(limit_bytes) = settings.store_limit.value {
@@ -204,7 +208,10 @@ impl Host {
         }
         // Sweeps what killed kilns left. Whoever needs the registry hears of what is wrong with it.
         let _ = Registry::open(&store.run());
-        let mut client = Client::new();
+        let mut client = match &settings.ca_file.value {
+            Some(path) => Client::trusting(path)?,
+            None => Client::new(),
+        };
         if let Some(path) = &settings.vendor.value {
             client = client.with_vendor(path);
         }

@@ -164,6 +164,8 @@ pub struct Repository {
 pub struct Git {
     program: PathBuf,
     environment: Vec<(String, String)>,
+    /// Certificate authorities that vouch for servers; none: those of the host.
+    authorities: Option<PathBuf>,
 }
 
 impl Git {
@@ -187,7 +189,15 @@ impl Git {
             ("PATH", search_path),
         ];
         environment.extend(fixed.map(|(name, value)| (name.to_owned(), value.to_owned())));
-        Ok(Self { program, environment })
+        Ok(Self { program, environment, authorities: None })
+    }
+
+    /// The same, for servers that the certificate authorities in the file `path` vouch for, and no others.
+    #[must_use]
+    pub fn trusting(mut self, path: &Path) -> Self {
+        // It goes before the variables of the host's that say so.
+        self.environment.push(("GIT_SSL_CAINFO".to_owned(), path.to_string_lossy().into_owned()));
+        Self { authorities: Some(path.to_owned()), ..self }
     }
 
     /// The commit that `rev` is in `repository`: itself, or what the tag of that name leads to. `place` is an empty folder.
@@ -308,7 +318,14 @@ impl Git {
             arguments: settings.chain(arguments.iter().copied()).map(str::to_owned).collect(),
             environment,
             place: place.to_owned(),
-            reads: repository.local.as_deref().map(folders_of).unwrap_or_default(),
+            reads: repository
+                .local
+                .as_deref()
+                .map(folders_of)
+                .into_iter()
+                .flatten()
+                .chain(self.authorities.clone())
+                .collect(),
             most_file_bytes: MOST_BYTES,
         };
         fetcher.run(patience).map_err(|error| match error.kind() {

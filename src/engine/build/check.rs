@@ -68,6 +68,8 @@ pub(super) struct Checker<'a, R> {
     is_beside: OnceLock<bool>,
     // Protects the manifests that were read; held only to look one up or put one in.
     trees: Mutex<BTreeMap<Digest, Arc<Tree>>>,
+    // Protects what steps did before this build, as far as it was asked for; held only to look one up or put one in.
+    before: Mutex<BTreeMap<String, Option<Arc<LastRun>>>>,
 }
 
 impl<'a, R> Checker<'a, R> {
@@ -85,6 +87,7 @@ impl<'a, R> Checker<'a, R> {
             nothing: OnceLock::new(),
             is_beside: OnceLock::new(),
             trees: Mutex::default(),
+            before: Mutex::default(),
         }
     }
 
@@ -209,7 +212,7 @@ impl<'a, R> Checker<'a, R> {
 
     /// Why there is no trace under a key.
     fn why_unknown(&self, step: &PlannedStep, key: &Key) -> String {
-        let Some(last) = self.index.last_run(&self.work, &step.name) else {
+        let Some(last) = self.before(step) else {
             return "it never ran here".to_owned();
         };
         let failure = last.failure.as_ref().map(|how| format!("it failed the last time: it {how}"));
@@ -220,9 +223,19 @@ impl<'a, R> Checker<'a, R> {
             .unwrap_or_else(|| format!("the store has no trace of it in scope `{}`", self.index.scope()))
     }
 
+    /// What the step did last before this build.
+    fn before(&self, step: &PlannedStep) -> Option<Arc<LastRun>> {
+        if let Some(before) = self.before.lock().unwrap_or_else(PoisonError::into_inner).get(&step.name) {
+            return before.clone();
+        }
+        let before = self.index.last_run(&self.work, &step.name).map(Arc::new);
+        self.before.lock().unwrap_or_else(PoisonError::into_inner).insert(step.name.clone(), before.clone());
+        before
+    }
+
     /// How much memory the step's machine held the last time.
     pub fn last_held_bytes(&self, step: &PlannedStep) -> Option<u64> {
-        self.index.last_run(&self.work, &step.name)?.held_bytes
+        self.before(step)?.held_bytes
     }
 
     /// Gives WORK what it lacks of a step's outputs, and says how much that was.
@@ -327,7 +340,7 @@ impl<'a, R> Checker<'a, R> {
         stamped_nanos: i64,
     ) -> Result<(Option<String>, bool), BuildError> {
         let store = || self.build.settings.store.value.clone();
-        let before = self.index.last_run(&self.work, &step.name);
+        let before = self.before(step);
         let command_ms = u64::try_from(ran.command.as_millis()).unwrap_or(u64::MAX);
         let mut not_kept = ran.spoiled.clone();
         let failure = failure(ran);

@@ -252,7 +252,10 @@ impl Fetching<'_> {
         let variable =
             |name: &&str| Some(((*name).to_owned(), String::from_utf8(host_variable(name)?).ok()?));
         let variables = GIT_VARIABLES.iter().filter_map(variable).collect();
-        let git = Git::find(&self.settings.search_path, variables).map_err(failed)?;
+        let mut git = Git::find(&self.settings.search_path, variables).map_err(failed)?;
+        if let Some(path) = &self.settings.ca_file.value {
+            git = git.trusting(path);
+        }
         let folder = self.settings.recipe.as_ref().and_then(|recipe| recipe.path.parent());
         let folder = folder.unwrap_or(&self.settings.directory);
         let local = url.strip_prefix("file:").map(|path| folder.join(path));

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use kiln_digest::Digest;
 
+use super::authority::Untrusted;
 use crate::fetch::vendor::VendorError;
 
 /// Why something could not be fetched.
@@ -18,6 +19,19 @@ pub enum FetchError {
         /// Where it was looked for last.
         url: String,
         /// Why that failed.
+        #[source]
+        source: Box<ureq::Error>,
+    },
+    /// The server's certificate is not to be trusted.
+    #[error("{what} is not fetched from `{url}`: the server's certificate {why}")]
+    Certificate {
+        /// What was wanted.
+        what: String,
+        /// Where it was looked for last.
+        url: String,
+        /// What is wrong with it.
+        why: Untrusted,
+        /// The word of the one who looked at it.
         #[source]
         source: Box<ureq::Error>,
     },
@@ -118,6 +132,7 @@ impl FetchError {
             Self::Unreachable { source, .. } if matches!(**source, ureq::Error::RequireHttpsOnly(_)) => {
                 Some("the server leads from https to http, which is not followed: name another URL".into())
             }
+            Self::Certificate { why, .. } => Some(why.hint()),
             Self::Unreachable { .. } | Self::NoSource { .. } => Some(
                 "connect this host to the network, set http_proxy, or name a mirror that it can reach \
                  (a file:// folder will do)"

@@ -2,11 +2,13 @@
 //!
 //! Two ways in: [`Client::get`] for a small document that is verified by its signature afterwards, and
 //! [`Client::fetch`] for a blob whose digest is known before. Proxies are those of the environment
-//! (`http_proxy`, `https_proxy`, `no_proxy`). A redirect from https to http is refused. Bodies are taken as they are sent:
+//! (`http_proxy`, `https_proxy`, `no_proxy`). Servers over https show certificates of the authorities that browsers trust, or of
+//! those in a file. A redirect from https to http is refused. Bodies are taken as they are sent:
 //! nothing undoes a content encoding, so a digest is that of the bytes that came.
 //!
 //! A client may have vendored bytes, which come before any URL, and may be offline: then it opens no URL at all.
 
+mod authority;
 mod error;
 #[cfg(test)]
 mod tests;
@@ -19,10 +21,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kiln_digest::{Digest, Hasher, HashingReader};
+use ureq::tls::TlsConfig;
 
 use super::vendor::Vendor;
 use crate::store::Blobs;
 
+pub use authority::{AuthorityError, Untrusted};
 pub use error::FetchError;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -111,7 +115,20 @@ fn broken(what: &str, url: &str, error: io::Error) -> FetchError {
 impl Client {
     /// A client with the proxies of the environment.
     pub fn new() -> Self {
+        Self::speaking(TlsConfig::default())
+    }
+
+    /// The same, for servers that the certificate authorities in the file `path` vouch for, and no others.
+    ///
+    /// # Errors
+    /// [`AuthorityError`].
+    pub fn trusting(path: &Path) -> Result<Self, AuthorityError> {
+        authority::trusting(path).map(Self::speaking)
+    }
+
+    fn speaking(tls: TlsConfig) -> Self {
         let config = ureq::Agent::config_builder()
+            .tls_config(tls)
             .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_recv_response(Some(READ_TIMEOUT))
             .timeout_per_read(Some(READ_TIMEOUT))
@@ -350,7 +367,11 @@ impl Client {
                 Err(FetchError::Missing { what: what.into(), url: url.into() })
             }
             Err(error) => {
-                Err(FetchError::Unreachable { what: what.into(), url: url.into(), source: Box::new(error) })
+                let (what, url) = (what.into(), url.into());
+                Err(match Untrusted::of(&error) {
+                    Some(why) => FetchError::Certificate { what, url, why, source: Box::new(error) },
+                    None => FetchError::Unreachable { what, url, source: Box::new(error) },
+                })
             }
         }
     }

@@ -92,6 +92,8 @@ pub struct RecipeSettings {
     pub offline: Option<bool>,
     /// Vendored bytes: what `kiln lock vendor` made.
     pub vendor: Option<PathBuf>,
+    /// Certificate authorities that vouch for servers, in place of those that browsers trust.
+    pub ca_file: Option<PathBuf>,
     /// Debian's archive.
     pub debian: Option<RecipeDebian>,
 }

@@ -2,6 +2,7 @@
 
 mod archive;
 mod git;
+mod tls;
 mod vendor;
 
 use std::fs;
