@@ -139,7 +139,7 @@ pub trait System {
     /// # Errors
     /// It cannot be mounted.
     fn mount_volume(&mut self, device: &str) -> Result<(), String>;
-    /// Takes it away again.
+    /// Takes it away again, unless it is in use.
     fn unmount_volume(&mut self);
     /// A small file on the partition.
     fn volume_file(&mut self, path: &str) -> Option<Vec<u8>>;
@@ -265,7 +265,16 @@ fn load_modules(system: &mut dyn System, is_usb: bool) {
 /// Says what failed, leaves logs, and waits until the machine may be restarted.
 pub fn fail(system: &mut dyn System, fatal: &Fatal) {
     system.say(&format!("FAILED: {fatal}"));
+    if matches!(fatal, Fatal::NoHash | Fatal::BadHash { .. } | Fatal::NoPartition(_)) {
+        // No partition was taken. One that was passed over is where somebody will look.
+        let volumes = system.volumes();
+        let mut slots = volumes.iter().filter(|volume| efi::LABELS.contains(&volume.label.as_str()));
+        if let Some(slot) = slots.find(|slot| system.mount_volume(&slot.device).is_ok()) {
+            system.say(&format!("Leaving logs on {} ({})", slot.device, slot.label));
+        }
+    }
     system.write_logs();
+    system.unmount_volume();
     system.say(&format!("Rebooting in {} sec", BEFORE_RESTART.as_secs()));
     system.pause(BEFORE_RESTART);
 }

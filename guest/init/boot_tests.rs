@@ -23,6 +23,8 @@ struct Played {
     /// Files that verity refuses.
     damaged: Vec<&'static str>,
     logs: usize,
+    /// The partition that was mounted then.
+    logged_on: Option<String>,
     loaded: Vec<String>,
     programs: Vec<String>,
 }
@@ -96,6 +98,7 @@ impl System for Played {
     }
     fn write_logs(&mut self) {
         self.logs += 1;
+        self.logged_on.clone_from(&self.mounted);
     }
     fn pause(&mut self, time: Duration) {
         self.time += time;
@@ -179,8 +182,30 @@ fn without_a_partition_it_waits_and_then_fails_without_a_hang() {
     let before = played.time;
     fail(&mut played, &fatal);
     assert_eq!((played.logs, played.time - before), (1, BEFORE_RESTART));
+    assert_eq!(played.logged_on, None, "there is no partition");
     assert!(played.said.iter().any(|line| line.starts_with("FAILED: ")));
     assert!(played.said.iter().any(|line| line == "Rebooting in 20 sec"));
+}
+
+#[test]
+fn a_failure_leaves_its_logs_on_the_partition_or_on_one_that_was_passed_over() {
+    let mut played = machine(0x1001);
+    for device in ["vda1", "vda2"] {
+        played.partitions.get_mut(device).expect("it is there").1 = files(THEIRS);
+    }
+    played.partitions.insert("sda1", ("DATA", files(OURS)));
+    let fatal = start(&mut played, "").expect_err("none is right");
+    fail(&mut played, &fatal);
+    assert_eq!(
+        (played.logged_on.as_deref(), played.mounted),
+        (Some("vda1"), None),
+        "of ours, and not in use"
+    );
+    let mut played = machine(0x1002);
+    played.root.clear();
+    let fatal = start(&mut played, "").expect_err("it is no root");
+    fail(&mut played, &fatal);
+    assert_eq!(played.logged_on.as_deref(), Some("vda2"));
 }
 
 #[test]

@@ -72,13 +72,17 @@ pub fn slot(start: Start) -> Slot {
     }
 }
 
+/// What the partitions of initOS are called.
+pub const LABELS: [&str; 3] = ["BOOTA", "BOOTB", STICK];
+const STICK: &str = "BOOTUSB";
+
 /// Labels of partitions in the order in which they are looked at. A USB stick comes first only where the image is the
 /// one for sticks, and only without Secure Boot.
 #[must_use]
 pub fn labels(start: Start, is_usb: bool) -> Vec<&'static str> {
     let slot = slot(start);
     let from_slot = start.entry.is_some_and(|entry| (0x1001..=0x1004).contains(&entry));
-    let stick = (is_usb && !start.is_secure && !from_slot).then_some("BOOTUSB");
+    let stick = (is_usb && !start.is_secure && !from_slot).then_some(STICK);
     stick.into_iter().chain([slot.label(), slot.other().label()]).collect()
 }
 

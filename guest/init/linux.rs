@@ -364,7 +364,8 @@ impl System for Linux {
     fn write_logs(&mut self) {
         let logs = Path::new(VOLUME).join("log");
         // Only where a partition is mounted: else it would be the initrd.
-        let mounted = fs::read_to_string("/proc/mounts").is_ok_and(|all| all.contains(VOLUME));
+        let mounted =
+            fs::read_to_string("/proc/mounts").is_ok_and(|all| all.contains(&format!(" {VOLUME} ")));
         if !mounted || fs::create_dir_all(&logs).is_err() {
             return;
         }
@@ -375,6 +376,9 @@ impl System for Linux {
         ] {
             let _ = fs::read(from).and_then(|bytes| fs::write(logs.join(name), bytes));
         }
+        let volumes =
+            self.volumes().into_iter().map(|volume| format!("{} {}\n", volume.device, volume.label));
+        let _ = fs::write(logs.join("blkid.log"), volumes.collect::<String>());
         let mut buffer = vec![0; 1 << 20];
         if let Ok(length) = read_kernel_log(&mut buffer) {
             let _ = fs::write(logs.join("dmesg.log"), &buffer[..length]);

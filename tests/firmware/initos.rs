@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -114,7 +114,7 @@ const PUBLIC: &str = "a public key";
 
 #[test]
 fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
-    let start = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock").as_secs_f64();
+    let start = kiln::clock::now().duration_since(UNIX_EPOCH).expect("a clock").as_secs_f64();
     let built = Built::new();
     built.kiln(&["build", "all", "check"]).ends(0, &["nothing was signed", "check: done"]);
     built

@@ -32,6 +32,8 @@ pub struct Shape<'a> {
     pub initrd: &'a Path,
     pub command_line: &'a str,
     pub disks: &'a [(&'a Path, Bus)],
+    /// Whether what it writes to its disks stays there.
+    pub keeps_writes: bool,
     /// Whether it has a network card, and something to ask for an address.
     pub has_network: bool,
 }
@@ -65,8 +67,8 @@ impl Machine {
                 Bus::Nvme => format!("nvme,serial={index}"),
             };
             let path = path.to_str().expect("text");
-            // Nothing that a guest writes stays.
-            qemu.args(["-drive", &format!("id=d{index},if=none,format=raw,snapshot=on,file={path}")])
+            let snapshot = if shape.keeps_writes { "off" } else { "on" };
+            qemu.args(["-drive", &format!("id=d{index},if=none,format=raw,snapshot={snapshot},file={path}")])
                 .args(["-device", &format!("{device},drive=d{index}")]);
         }
         if shape.has_network {

@@ -20,6 +20,7 @@ mod slots;
 mod standalone;
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use host::Host;
 use images::{Image, Separate, disk, initrd, initrd_of, kernel, single, single_layout};
@@ -29,10 +30,21 @@ use machine::{Bus, Machine, Shape};
 const TYPED: &str = "\x03\x1b\radrc\r\recho SH$((1+1))ELL\r";
 
 fn start(initrd: &Path, disks: &[(&Path, Bus)], command_line: &str) -> Machine {
+    start_with(initrd, disks, command_line, false)
+}
+
+fn start_with(initrd: &Path, disks: &[(&Path, Bus)], command_line: &str, keeps_writes: bool) -> Machine {
     // A quiet kernel shows warnings at this level, and the init's words are of that kind.
     let command_line = format!("quiet loglevel=5 {command_line}");
     let kernel = &kernel().image;
-    Machine::start(&Shape { kernel, initrd, command_line: &command_line, disks, has_network: false })
+    Machine::start(&Shape {
+        kernel,
+        initrd,
+        command_line: &command_line,
+        disks,
+        keeps_writes,
+        has_network: false,
+    })
 }
 
 #[test]
@@ -93,10 +105,13 @@ fn an_image_of_another_version_is_passed_over_for_the_signed_one() {
 #[test]
 fn with_no_image_left_it_fails_and_restarts_and_no_key_gives_a_shell() {
     let other = disk_of_another_version();
-    let mut machine = start(&initrd_of(single()), &[(&other, Bus::Virtio)], "");
-    for milestone in
-        ["initos.hash is of another version", "FAILED: boot partition not found", "Rebooting in 20 sec"]
-    {
+    let mut machine = start_with(&initrd_of(single()), &[(&other, Bus::Virtio)], "", true);
+    for milestone in [
+        "initos.hash is of another version",
+        "FAILED: boot partition not found",
+        "Leaving logs on vda (BOOTA)",
+        "Rebooting in 20 sec",
+    ] {
         machine.expect(milestone);
         machine.types(TYPED);
     }
@@ -104,6 +119,25 @@ fn with_no_image_left_it_fails_and_restarts_and_no_key_gives_a_shell() {
     let printed = machine.ends();
     assert!(printed.contains("INITOS: Restarting") && !printed.contains("SH2ELL"), "{printed}");
     assert!(!printed.contains("Kernel panic") && !printed.contains("ROOT is"), "{printed}");
+    // What explains it is on the partition, read by another's reader.
+    for (name, words) in [
+        ("dmesg.log", "INITOS: FAILED: boot partition not found"),
+        ("blkid.log", "vda BOOTA\n"),
+        ("devices", " vda\n"),
+        ("filesystems", "\tvfat\n"),
+        ("lsmod.log", "vfat "),
+    ] {
+        let mut mtype = Command::new("mtype");
+        let output = mtype.arg("-i").arg(&other).arg(format!("::/log/{name}")).output().expect("mtools");
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains(words), "{name}: {text}");
+    }
+    let fsck = Command::new("sh")
+        .args(["-c", "PATH=$PATH:/usr/sbin:/sbin exec fsck.vfat -n \"$1\"", "sh"])
+        .arg(&other)
+        .output();
+    let fsck = fsck.expect("sh");
+    assert!(fsck.status.success(), "{}", String::from_utf8_lossy(&fsck.stdout));
 }
 
 #[test]
@@ -157,16 +191,22 @@ fn the_image_for_sticks_takes_a_stick_first_and_programs_of_the_initrd_before_th
 }
 
 /// Real firmware, with keys: that it is on is read, modules are what a kernel under lockdown loads, and the entry that was
-/// taken decides. The root makes the second entry and asks for it.
+/// taken decides. The root makes the second entry and asks for it. That has load options, which Secure Boot keeps from the
+/// kernel; without it, it looks for its init where they say, and there is none.
 #[test]
-fn under_secure_boot_the_firmwares_entry_decides_the_slot() {
+fn under_secure_boot_the_firmwares_entry_decides_the_slot_and_nothing_of_the_command_line() {
     let host = Host::new();
     let disk = slots::disk();
-    let mut kiln = host.kiln();
-    kiln.arg("boot").arg(&disk.image).arg("--secure-boot").arg(&disk.keys);
-    for statement in [
+    let boot = |arguments: &[&str], script: &[&str]| {
+        let mut kiln = host.kiln();
+        kiln.arg("boot").arg(&disk.image).args(arguments);
+        script.iter().for_each(|statement| drop(kiln.args(["-e", statement])));
+        host.end(&mut kiln, &[]).ends(0, &["as the script wants it"]);
+    };
+    let secure = [
         "within 200s",
         "reject FAILED",
+        "reject Unable to mount root fs",
         "expect SECURE: Secure Boot is on",
         "expect Found InitOS partition vda1",
         "expect BOOT_NEXT=B",
@@ -176,8 +216,9 @@ fn under_secure_boot_the_firmwares_entry_decides_the_slot() {
         "expect BOOT_CURRENT=1002",
         "expect BOOT_NEXT=A",
         "poweroff",
-    ] {
-        kiln.args(["-e", statement]);
-    }
-    host.end(&mut kiln, &[]).ends(0, &["as the script wants it"]);
+    ];
+    boot(&["--secure-boot", disk.keys.to_str().expect("text")], &secure);
+    let insecure =
+        ["within 200s", "expect BOOT_SECURE=0", "reboot", "reject INITOS", "expect Unable to mount root fs"];
+    boot(&[], &insecure);
 }

@@ -1,5 +1,5 @@
 //! A disk with both slots, each with the same signed image for firmware. The first start is by the name that firmware looks
-//! for on any disk; the root then makes entry 1002 for the second partition and asks for it.
+//! for on any disk; the root then makes entry 1002 for the second partition, with load options, and asks for it.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -64,8 +64,11 @@ pub fn disk() -> Slots {
     Slots { image: path, keys }
 }
 
+/// What the second entry hands to the image as its command line, and where the kernel then looks for its init.
+const OPTIONS: &str = "console=ttyS0 loglevel=5 panic=-1 no_timer_check rdinit=/stranger";
+
 /// An `EFI_LOAD_OPTION` (UEFI 2.10 §3.1.3) for the image of the partition that begins at the byte `start`, by the short form
-/// of its path: GUID and file (§10.3.5).
+/// of its path: GUID and file (§10.3.5), with options that nobody signed.
 fn load_option(guid: &[u8], start: u64) -> Vec<u8> {
     let wide =
         |text: &str| -> Vec<u8> { text.encode_utf16().chain([0]).flat_map(u16::to_le_bytes).collect() };
@@ -78,7 +81,8 @@ fn load_option(guid: &[u8], start: u64) -> Vec<u8> {
     let file = wide("\\EFI\\BOOT\\BOOTX64.EFI");
     let path = [node([4, 1], &partition), node([4, 4], &file), node([0x7f, 0xff], &[])].concat();
     let length = u16::try_from(path.len()).expect("short");
-    [&1_u32.to_le_bytes()[..], &length.to_le_bytes(), &wide("InitOS SecureB"), &path].concat()
+    let head = [&1_u32.to_le_bytes()[..], &length.to_le_bytes(), &wide("InitOS SecureB")].concat();
+    [head, path, wide(OPTIONS)].concat()
 }
 
 /// A unified kernel image for `root`, signed by sbsign with a new db key.

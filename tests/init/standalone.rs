@@ -43,6 +43,7 @@ fn boot(root: &Image, initrd: &PathBuf) -> Machine {
         initrd,
         command_line: "quiet loglevel=5",
         disks: &[(&disk, Bus::Virtio)],
+        keeps_writes: false,
         has_network: true,
     })
 }

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 use kiln::sign::SignError;
 use kiln::sign::images::Source;
@@ -79,7 +79,7 @@ fn whoever_swaps_a_part_while_it_is_signed_gets_no_signature_over_another() {
     // Signing is deterministic, so there is one good image.
     let good_image = built.signed();
     let secrets = built.host.path("secrets");
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("a clock");
+    let now = kiln::clock::now().duration_since(UNIX_EPOCH).expect("a clock");
     let keys = Keys::open(&secrets, now).expect("whole");
     let sign = || {
         let local = Local::read(&secrets, None, None, Some(&keys)).expect("whole");
