@@ -126,8 +126,8 @@ fn a_template_that_is_not_what_was_frozen_is_noticed_and_made_anew() {
         ("a part of it is missing", &|path| fs::remove_file(path.join("ram")).expect("it is there")),
         ("description is damaged", &|path| {
             let about = fs::read_to_string(path.join("about.json")).expect("text");
-            let (start, end) = about.split_once("\"qemu\": \"").expect("a version");
-            fs::write(path.join("about.json"), format!("{start}\"qemu\": \"9.{end}")).expect("room");
+            let (start, end) = about.split_once("\"version\": \"").expect("a version");
+            fs::write(path.join("about.json"), format!("{start}\"version\": \"9.{end}")).expect("room");
         }),
     ];
     for (words, damage) in damages {

@@ -200,7 +200,9 @@ fn under_secure_boot_the_firmwares_entry_decides_the_slot_and_nothing_of_the_com
     let boot = |arguments: &[&str], script: &[&str]| {
         let mut kiln = host.kiln();
         kiln.arg("boot").arg(&disk.image).args(arguments);
-        script.iter().for_each(|statement| drop(kiln.args(["-e", statement])));
+        for statement in script {
+            kiln.args(["-e", statement]);
+        }
         host.end(&mut kiln, &[]).ends(0, &["as the script wants it"]);
     };
     let secure = [
