@@ -236,6 +236,14 @@ impl<B: Bitmap + 'static> Device<B> for Vsock {
     fn reset(&mut self) {
         self.muxer.reset();
     }
+
+    fn finish(&mut self, queues: &mut [Option<&mut Queue>], memory: &GuestMemoryMmap<B>) {
+        // A queue that the guest broke last has nothing more to say.
+        while Device::<B>::process(self, Wake::Queue(TRANSMIT), queues, memory)
+            .is_ok_and(|outcome| outcome.again)
+        {}
+        self.muxer.reset();
+    }
 }
 
 #[cfg(test)]

@@ -167,6 +167,18 @@ fn a_guest_connects_sends_and_receives() {
 }
 
 #[test]
+fn what_a_guest_that_ended_had_sent_arrives_and_then_its_streams_end() {
+    let mut guest = Guest::new();
+    let mut stream = guest.connect(1000);
+    guest.transmit.send(&guest.memory, &rw(1000, b"last words"), 0);
+    let mut queues = [Some(&mut guest.receive.queue), Some(&mut guest.transmit.queue), None];
+    Device::<()>::finish(&mut guest.device, &mut queues, &guest.memory);
+    let mut heard = Vec::new();
+    stream.read_to_end(&mut heard).expect("an end");
+    assert_eq!(heard, b"last words");
+}
+
+#[test]
 fn the_host_connects_and_hears_what_the_guest_says() {
     for (answer_op, accepted) in [(op::RESPONSE, true), (op::RST, false), (op::RW, false)] {
         let mut guest = Guest::new();
