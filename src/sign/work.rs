@@ -28,7 +28,14 @@ pub struct Work {
     pub(super) folder: Folder,
     /// What its build says.
     pub record: Record,
-    _lock: fs::File,
+    lock: fs::File,
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        // Closing it is not enough: a process that is being started holds a copy of every descriptor until its execve(2).
+        let _ = self.lock.unlock();
+    }
 }
 
 /// Root hashes that were computed from their images.
@@ -66,7 +73,7 @@ impl Work {
             }
         }
         let record = Record::parse(&folder.read(path, RECORD_BYTES_MAX)?)?;
-        Ok(Self { folder, record, _lock: lock })
+        Ok(Self { folder, record, lock })
     }
 
     /// Computes the root hash of every image anew, and holds it against its tree and the file of its hash; and the digests
