@@ -103,8 +103,8 @@ pub(super) fn doctor(host: &Host, arguments: &DoctorArguments) -> Result<ExitCod
         jail(&qemu);
     }
     match host.backend(&Boundary::default()) {
-        Ok(_) if verdict.is_usable() => {
-            let which = if host.vmm().is_some() { "kiln's own VMM on KVM" } else { "qemu with KVM" };
+        Ok(qemu) if verdict.is_usable() => {
+            let which = if host.vmm(&qemu).is_some() { "kiln's own VMM on KVM" } else { "qemu with KVM" };
             line(&format!("backend  {which}, because the probe ran guest code at a processor's speed"));
         }
         Ok(_) => line(&format!(

@@ -302,16 +302,12 @@ impl Host {
         self.settings.template.value.then(place)
     }
 
-    /// kiln's own VMM, where it runs the machines of steps: where it is chosen, and where nothing is and KVM can be used. Roots
-    /// are made with QEMU's all the same.
-    pub fn vmm(&self) -> Option<KilnVmm> {
-        let chosen = match self.settings.backend.value {
-            BackendChoice::Vmm => true,
-            BackendChoice::Auto => self.kvm(false).is_usable(),
-            _ => false,
-        };
-        let with = |templates| KilnVmm::default().with_templates(templates);
-        chosen.then(|| self.templates().map_or_else(KilnVmm::default, with))
+    /// kiln's own VMM, where it runs the machines of steps rather than `qemu`, the backend that was chosen: where it was asked for,
+    /// and where nothing was and KVM can be used. Roots are made with QEMU's all the same.
+    pub fn vmm(&self, qemu: &Qemu) -> Option<KilnVmm> {
+        let choice = self.settings.backend.value;
+        let suits = matches!(choice, BackendChoice::Auto | BackendChoice::Vmm) && qemu.uses_kvm();
+        suits.then(|| KilnVmm::new(self.templates()))
     }
 
     /// Where Debian packages come from.

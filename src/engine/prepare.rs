@@ -178,7 +178,7 @@ pub(super) fn prepare(
         let _ = events(Event::Progress(text));
     };
     // It has no network card, and no processor with virtualisation.
-    let vmm = host.vmm().filter(|_| !step.network && !step.nested);
+    let vmm = host.vmm(&qemu).filter(|_| !step.network && !step.nested);
     let bundle = host.bundle(&step.kernel, step.carrier, &mut progress)?;
     let root_bundle = match step.carrier {
         Carrier::Serial => bundle.clone(),

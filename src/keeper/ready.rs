@@ -101,7 +101,7 @@ impl Backend {
     /// It, with `templates`.
     fn open(&self, templates: Templates) -> Result<Box<dyn Readies>, Box<dyn std::error::Error>> {
         Ok(match self {
-            Self::Vmm => Box::new(KilnVmm::default().with_templates(templates)),
+            Self::Vmm => Box::new(KilnVmm::new(Some(templates))),
             Self::Qemu { program, kvm } => {
                 let accelerator = if *kvm { Accelerator::Kvm } else { Accelerator::Tcg };
                 let program = program.to_str().ok_or("a QEMU whose path is not UTF-8")?;

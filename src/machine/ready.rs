@@ -15,12 +15,10 @@ use kiln_digest::Digest;
 use kiln_virtio::control::Client;
 use kiln_virtio::fs::record::Record;
 
-use super::qemu::Qemu;
 use super::server::give;
 use super::slots::Places;
 use super::template::greeting::{exchange, greet};
-use super::template::{Freezer, Templates, suits};
-use super::vmm::KilnVmm;
+use super::template::{Freezer, suits};
 use super::{Death, Disk, Identity, Machine, MachineError, Origin, Share, Spec};
 
 /// How long an agent that is ready may take to say so.
@@ -210,46 +208,24 @@ pub trait Readies {
     fn make_ready(&self, spec: &Spec) -> Result<Option<Ready>, MachineError>;
 }
 
-impl Readies for Qemu {
+impl<F: Freezer<Machine: 'static>> Readies for F {
     fn ready_key(&self, spec: &Spec) -> io::Result<Option<Digest>> {
-        key(self, self.templates(), spec)
+        if self.templates().is_none() || !suits(spec) {
+            return Ok(None);
+        }
+        let mut parts = vec![self.key(spec)?.to_string()];
+        for (index, disk) in Places::of(&spec.disks).numbered() {
+            parts.push(format!("{index} {}", identity(disk)?));
+        }
+        Ok(Some(Digest::of(parts.join("\n").as_bytes())))
     }
 
     fn make_ready(&self, spec: &Spec) -> Result<Option<Ready>, MachineError> {
-        make(self, self.templates(), spec)
-    }
-}
-
-impl Readies for KilnVmm {
-    fn ready_key(&self, spec: &Spec) -> io::Result<Option<Digest>> {
-        key(self, self.templates(), spec)
-    }
-
-    fn make_ready(&self, spec: &Spec) -> Result<Option<Ready>, MachineError> {
-        make(self, self.templates(), spec)
-    }
-}
-
-fn key(freezer: &impl Freezer, templates: Option<&Templates>, spec: &Spec) -> io::Result<Option<Digest>> {
-    if templates.is_none() || !suits(spec) {
-        return Ok(None);
-    }
-    let mut parts = vec![freezer.key(spec)?.to_string()];
-    for (index, disk) in Places::of(&spec.disks).numbered() {
-        parts.push(format!("{index} {}", identity(disk)?));
-    }
-    Ok(Some(Digest::of(parts.join("\n").as_bytes())))
-}
-
-fn make<F: Freezer<Machine: 'static>>(
-    freezer: &F,
-    templates: Option<&Templates>,
-    spec: &Spec,
-) -> Result<Option<Ready>, MachineError> {
-    match templates.map(|templates| templates.copy(freezer, spec)) {
-        Some(Ok(machine)) => Ok(Some(Ready { machine: Box::new(machine) })),
-        Some(Err(notes)) if !notes.is_empty() => Err(MachineError::Device(notes.join("; "))),
-        _ => Ok(None),
+        match self.templates().map(|templates| templates.copy(self, spec)) {
+            Some(Ok(machine)) => Ok(Some(Ready { machine: Box::new(machine) })),
+            Some(Err(notes)) if !notes.is_empty() => Err(MachineError::Device(notes.join("; "))),
+            _ => Ok(None),
+        }
     }
 }
 

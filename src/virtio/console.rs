@@ -137,12 +137,7 @@ impl Console {
     ) -> Result<(), virtio_queue::Error> {
         let mut taken = 0;
         while taken < queue.size() {
-            let Some(next) = Chain::next_of(queue, memory, LIMITS)? else {
-                if queue.enable_notification(memory)? {
-                    continue;
-                }
-                break;
-            };
+            let Some(next) = Chain::next_or_notify(queue, memory, LIMITS)? else { break };
             taken += 1;
             if let Ok(mut chain) = next.chain
                 && let Some(bytes) = chain.readable.read_array::<{ size_of::<Message>() }>()
@@ -167,12 +162,7 @@ impl Console {
     ) -> Result<(), virtio_queue::Error> {
         let mut given = false;
         while let Some(message) = self.told.front() {
-            let Some(next) = Chain::next_of(queue, memory, LIMITS)? else {
-                if queue.enable_notification(memory)? {
-                    continue;
-                }
-                break;
-            };
+            let Some(next) = Chain::next_or_notify(queue, memory, LIMITS)? else { break };
             let fits = next.chain.is_ok_and(|mut chain| chain.writable.write(message));
             let length = if fits { message.len() } else { 0 };
             queue.add_used(memory, next.head, u32::try_from(length).unwrap_or(0))?;
@@ -215,12 +205,7 @@ impl Console {
                 outcome.again = true;
                 break;
             }
-            let Some(next) = Chain::next_of(queue, memory, LIMITS)? else {
-                if queue.enable_notification(memory)? {
-                    continue;
-                }
-                break;
-            };
+            let Some(next) = Chain::next_or_notify(queue, memory, LIMITS)? else { break };
             taken += 1;
             if let Ok(mut chain) = next.chain {
                 let mut bytes = vec![0; chain.readable.remaining_bytes()];
@@ -249,12 +234,7 @@ impl Console {
                 outcome.again = true;
                 break;
             }
-            let Some(next) = Chain::next_of(queue, memory, LIMITS)? else {
-                if queue.enable_notification(memory)? {
-                    continue;
-                }
-                break;
-            };
+            let Some(next) = Chain::next_or_notify(queue, memory, LIMITS)? else { break };
             let mut written = 0;
             if let Ok(mut chain) = next.chain
                 && chain.writable.remaining_bytes() > 0

@@ -107,6 +107,26 @@ impl<'m, B: Bitmap + 'static> Chain<'m, B> {
         Ok(Some(Taken { head, chain: Self::walk(descriptors, memory, limits) }))
     }
 
+    /// As [`Chain::next_of`]; where there is none, the driver is to notify of the next one from now on.
+    ///
+    /// # Errors
+    /// Those of [`Chain::next_of`].
+    pub fn next_or_notify(
+        queue: &mut Queue,
+        memory: &'m GuestMemoryMmap<B>,
+        limits: Limits,
+    ) -> Result<Option<Taken<'m, B>>, virtio_queue::Error> {
+        loop {
+            if let Some(taken) = Self::next_of(queue, memory, limits)? {
+                return Ok(Some(taken));
+            }
+            // One may have come before the driver was told to.
+            if !queue.enable_notification(memory)? {
+                return Ok(None);
+            }
+        }
+    }
+
     fn walk(
         descriptors: DescriptorChain<&GuestMemoryMmap<B>>,
         memory: &'m GuestMemoryMmap<B>,

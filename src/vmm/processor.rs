@@ -1,8 +1,6 @@
 //! All that a virtual processor holds between two instructions, taken from one and given to another.
 #![expect(unsafe_code, reason = "KVM reads as much of an XSAVE area as the guest's features ask for")]
 
-use std::io;
-
 use kvm_bindings::{
     Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -109,10 +107,4 @@ fn model_specific(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, 
         _ => 1,
     });
     Ok(known)
-}
-
-impl From<CpuError> for io::Error {
-    fn from(error: CpuError) -> Self {
-        io::Error::other(error)
-    }
 }

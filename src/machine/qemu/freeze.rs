@@ -12,10 +12,16 @@ use super::devices::Devices;
 use super::vm::QemuMachine;
 use super::{Origins, Qemu, argv, key};
 use crate::machine::Spec;
-use crate::machine::template::{BOOT_PATIENCE, COPY_PATIENCE, Freezer, Template, TemplateError, answer, ram};
+use crate::machine::template::{
+    BOOT_PATIENCE, COPY_PATIENCE, Freezer, Template, TemplateError, Templates, answer, ram,
+};
 
 impl Freezer for Qemu {
     type Machine = QemuMachine;
+
+    fn templates(&self) -> Option<&Templates> {
+        self.templates.as_ref()
+    }
 
     fn key(&self, spec: &Spec) -> io::Result<Digest> {
         key::of(self, spec)

@@ -25,7 +25,6 @@ use rustix::process::{Pid, Signal};
 
 use super::jail::Profile;
 use super::launch::{Become, RAM};
-use super::ready::Lendable as _;
 use super::server::pair;
 use super::slots::Places;
 use super::spawn::spawn_jailed;
@@ -92,11 +91,6 @@ impl Qemu {
         Self { templates: Some(templates), ..self }
     }
 
-    /// Where it has templates.
-    pub fn templates(&self) -> Option<&Templates> {
-        self.templates.as_ref()
-    }
-
     /// Whether it uses KVM.
     pub fn uses_kvm(&self) -> bool {
         self.accelerator == Accelerator::Kvm
@@ -120,15 +114,9 @@ enum Origins {
 
 impl Backend for Qemu {
     fn start(&self, spec: Spec) -> Result<Box<dyn Machine>, MachineError> {
-        let notes = match &self.templates {
-            Some(templates) if template::suits(&spec) => match templates.copy(self, &spec) {
-                Ok(mut machine) => {
-                    machine.give(&spec.shares)?;
-                    return Ok(Box::new(machine));
-                }
-                Err(notes) => notes,
-            },
-            _ => Vec::new(),
+        let notes = match template::copy(self, &spec)? {
+            Ok(machine) => return Ok(Box::new(machine)),
+            Err(notes) => notes,
         };
         let devices = match spec.shares.is_empty() && spec.carrier == Carrier::Serial {
             true => None,

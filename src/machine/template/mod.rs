@@ -59,6 +59,9 @@ pub(super) trait Freezer {
     /// Its machines.
     type Machine: Lendable;
 
+    /// Where its templates are, if it has any.
+    fn templates(&self) -> Option<&Templates>;
+
     /// What decides what is in the template for machines of `spec`.
     ///
     /// # Errors
@@ -259,6 +262,23 @@ impl Templates {
 /// What is not as it was written.
 pub fn verify(path: &Path) -> io::Result<()> {
     files::verify(path).map_err(io::Error::other)
+}
+
+/// A copy for `spec` with its shares, where it can be one. Where it cannot, what the user should know of that.
+///
+/// # Errors
+/// The shares are to blame: a machine that boots would not have them either.
+pub(super) fn copy<F: Freezer>(
+    freezer: &F,
+    spec: &Spec,
+) -> Result<Result<F::Machine, Vec<String>>, MachineError> {
+    match freezer.templates() {
+        Some(templates) if suits(spec) => match templates.copy(freezer, spec) {
+            Ok(mut machine) => machine.give(&spec.shares).map(|()| Ok(machine)),
+            Err(notes) => Ok(Err(notes)),
+        },
+        _ => Ok(Err(Vec::new())),
+    }
 }
 
 /// Waits for the machine's agent to answer.

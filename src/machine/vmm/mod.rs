@@ -52,21 +52,16 @@ fn command_line(carrier: Carrier) -> String {
 }
 
 /// Starts machines with kiln's own VMM.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct KilnVmm {
     templates: Option<Templates>,
 }
 
 impl KilnVmm {
-    /// Copies machines from `templates` from now on, where it can.
+    /// One that copies machines from `templates`, where it is given some.
     #[must_use]
-    pub fn with_templates(self, templates: Templates) -> Self {
-        Self { templates: Some(templates) }
-    }
-
-    /// Where it has templates.
-    pub fn templates(&self) -> Option<&Templates> {
-        self.templates.as_ref()
+    pub fn new(templates: Option<Templates>) -> Self {
+        Self { templates }
     }
 
     /// Starts a machine of `spec` without its shares.
@@ -162,15 +157,9 @@ fn held(bytes: &[u8]) -> io::Result<File> {
 
 impl Backend for KilnVmm {
     fn start(&self, spec: Spec) -> Result<Box<dyn Machine>, MachineError> {
-        let notes = match &self.templates {
-            Some(templates) if template::suits(&spec) => match templates.copy(self, &spec) {
-                Ok(mut machine) => {
-                    machine.give(&spec.shares)?;
-                    return Ok(Box::new(machine));
-                }
-                Err(notes) => notes,
-            },
-            _ => Vec::new(),
+        let notes = match template::copy(self, &spec)? {
+            Ok(machine) => return Ok(Box::new(machine)),
+            Err(notes) => notes,
         };
         let mut machine = self.bring_up(&spec, Begins::Boot(memory::make_file(spec.memory_bytes)?))?;
         machine.note(notes);
@@ -181,6 +170,10 @@ impl Backend for KilnVmm {
 
 impl Freezer for KilnVmm {
     type Machine = VmmMachine;
+
+    fn templates(&self) -> Option<&Templates> {
+        self.templates.as_ref()
+    }
 
     fn key(&self, spec: &Spec) -> io::Result<Digest> {
         let parts = [

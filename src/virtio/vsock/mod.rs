@@ -135,13 +135,8 @@ impl Vsock {
                 outcome.again = true;
                 break;
             }
-            let Some(next) = Chain::next_of(queue, memory, LIMITS)? else {
-                // The driver's next buffers come with a notification.
-                if queue.enable_notification(memory)? {
-                    continue;
-                }
-                break;
-            };
+            // The driver's next buffers come with a notification.
+            let Some(next) = Chain::next_or_notify(queue, memory, LIMITS)? else { break };
             let mut written = 0;
             if let Ok(mut chain) = next.chain
                 && let Some(mut room) = chain.writable.split_off(HEADER_BYTES)
