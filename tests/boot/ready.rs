@@ -27,7 +27,7 @@ fn keepers(host: &Host) -> Vec<String> {
 /// Waits for the keeper that the last run ordered.
 fn keeper(host: &Host) -> String {
     let mut found = Vec::new();
-    soon(30, "a machine is ready", || {
+    soon(90, "a machine is ready", || {
         found = keepers(host);
         found.len() == 1
     });
