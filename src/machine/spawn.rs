@@ -37,6 +37,11 @@ impl Process {
         self.stderr.text().trim().replace('\n', "; ")
     }
 
+    /// Whether all that it wrote to its standard error is lines, and there is one.
+    pub fn has_said_a_line(&self) -> bool {
+        self.stderr.text().ends_with('\n')
+    }
+
     /// Hangs up on `stream` when the process ends: whoever waits at its other half then learns that.
     pub fn hang_up_at_end(&self, stream: UnixStream) {
         self.stderr.hang_up_at_end(stream);

@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind, Write as _};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -19,7 +19,7 @@ use vm_memory::bitmap::Bitmap;
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::device::{COMMON_FEATURES, Device, Outcome, StateError, Wake};
+use crate::device::{COMMON_FEATURES, Device, LAST_WORDS, Outcome, StateError, Wake};
 use crate::ring::{Chain, Limits, QueueError};
 
 /// VIRTIO_ID_CONSOLE.
@@ -36,8 +36,6 @@ const FEATURE_MULTIPORT: u64 = 1 << 1;
 const LIMITS: Limits = Limits { readable_bytes: 128 << 10, writable_bytes: 128 << 10, slices: 64 };
 /// Most messages about the port that wait for the guest's room: it has to ask for each.
 const MOST_TOLD: usize = 16;
-/// How long the other end may take to read what a guest that is gone had written.
-const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// Events of messages about a port (§5.3.6.2).
 const DEVICE_READY: u16 = 0;

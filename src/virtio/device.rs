@@ -4,6 +4,7 @@
 //! has notified a queue or when the device's own descriptor is readable, and raises what the device returns.
 
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
@@ -58,6 +59,9 @@ pub enum StateError {
     #[error("not a state of this device")]
     Malformed,
 }
+
+/// How long what a guest that is gone had written may take to be passed on.
+pub(crate) const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// A virtio device, whatever carries it. `B` is the dirty bitmap of the guest memory it is used with.
 pub trait Device<B: Bitmap + 'static>: Send {

@@ -9,12 +9,13 @@ use std::thread;
 use kiln_virtio::device::{Device, Outcome, StateError, Wake};
 use kiln_virtio::patience::{self, Patience};
 use kiln_virtio::process::Narrowing;
+use kiln_virtio::ring::QueueError;
 use virtio_queue::{Queue as Ring, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::mmio::{Frozen, Position, Queue, Target};
+use crate::mmio::{Frozen, Lines, Position, Queue, Target};
 use crate::vcpu::End;
 use crate::vm::{Confine, OnEnd};
 
@@ -26,9 +27,24 @@ const STACK_BYTES: usize = 256 << 10;
 /// A device and, where the driver has set them up, its queues.
 struct Served<D> {
     device: D,
+    /// What is served.
     rings: Vec<Option<Ring>>,
-    interrupt: Option<EventFd>,
-    notified: Vec<EventFd>,
+    /// What the guest had when it was stopped.
+    halted: Vec<Option<Ring>>,
+    /// The driver is gone, and the device has to forget it: its own thread does that, which may do what that takes.
+    forgets: bool,
+    lines: Option<Lines>,
+}
+
+/// Why a device is not served any more.
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    /// Its driver's doing.
+    #[error("{0}: {source}", source = .0.source)]
+    Queue(#[from] QueueError),
+    /// The host's.
+    #[error(transparent)]
+    Host(#[from] io::Error),
 }
 
 /// The thread that serves a device.
@@ -73,8 +89,9 @@ impl<D: Device<()> + 'static> Local<D> {
             served: Arc::new(Mutex::new(Served {
                 device,
                 rings: Vec::new(),
-                interrupt: None,
-                notified: Vec::new(),
+                halted: Vec::new(),
+                forgets: false,
+                lines: None,
             })),
         };
         let (served, memory) = (Arc::clone(&local.served), memory.clone());
@@ -83,9 +100,13 @@ impl<D: Device<()> + 'static> Local<D> {
         let epoll = Epoll::new()?;
         let serve = move || {
             let mut server = Server { served, memory, narrowing, patience: Patience::default() };
-            let broken = confine().and_then(|()| server.serve(&epoll, &bell, events));
-            if let Err(error) = broken {
-                on_end(End::Device { what: format!("{name}: {error}") });
+            let served = confine().map_err(Broken::Host);
+            match served.and_then(|()| server.serve(&epoll, &bell, events)) {
+                Ok(()) => {}
+                Err(Broken::Queue(error)) => {
+                    on_end(End::Device { what: format!("{name}: {}", Broken::Queue(error)) });
+                }
+                Err(Broken::Host(error)) => on_end(End::Thread { what: format!("{name}: {error}") }),
             }
         };
         thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES).spawn(serve)?;
@@ -98,8 +119,6 @@ impl<D: Device<()> + 'static> Local<D> {
         features: u64,
         queues: &[Option<Queue>],
         positions: &[Option<Position>],
-        notified: &[EventFd],
-        interrupt: &EventFd,
     ) -> io::Result<()> {
         let position = |index| positions.get(index).copied().flatten();
         let rings = queues
@@ -107,12 +126,7 @@ impl<D: Device<()> + 'static> Local<D> {
             .enumerate()
             .map(|(index, queue)| queue.map(|queue| ring(&queue, position(index), features)).transpose());
         let rings = rings.collect::<Result<_, _>>().map_err(io::Error::other)?;
-        let mut served = lock(&self.served);
-        if served.notified.is_empty() {
-            served.notified = notified.iter().map(EventFd::try_clone).collect::<io::Result<_>>()?;
-        }
-        (served.rings, served.interrupt) = (rings, Some(interrupt.try_clone()?));
-        drop(served);
+        lock(&self.served).rings = rings;
         self.bell.write(1)
     }
 }
@@ -135,7 +149,12 @@ struct Server<D> {
 
 impl<D: Device<()>> Server<D> {
     /// Serves until the driver breaks a queue.
-    fn serve(&mut self, epoll: &Epoll, bell: &EventFd, events_of_device: Option<RawFd>) -> io::Result<()> {
+    fn serve(
+        &mut self,
+        epoll: &Epoll,
+        bell: &EventFd,
+        events_of_device: Option<RawFd>,
+    ) -> Result<(), Broken> {
         let watch = |descriptor: RawFd, number| {
             epoll.ctl(ControlOperation::Add, descriptor, EpollEvent::new(EventSet::IN, number))
         };
@@ -152,23 +171,23 @@ impl<D: Device<()>> Server<D> {
                     (EVENTS, _) => self.work_off(Wake::Events)?,
                     (BELL, _) | (_, Err(_)) => {
                         let _ = bell.read();
-                        let served = lock(&self.served);
-                        // The descriptors stay the same when a driver starts again.
-                        for (number, event) in (0..).zip(served.notified.iter().filter(|_| !watched)) {
-                            watch(event.as_raw_fd(), number)?;
+                        let mut served = lock(&self.served);
+                        if let (Some(lines), false) = (&served.lines, watched) {
+                            for (number, event) in (0..).zip(&lines.notified) {
+                                watch(event.as_raw_fd(), number)?;
+                            }
+                            events_of_device.map_or(Ok(()), |events| watch(events, EVENTS))?;
+                            watched = true;
                         }
-                        if let (Some(events), false) = (events_of_device, watched) {
-                            watch(events, EVENTS)?;
-                        }
-                        watched = true;
+                        served.forget();
                         let queues = served.rings.len();
                         drop(served);
                         // What was made available before anybody watched.
                         (0..queues).try_for_each(|queue| self.work_off(Wake::Queue(queue)))?;
                     }
                     (_, Ok(queue)) => {
-                        if let Some(event) = lock(&self.served).notified.get(queue) {
-                            let _ = event.read();
+                        if let Some(lines) = &lock(&self.served).lines {
+                            let _ = lines.notified.get(queue).map(EventFd::read);
                         }
                         self.work_off(Wake::Queue(queue))?;
                     }
@@ -178,7 +197,7 @@ impl<D: Device<()>> Server<D> {
     }
 
     /// Works off what is there. Between two rounds a driver that stops the device has its turn.
-    fn work_off(&mut self, wake: Wake) -> io::Result<()> {
+    fn work_off(&mut self, wake: Wake) -> Result<(), Broken> {
         loop {
             if let Some(lock_in) = self.narrowing.as_ref().and_then(|narrowing| narrowing.get()) {
                 lock_in()?;
@@ -201,9 +220,10 @@ impl<D: Device<()>> Server<D> {
 
 impl<D: Device<()>> Served<D> {
     /// Does a round's work, raises its interrupt, and says what is left.
-    fn work(&mut self, wake: Wake, memory: &GuestMemoryMmap) -> io::Result<Outcome> {
+    fn work(&mut self, wake: Wake, memory: &GuestMemoryMmap) -> Result<Outcome, QueueError> {
+        self.forget();
         let mut rings: Vec<Option<&mut Ring>> = self.rings.iter_mut().map(Option::as_mut).collect();
-        let outcome = self.device.process(wake, &mut rings, memory).map_err(io::Error::other)?;
+        let outcome = self.device.process(wake, &mut rings, memory)?;
         if outcome.interrupt != 0 {
             self.interrupt();
         }
@@ -211,9 +231,23 @@ impl<D: Device<()>> Served<D> {
     }
 
     fn interrupt(&self) {
-        if let Some(interrupt) = &self.interrupt {
+        if let Some(lines) = &self.lines {
             // Only a full counter fails, and then the interrupt is up anyway.
-            let _ = interrupt.write(1);
+            let _ = lines.interrupt.write(1);
+        }
+    }
+
+    /// Forgets the driver that is gone, before anything is done for the next.
+    fn forget(&mut self) {
+        if std::mem::take(&mut self.forgets) {
+            self.device.reset();
+        }
+    }
+
+    /// Serves nothing more.
+    fn halt(&mut self) {
+        if !self.rings.is_empty() {
+            self.halted = std::mem::take(&mut self.rings);
         }
     }
 }
@@ -250,25 +284,26 @@ impl<D: Device<()> + 'static> Target for Local<D> {
         &self.config
     }
 
-    fn start(
-        &mut self,
-        features: u64,
-        queues: &[Option<Queue>],
-        notified: &[EventFd],
-        interrupt: &EventFd,
-    ) -> io::Result<()> {
-        self.begin(features, queues, &[], notified, interrupt)
+    fn connect(&mut self, lines: Lines) -> io::Result<()> {
+        lock(&self.served).lines = Some(lines);
+        self.bell.write(1)
+    }
+
+    fn start(&mut self, features: u64, queues: &[Option<Queue>]) -> io::Result<()> {
+        self.begin(features, queues, &[])
     }
 
     fn stop(&mut self) -> io::Result<()> {
         let mut served = lock(&self.served);
         served.rings.clear();
-        served.device.reset();
-        Ok(())
+        served.forgets = true;
+        drop(served);
+        self.bell.write(1)
     }
 
     fn freeze(&mut self) -> Result<Frozen, StateError> {
         let mut served = lock(&self.served);
+        served.forget();
         // What the guest asked for last may not have been looked at. A queue that it broke is told by the copy.
         for queue in 0..served.rings.len() {
             while served.work(Wake::Queue(queue), &self.memory).is_ok_and(|outcome| outcome.again) {}
@@ -280,31 +315,30 @@ impl<D: Device<()> + 'static> Target for Local<D> {
         Ok(Frozen { positions, device })
     }
 
-    fn thaw(
-        &mut self,
-        features: u64,
-        queues: &[Option<Queue>],
-        frozen: &Frozen,
-        notified: &[EventFd],
-        interrupt: &EventFd,
-    ) -> io::Result<()> {
+    fn thaw(&mut self, features: u64, queues: &[Option<Queue>], frozen: &Frozen) -> io::Result<()> {
         {
             let mut served = lock(&self.served);
             if served.device.can_freeze() {
                 served.device.thaw(&frozen.device).map_err(io::Error::other)?;
             }
         }
-        self.begin(features, queues, &frozen.positions, notified, interrupt)?;
+        self.begin(features, queues, &frozen.positions)?;
         // One that was raised when the machine was frozen may be lost; one too many does no harm.
         lock(&self.served).interrupt();
         Ok(())
     }
 
+    fn halt(&mut self) {
+        lock(&self.served).halt();
+    }
+
     fn finish(&mut self) {
         let mut served = lock(&self.served);
-        let Served { device, rings, .. } = &mut *served;
-        let mut queues: Vec<Option<&mut Ring>> = rings.iter_mut().map(Option::as_mut).collect();
+        served.halt();
+        served.forget();
+        let Served { device, halted, .. } = &mut *served;
+        let mut queues: Vec<Option<&mut Ring>> = halted.iter_mut().map(Option::as_mut).collect();
         device.finish(&mut queues, &self.memory);
-        served.rings.clear();
+        served.halted.clear();
     }
 }

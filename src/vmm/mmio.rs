@@ -46,6 +46,14 @@ pub struct Queue {
     pub used: GuestAddress,
 }
 
+/// The descriptors between a device and its driver.
+pub struct Lines {
+    /// By which the driver notifies of each queue.
+    pub notified: Vec<EventFd>,
+    /// Which interrupts the driver.
+    pub interrupt: EventFd,
+}
+
 /// Whoever serves a device's queues.
 pub trait Target: Send {
     /// The device type (virtio 1.3 §5).
@@ -60,18 +68,17 @@ pub trait Target: Send {
     /// The configuration space.
     fn config(&self) -> &[u8];
 
-    /// Begins to serve `queues`, of which those that are none are not used. Each is notified by the descriptor of its
-    /// number, and the driver is interrupted by `interrupt`.
+    /// Takes what is between it and whatever drivers come, once and before all else.
+    ///
+    /// # Errors
+    /// It cannot.
+    fn connect(&mut self, lines: Lines) -> io::Result<()>;
+
+    /// Begins to serve `queues`, of which those that are none are not used.
     ///
     /// # Errors
     /// It cannot: the driver is told that the device needs a reset.
-    fn start(
-        &mut self,
-        features: u64,
-        queues: &[Option<Queue>],
-        notified: &[EventFd],
-        interrupt: &EventFd,
-    ) -> io::Result<()>;
+    fn start(&mut self, features: u64, queues: &[Option<Queue>]) -> io::Result<()>;
 
     /// Ends that, and forgets the driver.
     ///
@@ -91,18 +98,14 @@ pub trait Target: Send {
     ///
     /// # Errors
     /// It cannot.
-    fn thaw(
-        &mut self,
-        _features: u64,
-        _queues: &[Option<Queue>],
-        _frozen: &Frozen,
-        _notified: &[EventFd],
-        _interrupt: &EventFd,
-    ) -> io::Result<()> {
+    fn thaw(&mut self, _features: u64, _queues: &[Option<Queue>], _frozen: &Frozen) -> io::Result<()> {
         Err(io::Error::other(StateError::Unsupported))
     }
 
-    /// The guest has ended: what it left for others is passed on, and nothing more is served.
+    /// The guest has been stopped: nothing more is served from now on, also of what it asked for before.
+    fn halt(&mut self) {}
+
+    /// What the guest that was stopped left for others is passed on.
     fn finish(&mut self) {}
 }
 
@@ -119,6 +122,9 @@ pub trait Carried: Window {
     /// # Errors
     /// The state is not one of such a device, or its target cannot go on.
     fn thaw(&mut self, state: &DeviceState) -> io::Result<()>;
+
+    /// The guest has been stopped: see [`Target::halt`].
+    fn halt(&mut self);
 
     /// The guest has ended: see [`Target::finish`].
     fn finish(&mut self);
@@ -198,11 +204,12 @@ impl<T: Target + 'static> Registers<T> {
     ///
     /// # Errors
     /// The system gives no more descriptors.
-    pub fn slot(target: T, memory: &GuestMemoryMmap) -> io::Result<Slot> {
+    pub fn slot(mut target: T, memory: &GuestMemoryMmap) -> io::Result<Slot> {
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let notified = target.queue_sizes().iter().map(|_| event()).collect::<io::Result<Vec<_>>>()?;
         let interrupt = event()?;
         let same = |events: &[EventFd]| events.iter().map(EventFd::try_clone).collect::<io::Result<Vec<_>>>();
+        target.connect(Lines { notified: same(&notified)?, interrupt: interrupt.try_clone()? })?;
         let registers = Self {
             said: Said::of_nobody(notified.len()),
             notified: same(&notified)?,
@@ -286,9 +293,7 @@ impl<T: Target> Registers<T> {
             self.said.status |= DRIVER_OK;
             self.running = true;
             let started = self.layouts().ok_or_else(|| io::Error::other("a queue is not in memory"));
-            let started = started.and_then(|queues| {
-                self.target.start(self.said.accepted, &queues, &self.notified, &self.interrupt)
-            });
+            let started = started.and_then(|queues| self.target.start(self.said.accepted, &queues));
             if started.is_err() {
                 self.fail();
             }
@@ -361,11 +366,14 @@ impl<T: Target> Carried for Registers<T> {
         self.said = state.registers.clone();
         if let Some(frozen) = &state.frozen {
             let queues = self.layouts().ok_or_else(|| io::Error::other("a queue is not in memory"))?;
-            let (accepted, notified) = (self.said.accepted, &self.notified);
-            self.target.thaw(accepted, &queues, frozen, notified, &self.interrupt)?;
+            self.target.thaw(self.said.accepted, &queues, frozen)?;
             self.running = true;
         }
         Ok(())
+    }
+
+    fn halt(&mut self) {
+        self.target.halt();
     }
 
     fn finish(&mut self) {

@@ -50,6 +50,13 @@ pub struct Console<W: Write + Send>(Serial<Line, NoEvents, W>);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ConsoleState([u8; 9]);
 
+impl ConsoleState {
+    /// Whether an interrupt of it waits to be taken (its identification register's lowest bit says that none does).
+    pub(crate) fn owes_interrupt(&self) -> bool {
+        self.0[3] & 1 == 0
+    }
+}
+
 impl<W: Write + Send> Console<W> {
     /// A port that prints to `output`, and whose interrupt is `line`.
     pub fn new(line: EventFd, output: W) -> Self {

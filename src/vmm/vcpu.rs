@@ -63,13 +63,19 @@ pub enum End {
         /// Which, and why.
         what: String,
     },
+    /// A thread of this process's cannot go on.
+    #[error("a thread of the machine's failed: {what}")]
+    Thread {
+        /// Which, and why.
+        what: String,
+    },
     /// Whoever runs the machine wanted it to.
     #[error("the machine was stopped")]
     Stopped,
 }
 
 impl End {
-    /// Whether the guest brought it about, or its driver, and not KVM or this process.
+    /// Whether the guest brought it about, or its driver, or may have: not so where KVM or this process cannot go on.
     #[must_use]
     pub fn is_the_guests(&self) -> bool {
         match self {
@@ -77,12 +83,11 @@ impl End {
             | Self::Reset
             | Self::TripleFault { .. }
             | Self::Halted { .. }
+            | Self::InternalError { .. }
+            | Self::FailedEntry { .. }
             | Self::Device { .. }
             | Self::Stopped => true,
-            Self::InternalError { .. }
-            | Self::FailedEntry { .. }
-            | Self::Unknown { .. }
-            | Self::Failed { .. } => false,
+            Self::Unknown { .. } | Self::Failed { .. } | Self::Thread { .. } => false,
         }
     }
 }

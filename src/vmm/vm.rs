@@ -1,7 +1,7 @@
 //! A machine put together: memory, interrupt controllers, processors and devices; run, stopped and frozen.
 //!
 //! ```text
-//! Machine::new ──▶ start ──▶ Running ──▶ stop ──▶ finish: what devices still hold is passed on
+//! Machine::new ──▶ start ──▶ Running ──▶ stop: nothing more is served ──▶ finish: what devices hold is passed on
 //!   boots, or goes on where          └──▶ freeze: all but the memory, as bytes
 //!   one was frozen
 //! ```
@@ -146,6 +146,9 @@ pub enum VmError {
         /// Why.
         why: String,
     },
+    /// There is nothing left to freeze.
+    #[error("the guest has ended")]
+    Ended,
     /// A thread, an eventfd.
     #[error("cannot {what}")]
     Io {
@@ -275,11 +278,11 @@ impl Machine {
                     Ok(()) => vcpu::run(&mut vcpu, number, &buses, &stop),
                     Err(error) => End::Failed { cpu: number, what: error.to_string() },
                 };
-                match end {
-                    End::Stopped => {}
-                    end => on_end(end),
+                let runs = end == End::Stopped;
+                if !runs {
+                    on_end(end);
                 }
-                vcpu
+                Halted { vcpu, runs }
             };
             let builder = thread::Builder::new().name(format!("vcpu{number}")).stack_size(STACK_BYTES);
             running.threads.running.push(builder.spawn(run).map_err(io("start a processor's thread"))?);
@@ -315,15 +318,21 @@ impl Rest {
             let thawed = lock(device).thaw(state);
             thawed.map_err(|error| VmError::Device { index, why: error.to_string() })?;
         }
-        // The generation id in its memory is another.
+        // The generation id in its memory is another, and what the serial port owed when it was set up went with the
+        // controllers' state of before.
+        self.interrupt(acpi::GENERATION_INTERRUPT)?;
+        if snapshot.console.owes_interrupt() { self.interrupt(serial::INTERRUPT) } else { Ok(()) }
+    }
+
+    /// Raises the interrupt of that number.
+    fn interrupt(&self, number: u32) -> Result<(), VmError> {
         for level in [true, false] {
-            let line = self.vm.set_irq_line(acpi::GENERATION_INTERRUPT, level);
-            line.map_err(kvm("raise an interrupt"))?;
+            self.vm.set_irq_line(number, level).map_err(kvm("raise an interrupt"))?;
         }
         Ok(())
     }
 
-    fn freeze(&self, vcpus: &[VcpuFd]) -> Result<Snapshot, VmError> {
+    fn freeze(&self, vcpus: &[&VcpuFd]) -> Result<Snapshot, VmError> {
         let devices = self.devices.iter().enumerate().map(|(index, device)| {
             let state = lock(device).freeze();
             state.map_err(|error: StateError| VmError::Device { index, why: error.to_string() })
@@ -354,17 +363,20 @@ const CHIPS: u32 = 3;
 /// A machine whose processors run, until it is stopped. Fields are dropped in order, as [`Machine`]'s are.
 pub struct Running {
     threads: Threads,
-    stopped: Vec<VcpuFd>,
+    stopped: Vec<Halted>,
     rest: Rest,
 }
 
 impl Running {
-    /// Stops the processors, for good.
+    /// Stops the processors, for good. When this returns the devices have answered all that they ever answer.
     pub fn stop(&mut self) {
-        self.stopped.extend(self.threads.stop());
+        self.stop_processors();
+        for device in &self.rest.devices {
+            lock(device).halt();
+        }
     }
 
-    /// Stops the processors, and lets the devices pass on what the guest left with them.
+    /// Stops the machine, and lets the devices pass on what the guest left with them.
     pub fn finish(&mut self) {
         self.stop();
         for device in &self.rest.devices {
@@ -372,31 +384,46 @@ impl Running {
         }
     }
 
+    fn stop_processors(&mut self) {
+        self.stopped.extend(self.threads.stop());
+    }
+
     /// Stops the processors, and gives all of the machine but its memory, which nothing writes to any more.
     ///
     /// # Errors
     /// See [`VmError`].
     pub fn freeze(&mut self) -> Result<Snapshot, VmError> {
-        self.stop();
-        for vcpu in &mut self.stopped {
-            vcpu::complete(vcpu).map_err(kvm("finish an instruction"))?;
+        self.stop_processors();
+        if self.stopped.iter().any(|halted| !halted.runs) {
+            return Err(VmError::Ended);
         }
-        self.rest.freeze(&self.stopped)
+        for halted in &mut self.stopped {
+            vcpu::complete(&mut halted.vcpu).map_err(kvm("finish an instruction"))?;
+        }
+        let vcpus: Vec<_> = self.stopped.iter().map(|halted| &halted.vcpu).collect();
+        self.rest.freeze(&vcpus)
     }
 }
 
 /// Interrupts a thread that runs a guest.
 extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
+/// A processor whose thread has ended.
+struct Halted {
+    vcpu: VcpuFd,
+    /// The guest would run on.
+    runs: bool,
+}
+
 /// The processors' threads, which have ended when this is dropped.
 struct Threads {
     stop: Arc<AtomicBool>,
-    running: Vec<JoinHandle<VcpuFd>>,
+    running: Vec<JoinHandle<Halted>>,
 }
 
 impl Threads {
     /// Ends them, and gives back the processors.
-    fn stop(&mut self) -> Vec<VcpuFd> {
+    fn stop(&mut self) -> Vec<Halted> {
         self.stop.store(true, Ordering::Release);
         let mut stopped = Vec::new();
         for thread in self.running.drain(..) {
@@ -444,8 +471,10 @@ fn set_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), VmError> {
             userspace_addr: host,
         };
         // SAFETY: the region is a mapping of that length, which `Machine` keeps until its processors and KVM's machine are
-        // gone (its fields are dropped in that order). Its pages stay, as the file behind it is sealed. That the guest
-        // writes to them is nothing to this process: it reads them through `vm-memory` alone, volatile.
+        // gone (its fields are dropped in that order). Its pages stay where the file behind it is sealed; that of a
+        // template can be cut off by who owns it, and whoever then touches it dies of SIGBUS, which ends the machine and
+        // breaks no rule of Rust's. That the guest writes to them is nothing to this process: it reads them through
+        // `vm-memory` alone, volatile.
         unsafe { vm.set_user_memory_region(description) }.map_err(kvm("take guest memory"))?;
     }
     Ok(())

@@ -11,10 +11,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use kiln_virtio::device::{Device, Wake};
 use kiln_vmm::bus::Bus;
 use kiln_vmm::disk::Disk;
-use kiln_vmm::mmio::{Queue, Registers, Target as Served};
+use kiln_vmm::mmio::{Lines, Queue, Registers, Target as Served};
 use virtio_queue::{Queue as Virtqueue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::driver::{Seen, Target, campaign};
 use crate::random::Random;
@@ -76,13 +75,11 @@ impl Served for Direct {
         &self.config
     }
 
-    fn start(
-        &mut self,
-        features: u64,
-        queues: &[Option<Queue>],
-        _: &[EventFd],
-        _: &EventFd,
-    ) -> io::Result<()> {
+    fn connect(&mut self, _: Lines) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn start(&mut self, features: u64, queues: &[Option<Queue>]) -> io::Result<()> {
         assert_eq!(features & !self.features, 0, "what was not offered is not agreed on");
         assert_ne!(features & VERSION_1, 0);
         let mut carried = self.lock();

@@ -1,10 +1,12 @@
 //! The registers of kiln's own VMM as a target, with a device behind them that a thread of its own serves: what a driver
 //! writes where, and what comes of its queues.
 
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
+use kiln_virtio::console::Console;
 use kiln_virtio::device::Device;
 use kiln_virtio::fs::{Fs, Settings};
 use kiln_virtio::vsock::{Backend, Vsock};
@@ -24,7 +26,6 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const A_MOMENT: Duration = Duration::from_millis(5);
 /// Length of a device's window.
 const WINDOW_BYTES: u64 = 0x1000;
-const QUEUE_SIZE: u32 = 256;
 const VERSION_1: u64 = 1 << 32;
 
 /// Registers (virtio 1.3 §4.2.2).
@@ -41,19 +42,27 @@ const NEEDS_RESET: u32 = 0x40;
 /// Devices behind the registers: name, queues, and the queue of requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
+    Console,
     Disk,
     Fs,
     Vsock,
 }
 
 impl Kind {
-    const ALL: [(&'static str, Self); 3] = [("disk", Self::Disk), ("fs", Self::Fs), ("vsock", Self::Vsock)];
+    const ALL: [(&'static str, Self); 4] =
+        [("console", Self::Console), ("disk", Self::Disk), ("fs", Self::Fs), ("vsock", Self::Vsock)];
+
+    /// Descriptors of a queue.
+    fn queue_size(self) -> u32 {
+        if self == Self::Console { 64 } else { 256 }
+    }
 
     fn queues(self) -> usize {
         match self {
             Self::Disk => 1,
             Self::Fs => 2,
             Self::Vsock => 3,
+            Self::Console => 4,
         }
     }
 }
@@ -62,7 +71,7 @@ impl Kind {
 struct Nobody;
 
 impl Backend for Nobody {
-    fn connect_from_guest(&mut self, _: u32) -> Option<std::os::unix::net::UnixStream> {
+    fn connect_from_guest(&mut self, _: u32) -> Option<UnixStream> {
         None
     }
 }
@@ -74,6 +83,8 @@ pub struct MmioTarget {
     bus: Bus,
     slot: Slot,
     ends: Receiver<End>,
+    /// The other end of a console's stream, which nobody reads.
+    reader: UnixStream,
     /// How it has ended the machine.
     ended: Option<String>,
 }
@@ -91,8 +102,10 @@ fn slot<D: Device<()> + 'static>(device: D, rings: &Rings) -> Result<(Slot, Rece
 }
 
 /// A device of that kind behind registers.
-fn made(kind: Kind, rings: &Rings) -> Result<(Bus, Slot, Receiver<End>), String> {
+fn made(kind: Kind, rings: &Rings) -> Result<(Bus, Slot, Receiver<End>, UnixStream), String> {
+    let (reader, stream) = UnixStream::pair().map_err(say)?;
     let (slot, ends) = match kind {
+        Kind::Console => slot(Console::new("hostile", stream).map_err(say)?, rings),
         Kind::Disk => slot(Disk::new(super::disk::file()?, "hostile", false, |_| ()).map_err(say)?, rings),
         Kind::Fs => slot(Fs::new(Settings { open_files: 16, ..Settings::default() }).0, rings),
         Kind::Vsock => slot(Vsock::new(77, 16, Box::new(Nobody)).map_err(say)?.0, rings),
@@ -101,22 +114,22 @@ fn made(kind: Kind, rings: &Rings) -> Result<(Bus, Slot, Receiver<End>), String>
     if !bus.insert(0, WINDOW_BYTES, Arc::clone(&slot.device) as _) {
         return Err("the bus takes no window".to_owned());
     }
-    Ok((bus, slot, ends))
+    Ok((bus, slot, ends, reader))
 }
 
 impl MmioTarget {
     /// A disk whose driver has said nothing yet.
     pub fn new() -> Result<Self, String> {
         let (kind, rings) = (Kind::Disk, Rings::new(Kind::Disk.queues())?);
-        let (bus, slot, ends) = made(kind, &rings)?;
-        Ok(Self { kind, rings, bus, slot, ends, ended: None })
+        let (bus, slot, ends, reader) = made(kind, &rings)?;
+        Ok(Self { kind, rings, bus, slot, ends, reader, ended: None })
     }
 
     /// Another machine with a device of that kind.
     fn replace(&mut self, kind: Kind) -> Result<(), String> {
         self.retire()?;
         self.rings.renew(kind.queues())?;
-        (self.bus, self.slot, self.ends) = made(kind, &self.rings)?;
+        (self.bus, self.slot, self.ends, self.reader) = made(kind, &self.rings)?;
         (self.kind, self.ended) = (kind, None);
         Ok(())
     }
@@ -129,7 +142,7 @@ impl MmioTarget {
         }
         self.set(STATUS, 0);
         self.rings.renew(self.kind.queues())?;
-        self.start(QUEUE_SIZE, VERSION_1)?;
+        self.start(self.kind.queue_size(), VERSION_1)?;
         let [_, available, _] = self.rings.parts()?;
         self.rings.write(available + 2, &u16::MAX.to_le_bytes())?;
         self.notify()?;
@@ -225,6 +238,7 @@ impl MmioTarget {
     fn request(&mut self) -> Result<(), String> {
         let (data, answer) = self.rings.places()?;
         let (request, room, expected) = match self.kind {
+            Kind::Console => (b"a line\n".to_vec(), 0, 0),
             // The disk's name.
             Kind::Disk => ([&[8][..], &[0; 15]].concat(), 21, 21),
             // INIT.
@@ -278,8 +292,10 @@ impl Target for MmioTarget {
                 self.bus.write(step.number_at(0)?, &bytes);
             }
             "negotiate" => self.negotiate(step.number("features", VERSION_1)?),
-            "layout" => self.lay_out(step.number("size", QUEUE_SIZE)?)?,
-            "start" => self.start(step.number("size", QUEUE_SIZE)?, step.number("features", VERSION_1)?)?,
+            "layout" => self.lay_out(step.number("size", self.kind.queue_size())?)?,
+            "start" => {
+                self.start(step.number("size", self.kind.queue_size())?, step.number("features", VERSION_1)?)?
+            }
             "serves" => self.request()?,
             "kick" => {
                 let any = step.expected_word() == Some("any");
@@ -329,7 +345,7 @@ impl Target for MmioTarget {
         }
         self.set(STATUS, 0);
         self.rings.renew(self.kind.queues())?;
-        self.start(QUEUE_SIZE, VERSION_1)?;
+        self.start(self.kind.queue_size(), VERSION_1)?;
         self.request()?;
         // For the descriptors of its thread to be closed.
         self.retire()

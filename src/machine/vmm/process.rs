@@ -122,7 +122,7 @@ impl Vmm {
     pub fn run(self, descriptors: BTreeMap<String, OwnedFd>) -> Result<(), Box<dyn std::error::Error>> {
         // A thread that panics says no end, and the others would wait for one.
         std::panic::set_hook(Box::new(|panic| {
-            let _ = writeln!(io::stderr(), "kiln: {panic}");
+            say(panic);
             std::process::abort();
         }));
         let mut descriptors = Descriptors(descriptors);
@@ -181,9 +181,7 @@ impl Vmm {
                 kiln_vmm::Origin::Frozen(Box::new(Snapshot::decode(&bytes)?))
             }
         };
-        let console = UnixStream::from(descriptors.take("console")?);
-        // Where nobody reads, what the guest prints is lost, and the guest runs on.
-        console.set_nonblocking(true)?;
+        let console = File::from(descriptors.take("console")?);
         let mut generation = [0; 16];
         rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty())?;
         let machine = Machine::new(Parts {
@@ -205,7 +203,9 @@ impl Vmm {
             let _ = words.send(Word::Left);
         };
         thread::Builder::new().name("control".to_owned()).stack_size(256 << 10).spawn(serve)?;
-        own(machine.start(jail::enter_processor)?, &inbox)
+        let running = machine.start(jail::enter_processor)?;
+        jail::enter_owner()?;
+        own(running, &inbox)
     }
 }
 
@@ -223,6 +223,11 @@ impl Devices<'_> {
         let local = Local::new(thread, device, self.memory, Arc::clone(self.on_end))?;
         Registers::slot(local, self.memory)
     }
+}
+
+/// Says `what` to the parent, on standard error and at once: it believes a whole line.
+fn say(what: &dyn std::fmt::Display) {
+    let _ = io::stderr().write_all(format!("kiln: {what}\n").as_bytes());
 }
 
 /// Does with the machine what it is told to, until the parent leaves.
@@ -245,7 +250,7 @@ fn own(mut running: Running, inbox: &Receiver<Word>) -> Result<(), Box<dyn std::
                     return Err(end.into());
                 }
                 has_ended = true;
-                writeln!(io::stderr(), "kiln: {end}")?;
+                say(&end);
                 // The wire ends here, and what was read can still be asked for.
                 running.finish();
             }

@@ -20,7 +20,7 @@ const OTHER_DESCRIPTORS: usize = 128;
 
 /// The guest, where it runs in the process that serves its devices.
 pub trait Guest: Send {
-    /// Ends it. What it asked for so far is answered; nothing more is asked.
+    /// Ends it. What it asked for and has not been answered when this returns never is.
     ///
     /// # Errors
     /// Why not, in words.

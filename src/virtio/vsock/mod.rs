@@ -13,6 +13,7 @@ mod packet;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use rustix::event::{EventfdFlags, eventfd};
 use virtio_queue::{Queue, QueueT};
@@ -23,7 +24,7 @@ use zerocopy::FromBytes;
 pub use self::muxer::MOST_CONNECTIONS;
 use self::muxer::Muxer;
 use self::packet::{HEADER_BYTES, Header};
-use crate::device::{COMMON_FEATURES, Device, Outcome, Wake};
+use crate::device::{COMMON_FEATURES, Device, LAST_WORDS, Outcome, Wake};
 use crate::ring::{Chain, Limits, QueueError};
 
 /// VIRTIO_ID_VSOCK.
@@ -233,9 +234,11 @@ impl<B: Bitmap + 'static> Device<B> for Vsock {
     }
 
     fn finish(&mut self, queues: &mut [Option<&mut Queue>], memory: &GuestMemoryMmap<B>) {
+        let give_up = Instant::now() + LAST_WORDS;
         // A queue that the guest broke last has nothing more to say.
         while Device::<B>::process(self, Wake::Queue(TRANSMIT), queues, memory)
             .is_ok_and(|outcome| outcome.again)
+            && Instant::now() < give_up
         {}
         self.muxer.reset();
     }

@@ -36,13 +36,11 @@ impl Target for Noted {
         b"config"
     }
 
-    fn start(
-        &mut self,
-        features: u64,
-        queues: &[Option<Queue>],
-        _: &[EventFd],
-        _: &EventFd,
-    ) -> io::Result<()> {
+    fn connect(&mut self, _: Lines) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn start(&mut self, features: u64, queues: &[Option<Queue>]) -> io::Result<()> {
         let sizes: Vec<_> = queues.iter().map(|queue| queue.map(|queue| queue.size)).collect();
         self.note(format!("start {features:#x} {sizes:?}"));
         Ok(())
@@ -57,14 +55,7 @@ impl Target for Noted {
         Ok(Frozen { positions: vec![None, Some(Position { available: 3, used: 2 })], device: vec![9] })
     }
 
-    fn thaw(
-        &mut self,
-        features: u64,
-        queues: &[Option<Queue>],
-        frozen: &Frozen,
-        _: &[EventFd],
-        _: &EventFd,
-    ) -> io::Result<()> {
+    fn thaw(&mut self, features: u64, queues: &[Option<Queue>], frozen: &Frozen) -> io::Result<()> {
         let sizes: Vec<_> = queues.iter().map(|queue| queue.map(|queue| queue.size)).collect();
         self.note(format!("thaw {features:#x} {sizes:?} {:?}", frozen.device));
         Ok(())

@@ -15,10 +15,9 @@ use kiln_virtio::device::Device;
 use kiln_virtio::fs::{Attributes, Fs, Settings, Share};
 use kiln_virtio::process::{DeviceProcess, ProcessError};
 use kiln_virtio::vsock::{Backend, Connector, Vsock};
-use kiln_vmm::bus::Window;
 use kiln_vmm::disk::Disk;
 use kiln_vmm::local::{Local, Thread};
-use kiln_vmm::mmio::Registers;
+use kiln_vmm::mmio::{Carried, Registers};
 use kiln_vmm::vcpu::End;
 use kiln_vmm::vm::Slot;
 use testkit::{INDIRECT, NEXT, Ring, SEAM, WRITE, describe_at, shared_memory};
@@ -51,6 +50,8 @@ struct Driven {
     features: u64,
     /// Whether the driver has broken a queue.
     broken: Box<dyn Fn() -> bool>,
+    /// The device where it is on a bus.
+    carried: Option<Arc<Mutex<dyn Carried>>>,
     /// What lives as long as the device.
     _keep: Box<dyn std::any::Any>,
 }
@@ -144,6 +145,7 @@ fn over_vhost_user(device: usize, share: &File, wanted: u64) -> Driven {
         notified,
         features: features & !TRANSPORT,
         broken: Box::new(broken),
+        carried: None,
         _keep: Box::new(keep),
     }
 }
@@ -161,7 +163,7 @@ fn over_mmio<D: Device<()> + 'static>(device: D, wanted: u64, keep: Option<Conne
     let memory = shared_memory();
     let rings = rings(device.queue_sizes().len().min(2));
     let (slot, ends) = slot(device, &memory);
-    let window: Arc<Mutex<dyn Window>> = slot.device;
+    let window = slot.device;
     let set = |offset: u64, value: u64| {
         let value = u32::try_from(value & u64::from(u32::MAX)).expect("masked");
         window.lock().expect("a whole lock").write(offset, &value.to_le_bytes());
@@ -194,8 +196,16 @@ fn over_mmio<D: Device<()> + 'static>(device: D, wanted: u64, keep: Option<Conne
     set(0x70, 15);
     assert_eq!(get(0x70), 15);
     let broken = move || ends.try_recv().is_ok();
-    let keep = Box::new((window, slot.interrupt, keep));
-    Driven { memory, rings, notified: slot.notified, features, broken: Box::new(broken), _keep: keep }
+    let (carried, keep) = (Some(window), Box::new((slot.interrupt, keep)));
+    Driven {
+        memory,
+        rings,
+        notified: slot.notified,
+        features,
+        broken: Box::new(broken),
+        carried,
+        _keep: keep,
+    }
 }
 
 impl Driven {
@@ -452,6 +462,22 @@ fn fs_over_mmio(share: &File, features: u64) -> Driven {
 fn vsock_over_mmio(features: u64) -> Driven {
     let (device, connector) = Vsock::new(CID, 1000, Box::new(Nobody)).expect("descriptors");
     over_mmio(device, features, Some(connector))
+}
+
+#[test]
+fn what_a_guest_that_was_stopped_had_asked_for_is_served_no_more() {
+    let (_host, share) = shared();
+    let mut driven = fs_over_mmio(&share, !0);
+    let device = driven.carried.clone().expect("over mmio");
+    let look_up = fuse(1, 1, 1, b"s\0");
+    assert_ne!(driven.ask(1, &look_up, 1000), b"broken");
+    device.lock().expect("a whole lock").halt();
+    driven.rings[1].offer(&driven.memory, 0);
+    driven.notified[1].write(1).expect("a notification");
+    std::thread::sleep(Duration::from_millis(200));
+    device.lock().expect("a whole lock").finish();
+    assert_eq!(driven.rings[1].used(&driven.memory), None);
+    assert!(!(driven.broken)());
 }
 
 /// Fails at the first answer that differs.
