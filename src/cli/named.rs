@@ -33,7 +33,7 @@ pub(super) struct NameFlags {
         long,
         value_name = "NAME",
         conflicts_with_all = [
-            "mount", "disk", "stdin", "grace", "attributes", "module", "module_tree", "nested", "wire", "keep",
+            "mount", "disk", "stdin", "grace", "attributes", "module", "module_tree", "cpu", "nested", "wire", "keep",
             "keep_for", "toolbox", "require", "output", "reads", "net",
         ]
     )]

@@ -27,7 +27,7 @@ use crate::engine::{
 };
 use crate::keeper::Kept;
 use crate::keeper::background::Caller;
-use crate::machine::Carrier;
+use crate::machine::{Carrier, Cpu};
 use crate::plan::{Outputs, RootSpec, parse_bytes, parse_duration, show_bytes, show_duration};
 use crate::root::debian::DebianSpec;
 use crate::settings::{Flags, Settings};
@@ -90,6 +90,9 @@ pub(super) struct RunArguments {
     /// Processors of the machine [default: the host's]
     #[arg(long, value_name = "N")]
     cpus: Option<u16>,
+    /// One model that is the same on every host, or all that this one can give: what the command does may depend on it then
+    #[arg(long, value_name = "CPU", default_value = "fixed", value_parser = Choice(&["fixed", "host"]))]
+    cpu: String,
     /// Space for what the command writes, beyond memory
     #[arg(long, value_name = "SIZE", default_value = "16G")]
     scratch: String,
@@ -113,8 +116,8 @@ pub(super) struct RunArguments {
     /// Attach the kernel's modules at /lib/modules
     #[arg(long)]
     module_tree: bool,
-    /// Offer virtualisation to the guest
-    #[arg(long)]
+    /// Offer virtualisation to the guest, and all else that this host can give
+    #[arg(long, conflicts_with = "cpu")]
     nested: bool,
     /// The network: none, or full: what this host reaches, by addresses of its own, 10.0.2.2 for the host itself
     #[arg(long, value_name = "NETWORK", default_value = "none", value_parser = Choice(&["none", "full"]))]
@@ -314,7 +317,10 @@ pub(super) fn step(arguments: &RunArguments) -> Result<Step, Failure> {
         module_tree: arguments.module_tree,
         toolbox: arguments.keep.toolbox,
         keep: arguments.keep.keep()?,
-        nested: arguments.nested,
+        cpu: match arguments.nested {
+            true => Cpu::Nested,
+            false => one_of("cpu", &arguments.cpu, &[("fixed", Cpu::Fixed), ("host", Cpu::Host)])?,
+        },
         network: one_of("net", &arguments.net, &[("none", false), ("full", true)])?,
         real_attributes: one_of("attributes", &arguments.attributes, &[("fixed", false), ("real", true)])?,
         boundary: Boundary {

@@ -18,7 +18,7 @@ use super::reads::Observable;
 use super::step::{Clock, Keep, Step};
 use crate::machine::qemu::Qemu;
 use crate::machine::vmm::KilnVmm;
-use crate::machine::{Attributes, Carrier, Disk, PathBytes, Share, Spec, scratch, serial};
+use crate::machine::{Attributes, Carrier, Cpu, Disk, PathBytes, Share, Spec, scratch, serial};
 use crate::plan::{EnvError, Environment, RootSpec};
 use crate::root::bundle::Bundle;
 use crate::root::{Root, image, toolbox};
@@ -178,7 +178,7 @@ pub(super) fn prepare(
         let _ = events(Event::Progress(text));
     };
     // It has no network card, and no processor with virtualisation.
-    let vmm = host.vmm(&qemu).filter(|_| !step.network && !step.nested);
+    let vmm = host.vmm(&qemu).filter(|_| !step.network && step.cpu != Cpu::Nested);
     let bundle = host.bundle(&step.kernel, step.carrier, &mut progress)?;
     let root_bundle = match step.carrier {
         Carrier::Serial => bundle.clone(),
@@ -369,7 +369,7 @@ pub(super) fn describe(
         shares: mem::take(&mut prepared.shares),
         disks,
         carrier: step.carrier,
-        nested: step.nested,
+        cpu: step.cpu,
         network: step.network,
     };
     Ok((setup, exec, spec))

@@ -70,6 +70,7 @@ impl Readiness {
             bundle: spec.bundle,
             memory_bytes: spec.memory_bytes,
             cpus: spec.cpus,
+            cpu: spec.cpu,
             disks: read_only.map(|disk| disk.serial.clone()).collect(),
             scratch_bytes: scratch.size().ok()?,
             rehearsal: rehearsal(setup)?.encode(),

@@ -7,7 +7,7 @@ use super::build::Directory;
 use super::host::{Boundary, KernelChoice};
 use super::inputs::{DiskArgument, MountArgument};
 use crate::agent::Limits;
-use crate::machine::{Carrier, PathBytes};
+use crate::machine::{Carrier, Cpu, PathBytes};
 use crate::plan::{FIXED_PATH, Outputs, RootSpec};
 
 /// The clock a step sees.
@@ -89,8 +89,8 @@ pub struct Step {
     pub modules: Vec<String>,
     /// Whether the module tree is attached.
     pub module_tree: bool,
-    /// Whether the guest's processor offers virtualisation.
-    pub nested: bool,
+    /// Which processor it has.
+    pub cpu: Cpu,
     /// Whether it reaches the host's network. What such a step gives is never kept as a result.
     pub network: bool,
     /// What files of shares show: the contract's fixed owner and time, or the host's own.

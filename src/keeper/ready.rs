@@ -24,7 +24,7 @@ use crate::machine::qemu::Qemu;
 use crate::machine::ready::{Lender, Readies, Ready};
 use crate::machine::template::Templates;
 use crate::machine::vmm::KilnVmm;
-use crate::machine::{Accelerator, Carrier, Death, Disk, Identity, Spec, scratch};
+use crate::machine::{Accelerator, Carrier, Cpu, Death, Disk, Identity, Spec, scratch};
 use crate::plan::harmless;
 use crate::store::Store;
 
@@ -71,6 +71,8 @@ pub struct Order {
     pub memory_bytes: u64,
     /// See there.
     pub cpus: u16,
+    /// See there.
+    pub cpu: Cpu,
     /// Serials of the disks that are only read; their files come along.
     pub disks: Vec<String>,
     /// How large the scratch disk is.
@@ -259,7 +261,7 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
         shares: Vec::new(),
         disks,
         carrier: Carrier::Serial,
-        nested: false,
+        cpu: order.cpu,
         network: false,
     };
     let backend = order.backend.open(Templates::new(store.templates(), store.temporary()))?;

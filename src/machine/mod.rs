@@ -98,6 +98,19 @@ pub enum Carrier {
     Vsock,
 }
 
+/// Which processor a guest sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cpu {
+    /// One model, whatever the host has: what a step does with its processor's features is the same everywhere.
+    #[default]
+    Fixed,
+    /// All that the host can give: what a step gives may depend on the host.
+    Host,
+    /// That, with virtualisation.
+    Nested,
+}
+
 /// What a machine is made of.
 #[derive(Debug)]
 pub struct Spec {
@@ -117,8 +130,8 @@ pub struct Spec {
     pub disks: Vec<Disk>,
     /// What carries the wire.
     pub carrier: Carrier,
-    /// Whether the guest's processor offers virtualisation.
-    pub nested: bool,
+    /// Which processor it has.
+    pub cpu: Cpu,
     /// Whether it reaches the host's network.
     pub network: bool,
 }

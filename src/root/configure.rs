@@ -19,7 +19,7 @@ use super::image::{self, Filesystem, Image};
 use super::{Root, RootError};
 use crate::agent::{ExecEnd, Limits, Listing, Session, SessionError};
 use crate::fetch::lock::LockedRoot;
-use crate::machine::{Backend, Carrier, Disk, Machine, Spec, scratch, serial};
+use crate::machine::{Backend, Carrier, Cpu, Disk, Machine, Spec, scratch, serial};
 use crate::plan::{Environment, RootSpec, show_bytes};
 use crate::root::bundle::Bundle;
 use crate::store::Store;
@@ -127,7 +127,7 @@ impl Workshop<'_> {
             shares: Vec::new(),
             disks: vec![root, scratch],
             carrier: Carrier::Serial,
-            nested: false,
+            cpu: Cpu::Fixed,
             network: false,
         })
     }

@@ -1,5 +1,6 @@
 //! What a step sees: a fixed environment, read-only inputs, no network, and nothing else of the host.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::symlink;
 
 use super::host::{Host, TOKEN};
@@ -136,4 +137,20 @@ fn two_machines_draw_different_numbers() {
     for (one, other) in one.lines().zip(other.lines()) {
         assert_ne!(one, other);
     }
+}
+
+#[test]
+fn the_processor_is_one_model_and_the_hosts_own_where_the_step_asks() {
+    let host = Host::new();
+    let seen = |options: &[&str]| {
+        let told = host.run(options, &["sh", "-c", "grep -m 1 '^flags' /proc/cpuinfo"]);
+        told.ends(0, &[]);
+        told.text().split_whitespace().map(str::to_owned).collect::<BTreeSet<_>>()
+    };
+    let fixed = seen(&["--quiet"]);
+    let all = seen(&["--quiet", "--cpu=host"]);
+    assert!(fixed.contains("sse4_2") && !fixed.contains("avx"), "{fixed:?}");
+    assert!(all.contains("sse4_2") && all.difference(&fixed).count() > 5, "{all:?}");
+    // A step's results are kept for every host.
+    host.run(&["--cpu=host", "--step=s"], &["true"]).ends(2, &["--cpu", "--step"]);
 }

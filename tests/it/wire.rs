@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use kiln::agent::{ExecEnd, Limits, Listing, Session, SessionError, TransferError};
 use kiln::machine::fake::{Fake, Guest};
-use kiln::machine::{Backend, Carrier, Spec};
+use kiln::machine::{Backend, Carrier, Cpu, Spec};
 use kiln_wire::{
     Access, CREDIT_BYTES, Entry, EntryKind, Exec, FrameReader, FromAgent, MAX_DATA_BYTES,
     MAX_FROM_AGENT_BYTES, MAX_PAYLOAD_BYTES, Mount, Outcome, Setup, Source, Stream, ToAgent, Usage, VERSION,
@@ -66,7 +66,7 @@ pub fn spec() -> Spec {
         shares: Vec::new(),
         disks: Vec::new(),
         carrier: Carrier::Serial,
-        nested: false,
+        cpu: Cpu::Fixed,
         network: false,
     }
 }

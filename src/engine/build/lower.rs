@@ -14,7 +14,7 @@ use crate::cache::{Hidden, Key};
 use crate::engine::host::{Boundary, KernelChoice};
 use crate::engine::prepare::{environment, guest_places};
 use crate::engine::step::{Clock, Keep, Step};
-use crate::machine::Carrier;
+use crate::machine::{Carrier, Cpu};
 use crate::plan::graph::{Command, Ignore, Kernel, Root};
 use crate::plan::recipe::ClockWord;
 use crate::plan::{EnvError, PlannedStep, RootSpec};
@@ -115,7 +115,7 @@ pub(super) fn lower(
         carrier: Carrier::default(),
         modules: Vec::new(),
         module_tree: false,
-        nested: false,
+        cpu: Cpu::Fixed,
         network: false,
         real_attributes: false,
         toolbox: false,

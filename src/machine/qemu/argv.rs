@@ -1,7 +1,7 @@
 //! The command line of QEMU for a machine: a pure function of its spec. `{NAME}` stands for a descriptor or a file.
 
 use crate::machine::slots::{SLOT_BYTES, SLOTS};
-use crate::machine::{Accelerator, Carrier};
+use crate::machine::{Accelerator, Carrier, Cpu};
 
 /// The processor every step sees, whatever the host has: x86-64-v2 as QEMU can give it under emulation and under
 /// KVM alike, so that what a step does with its processor's features is the same everywhere.
@@ -17,7 +17,7 @@ pub(super) struct Shape<'a> {
     pub memory_bytes: u64,
     pub cpus: u16,
     pub carrier: Carrier,
-    pub nested: bool,
+    pub cpu: Cpu,
     /// Whether there is a network card, which QEMU serves with sockets of its own.
     pub network: bool,
     /// Which slots hold a disk.
@@ -72,10 +72,11 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
         Accelerator::Kvm => "kvm",
         Accelerator::Tcg => "tcg,thread=multi",
     };
-    let model = match (shape.nested, shape.accelerator) {
-        (true, Accelerator::Tcg) => NESTED_CPU_MODEL,
-        (true, Accelerator::Kvm) => "host",
-        (false, _) => CPU_MODEL,
+    let model = match (shape.cpu, shape.accelerator) {
+        (Cpu::Fixed, _) => CPU_MODEL,
+        (Cpu::Host | Cpu::Nested, Accelerator::Kvm) => "host",
+        (Cpu::Host, Accelerator::Tcg) => "max",
+        (Cpu::Nested, Accelerator::Tcg) => NESTED_CPU_MODEL,
     };
     option("name", "guest={machine}");
     option(
@@ -188,7 +189,7 @@ mod tests {
         memory_bytes: 1 << 30,
         cpus: 2,
         carrier: Carrier::Serial,
-        nested: false,
+        cpu: Cpu::Fixed,
         network: false,
         slots: [true, true, false, false],
         disks: &[],

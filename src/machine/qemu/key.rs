@@ -37,7 +37,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::machine::{Carrier, Disk};
+    use crate::machine::{Carrier, Cpu, Disk};
 
     fn spec() -> Spec {
         Spec {
@@ -49,7 +49,7 @@ mod tests {
             shares: Vec::new(),
             disks: Vec::new(),
             carrier: Carrier::Serial,
-            nested: false,
+            cpu: Cpu::Fixed,
             network: false,
         }
     }
@@ -78,6 +78,7 @@ mod tests {
         add(&one, Accelerator::Kvm, |_| {});
         add(&one, Accelerator::Tcg, |spec| spec.memory_bytes *= 2);
         add(&one, Accelerator::Tcg, |spec| spec.cpus += 1);
+        add(&one, Accelerator::Tcg, |spec| spec.cpu = Cpu::Host);
         add(&one, Accelerator::Tcg, |spec| spec.bundle = Digest::of(b"another"));
         // Installed anew, even with the same contents.
         let before = of(&qemu(&one, Accelerator::Tcg), &spec()).expect("a program");

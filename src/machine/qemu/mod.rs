@@ -142,7 +142,7 @@ impl Qemu {
             memory_bytes: spec.memory_bytes,
             cpus: spec.cpus,
             carrier: spec.carrier,
-            nested: spec.nested,
+            cpu: spec.cpu,
             network: spec.network,
             slots: places.slots.map(|disk| disk.is_some()),
             disks: others,

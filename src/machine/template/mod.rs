@@ -31,7 +31,7 @@ pub(super) use self::files::Template;
 use self::greeting::greet;
 use super::ready::Lendable;
 use super::slots::Places;
-use super::{Carrier, Death, MachineError, Spec};
+use super::{Carrier, Cpu, Death, MachineError, Spec};
 use crate::writes;
 
 /// How long a machine may take to boot before there is no template of it. An emulated one needs two seconds.
@@ -118,7 +118,8 @@ impl TemplateError {
 /// Whether a machine of `spec` can be the copy of a template. What the wire over vsock and machines within machines
 /// need is not part of any, nor are disks beyond the slots.
 pub(super) fn suits(spec: &Spec) -> bool {
-    spec.carrier == Carrier::Serial && !spec.nested && !spec.network && Places::of(&spec.disks).fit_a_copy()
+    let has_what_templates_have = spec.carrier == Carrier::Serial && spec.cpu != Cpu::Nested && !spec.network;
+    has_what_templates_have && Places::of(&spec.disks).fit_a_copy()
 }
 
 /// The machine of `spec` with nothing of a step in it.
@@ -132,7 +133,7 @@ fn blank(spec: &Spec) -> Spec {
         shares: Vec::new(),
         disks: Vec::new(),
         carrier: spec.carrier,
-        nested: spec.nested,
+        cpu: spec.cpu,
         network: spec.network,
     }
 }

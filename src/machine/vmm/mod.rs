@@ -30,7 +30,9 @@ use super::template::{
     self, BOOT_PATIENCE, COPY_PATIENCE, Freezer, Template, TemplateError, Templates, answer,
 };
 use super::wire::Wire;
-use super::{Accelerator, Backend, Carrier, Death, Identity, Machine, MachineError, Origin, Share, Spec};
+use super::{
+    Accelerator, Backend, Carrier, Cpu, Death, Identity, Machine, MachineError, Origin, Share, Spec,
+};
 
 /// How often to look whether the VMM has said how its guest ended.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
@@ -117,6 +119,7 @@ impl KilnVmm {
             origin: begin,
             memory_bytes: spec.memory_bytes,
             cpus,
+            host_cpu: spec.cpu == Cpu::Host,
             has_vsock: spec.carrier == Carrier::Vsock,
             disks,
         };
@@ -184,7 +187,7 @@ impl Freezer for KilnVmm {
             template::key::kiln()?,
             template::key::processor()?,
             format!("bundle {}", spec.bundle),
-            format!("{} bytes, {} processors", spec.memory_bytes, spec.cpus),
+            format!("{} bytes, {} processors: {:?}", spec.memory_bytes, spec.cpus, spec.cpu),
             command_line(spec.carrier),
         ];
         Ok(Digest::of(parts.join("\n").as_bytes()))

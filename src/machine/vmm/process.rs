@@ -40,6 +40,8 @@ pub struct Vmm {
     pub memory_bytes: u64,
     /// Virtual processors.
     pub cpus: u8,
+    /// Whether they are all that the host's can be.
+    pub host_cpu: bool,
     /// Whether the wire is carried by vsock.
     pub has_vsock: bool,
     /// Disks, in the order of their numbers.
@@ -190,7 +192,7 @@ impl Vmm {
             generation,
             memory: memory.clone(),
             cpus: self.cpus,
-            model: Model::Fixed,
+            model: if self.host_cpu { Model::Host } else { Model::Fixed },
             console: Box::new(console),
             devices: slots,
             on_end,
