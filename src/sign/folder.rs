@@ -199,6 +199,20 @@ impl Folder {
         Ok(())
     }
 
+    /// Opens the file `name` for reading, which others may read and none but its owner write.
+    pub fn guarded(&self, name: &Path) -> Result<File, FolderError> {
+        let path = self.path.join(name);
+        let file = self.file(name)?;
+        let metadata = file.metadata();
+        let metadata =
+            metadata.map_err(|source| FolderError::System { what: "look at", path: path.clone(), source })?;
+        if metadata.mode() & 0o022 != 0 {
+            let fault = "can be written by others, who could change what is in it";
+            return Err(FolderError::Open { path, fault, fix: "chmod go-w" });
+        }
+        Ok(file)
+    }
+
     /// Whether `name` is there.
     pub fn has(&self, name: impl AsRef<Path>) -> bool {
         let name = name.as_ref();

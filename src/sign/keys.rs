@@ -1,6 +1,7 @@
 //! Opens a set of keys and refuses what is not safe to sign with: loose modes, keys that do not belong together, one
 //! in the place of another, certificates that are not valid now.
 
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -8,13 +9,15 @@ use der::zeroize::Zeroizing;
 use kiln_artifact::uefi::auth::{self, AuthError, Variable};
 use kiln_artifact::uefi::esl::{self, EslError};
 use kiln_artifact::uefi::{CertificateError, Signer};
+use p256::elliptic_curve::sec1::ToSec1Point as _;
 use rsa::pkcs1v15::SigningKey;
-use rsa::pkcs8::DecodePrivateKey as _;
+use rsa::pkcs8::{DecodePrivateKey as _, DecodePublicKey as _};
 use rsa::signature::{SignatureEncoding as _, Signer as _};
 use sha2::Sha256;
 
 use super::KEYS;
 use super::folder::{Folder, FolderError};
+use super::make;
 use super::private::{self, Privates};
 
 /// No key, certificate or enrolment file is nearly as long.
@@ -56,6 +59,20 @@ pub enum KeyError {
         /// The certificate.
         certificate: String,
     },
+    /// A certificate in another form that is not the same.
+    #[error("`{file}` is not `{certificate}` in another form: they do not belong together")]
+    Form {
+        /// The file.
+        file: String,
+        /// The certificate.
+        certificate: String,
+    },
+    /// The mesh's root.
+    #[error("`{0}` is no public P-256 key in PEM")]
+    Root(&'static str),
+    /// Who may log in.
+    #[error("`{AUTHORIZED}` does not have the key of `{ROOT}`: they do not belong together")]
+    Login,
     /// The same certificate in two places.
     #[error("{first} and {second} have the same key: whoever signs images could replace the owner's keys")]
     Same {
@@ -112,7 +129,10 @@ impl KeyError {
                 Some("make new keys (`kiln sign --init` with another SECRETS) and enrol them".to_owned())
             }
             Self::Published(file) => Some(format!("leave only what is public in `{file}`")),
-            Self::Apart { .. } | Self::Enrolment { .. } => Some("take all files of one set".to_owned()),
+            Self::Apart { .. } | Self::Form { .. } | Self::Enrolment { .. } => {
+                Some("take all files of one set".to_owned())
+            }
+            Self::Login => Some("take both of one set; the keys of others may stand beside it".to_owned()),
             _ => None,
         }
     }
@@ -134,20 +154,24 @@ impl Keys {
     /// # Errors
     /// [`KeyError`].
     pub fn open(secrets: &Path, now: Duration) -> Result<Self, KeyError> {
-        let none = |_| KeyError::None(secrets.join(KEYS).display().to_string());
-        let outer = Folder::open(secrets).map_err(none)?;
+        let outer = match Folder::open(secrets) {
+            Err(FolderError::System { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(KeyError::None(secrets.join(KEYS).display().to_string()));
+            }
+            outer => outer?,
+        };
         outer.check_private()?;
         if !outer.has(KEYS) {
             return Err(KeyError::None(secrets.join(KEYS).display().to_string()));
         }
         let folder = outer.folder(Path::new(KEYS))?;
         folder.check_private()?;
-        let read = |name: &str| -> Result<Signer, KeyError> {
+        let signer = |name: &str| -> Result<Signer, KeyError> {
             let file = format!("{name}.crt");
-            let bytes = folder.read(Path::new(&file), FILE_BYTES_MAX)?;
+            let bytes = read(&folder, &file)?;
             Signer::from_pem(&bytes).map_err(|source| KeyError::Certificate { file, source })
         };
-        let signers = [("PK", read("PK")?), ("KEK", read("KEK")?), ("db", read("db")?)];
+        let signers = [("PK", signer("PK")?), ("KEK", signer("KEK")?), ("db", signer("db")?)];
         let mut warnings = Vec::new();
         let mut privates = Privates::default();
         for (index, (name, signer)) in signers.iter().enumerate() {
@@ -168,6 +192,7 @@ impl Keys {
             [(Variable::Pk, &pk, &pk), (Variable::Kek, &kek, &pk), (Variable::Db, &db, &kek)]
         {
             check_enrolment(&folder, variable, enrolled, by)?;
+            check_forms(&folder, variable.name(), enrolled)?;
         }
         if folder.has("root.key") {
             folder.check_secret(Path::new("root.key"))?;
@@ -179,10 +204,7 @@ impl Keys {
             }
         }
         if folder.has(ROOT) {
-            let public = folder.read(Path::new(ROOT), FILE_BYTES_MAX)?;
-            if let Ok((_, public)) = pem_rfc7468::decode_vec(&public) {
-                privates.public("root.key", &public);
-            }
+            privates.public("root.key", check_root(&folder)?.to_sec1_point(false).as_bytes());
         }
         Ok(Self { db, warnings, folder, privates })
     }
@@ -227,12 +249,60 @@ impl Keys {
     }
 
     fn publish(&self, name: &str) -> Result<Vec<u8>, KeyError> {
-        let bytes = self.folder.read(Path::new(name), FILE_BYTES_MAX)?;
+        let bytes = read(&self.folder, name)?;
         if private::has_private_key(&bytes) || self.privates.find(&bytes).is_some() {
             return Err(KeyError::Published(name.to_owned()));
         }
         Ok(bytes)
     }
+}
+
+/// The file `name`, which none but its owner may write.
+fn read(folder: &Folder, name: &str) -> Result<Vec<u8>, KeyError> {
+    folder.guarded(Path::new(name))?;
+    Ok(folder.read(Path::new(name), FILE_BYTES_MAX)?)
+}
+
+/// Checks that the other forms of the certificate `name`, as far as there are some, are `signer`'s.
+fn check_forms(folder: &Folder, name: &str, signer: &Signer) -> Result<(), KeyError> {
+    let (cer, esl) = (format!("{name}.cer"), format!("{name}.esl"));
+    let other = |file: &str| KeyError::Form { file: file.to_owned(), certificate: format!("{name}.crt") };
+    if folder.has(&cer) && read(folder, &cer)? != signer.der() {
+        return Err(other(&cer));
+    }
+    if folder.has(&esl) {
+        let list = read(folder, &esl)?;
+        let same = esl::read(&list).is_ok_and(|list| matches!(list[..], [(_, der)] if der == signer.der()));
+        return if same { Ok(()) } else { Err(other(&esl)) };
+    }
+    Ok(())
+}
+
+/// The public half of the mesh's root, which its key and who may log in belong to, where they are there.
+fn check_root(folder: &Folder) -> Result<p256::PublicKey, KeyError> {
+    const KEY: &str = "root.key";
+    let text = read(folder, ROOT)?;
+    let public =
+        std::str::from_utf8(&text).ok().and_then(|text| p256::PublicKey::from_public_key_pem(text).ok());
+    let public = public.ok_or(KeyError::Root(ROOT))?;
+    if folder.has(KEY) {
+        let text = Zeroizing::new(folder.read(Path::new(KEY), FILE_BYTES_MAX)?);
+        // Keys in other formats than kiln makes are not read: nothing is signed with this one here.
+        let key = std::str::from_utf8(&text).ok().and_then(|text| p256::SecretKey::from_pkcs8_pem(text).ok());
+        if key.is_some_and(|key| key.public_key() != public) {
+            return Err(KeyError::Apart { key: KEY.to_owned(), certificate: ROOT.to_owned() });
+        }
+    }
+    if folder.has(AUTHORIZED) {
+        let text = String::from_utf8_lossy(&read(folder, AUTHORIZED)?).into_owned();
+        let wanted = make::ssh_key(&public);
+        // Options may stand before it, a name behind it.
+        let names = |line: &str| !line.trim_start().starts_with('#') && line.contains(&wanted);
+        if !text.lines().any(names) {
+            return Err(KeyError::Login);
+        }
+    }
+    Ok(public)
 }
 
 /// The private key in `file`, which must be `signer`'s and readable to nobody else.

@@ -276,12 +276,8 @@ impl<'a> Local<'a> {
     fn content(&mut self, folder: &Folder, name: &Path) -> Result<(Vec<u8>, u16), LocalError> {
         let path = folder.path().join(name);
         let failed = |source| FolderError::System { what: "read", path: path.clone(), source };
-        let file = folder.file(name)?;
+        let file = folder.guarded(name)?;
         let mode = file.metadata().map_err(failed)?.mode();
-        if mode & 0o022 != 0 {
-            let fault = "can be written by others, who could change what is in it";
-            return Err(FolderError::Open { path, fault, fix: "chmod go-w" }.into());
-        }
         let mut bytes = Vec::new();
         file.take(self.bytes_left.saturating_add(1)).read_to_end(&mut bytes).map_err(failed)?;
         let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);

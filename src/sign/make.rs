@@ -283,8 +283,13 @@ fn firmware_time(pk: &Signer) -> FirmwareTime {
     }
 }
 
-/// The line of `authorized_keys` (RFC 5656 §3.1).
+/// The line of `authorized_keys`.
 fn authorized_key(key: &p256::PublicKey, domain: &str) -> Vec<u8> {
+    format!("{} root@{domain}\n", ssh_key(key)).into_bytes()
+}
+
+/// The kind and the key, as lines of `authorized_keys` have them (RFC 5656 §3.1).
+pub(super) fn ssh_key(key: &p256::PublicKey) -> String {
     const KIND: &str = "ecdsa-sha2-nistp256";
     let point = key.to_sec1_point(false);
     let mut blob = Vec::new();
@@ -294,5 +299,5 @@ fn authorized_key(key: &p256::PublicKey, domain: &str) -> Vec<u8> {
         blob.extend(u8::try_from(field.len()));
         blob.extend(field);
     }
-    format!("{KIND} {} root@{domain}\n", Base64::encode_string(&blob)).into_bytes()
+    format!("{KIND} {}", Base64::encode_string(&blob))
 }

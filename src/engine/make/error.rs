@@ -46,6 +46,12 @@ pub enum MakeError {
     /// Something else where one file is needed.
     #[error("`{0}` is not one regular file")]
     NotAFile(String),
+    /// A part of an image that no image can hold.
+    #[error("`{0}` has 4 GiB or more, and a part of a unified kernel image has less")]
+    TooLong(String),
+    /// A command line that is no text.
+    #[error("the command line is not UTF-8")]
+    CommandLine,
     /// Two things at one path.
     #[error("`{0}` is made twice")]
     Twice(TreePath),

@@ -248,7 +248,8 @@ impl Bench<'_> {
             }
         }
         let (os_release, sbat) = (some(&parts.os_release)?, some(&parts.sbat)?);
-        let command_line = one_line(&String::from_utf8_lossy(&read(&parts.command_line)?));
+        let command_line = String::from_utf8(read(&parts.command_line)?);
+        let command_line = one_line(&command_line.map_err(|_| MakeError::CommandLine)?);
         let release = parts.release.as_ref().map(|text| fill(text, star));
         let initrds: Vec<&[u8]> = initrds.iter().map(Vec::as_slice).collect();
         let parts = uki::Parts {
@@ -266,6 +267,13 @@ impl Bench<'_> {
     fn bytes(&self, from: &From, star: &str, made: &Tree) -> Result<Vec<u8>, MakeError> {
         let (digest, _) = self.file(from, star, made)?;
         let file = self.store.blobs().file(&digest).map_err(MakeError::io("read a part"))?;
+        let length = file.metadata().map_err(MakeError::io("read a part"))?.len();
+        // Before it is read: this host may have less memory.
+        if length >= PART_BYTES_MAX {
+            return Err(MakeError::TooLong(
+                from.origin.pattern().map_or_else(String::new, |pattern| pattern.bind(star)),
+            ));
+        }
         let mut bytes = Vec::new();
         file.take(PART_BYTES_MAX).read_to_end(&mut bytes).map_err(MakeError::io("read a part"))?;
         match Digest::of(&bytes) == digest {

@@ -380,6 +380,40 @@ fn keys_that_others_could_read_change_or_mix_up_are_refused() {
         &["`db.key` is no RSA key"],
     );
     refused(&|signing| fs::remove_file(signing.key("PK.crt")).expect("made"), &["PK.crt"]);
+    // What is published, and who may log in.
+    for name in ["db.crt", "KEK.cer", "PK.auth", "root.pem", "authorized_keys"] {
+        refused(
+            &|signing| mode(signing, &format!("uefi-keys/{name}"), 0o666),
+            &[name, "can be written by others"],
+        );
+    }
+    let apart = "do not belong together";
+    refused(&|signing| copy(signing, "KEK.cer", "db.cer"), &["`db.cer` is not `db.crt`", apart]);
+    refused(&|signing| copy(signing, "PK.esl", "KEK.esl"), &["`KEK.esl` is not `KEK.crt`", apart]);
+    let stranger = Signing::with_keys();
+    let of_stranger = |signing: &Signing, name: &str| {
+        fs::copy(stranger.key(name), signing.key(name)).expect("room");
+    };
+    refused(&|signing| of_stranger(signing, "root.key"), &["`root.key` is not the key of `root.pem`", apart]);
+    refused(&|signing| of_stranger(signing, "root.pem"), &["root.pem", apart]);
+    let login = ["`authorized_keys` does not have the key of `root.pem`", apart];
+    refused(&|signing| of_stranger(signing, "authorized_keys"), &login);
+    refused(&|signing| fs::write(signing.key("authorized_keys"), "").expect("room"), &login);
+    refused(
+        &|signing| fs::write(signing.key("root.pem"), "x").expect("room"),
+        &["`root.pem` is no public P-256"],
+    );
+    // What cannot be looked into is not empty.
+    let signing = Signing::new();
+    fs::write(signing.host.path("secrets"), "").expect("room");
+    signing.sign(&[]).fails(1, &["cannot open", "secrets"]);
+    // Others may log in beside the owner.
+    let signing = Signing::with_keys();
+    let both = ["authorized_keys"; 1].map(|name| {
+        [stranger.key(name), signing.key(name)].map(|path| fs::read(path).expect("made")).concat()
+    });
+    fs::write(signing.key("authorized_keys"), &both[0]).expect("room");
+    signing.sign(&[]).succeeds();
 }
 
 #[test]
