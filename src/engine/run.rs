@@ -461,11 +461,15 @@ impl<'a> Talk<'a> {
         let limit = self.step.limits.printed_bytes;
         let mut printed: u64 = 0;
         let mut output = |stream, data: &[u8]| {
+            let room = usize::try_from(limit.saturating_sub(printed)).unwrap_or(usize::MAX);
             printed = printed.saturating_add(data.len() as u64);
-            if printed > limit {
-                return Err(io::ErrorKind::QuotaExceeded.into());
+            match data.split_at_checked(room) {
+                Some((fits, [_, ..])) => {
+                    events(Event::Output(stream, fits))?;
+                    Err(io::ErrorKind::QuotaExceeded.into())
+                }
+                _ => events(Event::Output(stream, data)),
             }
-            events(Event::Output(stream, data))
         };
         let end = session.exec(exec, input, &mut output).map_err(|error| match error {
             SessionError::Output(_) if printed > limit => RunError::Printed { limit },

@@ -23,6 +23,29 @@ fn a_command_that_starts_too_many_processes_is_told_so_and_ends_in_time() {
 }
 
 #[test]
+fn what_leaves_a_machine_has_limits_that_are_named() {
+    let host = Host::new();
+    let told = host.script(&["--quiet", "--limit", "printed=1K"], "yes | head -c 100000");
+    told.ends(125, &["printed more than 1.0 KiB", "--limit printed=SIZE"]);
+    assert_eq!(told.text().len(), 1024, "as much as it may is shown");
+    let script = "mkdir $WORK/o; head -c 3000000 /dev/zero > $WORK/o/big";
+    host.script(&["--quiet", "--out", "o", "--limit", "outputs=1M"], script).ends(125, &["--limit outputs="]);
+    let script = "mkdir $WORK/o; for i in $(seq 20); do : > $WORK/o/$i; done";
+    host.script(&["--quiet", "--out", "o", "--limit", "files=10"], script).ends(125, &["--limit files="]);
+    assert!(!host.path("work/o").exists());
+}
+
+#[test]
+fn a_clock_that_the_guest_sets_is_its_own_alone() {
+    let host = Host::new();
+    let script = "date -s 1990-01-01 >/dev/null; date +%Y; echo back > $WORK/out; date -s 2100-01-01 >/dev/null; date +%Y";
+    let told = host.script(&["--quiet", "--out", "out", "--timeout", "60"], script);
+    told.ends(0, &[]);
+    assert_eq!(told.text(), "1990\n2100\n");
+    assert_eq!(fs::read(host.path("work/out")).expect("an output"), b"back\n");
+}
+
+#[test]
 fn a_command_may_use_more_than_memory_where_there_is_scratch() {
     let script = "dd if=/dev/zero of=/tmp/big bs=1M count=200 2>/dev/null; sha256sum < /tmp/big";
     let told = Host::new().script(&["--quiet", "--memory", "160M"], script);

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use super::host::{Host, Running, Told};
 
@@ -151,6 +151,30 @@ fn a_template_that_is_not_what_was_frozen_is_noticed_and_made_anew() {
         assert!(!told.events().iter().any(|event| event["event"] == "warning"), "{words}: {told:?}");
         assert_eq!(template(&host), before);
     }
+}
+
+#[test]
+fn a_run_that_lacks_memory_costs_others_no_template() {
+    let host = Host::new();
+    host.run(&["--json"], &["true"]).ends(0, &[]);
+    let kept = BTreeSet::from_iter(templates(&host));
+    let whole = host.command(&["--quiet"], &["true"]);
+    let mut short = Command::new("sh");
+    short
+        .args(["-c", "ulimit -v 2000000; exec \"$@\"", "sh"])
+        .arg(whole.get_program())
+        .args(whole.get_args());
+    for (name, value) in whole.get_envs() {
+        match value {
+            Some(value) => short.env(name, value),
+            None => short.env_remove(name),
+        };
+    }
+    host.end(&mut short, &[]).ends(125, &["Cannot allocate memory"]);
+    assert_eq!(BTreeSet::from_iter(templates(&host)), kept);
+    let next = host.run(&["--json"], &["true"]);
+    next.ends(0, &[]);
+    assert_eq!(origin(&next), "template");
 }
 
 #[test]

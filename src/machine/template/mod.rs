@@ -109,7 +109,24 @@ pub(super) enum TemplateError {
     Barren,
 }
 
+/// In these words the C library says that the host lacks memory, processes or descriptors, here and in programs that were started.
+const SHORTAGES: [&str; 3] =
+    ["Cannot allocate memory", "Resource temporarily unavailable", "Too many open files"];
+
 impl TemplateError {
+    /// Whether the host lacked something: that says nothing about a template.
+    fn is_shortage(&self) -> bool {
+        let mut error: Option<&dyn std::error::Error> = Some(self);
+        while let Some(this) = error {
+            let text = this.to_string();
+            if SHORTAGES.iter().any(|words| text.contains(words)) {
+                return true;
+            }
+            error = this.source();
+        }
+        false
+    }
+
     pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { what, source }
     }
@@ -163,6 +180,10 @@ impl Templates {
                     machine.note(notes);
                     return Ok(machine);
                 }
+                Err(error) if error.is_shortage() => {
+                    notes.push(format!("no copy of a template came up, so the machine booted: {error}"));
+                    return Err(notes);
+                }
                 Err(error) => {
                     notes.push(format!("a template was thrown away, as no copy of it came up: {error}"));
                     self.discard(&key);
@@ -209,7 +230,9 @@ impl Templates {
             made = self.make(freezer, spec, key);
         }
         if let Err(error) = made {
-            let _ = writes::create(&barren);
+            if !error.is_shortage() {
+                let _ = writes::create(&barren);
+            }
             return Err(error);
         }
         files::collect(&self.folder, &self.temporary, key);
@@ -293,5 +316,23 @@ pub(super) fn answer(machine: &mut impl Lendable, patience: Duration) -> Result<
             Err(TemplateError::Died(machine.death(DEATH_PATIENCE)))
         }
         Err(source) => Err(TemplateError::io("hear the agent")(source)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_host_lacks_says_nothing_about_a_template() {
+        let of_ours = io::Error::from_raw_os_error(rustix::io::Errno::NOMEM.raw_os_error());
+        assert!(TemplateError::from(MachineError::io("start QEMU")(of_ours)).is_shortage());
+        let killed = |said: &str| {
+            let (program, status) = ("qemu-system-x86_64".into(), "exit status: 1".to_owned());
+            TemplateError::Died(Death::Killed { program, status, said: said.to_owned() })
+        };
+        assert!(killed("cannot set up guest memory 'ram': Cannot allocate memory").is_shortage());
+        assert!(!killed("Unknown savevm section").is_shortage());
+        assert!(!TemplateError::Damaged("its state is damaged").is_shortage());
     }
 }
