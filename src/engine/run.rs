@@ -203,6 +203,7 @@ fn carry_through(
         return Err(RunError::RecordFull);
     }
     let beside = Beside {
+        machine: Some(identity.clone()),
         root: prepared.root.digest(),
         bundle: Some(prepared.bundle.digest()),
         unrecorded: unrecorded(step, has_input),

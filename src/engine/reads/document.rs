@@ -9,11 +9,33 @@ use kiln_virtio::fs::record::{Entry, Kind, Observed, PathBytes};
 use serde::Serialize;
 
 use super::{ReadsReport, ShareReads};
+use crate::machine::Identity;
+use crate::machine::jail::Layer;
 
 /// The name of the format.
 const FORMAT: &str = "kiln-reads";
 /// Its version.
 const VERSION: u32 = 1;
+
+/// What ran the step. How the machine came to be is left out, as it makes no difference.
+#[derive(Serialize)]
+struct Machine<'a> {
+    backend: &'a str,
+    accelerator: String,
+    jail: &'a [Layer],
+    jail_missing: Vec<Layer>,
+}
+
+impl<'a> Machine<'a> {
+    fn of(identity: &'a Identity) -> Self {
+        Self {
+            backend: &identity.backend,
+            accelerator: format!("{:?}", identity.accelerator).to_lowercase(),
+            jail: &identity.jail.layers,
+            jail_missing: identity.jail.missing.iter().map(|(layer, _)| *layer).collect(),
+        }
+    }
+}
 
 /// One path and what was asked about it: a member for each kind of question.
 #[derive(Serialize)]
@@ -68,6 +90,7 @@ impl ReadsReport {
             "{{\n\"format\": \"{FORMAT}\",\n\"version\": {VERSION},\n\"complete\": {}",
             self.is_complete()
         )?;
+        member(out, "machine", &self.beside.machine.as_ref().map(Machine::of))?;
         member(out, "root", &self.beside.root)?;
         member(out, "bundle", &self.beside.bundle)?;
         member(out, "unrecorded", &self.beside.unrecorded)?;

@@ -12,6 +12,8 @@ use kiln_digest::Digest;
 use kiln_virtio::fs::record::{Change, Changed, Entry, Kind, Observed, PathBytes, Record, ShareRecord};
 use kiln_virtio::fs::{Attributes, Open, fingerprint_of, open_beneath};
 
+use crate::machine::Identity;
+
 mod document;
 
 /// Why what was read cannot be reported.
@@ -40,6 +42,8 @@ pub struct ReadsReport {
 /// What a step could read that no record says more of.
 #[derive(Debug, Clone, Default)]
 pub struct Beside {
+    /// What ran the step, and what held it in.
+    pub machine: Option<Identity>,
     /// Digest of the root's tree; none for a live root, which is a share then.
     pub root: Option<Digest>,
     /// Digest of the boot bundle: kernel and modules.

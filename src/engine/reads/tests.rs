@@ -6,6 +6,8 @@ use std::path::Path;
 use kiln_virtio::fs::record::{Assembler, Extra, Fingerprint, RecordPart};
 
 use super::*;
+use crate::machine::jail::{Held, Layer};
+use crate::machine::{Accelerator, Identity, Origin};
 
 const META: Observed = Observed::METADATA;
 const FIXED: Attributes = Attributes::Fixed { mtime_seconds: 315_532_800 };
@@ -106,7 +108,18 @@ fn the_document_is_as_it_was() {
         RecordPart::Entries(vec![real]),
     ]);
     let shares = [share("src", host.path(), FIXED), share("host", host.path(), Attributes::Real)];
+    let held = Held {
+        layers: vec![Layer::Seccomp],
+        missing: vec![(Layer::Landlock, "none".to_owned())],
+        landlock_abi: None,
+    };
     let beside = Beside {
+        machine: Some(Identity {
+            backend: "qemu 10.0.2".to_owned(),
+            accelerator: Accelerator::Tcg,
+            jail: held,
+            origin: Origin::Boot,
+        }),
         root: Some(Digest::of(b"root")),
         bundle: Some(Digest::of(b"bundle")),
         unrecorded: vec!["disk /data".to_owned(), "standard input".to_owned()],
