@@ -107,3 +107,38 @@ fn a_run_whose_reader_hangs_up_ends_as_a_command_does() {
     assert_eq!(child.end().code, Some(128 + 13));
     host.is_clean(group);
 }
+
+#[test]
+fn a_kiln_that_is_killed_at_any_stage_leaves_no_process_and_one_state_of_work() {
+    const FILES: usize = 50;
+    let host = Host::new();
+    let all_are = |what: &str| (0..FILES).all(|number| host.read(&format!("work/out/{number}")) == what);
+    let make = |what: &str| {
+        format!("mkdir -p $WORK/out; for i in $(seq 0 {}); do printf {what} > $WORK/out/$i; done", FILES - 1)
+    };
+    let start = |what: &str| {
+        let script = make(what);
+        let mut kiln = host.command(&["--json", "--out", "out"], &["sh", "-c", &script]);
+        Running::start(kiln.stdout(Stdio::piped()).stderr(Stdio::piped()))
+    };
+    host.script(&["--quiet", "--out", "out"], &make("old")).ends(0, &[]);
+    let mut before = "old".to_owned();
+    for stage in ["", "prepare", "boot", "setup", "command", "collect", "record"] {
+        let new = format!("new-{stage}");
+        let mut child = start(&new);
+        if !stage.is_empty() {
+            child.read_until(&format!("\"phase\":\"{stage}\""));
+        }
+        let group = child.id();
+        rustix::process::kill_process(Pid::from_child(&child), Signal::KILL).expect("kiln runs");
+        let told = child.end();
+        soon(5, "all processes of the run are gone", || members(group).is_empty());
+        host.script(&["--quiet"], "true").ends(0, &[]);
+        host.is_clean(group);
+        // It may have come to its end before the signal did.
+        if told.code == Some(0) || all_are(&new) {
+            before = new;
+        }
+        assert!(all_are(&before), "{stage}: neither what was nor what was made");
+    }
+}

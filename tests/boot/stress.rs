@@ -1,4 +1,8 @@
-//! Slow, and worth it: under emulation QEMU keeps translations of guest code by page, and drops one when the guest or
+//! Slow, and worth it.
+//!
+//! Runs by the hundred, of which a third fails, leave no more than the first did.
+//!
+//! And: under emulation QEMU keeps translations of guest code by page, and drops one when the guest or
 //! QEMU writes the page. The file server writes guest memory behind QEMU's back. If a page that once held code is
 //! filled with other code and the old translation runs, a program computes nonsense. So: a machine with little memory
 //! executes far more program pages from a share than it has room for, twice, and all it computes is compared.
@@ -6,6 +10,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Command;
 
 use super::host::Host;
@@ -60,4 +65,47 @@ fn programs_from_a_share_compute_the_same_under_memory_pressure() {
         assert_eq!(theirs, ours, "line {number}");
     }
     assert_eq!(told.text().len(), ours.len());
+}
+
+/// The files below `folder`, by number and bytes, and links as what they are.
+fn weight(folder: &Path) -> (usize, u64) {
+    let mut sum = (0, 0);
+    for entry in fs::read_dir(folder).expect("a folder").flatten() {
+        let meta = fs::symlink_metadata(entry.path()).expect("it is there");
+        let (files, bytes) = if meta.is_dir() { weight(&entry.path()) } else { (1, meta.len()) };
+        sum = (sum.0 + files, sum.1 + bytes);
+    }
+    sum
+}
+
+#[test]
+fn two_hundred_runs_of_which_a_third_fails_leave_what_the_first_ones_left() {
+    let host = Host::new();
+    host.file("src/a", "content");
+    // Arguments, script and status; a timeout waits for a second each time, and is less often.
+    let good = (&["--src=src", "--out=o"][..], "cat a > $WORK/o", 0);
+    let bad = [
+        (&["--out=o"][..], "exit 3", 3),
+        (&["--out=missing"], "true", 125),
+        (&["--limit=printed=1K"], "yes", 125),
+        (&[], "kill -9 1; echo o > /proc/sysrq-trigger; sleep 10", 125),
+        (&["--mount=/no/where:/m"], "true", 2),
+        (&["--timeout=1s"], "sleep 10", 124),
+    ];
+    let run = |number: usize| {
+        let (arguments, script, status) = if number % 3 == 0 { bad[number / 3 % bad.len()] } else { good };
+        let told = host.run(&[&["--quiet", "--overwrite"], arguments].concat(), &["sh", "-c", script]);
+        assert_eq!(told.code, Some(status), "{number}: {told:?}");
+    };
+    // Each kind once, before it is weighed.
+    (0..18).for_each(run);
+    let descriptors = || fs::read_dir("/proc/self/fd").expect("our own").count();
+    let own = fs::canonicalize(host.path("store")).expect("a store");
+    let before = (weight(&own), weight(&host.path("work")), descriptors());
+    (18..200).for_each(run);
+    let after = (weight(&own), weight(&host.path("work")), descriptors());
+    assert_eq!(before.0.0, after.0.0, "files in the store: {before:?} {after:?}");
+    assert_eq!((before.1, before.2), (after.1, after.2));
+    // Records may be written anew with other numbers in them.
+    assert!(after.0.1 < before.0.1 + (1 << 20), "bytes in the store: {before:?} {after:?}");
 }
