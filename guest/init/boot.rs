@@ -36,7 +36,7 @@ const MODULES: [&str; 14] = [
     // FAT wants its table for long names too.
     "nls_ascii",
 ];
-/// Beside them, for sticks.
+/// Beside them, for sticks. The image for sticks has them from the start, any other when no other bus had its partition.
 const USB_MODULES: [&str; 6] = ["usbcore", "ehci-pci", "ohci-pci", "xhci-pci", "usb-storage", "uas"];
 /// Drivers make further devices appear; this often is looked for those that they ask for.
 const DRIVER_ROUNDS: usize = 4;
@@ -45,6 +45,9 @@ const PROGRAMS: [&str; 2] = ["initos", "setup-initos"];
 
 /// How long devices may take to appear.
 const DEVICE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a partition is looked for without drivers of USB. A disk that is there shows itself sooner, and its boot does
+/// not pay for controllers that it does not need.
+const WITHOUT_USB: Duration = Duration::from_secs(1);
 /// Between looks at the devices.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// How long a failure can be read before the machine restarts.
@@ -219,14 +222,17 @@ pub enum Fatal {
 /// [`Fatal`], after which only [`fail`] is left.
 pub fn boot(system: &mut dyn System, orders: &Orders) -> Result<&'static str, Fatal> {
     system.say(&format!("Starting INITOS initramfs {}", orders.release));
-    load_modules(system, orders.is_usb);
+    let usb: &[&str] = if orders.is_usb { &USB_MODULES } else { &[] };
+    let first = [&MODULES, usb, &["efivarfs"]].concat();
+    let mut drivers = Drivers::default();
+    drivers.load(system, &first, orders.is_usb);
     let variable = |name: &str| format!("{name}-{}", efi::GLOBAL);
     let secure = system.variable(&variable("SecureBoot"));
     let start = Start::of(secure.as_deref(), system.variable(&variable("BootCurrent")).as_deref());
     system.say(if start.is_secure { "SECURE: Secure Boot is on" } else { "INSECURE: Secure Boot is off" });
     let images = images(system, &orders.release)?;
     let labels = efi::labels(start, orders.is_usb);
-    let volume = find(system, &images, &labels, orders)?;
+    let volume = find(system, &images, &labels, orders, &mut drivers)?;
     mount(system, &images, orders)?;
     describe(system, start, &volume)?;
     let init = choose(system, start, orders)?;
@@ -234,29 +240,34 @@ pub fn boot(system: &mut dyn System, orders: &Orders) -> Result<&'static str, Fa
     Ok(init)
 }
 
-fn load_modules(system: &mut dyn System, is_usb: bool) {
-    let mut absent: Vec<&str> = Vec::new();
-    let usb: &[&str] = if is_usb { &USB_MODULES } else { &[] };
-    for name in MODULES.iter().chain(usb).chain(&["efivarfs"]) {
-        match system.load_module(name) {
-            Ok(Loaded::Yes) => {}
-            Ok(Loaded::Absent) => absent.push(name),
-            Err(why) => system.say(&format!("no module {name}: {why}")),
+/// The drivers that were tried, whether they came or not.
+#[derive(Default)]
+struct Drivers(BTreeSet<String>);
+
+impl Drivers {
+    /// Loads these modules, and the drivers that devices ask for; those of USB only `with_usb`.
+    fn load(&mut self, system: &mut dyn System, names: &[&str], with_usb: bool) {
+        let mut absent: Vec<&str> = Vec::new();
+        for name in names {
+            match system.load_module(name) {
+                Ok(Loaded::Yes) => {}
+                Ok(Loaded::Absent) => absent.push(name),
+                Err(why) => system.say(&format!("no module {name}: {why}")),
+            }
         }
-    }
-    if !absent.is_empty() {
-        system.say(&format!("Not in this initrd: {}", absent.join(", ")));
-    }
-    let mut tried = BTreeSet::new();
-    for _ in 0..DRIVER_ROUNDS {
-        let new: Vec<String> =
-            system.drivers(is_usb).into_iter().filter(|name| tried.insert(name.clone())).collect();
-        if new.is_empty() {
-            break;
+        if !absent.is_empty() {
+            system.say(&format!("Not in this initrd: {}", absent.join(", ")));
         }
-        for name in new {
-            if let Err(why) = system.load_module(&name) {
-                system.say(&format!("no driver {name}: {why}"));
+        for _ in 0..DRIVER_ROUNDS {
+            let new: Vec<String> =
+                system.drivers(with_usb).into_iter().filter(|name| self.0.insert(name.clone())).collect();
+            if new.is_empty() {
+                break;
+            }
+            for name in new {
+                if let Err(why) = system.load_module(&name) {
+                    system.say(&format!("no driver {name}: {why}"));
+                }
             }
         }
     }
@@ -310,14 +321,18 @@ fn images(system: &mut dyn System, release: &str) -> Result<Vec<Image>, Fatal> {
     if found.iter().any(|image| image.role == Role::Root) { Ok(found) } else { Err(Fatal::NoHash) }
 }
 
-/// Opens the images on the first partition that has them, in the order of `labels`.
+/// Opens the images on the first partition that has them, in the order of `labels`: on whatever bus, since it is the signed
+/// hash that says which is right.
 fn find(
     system: &mut dyn System,
     images: &[Image],
     labels: &[&str],
     orders: &Orders,
+    drivers: &mut Drivers,
 ) -> Result<Volume, Fatal> {
-    let give_up = system.uptime() + DEVICE_PATIENCE;
+    let start = system.uptime();
+    let mut give_up = start + DEVICE_PATIENCE;
+    let mut has_usb = orders.is_usb;
     let mut tried: Vec<String> = Vec::new();
     loop {
         let volumes = system.volumes();
@@ -342,6 +357,14 @@ fn find(
         }
         if late {
             return Err(Fatal::NoPartition(labels.join(", ")));
+        }
+        let now = system.uptime();
+        if !has_usb && now >= start + WITHOUT_USB {
+            system.say("Looking on USB too");
+            drivers.load(system, &USB_MODULES, true);
+            has_usb = true;
+            // Devices have their time, however long the machine takes to load.
+            give_up += system.uptime().saturating_sub(now);
         }
         system.pause(LOOK_AGAIN);
     }

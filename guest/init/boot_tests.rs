@@ -26,6 +26,9 @@ struct Played {
     /// The partition that was mounted then.
     logged_on: Option<String>,
     loaded: Vec<String>,
+    /// Devices that appear when `usb-storage` is loaded, and how long that takes.
+    on_usb: Vec<&'static str>,
+    usb_takes: Duration,
     programs: Vec<String>,
 }
 
@@ -35,6 +38,9 @@ impl System for Played {
     }
     fn load_module(&mut self, name: &str) -> Result<Loaded, String> {
         self.loaded.push(name.to_owned());
+        if name == "usb-storage" {
+            self.time += self.usb_takes;
+        }
         if name == "simpledrm" { Ok(Loaded::Absent) } else { Ok(Loaded::Yes) }
     }
     fn drivers(&mut self, with_usb: bool) -> Vec<String> {
@@ -50,7 +56,11 @@ impl System for Played {
         self.initrd.get(path).cloned()
     }
     fn volumes(&mut self) -> Vec<Volume> {
-        let there = |device: &&str| self.late.get(device).is_none_or(|from| self.time >= *from);
+        let has_usb = self.loaded.iter().any(|name| name == "usb-storage");
+        let there = |device: &&str| {
+            self.late.get(device).is_none_or(|from| self.time >= *from)
+                && (has_usb || !self.on_usb.contains(device))
+        };
         let volume = |(device, (label, _)): (&&str, &Partition)| Volume {
             device: (*device).to_owned(),
             label: (*label).to_owned(),
@@ -280,6 +290,52 @@ fn drivers_are_loaded_for_what_appears_and_absent_modules_are_one_line() {
     let mut played = machine(0x1001);
     start(&mut played, "initos=usb").expect("it boots");
     assert_eq!((count(&played, "usb-storage"), count(&played, "sdhci_usb")), (1, 1));
+    assert!(played.loaded.ends_with(&["efivarfs", "vmd", "sdhci_usb", "ahci"].map(ToOwned::to_owned)));
+}
+
+#[test]
+fn a_stick_is_found_under_secure_boot_when_no_other_bus_has_the_partition() {
+    let mut played = machine(0x0003);
+    played.partitions = [("sda", ("BOOTA", files(OURS)))].into();
+    played.on_usb = vec!["sda"];
+    start(&mut played, "").expect("it boots");
+    assert_eq!((played.mounted.as_deref(), played.time), (Some("sda"), WITHOUT_USB + LOOK_AGAIN));
+    for name in ["usb-storage", "sdhci_usb", "vmd"] {
+        assert_eq!(played.loaded.iter().filter(|loaded| *loaded == name).count(), 1, "{name}");
+    }
+    // The disk of another version beside it makes no difference, nor does what the stick is called beside the slots.
+    let mut played = machine(0x0003);
+    played.partitions = [
+        ("nvme0n1p1", ("BOOTA", files(THEIRS))),
+        ("sda", ("BOOTA", files(OURS))),
+        ("sdb", ("BOOTUSB", files(OURS))),
+    ]
+    .into();
+    played.on_usb = vec!["sda", "sdb"];
+    start(&mut played, "").expect("it boots");
+    assert_eq!((played.mounted.as_deref(), written(&played, "BOOT_DEVICE")), (Some("sda"), "sda".to_owned()));
+}
+
+#[test]
+fn a_stick_of_another_version_is_not_taken_and_the_machine_does_not_wait_longer() {
+    let mut played = machine(0x1001);
+    played.partitions = [("sda", ("BOOTA", files(THEIRS)))].into();
+    played.on_usb = vec!["sda"];
+    assert!(matches!(start(&mut played, ""), Err(Fatal::NoPartition(_))));
+    assert_eq!((played.mounted, played.opened), (None, vec![]));
+    assert!(played.said.iter().any(|line| line.contains("sda") && line.contains("another version")));
+    assert_eq!(played.time, DEVICE_PATIENCE);
+}
+
+#[test]
+fn the_time_that_loading_takes_is_not_that_of_the_devices() {
+    let mut played = machine(0x1001);
+    played.partitions = [("sda", ("BOOTA", files(OURS)))].into();
+    played.on_usb = vec!["sda"];
+    played.usb_takes = DEVICE_PATIENCE;
+    played.late.insert("sda", DEVICE_PATIENCE + Duration::from_secs(3));
+    start(&mut played, "").expect("it boots");
+    assert_eq!(played.mounted.as_deref(), Some("sda"));
 }
 
 #[test]

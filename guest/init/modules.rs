@@ -9,7 +9,7 @@ pub struct Modules {
     builtin: String,
 }
 
-/// Modules of these folders are of USB, which an image that is not for sticks leaves alone.
+/// Modules of these folders are of USB, which is left alone where another bus has what is looked for.
 const USB: &str = "kernel/drivers/usb/";
 
 impl Modules {
