@@ -16,12 +16,14 @@
 //! - [`upkeep`]: what keeps a blob, what may go, and what is damaged; [`writes`]: the door through which files of the
 //!   store and of WORK are changed.
 //! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock.
+//! - [`apart`]: what must have nothing in common, such as SECRETS and whatever is shown, built or booted.
 //! - [`plan`]: pure data and pure functions: recipes and their graph, a step's root, globs, environment, quantities.
 //!
 //! Crates of their own, because their target, trust or dependencies differ: `kiln-digest`, `kiln-artifact`,
 //! `kiln-openpgp`, `kiln-virtio`, `kiln-wire` and the agent.
 
 pub mod agent;
+pub mod apart;
 pub mod boot;
 pub mod cache;
 pub mod cli;

@@ -29,6 +29,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::apart::{self, Kept, Overlap};
 use crate::machine::qemu::firmware::{Bus, FirmwareMachine, FirmwareSpec, Format, Network, Tpm};
 use crate::machine::qemu::{Qemu, find_program};
 use crate::machine::{Identity, MachineError};
@@ -133,6 +134,9 @@ pub enum BootError {
     /// The image.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// A disk shows signing keys.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
     /// A folder.
     #[error(transparent)]
     Folder(#[from] FolderError),
@@ -195,6 +199,7 @@ impl BootError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Image(error) => error.hint(),
+            Self::Overlap(overlap) => Some(overlap.hint().to_owned()),
             Self::Folder(error) => error.hint(),
             Self::Firmware(error) => error.hint(),
             Self::Vars(error) => error.hint(),
@@ -228,6 +233,7 @@ impl BootError {
             Self::Vars(error) => error.is_the_users(),
             Self::Ssh(error) => error.is_the_users(),
             Self::Image(_)
+            | Self::Overlap(_)
             | Self::Firmware(FirmwareError::NoKey { .. } | FirmwareError::NotAKey(_))
             | Self::NotKept(_)
             | Self::Enrol(EnrolError::NoFile { .. })
@@ -243,11 +249,12 @@ impl BootError {
     }
 }
 
-/// Whether what is asked for can be: what is no image, and keys that are not there. Nothing of the host's is needed.
+/// Whether what is asked for can be: what is no image, a disk that would show `secrets`, and keys that are not there.
+/// Nothing of the host's is needed.
 ///
 /// # Errors
 /// [`BootError`], the user's.
-pub fn check(boot: &Boot) -> Result<(), BootError> {
+pub fn check(boot: &Boot, secrets: &Path) -> Result<(), BootError> {
     let mut ran = false;
     for statement in &boot.script {
         let place = || statement.place.clone();
@@ -262,6 +269,7 @@ pub fn check(boot: &Boot) -> Result<(), BootError> {
         }
     }
     for choice in &boot.disks {
+        apart::refuse("disk", &choice.path, Kept::Secrets, secrets)?;
         match image::look(&choice.path, choice.format, choice.keep_writes && choice.path.is_file())? {
             Subject::Disk(..) => {}
             _ if choice.keep_writes => return Err(BootError::NotKept(choice.path.clone())),

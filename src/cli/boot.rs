@@ -223,7 +223,7 @@ fn script_of(arguments: &BootArguments) -> Result<Vec<Statement>, Failure> {
 
 /// Boots, says what happens, and whether it was as wanted.
 pub(super) fn run(arguments: &BootArguments, mut wanted: Boot, host: &Host) -> Result<ExitCode, Failure> {
-    check(&wanted)?;
+    check(&wanted, &host.settings.secrets.value)?;
     let qemu = host.backend(&Boundary::default())?;
     if arguments.tpm {
         wanted.tpm = Some(find_tpm(&host.settings.search_path)?);

@@ -240,7 +240,7 @@ impl From<HostError> for Failure {
     fn from(error: HostError) -> Self {
         let code = match &error {
             HostError::Boundary { .. } | HostError::NoAgent { .. } => CANNOT,
-            HostError::NotLocked { .. } | HostError::Contradiction { .. } => USAGE,
+            HostError::NotLocked { .. } | HostError::Contradiction { .. } | HostError::Overlap(_) => USAGE,
             HostError::Root(error) if error.is_the_users() => USAGE,
             HostError::Bundle(error) if error.is_the_users() => USAGE,
             HostError::Machine(error) => return Self::of_machine(error),

@@ -95,6 +95,7 @@ pub(super) fn code_of(error: &BuildError) -> u8 {
             crate::engine::HostError::Boundary { .. } | crate::engine::HostError::NoAgent { .. } => {
                 super::CANNOT
             }
+            crate::engine::HostError::Overlap(_) => USAGE,
             _ => FAILED,
         },
         BuildError::Boot(error) if error.is_the_hosts() => super::CANNOT,

@@ -1,5 +1,6 @@
 //! `kiln sign`: makes keys, shows what would be signed, and signs it; here, or with signatures from elsewhere.
 
+use std::iter;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, UNIX_EPOCH};
@@ -8,6 +9,7 @@ use clap::Args;
 
 use super::show::{line, note};
 use super::{FAILED, Failure, USAGE};
+use crate::apart::{self, Kept};
 use crate::clock;
 use crate::settings::Settings;
 use crate::sign::images::Source;
@@ -179,9 +181,13 @@ fn show(work: &Work, roots: &Roots, local: &Local<'_>, in_full: bool) {
     }
 }
 
-/// Makes keys, or finds that those that are there are in order.
+/// Makes keys where no step sees them, or finds that those that are there are in order.
 fn init(arguments: &SignArguments, settings: &Settings, now: Duration) -> Result<ExitCode, Failure> {
     let secrets = &settings.secrets.value;
+    let srcdir = settings.srcdir.value.as_ref().map(|srcdir| ("SRCDIR", settings.directory.join(srcdir)));
+    for (what, path) in iter::once(("WORK", settings.work.value.clone())).chain(srcdir) {
+        apart::refuse_to_make(what, &path, Kept::Secrets, secrets).map_err(SignError::from)?;
+    }
     match make::make(secrets, &arguments.domain, now) {
         Ok(place) => note(&format!("made keys in {}: keep a copy, nobody else has them", place.display())),
         Err(MakeError::There(place)) => {

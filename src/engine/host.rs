@@ -8,6 +8,7 @@ use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
 
 use super::build::sources::Permission;
+use crate::apart::{self, Kept, Overlap};
 use crate::fetch::http::{AuthorityError, Client};
 use crate::fetch::lock::{Lock, LockError, LockedRoot};
 use crate::keeper::Registry;
@@ -53,6 +54,9 @@ pub enum HostError {
     /// The toolbox.
     #[error(transparent)]
     Toolbox(#[from] ToolboxError),
+    /// What would be kept in the store shows signing keys.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
     /// There is no agent to boot.
     #[error("{}", no_agent(.named.as_deref()))]
     NoAgent {
@@ -126,6 +130,7 @@ impl HostError {
             Self::Store(error) => error.hint(),
             Self::Authority(error) => error.hint(),
             Self::Toolbox(error) => error.hint(),
+            Self::Overlap(overlap) => Some(overlap.hint().to_owned()),
             Self::Bundle(_) => None,
         }
     }
@@ -405,6 +410,8 @@ impl Host {
         let agent = self.agent()?;
         let suite = match choice {
             KernelChoice::File { kernel, modules } => {
+                self.refuse_secrets("kernel", kernel)?;
+                modules.as_ref().map_or(Ok(()), |modules| self.refuse_secrets("modules", modules))?;
                 return Ok(bundle::from_files(&self.store, kernel, modules.as_deref(), &agent, carrier)?);
             }
             KernelChoice::Blob { kernel, modules } => {
@@ -443,6 +450,7 @@ impl Host {
     /// [`HostError`].
     pub fn toolbox(&self, progress: &mut dyn FnMut(&str)) -> Result<PathBuf, HostError> {
         if let Some(path) = &self.settings.toolbox.value {
+            self.refuse_secrets("toolbox", path)?;
             return Ok(toolbox::of_directory(&self.store, &self.settings.directory.join(path))?);
         }
         let spec = toolbox::spec(crate::root::debian::DEFAULT_KERNEL_SUITE)?;
@@ -480,7 +488,7 @@ impl Host {
         progress: &mut dyn FnMut(&str),
     ) -> Result<Root, HostError> {
         if !spec.is_debian() {
-            return Ok(root::import(&self.store, spec)?);
+            return self.imported_root(spec);
         }
         let locked = self.locked_root(spec, progress)?;
         let workshop = Workshop { store: &self.store, archive: &self.archive, backend: qemu, bundle, cpus };
@@ -500,8 +508,33 @@ impl Host {
                 let locked = self.locked_root(spec, progress)?;
                 Ok(root::of_files(&self.store, &self.archive, &locked, progress)?)
             }
-            _ => Ok(root::import(&self.store, spec)?),
+            _ => self.imported_root(spec),
         }
+    }
+
+    /// A root of the host's own files, none of which are keys.
+    fn imported_root(&self, spec: &RootSpec) -> Result<Root, HostError> {
+        self.refuse_secrets_in_root(spec)?;
+        Ok(root::import(&self.store, spec)?)
+    }
+
+    /// Refuses a root of the host's own files that contains SECRETS or lies in it.
+    ///
+    /// # Errors
+    /// [`HostError::Overlap`].
+    pub(super) fn refuse_secrets_in_root(&self, spec: &RootSpec) -> Result<(), HostError> {
+        match spec {
+            RootSpec::Directory(path) | RootSpec::File(path) | RootSpec::Live(path) => {
+                self.refuse_secrets("root", path)
+            }
+            RootSpec::Debian(_) | RootSpec::Packages(_) => Ok(()),
+        }
+    }
+
+    fn refuse_secrets(&self, what: &'static str, path: &Path) -> Result<(), HostError> {
+        let settings = &self.settings;
+        let path = settings.directory.join(path);
+        Ok(apart::refuse(what, &path, Kept::Secrets, &settings.secrets.value)?)
     }
 
     /// The packages of the root `spec`, as they are locked.

@@ -9,7 +9,7 @@ use std::str::FromStr;
 
 use kiln_virtio::fs::kernel_filesystem;
 
-use super::mounts::Mounts;
+use crate::apart::{self, Kept, Overlap};
 
 /// Why an input cannot be given to a step.
 #[derive(Debug, thiserror::Error)]
@@ -36,16 +36,9 @@ pub enum InputError {
     /// A disk that is neither a file nor a block device.
     #[error("disk `{0}` is neither a regular file nor a block device")]
     NotADisk(PathBuf),
-    /// Signing keys would be visible to a guest.
-    #[error("{what} `{path}` contains SECRETS (`{secrets}`) or lies in it")]
-    Secrets {
-        /// What would show them.
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// Where they are.
-        secrets: PathBuf,
-    },
+    /// The guest would see signing keys, or see or write kiln's own store.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
     /// `HOST:GUEST` or `FILE:GUEST[:ro]` malformed.
     #[error("`{text}` is not {wanted}")]
     Malformed {
@@ -53,16 +46,6 @@ pub enum InputError {
         text: String,
         /// The form.
         wanted: &'static str,
-    },
-    /// The guest would see, or write, kiln's own store.
-    #[error("{what} `{path}` contains kiln's store (`{store}`) or lies in it")]
-    Store {
-        /// What would show it.
-        what: &'static str,
-        /// Its path.
-        path: PathBuf,
-        /// Where the store is.
-        store: PathBuf,
     },
     /// It shows the kernel itself, and holds no files.
     #[error(
@@ -97,12 +80,7 @@ impl InputError {
     /// What the user can do about it.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Secrets { .. } => {
-                Some("share a smaller directory, or keep the keys elsewhere and set SECRETS")
-            }
-            Self::Store { .. } => {
-                Some("choose another directory, or another store with --store or KILN_STORE")
-            }
+            Self::Overlap(overlap) => Some(overlap.hint()),
             Self::Kernel { .. } => Some(
                 "copy what the step needs of it into a folder, and share that; a machine has its own as well",
             ),
@@ -188,42 +166,11 @@ pub(super) fn open_share(what: &'static str, path: &Path, secrets: &Path) -> Res
     if !real.is_dir() {
         return Err(InputError::NotADirectory { what, path: path.to_owned() });
     }
-    refuse_secrets(what, &real, secrets)?;
+    apart::refuse(what, &real, Kept::Secrets, secrets)?;
     let file = File::open(&real).map_err(open)?;
     match kernel_filesystem(&file).map_err(|errno| open(errno.into()))? {
         Some(filesystem) => Err(InputError::Kernel { what, path: path.to_owned(), filesystem }),
         None => Ok(file.into()),
-    }
-}
-
-/// Whether one of two directories is in the other, by their canonical paths or by way of a mount.
-fn shows(real: &Path, other: &Path) -> bool {
-    other.starts_with(real) || real.starts_with(other) || Mounts::read().shows(real, other)
-}
-
-/// Refuses what contains the keys or lies among them. Keys that are not there cannot be shown.
-///
-/// # Errors
-/// [`InputError::Secrets`].
-pub(super) fn refuse_secrets(what: &'static str, path: &Path, secrets: &Path) -> Result<(), InputError> {
-    match (fs::canonicalize(path), fs::canonicalize(secrets)) {
-        (Ok(real), Ok(secrets)) if shows(&real, &secrets) => {
-            Err(InputError::Secrets { what, path: path.to_owned(), secrets })
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Refuses a directory that contains kiln's store or lies in it: what other steps made is not this one's to read.
-///
-/// # Errors
-/// [`InputError::Store`].
-pub(super) fn refuse_store(what: &'static str, path: &Path, store: &Path) -> Result<(), InputError> {
-    match (fs::canonicalize(path), fs::canonicalize(store)) {
-        (Ok(real), Ok(store)) if shows(&real, &store) => {
-            Err(InputError::Store { what, path: path.to_owned(), store })
-        }
-        _ => Ok(()),
     }
 }
 
@@ -232,7 +179,7 @@ pub(super) fn refuse_store(what: &'static str, path: &Path, store: &Path) -> Res
 /// # Errors
 /// [`InputError`].
 pub(super) fn open_disk(disk: &DiskArgument, secrets: &Path) -> Result<(OwnedFd, String), InputError> {
-    refuse_secrets("disk", &disk.file, secrets)?;
+    apart::refuse("disk", &disk.file, Kept::Secrets, secrets)?;
     let open = |source| InputError::Open { what: "disk", path: disk.file.clone(), source };
     // A FIFO in its place is not waited for.
     let mut options = File::options();
@@ -321,7 +268,10 @@ mod tests {
         let secrets = folder.path().join("a/keys");
         fs::create_dir_all(&secrets).expect("folders");
         for path in [folder.path().to_owned(), folder.path().join("a"), secrets.clone()] {
-            assert!(matches!(open_share("SRCDIR", &path, &secrets), Err(InputError::Secrets { .. })));
+            assert!(matches!(
+                open_share("SRCDIR", &path, &secrets),
+                Err(InputError::Overlap(Overlap { kept: Kept::Secrets, .. }))
+            ));
         }
         let beside = folder.path().join("b");
         fs::create_dir(&beside).expect("a folder");

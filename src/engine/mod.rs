@@ -11,7 +11,6 @@ mod inputs;
 pub mod lock;
 mod make;
 pub mod merge;
-mod mounts;
 mod prepare;
 mod reads;
 mod ready;

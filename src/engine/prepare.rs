@@ -12,14 +12,15 @@ use kiln_wire::{Access, Exec, Mount, Setup, Source};
 use super::error::RunError;
 use super::event::{Event, Listener};
 use super::host::Host;
-use super::inputs::{InputError, check_work, open_disk, open_share, refuse_secrets, refuse_store};
+use super::inputs::{InputError, check_work, open_disk, open_share};
 use super::merge;
 use super::reads::Observable;
 use super::step::{Clock, Keep, Step};
+use crate::apart::{self, Kept};
 use crate::machine::qemu::Qemu;
 use crate::machine::vmm::KilnVmm;
 use crate::machine::{Attributes, Carrier, Cpu, Disk, PathBytes, Share, Spec, scratch, serial};
-use crate::plan::{EnvError, Environment, RootSpec};
+use crate::plan::{EnvError, Environment};
 use crate::root::bundle::Bundle;
 use crate::root::{Root, image, toolbox};
 use crate::settings::Settings;
@@ -105,10 +106,12 @@ pub(super) fn prepare(
     let secrets = &settings.secrets.value;
     let mut shares = Shares::default();
     let mut mounts = Vec::new();
-    let store = &settings.store.value;
-    refuse_store("WORK", work, store)?;
+    let refuse_store = |what, path: &Path| {
+        apart::refuse(what, path, Kept::Store, &settings.store.value).map_err(InputError::from)
+    };
+    refuse_store("WORK", work)?;
     if let Some(source) = &settings.srcdir.value {
-        refuse_store("SRCDIR", &settings.directory.join(source), store)?;
+        refuse_store("SRCDIR", &settings.directory.join(source))?;
         let directory = open_share("SRCDIR", &settings.directory.join(source), secrets)?;
         let access = if step.source_layer { Access::Layered } else { Access::ReadOnly };
         mounts.push(shares.add("src", &source_target, directory, attributes(), access)?);
@@ -134,7 +137,7 @@ pub(super) fn prepare(
         mounts.push(shares.add("sources", SOURCES, directory, attributes(), Access::ReadOnly)?);
     }
     for (index, mount) in step.mounts.iter().enumerate() {
-        refuse_store("mount", &settings.directory.join(&mount.host), store)?;
+        refuse_store("mount", &settings.directory.join(&mount.host))?;
         let directory = open_share("mount", &settings.directory.join(&mount.host), secrets)?;
         mounts.push(shares.add(
             &format!("mount{index}"),
@@ -165,9 +168,7 @@ pub(super) fn prepare(
     if let Some(mount) = mounts.iter().find(|mount| !places.insert(mount.target.as_slice())) {
         return Err(InputError::SamePlace(String::from_utf8_lossy(&mount.target).into_owned()).into());
     }
-    if let RootSpec::Directory(path) | RootSpec::File(path) | RootSpec::Live(path) = &step.root {
-        refuse_secrets("root", &settings.directory.join(path), secrets)?;
-    }
+    host.refuse_secrets_in_root(&step.root)?;
 
     let qemu = host.backend(&step.boundary)?;
     let cpus = match step.cpus {

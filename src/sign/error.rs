@@ -13,6 +13,7 @@ use super::folder::FolderError;
 use super::keys::KeyError;
 use super::local::LocalError;
 use super::record::{self, RecordError};
+use crate::apart::Overlap;
 
 /// Why nothing was signed.
 #[derive(Debug, thiserror::Error)]
@@ -33,15 +34,8 @@ pub enum SignError {
     #[error("`{0}` has no record of a build (`{path}`)", path = record::PATH)]
     NoRecord(PathBuf),
     /// Steps see WORK, and would see the keys or the configuration.
-    #[error("{what} (`{path}`) and WORK (`{work}`) lie in one another")]
-    Shared {
-        /// What steps must not see.
-        what: &'static str,
-        /// Where it is.
-        path: PathBuf,
-        /// WORK.
-        work: PathBuf,
-    },
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
     /// Another kiln signs here.
     #[error("another kiln signs in `{0}`")]
     Busy(PathBuf),
@@ -159,7 +153,7 @@ impl SignError {
             Self::NoRecord(_) => {
                 Some("build first, or copy the whole WORK of a build; WORK says where".to_owned())
             }
-            Self::Shared { what, .. } => Some(format!("keep {what} elsewhere, where no step sees it")),
+            Self::Overlap(overlap) => Some(overlap.hint().to_owned()),
             Self::Digest { .. }
             | Self::Unknown { .. }
             | Self::Gone { .. }

@@ -14,6 +14,7 @@ use super::error::SignError;
 use super::folder::{Folder, FolderError};
 use super::keys::Keys;
 use super::record::{self, File, Record, Verity};
+use crate::apart::{self, Kept};
 
 /// Offsets in an image have 32 bits.
 pub(super) const IMAGE_BYTES_MAX: u64 = 1 << 32;
@@ -55,8 +56,8 @@ impl Work {
     /// # Errors
     /// [`SignError`].
     pub fn open(work: &Path, secrets: &Path, config: Option<&Path>) -> Result<Self, SignError> {
-        apart(work, "SECRETS", secrets)?;
-        config.map_or(Ok(()), |config| apart(work, "the configuration", config))?;
+        apart::refuse("WORK", work, Kept::Secrets, secrets)?;
+        config.map_or(Ok(()), |config| apart::refuse("WORK", work, Kept::Configuration, config))?;
         let folder = Folder::open(work)?;
         let path = Path::new(record::PATH);
         let lock = match folder.file(path) {
@@ -153,13 +154,4 @@ impl Work {
 
 pub(super) fn same(file: &str, found: Digest, recorded: Digest) -> Result<(), SignError> {
     if found == recorded { Ok(()) } else { Err(SignError::Digest { file: file.to_owned(), found, recorded }) }
-}
-
-fn apart(work: &Path, what: &'static str, path: &Path) -> Result<(), SignError> {
-    if let (Ok(work), Ok(path)) = (fs::canonicalize(work), fs::canonicalize(path))
-        && (work.starts_with(&path) || path.starts_with(&work))
-    {
-        return Err(SignError::Shared { what, path, work });
-    }
-    Ok(())
 }

@@ -48,6 +48,29 @@ fn names_that_fat_cannot_hold_are_named() {
 }
 
 #[test]
+fn a_disk_that_would_show_secrets_is_refused_before_firmware_is_looked_for() {
+    let host = Host::new();
+    let key = host.file("home/.ssh/project/uefi-keys/db.key", "a key");
+    std::os::unix::fs::symlink(key.parent().expect("a folder"), host.path("innocent")).expect("a link");
+    host.folder("esp");
+    for arguments in [
+        &["home"][..],
+        &["home/.ssh/project"],
+        &["innocent"],
+        &["."],
+        &["home/.ssh/project/uefi-keys/db.key"],
+        &["esp", "--disk", "home/.ssh"],
+    ] {
+        let mut kiln = host.kiln();
+        kiln.env("SECRETS", host.path("home/.ssh/project")).arg("boot").args(arguments);
+        super::host::Told::by(&mut kiln)
+            .fails(2, &["disk `", "contains SECRETS", "home/.ssh/project`", "or lies in it"])
+            .hints(&["set SECRETS"]);
+    }
+    host.is_untouched();
+}
+
+#[test]
 fn ssh_without_a_key_and_keys_that_are_not_there_are_refused() {
     let host = Host::new();
     let mut disk = vec![0; 1024];

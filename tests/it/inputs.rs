@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
+use std::process::Command;
 
 use super::host::{Host, Told};
 
@@ -51,15 +52,20 @@ fn whatever_shows_secrets_to_a_guest_is_refused() {
     }
 }
 
-/// A run where only the last thing asked for is wrong: kernel, agent and QEMU are there.
-fn run_with_kernel(host: &Host, arguments: &[&str]) -> Told {
+/// kiln where kernel, agent and QEMU are there, so that only what is asked for can be wrong.
+fn with_kernel(host: &Host) -> Command {
     host.file("agent", "an agent");
     host.file("kernel", super::qemu::kernel());
     host.folder("root");
     host.script("qemu", "exit 1");
     let mut command = host.kiln();
     command.env("KILN_AGENT", host.path("agent")).env("KILN_QEMU", host.path("qemu"));
-    Told::by(command.args([&["run", "--kernel", "kernel"], arguments, &["--", "true"]].concat()))
+    command
+}
+
+fn run_with_kernel(host: &Host, arguments: &[&str]) -> Told {
+    let all = [&["run", "--kernel", "kernel"], arguments, &["--", "true"]].concat();
+    Told::by(with_kernel(host).args(all))
 }
 
 #[test]
@@ -186,4 +192,36 @@ fn a_run_that_fails_before_its_machine_leaves_the_sources_alone() {
     let names: Vec<_> = fs::read_dir(host.path("src")).expect("it is there").flatten().collect();
     assert_eq!(names.len(), 1);
     assert!(!host.path("nowhere").exists());
+}
+
+#[test]
+fn a_kernel_in_secrets_and_modules_around_them_are_refused() {
+    let host = Host::new();
+    host.file("home/.ssh/project/bzImage", super::qemu::kernel());
+    for (kernel, modules) in [("home/.ssh/project/bzImage", "root"), ("kernel", "home")] {
+        let arguments = ["run", "--root", "dir:root", "--kernel", kernel, "--modules", modules, "--", "true"];
+        let told = Told::by(with_kernel(&host).args(arguments));
+        told.fails(2, &["contains SECRETS", "or lies in it"]).hints(&["set SECRETS"]);
+    }
+}
+
+#[test]
+fn a_folder_around_secrets_is_no_root_of_a_build_and_nothing_of_it_is_kept() {
+    let host = Host::new();
+    host.file("home/.ssh/project/db.key", "a private key");
+    for step in [
+        "make = { squashfs = \"x\", from = [{ root = \"dir:home\" }] }",
+        "run = \"true\"\nroot = \"dir:home\"\nkernel = \"file:kernel\"",
+    ] {
+        host.file("kiln.toml", format!("project = \"project\"\n[steps.s]\n{step}\n"));
+        // Of SRCDIR nothing would be refused.
+        let told = Told::by(with_kernel(&host).env("SRCDIR", host.folder("src")).arg("build"));
+        assert!(told.code != Some(0), "{step}");
+        for word in ["root `", "home` contains SECRETS", "home/.ssh/project`) or lies in it"] {
+            assert!(told.stderr.contains(word), "{step}: no `{word}` in {}", told.stderr);
+        }
+        let search = ["-rl", "a private key", "store"];
+        let found = Command::new("grep").args(search).current_dir(host.root()).output().expect("grep");
+        assert_eq!(String::from_utf8_lossy(&found.stdout), "", "{step}");
+    }
 }

@@ -311,7 +311,7 @@ impl<R: Runner> Worker<'_, '_, R> {
             report: planned.report.is_some().then(|| report.clone()),
             scratch: PathBuf::new(),
         };
-        boot::check(&wanted)?;
+        boot::check(&wanted, &build.settings.secrets.value)?;
         let started = Instant::now();
         let mut log = build.store.blobs().writer().map_err(io("write a log in"))?;
         let mut log_error = None;

@@ -12,6 +12,7 @@ use super::check::Checker;
 use super::lower::{self, Found};
 use super::runner::Runner;
 use super::{BuildError, Lowered};
+use crate::apart::{self, Kept};
 use crate::cache::Key;
 use crate::engine::error::RunError;
 use crate::engine::host::KernelChoice;
@@ -223,8 +224,13 @@ impl<R: Runner> Materials for Ingredients<'_, '_, R> {
             let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
             std::fs::read_link(link).unwrap_or_else(|_| PathBuf::from(path))
         };
+        let secrets = &self.checker.build.settings.secrets.value;
+        let refuse_secrets = |path: &Path| apart::refuse("source", path, Kept::Secrets, secrets);
         if let Ok(folder) = open_beneath(top, path.as_bytes(), Open::Directory) {
-            let mut tree = directory::import(store, &place(folder.as_fd()))?;
+            let folder = place(folder.as_fd());
+            // Before anything is read: what is left out below has its content in the store.
+            refuse_secrets(&folder)?;
+            let mut tree = directory::import(store, &folder)?;
             // The folder itself is shown, so only what is below it is asked about.
             tree.retain(|below, _| {
                 let full = if path.is_empty() { Vec::new() } else { format!("{path}/").into_bytes() };
@@ -240,6 +246,7 @@ impl<R: Runner> Materials for Ingredients<'_, '_, R> {
             return Ok(Some(Source::Folder(tree)));
         }
         let Ok(file) = open_beneath(top, path.as_bytes(), Open::Regular) else { return Ok(None) };
+        refuse_secrets(&place(file.as_fd()))?;
         let file = std::fs::File::from(file);
         let meta = file.metadata().map_err(MakeError::io("read a file of SRCDIR"))?;
         let mode = u16::try_from(std::os::unix::fs::MetadataExt::mode(&meta) & 0o777).unwrap_or(0o644);

@@ -10,6 +10,7 @@ use kiln_artifact::tree::{PathError, TreeError, TreePath};
 use kiln_artifact::uefi::uki::UkiError;
 use kiln_artifact::verity::VerityError;
 
+use crate::apart::Overlap;
 use crate::engine::error::RunError;
 use crate::root::debian::ArchiveError;
 use crate::root::directory::DirectoryError;
@@ -61,6 +62,9 @@ pub enum MakeError {
     /// SRCDIR is needed.
     #[error("there is no SRCDIR to take `{0}` from")]
     NoSource(String),
+    /// What is taken from SRCDIR shows signing keys.
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
     /// A path that no tree has.
     #[error("a path cannot be made")]
     Path(#[from] PathError),
@@ -161,6 +165,7 @@ impl MakeError {
                     .to_owned()
             }
             Self::Program(_) => "ci/build puts kiln's programs into target/dist".to_owned(),
+            Self::Overlap(overlap) => overlap.hint().to_owned(),
             Self::Directory(error) => return error.hint(),
             Self::Root(error) => return error.hint(),
             Self::Squashfs { source, .. } => return source.hint().map(str::to_owned),

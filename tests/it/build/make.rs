@@ -147,6 +147,44 @@ fn a_link_in_the_sources_does_not_lead_out_of_them() {
     }
 }
 
+/// Whether the store has a blob of this content.
+fn has_blob(world: &World, content: &str) -> bool {
+    world.store.blobs().contains(&Digest::of(content.as_bytes()))
+}
+
+#[test]
+fn secrets_in_a_source_are_never_read_whatever_is_made_of_it() {
+    let mut world = world();
+    world.source("recovery/etc/hostname", "host");
+    world.source("recovery/keys/db.key", "a private key");
+    world.source("recovery/keys/sub/note", "beside it");
+    world.source("beside/etc/hostname", "host");
+    std::os::unix::fs::symlink("recovery/keys", world.path("src/innocent")).expect("room");
+    settle(&world);
+    world.settings.secrets.value = world.path("src/recovery/keys");
+    for make in [
+        "{ squashfs = 'x', from = [{ src = 'recovery' }] }",
+        "{ erofs = 'x', from = [{ src = 'recovery/keys' }] }",
+        "{ cpio = 'x', from = [{ src = 'recovery', exclude = ['keys'] }] }",
+        "{ fat = 'x', from = [{ src = 'recovery/keys/sub', at = 'sub' }] }",
+        "{ files = 'x', from = [{ src = 'recovery/keys/db.key' }] }",
+        "{ files = 'x-*', from = [{ src = 'recovery/*' }] }",
+        "{ cpio = 'x', from = [{ src = 'recovery', optional = true }], optional = true }",
+    ] {
+        let built = world.build(&format!("[steps.s]\nmake = {make}\n"));
+        let Outcome::Failed(error) = built.outcome("s") else { panic!("{make}: {:?}", built.outcome("s")) };
+        let said = error.to_string();
+        for word in ["source `", "contains SECRETS", "recovery/keys`) or lies in it"] {
+            assert!(said.contains(word), "{make}: no `{word}` in {said}");
+        }
+        assert!(error.hint().is_some_and(|hint| hint.contains("set SECRETS")), "{make}");
+        assert!(!has_blob(&world, "a private key") && !has_blob(&world, "beside it"), "{make}");
+    }
+    // Keys elsewhere in SRCDIR are nothing to a folder beside them.
+    let beside = "[steps.s]\nmake = { cpio = 'x', from = [{ src = 'beside' }] }\n";
+    assert_eq!(done(&world, beside), ["s"]);
+}
+
 #[test]
 fn what_is_made_waits_for_its_turn_as_commands_do() {
     let mut world = world();

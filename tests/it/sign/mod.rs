@@ -460,8 +460,47 @@ fn secrets_in_work_and_work_in_secrets_are_refused() {
     fs::create_dir(&secrets).expect("a folder");
     for secrets in [secrets, signing.host.path("work"), signing.host.path(".")] {
         let told = Told::by(signing.host.kiln().env("SECRETS", secrets).arg("sign"));
-        told.fails(1, &["lie in one another"]);
+        told.fails(1, &["WORK", "contains SECRETS", "or lies in it"]);
     }
+    signing.has_signed_nothing();
+}
+
+#[test]
+fn keys_are_never_made_where_steps_would_see_them() {
+    let signing = Signing::new();
+    fs::create_dir(signing.host.path("src")).expect("a folder");
+    std::os::unix::fs::symlink("work", signing.host.path("link")).expect("a link");
+    for (secrets, what) in [
+        ("work/keys", "WORK"),
+        ("work/deep/er", "WORK"),
+        ("link/keys", "WORK"),
+        ("work", "WORK"),
+        (".", "WORK"),
+        ("src/keys", "SRCDIR"),
+        ("absent/../src/keys", "SRCDIR"),
+        ("src", "SRCDIR"),
+    ] {
+        let sign = |arguments: &[&str]| {
+            let mut kiln = signing.host.kiln();
+            kiln.env("SECRETS", signing.host.path(secrets)).env("SRCDIR", signing.host.path("src"));
+            Told::by(kiln.arg("sign").args(arguments))
+        };
+        sign(&["--init"]).fails(1, &[what, "contains SECRETS", "or lies in it"]).hints(&["set SECRETS"]);
+        // The first signing makes keys where there is nothing.
+        if secrets.ends_with("/keys") {
+            sign(&[]).fails(1, &[what, "contains SECRETS"]);
+        }
+        for made in
+            ["uefi-keys", "work/uefi-keys", "work/keys", "work/deep", "src/keys", "src/uefi-keys", "absent"]
+        {
+            assert!(!signing.host.path(made).exists(), "{secrets}: {made}");
+        }
+    }
+    // A WORK that is not there yet would be around them as well.
+    let mut kiln = signing.host.kiln();
+    kiln.env("SECRETS", signing.host.path("new/keys")).env("WORK", signing.host.path("new"));
+    Told::by(kiln.args(["sign", "--init"])).fails(1, &["WORK", "contains SECRETS"]);
+    assert!(!signing.host.path("new").exists());
     signing.has_signed_nothing();
 }
 

@@ -33,7 +33,7 @@ impl Place<'_> {
 
 /// What is mounted.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Mounts(Vec<Mount>);
+pub struct Mounts(Vec<Mount>);
 
 impl Mounts {
     /// This process's. Where they cannot be read there are none.
