@@ -5,6 +5,8 @@
 //! One process, one thread, one poll loop ([`session`]); the only other code of ours that runs is a command's init
 //! ([`reap`]), and what is done [`beside`] the making of a step's world.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test fails by panicking"))]
+
 mod beside;
 mod boot;
 mod command;

@@ -15,12 +15,14 @@
 //! - [`store`]: content-addressed blobs and what refers to them.
 //! - [`upkeep`]: what keeps a blob, what may go, and what is damaged; [`writes`]: the door through which files of the
 //!   store and of WORK are changed.
-//! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock.
+//! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock; [`threads`]: that to threads.
 //! - [`apart`]: what must have nothing in common, such as SECRETS and whatever is shown, built or booted.
 //! - [`plan`]: pure data and pure functions: recipes and their graph, a step's root, globs, environment, quantities.
 //!
 //! Crates of their own, because their target, trust or dependencies differ: `kiln-digest`, `kiln-artifact`,
 //! `kiln-openpgp`, `kiln-virtio`, `kiln-wire` and the agent.
+
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test fails by panicking"))]
 
 pub mod agent;
 pub mod apart;
@@ -37,5 +39,6 @@ pub mod root;
 pub mod settings;
 pub mod sign;
 pub mod store;
+pub mod threads;
 pub mod upkeep;
 pub mod writes;

@@ -10,32 +10,33 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "cli",
         &[
             "agent", "apart", "boot", "cache", "clock", "engine", "keeper", "machine", "plan", "root",
-            "settings", "sign", "upkeep",
+            "settings", "sign", "threads", "upkeep",
         ],
     ),
     (
         "engine",
         &[
             "agent", "apart", "boot", "cache", "clock", "fetch", "keeper", "machine", "plan", "root",
-            "settings", "sign", "store", "upkeep", "writes",
+            "settings", "sign", "store", "threads", "upkeep", "writes",
         ],
     ),
-    ("boot", &["apart", "machine", "plan"]),
+    ("boot", &["apart", "machine", "plan", "threads"]),
     // It knows what names blobs, and nothing of builds.
     ("upkeep", &["cache", "clock", "machine", "root", "store", "writes"]),
     ("cache", &["plan", "store", "writes"]),
-    ("root", &["agent", "clock", "fetch", "machine", "plan", "store", "writes"]),
-    ("keeper", &["agent", "clock", "machine", "plan", "store"]),
+    ("root", &["agent", "clock", "fetch", "machine", "plan", "store", "threads", "writes"]),
+    ("keeper", &["agent", "clock", "machine", "plan", "store", "threads"]),
     ("fetch", &["machine", "plan", "store", "writes"]),
     ("sign", &["apart"]),
-    ("machine", &["writes"]),
-    ("agent", &["plan", "store"]),
+    ("machine", &["threads", "writes"]),
+    ("agent", &["plan", "store", "threads"]),
     ("store", &["clock", "writes"]),
     ("writes", &[]),
     ("apart", &[]),
     ("settings", &["plan"]),
     ("plan", &[]),
     ("clock", &[]),
+    ("threads", &[]),
 ];
 
 const CRATES: &[&str] = &["artifact", "digest", "openpgp", "virtio", "vmm"];

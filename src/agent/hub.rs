@@ -8,11 +8,11 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 
 use kiln_wire::{Credit, Exec, FromAgent, ToAgent};
 
 use super::session::{Session, SessionError, Writer, unexpected};
+use crate::threads;
 
 /// SIGKILL.
 const KILL: u8 = 9;
@@ -92,7 +92,7 @@ impl Hub {
         // Numbers below were the step's own.
         table.lock().last_id = 1000;
         let hub = Self { writer: writer.clone(), table: Arc::clone(&table) };
-        thread::Builder::new().name("agent".to_owned()).spawn(move || {
+        threads::start("agent", move || {
             let end = loop {
                 match session.wait() {
                     Ok(FromAgent::Bye) if table.lock().ending => break Ok(()),

@@ -5,13 +5,13 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 
 use kiln_wire::{Credit, ToAgent};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 
 use super::session::Writer;
+use crate::threads;
 
 /// How much is read at once.
 const PIECE_BYTES: usize = 64 << 10;
@@ -48,12 +48,12 @@ impl Feeder {
     /// Sends what comes from `input` to the command `id`, and then its end.
     ///
     /// # Errors
-    /// There are no more descriptors.
+    /// There are no more descriptors, or threads.
     pub fn start(writer: Writer, id: u32, input: OwnedFd) -> io::Result<Self> {
         let stop = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
         let account = Arc::<Account>::default();
         let feeder = Self { account: Arc::clone(&account), stop: Arc::clone(&stop) };
-        thread::spawn(move || feed(&writer, id, input.into(), &account, &stop));
+        threads::start("input", move || feed(&writer, id, input.into(), &account, &stop))?;
         Ok(feeder)
     }
 
@@ -98,6 +98,7 @@ fn feed(writer: &Writer, id: u32, mut input: File, account: &Account, stop: &Own
 mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
+    use std::thread;
 
     use kiln_wire::{CREDIT_BYTES, FrameReader, MAX_PAYLOAD_BYTES};
 

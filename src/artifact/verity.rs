@@ -7,6 +7,7 @@
 
 use std::io::{self, Write};
 use std::num::NonZero;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use kiln_digest::{Digest, Hasher};
@@ -242,14 +243,25 @@ fn hashes(data: &(dyn ReadAt + Sync), blocks: u64, salt: &[u8]) -> Result<Vec<u8
     let threads = thread::available_parallelism().map_or(1, NonZero::get);
     // Not less than a piece, so that few blocks cost no threads.
     let run = count.div_ceil(threads).next_multiple_of(PIECE_BYTES / BLOCK_BYTES);
+    // Protects which runs nobody has taken yet.
+    let runs = Mutex::new(hashes.chunks_mut(run * HASH_BYTES).enumerate());
+    let hash_some = || {
+        loop {
+            let next = runs.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some((index, hashes)) = next else { return Ok(()) };
+            hash_run(data, index * run, hashes, salt)?;
+        }
+    };
     thread::scope(|scope| {
         let mut others = Vec::new();
-        let mut runs = hashes.chunks_mut(run * HASH_BYTES).enumerate();
-        let first = runs.next();
-        for (index, hashes) in runs {
-            others.push(scope.spawn(move || hash_run(data, index * run, hashes, salt)));
+        for _ in 1..count.div_ceil(run) {
+            match thread::Builder::new().name("verity".to_owned()).spawn_scoped(scope, hash_some) {
+                Ok(other) => others.push(other),
+                // The host gives no more: those that there are do it.
+                Err(_) => break,
+            }
         }
-        let mut result = first.map_or(Ok(()), |(_, hashes)| hash_run(data, 0, hashes, salt));
+        let mut result = hash_some();
         for other in others {
             // Threads that panic have a fault of ours, which goes on where they are awaited.
             let other = other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

@@ -26,7 +26,6 @@ use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::apart::{self, Kept, Overlap};
@@ -35,6 +34,7 @@ use crate::machine::qemu::{Qemu, find_program};
 use crate::machine::{Identity, MachineError};
 use crate::plan::script::{self, Statement, Step};
 use crate::plan::{harmless, show_duration};
+use crate::threads;
 pub use enrol::EnrolError;
 use firmware::{Firmware, FirmwareError, SecureBoot};
 use folder::FolderError;
@@ -427,7 +427,8 @@ fn start_machine(qemu: &Qemu, spec: FirmwareSpec) -> Result<Running, BootError> 
         source: io::ErrorKind::NotConnected.into(),
     })?;
     let typing = console.try_clone().map_err(BootError::io("read the serial console"))?;
-    thread::spawn(move || read_console(console, &sender));
+    let reading = threads::start("console", move || read_console(console, &sender));
+    reading.map_err(BootError::io("read the serial console"))?;
     Ok(Running { machine, typing, inputs, started })
 }
 

@@ -28,6 +28,7 @@ use crate::keeper::background::Caller;
 use crate::plan::Plan;
 use crate::plan::graph::UnknownTarget;
 use crate::settings::{Flags, Settings};
+use crate::threads;
 
 /// Arguments of `kiln build`.
 #[derive(Debug, Args)]
@@ -281,7 +282,7 @@ impl Watch {
     /// Watches from now on; where there is a signal, `leaving` says what is done first.
     ///
     /// # Errors
-    /// What registering for signals says.
+    /// What registering for signals says; there is no thread.
     pub fn start(gate: &Gate, host: &Host, leaving: Leaving) -> Result<Self, Failure> {
         let failure = |error: io::Error| Failure::new(&error, None, FAILED);
         let is_interrupted = Arc::<AtomicBool>::default();
@@ -292,7 +293,7 @@ impl Watch {
         let flags = heeded.into_iter().map(flag).collect::<io::Result<_>>().map_err(failure)?;
         let gate = gate.clone();
         let (temporary, work) = (host.store.temporary(), host.settings.work.value.clone());
-        thread::spawn(move || {
+        threads::start("interrupts", move || {
             let Some(signal) = signals.forever().next() else { return };
             gate.shut();
             let name = signal_hook::low_level::signal_name(signal).unwrap_or("a signal");
@@ -316,7 +317,8 @@ impl Watch {
             };
             write_now(io::stderr(), &format!("{before}{}", show::error_line(&text)));
             std::process::exit(128 + signal)
-        });
+        })
+        .map_err(failure)?;
         Ok(Self { is_interrupted, flags, signals: handle })
     }
 

@@ -20,6 +20,7 @@ use signal_hook::iterator::Signals;
 use super::events::Line;
 use super::{show, terminal};
 use crate::engine::{Event, Phase};
+use crate::threads;
 
 /// Where a run is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,7 +61,7 @@ impl Interrupts {
     /// Watches for signals from now on. `temporary` goes when the run is interrupted; `json`: an event is written too.
     ///
     /// # Errors
-    /// What registering for signals says.
+    /// What registering for signals says; there is no thread.
     pub fn watch(work: &Path, temporary: PathBuf, json: bool) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State::Doing("preparing".to_owned())),
@@ -74,11 +75,11 @@ impl Interrupts {
         }
         let manner = Manner { work: work.to_owned(), temporary, json };
         let watched = Arc::clone(&shared);
-        thread::spawn(move || {
+        threads::start("interrupts", move || {
             if let Some(signal) = signals.forever().next() {
                 leave(&watched, signal, &manner);
             }
-        });
+        })?;
         Ok(Self(shared))
     }
 

@@ -16,6 +16,7 @@ use crate::keeper::Kept;
 use crate::keeper::background::Caller;
 use crate::plan::{parse_duration, quote, show_age};
 use crate::settings::{Origin, Settings};
+use crate::threads;
 
 /// When a machine stays after its run, and with what in it.
 #[derive(Debug, Args)]
@@ -104,12 +105,16 @@ pub(super) fn tell(name: &str, idle: Duration, store: &str) -> [String; 4] {
 }
 
 /// Gives the caller `code`, and stays with the machines of a build until they are of no more use.
-pub(super) fn stay_with(kept: Vec<KeptStep>, caller: Caller, code: u8) -> ExitCode {
-    if caller.leave(code).is_ok() {
+pub(super) fn stay_with(mut kept: Vec<KeptStep>, caller: Caller, code: u8) -> ExitCode {
+    if caller.leave(code).is_ok()
+        && let Some(last) = kept.pop()
+    {
         thread::scope(|scope| {
             for kept in kept {
-                scope.spawn(|| kept.stay());
+                // Where there is no thread to wait with it, the machine ends here.
+                let _ = threads::start_in(scope, "keep", || kept.stay());
             }
+            last.stay();
         });
     }
     ExitCode::from(code)

@@ -49,6 +49,7 @@ use crate::keeper::background::{self, Caller};
 use crate::keeper::{DoorError, Registry, RegistryError};
 use crate::machine::MachineError;
 use crate::settings::{Flags, Settings, SettingsError};
+use crate::threads::{self, Refused};
 
 /// Builds software with every step in its own microVM, and says what each step really read.
 #[derive(Debug, Parser)]
@@ -206,7 +207,8 @@ struct Failure {
 }
 
 impl Failure {
-    fn new(error: &dyn std::error::Error, hint: Option<String>, code: u8) -> Self {
+    fn new(error: &(dyn std::error::Error + 'static), hint: Option<String>, code: u8) -> Self {
+        let hint = if Refused::is_behind(error) { Some(threads::HINT.to_owned()) } else { hint };
         Self { text: show::chain(error), hint, code }
     }
 
@@ -413,8 +415,9 @@ fn stay_in_background(failed: u8) -> ExitCode {
     match background::run(std::env::args_os(), &interrupt::heeded_signals()) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            show::failure(&format!("cannot start a kiln that can keep a machine: {error}"), None);
-            ExitCode::from(failed)
+            let failure = Failure::new(&error, None, failed).about("start a kiln that can keep a machine");
+            show::failure(&failure.text, failure.hint.as_deref());
+            ExitCode::from(failure.code)
         }
     }
 }

@@ -20,6 +20,7 @@ use crate::engine::build::{BuildError, News, Outcome, Summary, work_name};
 use crate::engine::{Event, Host, Phase};
 use crate::plan::{show_bytes, show_duration};
 use crate::settings::Settings;
+use crate::threads::{self, Refused};
 
 /// How many lines of a step's output are remembered where they are not shown, for when kiln fails to carry it through.
 const TAIL_LINES: usize = 20;
@@ -346,7 +347,8 @@ impl<'a> Reporter<'a> {
             Outcome::Failed(error) => {
                 self.lines(step, tail);
                 let text = format!("step `{step}`: {}", chain(error.as_ref()));
-                self.fail(&text, error.hint().as_deref());
+                let refused = Refused::is_behind(error.as_ref()).then_some(threads::HINT);
+                self.fail(&text, refused.or(error.hint().as_deref()));
                 self.tell_commands(step, outcome);
             }
         }

@@ -224,7 +224,7 @@ pub(super) fn run(arguments: &RunArguments, flags: Flags, caller: Option<Caller>
     }
 }
 
-fn usage(error: &dyn std::error::Error) -> Failure {
+fn usage(error: &(dyn std::error::Error + 'static)) -> Failure {
     Failure::new(error, None, USAGE)
 }
 

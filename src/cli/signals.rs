@@ -2,13 +2,13 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 
 use super::terminal;
 use crate::agent::Controls;
+use crate::threads;
 
 /// The thread that passes signals on. Without a terminal a signal reaches the command as it is. With one, only its size
 /// does: what is typed is the command's anyway, and a signal from elsewhere is meant for this process, which hangs up so
@@ -36,7 +36,7 @@ impl PassedOn {
         let mut signals = Signals::new([if with_terminal { SIGWINCH } else { SIGINT }, SIGTERM, SIGHUP])?;
         let target = Arc::<Mutex<Target>>::default();
         let shared = Arc::clone(&target);
-        thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        threads::start("signals", move || {
             for signal in signals.forever() {
                 lock(&shared).take(signal, with_terminal);
             }

@@ -14,7 +14,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::Command;
-use std::thread;
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -22,6 +21,8 @@ use rustix::net::{
 };
 use rustix::process::{Pid, Signal};
 use signal_hook::iterator::Signals;
+
+use crate::threads::{self, Refused};
 
 /// The first argument that makes `kiln` the one that can stay.
 pub const SUBCOMMAND: &str = "__keep";
@@ -40,11 +41,11 @@ pub fn run(mut arguments: impl Iterator<Item = OsString>, signals: &[i32]) -> io
     command.arg0(arguments.next().unwrap_or_else(|| "kiln".into()));
     // Its standard input is what tells it who started it; the real one goes over that.
     command.arg(SUBCOMMAND).args(arguments).stdin(OwnedFd::from(theirs));
-    let mut child = command.spawn()?;
+    let mut child = command.spawn().map_err(Refused::told("process"))?;
     // It holds the other end, which must not live on here.
     drop(command);
     let pid = Pid::from_child(&child);
-    thread::spawn(move || {
+    let passing = threads::start("signals", move || {
         for signal in signals.forever() {
             // It may have ended; it is waited for last, so its number is its own until then.
             if let Some(signal) = Signal::from_named_raw(signal) {
@@ -52,6 +53,12 @@ pub fn run(mut arguments: impl Iterator<Item = OsString>, signals: &[i32]) -> io
             }
         }
     });
+    if let Err(error) = passing {
+        // It has not been told what to do yet.
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(error);
+    }
     let parent = rustix::process::getpid().as_raw_pid().to_le_bytes();
     let stdin = [io::stdin().as_fd().try_clone_to_owned()?];
     let borrowed = stdin.each_ref().map(AsFd::as_fd);

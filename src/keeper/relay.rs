@@ -15,6 +15,7 @@ use std::time::Duration;
 use kiln_wire::{Exec, FrameReader, FromAgent, MAX_PAYLOAD_BYTES, ToAgent, encode_frame};
 
 use crate::agent::{Hub, Remote};
+use crate::threads;
 
 /// SIGHUP.
 const HANG_UP: u8 = 1;
@@ -76,7 +77,7 @@ impl Guests {
         // Nothing is ever sent: it ends with the command.
         let (over, ends) = channel::<()>();
         thread::scope(|scope| {
-            scope.spawn(|| {
+            let reading = threads::start_in(scope, "relay", || {
                 while let Ok(Some(message)) = inbox.next() {
                     if remote.pass(message).is_err() {
                         break;
@@ -85,12 +86,18 @@ impl Guests {
                 gone.store(true, Ordering::Release);
                 see_out(&remote, ends);
             });
+            if reading.is_err() {
+                // Nobody could tell that the caller leaves: the command ends at once.
+                gone.store(true, Ordering::Release);
+                remote.take_all();
+                remote.kill();
+            }
             pass_on(messages.iter().map(|message| renumbered(message, id)), &remote, caller, &gone);
             drop(over);
             // Ends the other thread too.
             let _ = caller.shutdown(Shutdown::Both);
-        });
-        Ok(())
+            reading.map(drop)
+        })
     }
 }
 

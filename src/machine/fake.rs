@@ -2,13 +2,13 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
-use std::thread;
 use std::time::Duration;
 
 use kiln_virtio::fs::record::Record;
 
 use super::jail::Held;
 use super::{Accelerator, Backend, Death, Identity, Machine, MachineError, Origin, Spec};
+use crate::threads;
 
 /// What plays the guest: it gets the agent's end of the wire and the machine's spec.
 pub type Guest = Box<dyn FnOnce(UnixStream, Spec) + Send>;
@@ -34,7 +34,7 @@ impl Backend for Fake {
         }
         let guest = guests.remove(0);
         let (ours, theirs) = UnixStream::pair().map_err(MachineError::io("make a socket pair"))?;
-        thread::spawn(move || guest(theirs, spec));
+        threads::start("guest", move || guest(theirs, spec)).map_err(MachineError::io("start a guest"))?;
         let identity = Identity {
             backend: "fake".to_owned(),
             accelerator: Accelerator::Tcg,

@@ -8,13 +8,13 @@ use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc;
-use std::thread;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use super::launch::Become;
 use super::spawn;
+use crate::threads;
 
 /// Most bytes of standard output that are taken.
 const MOST_OUTPUT_BYTES: u64 = 1 << 20;
@@ -59,11 +59,15 @@ impl Fetcher {
         let mut process = spawn::spawn(Become::Fetcher(self), &[])?;
         let (sender, output) = mpsc::channel();
         if let Some(stdout) = process.take_stdout() {
-            thread::spawn(move || {
+            let reading = threads::start("output", move || {
                 let mut bytes = Vec::new();
                 let read = stdout.take(MOST_OUTPUT_BYTES).read_to_end(&mut bytes);
                 let _ = sender.send(read.map(|_| bytes));
             });
+            if let Err(error) = reading {
+                process.stop_group();
+                return Err(error);
+            }
         }
         let Some(status) = process.wait(patience) else {
             process.stop_group();

@@ -8,8 +8,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use super::jail::Held;
 use super::launch::{Become, MAX_DESCRIPTORS, MAX_REQUEST_BYTES, Request, SUBCOMMAND, machine_name};
 use super::tail::Tail;
+use crate::threads::{self, Refused};
 
 /// A child that is killed and reaped when dropped.
 #[derive(Debug)]
@@ -101,17 +102,20 @@ pub(super) fn in_words(status: ExitStatus) -> String {
 
 type Job = (Command, Sender<io::Result<Child>>);
 
-fn spawner() -> &'static Sender<Job> {
-    static SPAWNER: OnceLock<Sender<Job>> = OnceLock::new();
-    SPAWNER.get_or_init(|| {
-        let (sender, jobs) = mpsc::channel::<Job>();
-        thread::spawn(move || {
-            for (mut command, answer) in jobs {
-                let _ = answer.send(command.spawn());
-            }
-        });
-        sender
-    })
+fn spawner() -> io::Result<Sender<Job>> {
+    // Protects that there is one thread at most.
+    static SPAWNER: Mutex<Option<Sender<Job>>> = Mutex::new(None);
+    let mut spawner = SPAWNER.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(sender) = &*spawner {
+        return Ok(sender.clone());
+    }
+    let (sender, jobs) = mpsc::channel::<Job>();
+    threads::start("spawner", move || {
+        for (mut command, answer) in jobs {
+            let _ = answer.send(command.spawn().map_err(Refused::told("process")));
+        }
+    })?;
+    Ok(spawner.insert(sender).clone())
 }
 
 /// How long a child may take to lock itself in. It takes milliseconds; a loaded host may need a network namespace
@@ -166,10 +170,14 @@ fn start(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Result<(Process
     });
     let (sender, answer) = mpsc::channel();
     let gone = |_| io::Error::other("the thread that starts processes is gone");
-    spawner().send((command, sender)).map_err(|_| gone(mpsc::RecvError))?;
+    spawner()?.send((command, sender)).map_err(|_| gone(mpsc::RecvError))?;
     let mut child = answer.recv().map_err(gone)??;
-    let stderr = child.stderr.take().map(Tail::follow).unwrap_or_default();
-    let process = Process { child, stderr };
+    let stderr = child.stderr.take();
+    // Killed with it where it cannot be followed.
+    let mut process = Process { child, stderr: Tail::default() };
+    if let Some(stderr) = stderr {
+        process.stderr = Tail::follow(stderr)?;
+    }
 
     let request =
         Request { parent, what, descriptors: descriptors.iter().map(|(name, _)| name.clone()).collect() };

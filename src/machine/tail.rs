@@ -1,11 +1,12 @@
 //! The last bytes of what a process or a guest's console prints, read by a thread that ends with the stream.
 
 use std::collections::VecDeque;
-use std::io::Read;
+use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+
+use crate::threads;
 
 const KEPT_BYTES: usize = 64 << 10;
 
@@ -28,10 +29,13 @@ enum AtEnd {
 
 impl Tail {
     /// Reads `stream` until it ends, in a thread of its own.
-    pub fn follow(mut stream: impl Read + Send + 'static) -> Self {
+    ///
+    /// # Errors
+    /// There is no thread.
+    pub fn follow(mut stream: impl Read + Send + 'static) -> io::Result<Self> {
         let tail = Self::default();
         let kept = tail.clone();
-        thread::spawn(move || {
+        threads::start("tail", move || {
             let mut buffer = [0; 4096];
             while let Ok(count @ 1..) = stream.read(&mut buffer) {
                 let mut bytes = kept.lock();
@@ -44,8 +48,8 @@ impl Tail {
             if let AtEnd::HangUp(other) = std::mem::replace(&mut *at_end, AtEnd::Ended) {
                 let _ = other.shutdown(Shutdown::Both);
             }
-        });
-        tail
+        })?;
+        Ok(tail)
     }
 
     /// Hangs up on `other` when the stream ends, or now if it has ended.

@@ -11,6 +11,7 @@
 //! cargo test --test hostile -- fs01 vs      those whose name has one of the words; a slow one by its whole name
 //! ```
 
+#![allow(clippy::disallowed_methods, reason = "a test fails by panicking")]
 #![allow(clippy::print_stdout, reason = "a test program says what it found")]
 
 mod agent;

@@ -4,6 +4,7 @@
 //! `ci/test firmware` runs them. The kernel is booted directly where firmware is not the point: some five seconds under
 //! emulation.
 
+#![allow(clippy::disallowed_methods, reason = "a test fails by panicking")]
 #![allow(clippy::panic, reason = "a test fails by panicking")]
 
 #[path = "../folder/mod.rs"]

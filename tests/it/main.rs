@@ -1,6 +1,7 @@
 //! What kiln says and does where no machine has to start: bad input, settings, a host that lacks something, and agents
 //! that lie. Each test has a store, a home and a WORK of its own, and nothing of it is on a network.
 
+#![allow(clippy::disallowed_methods, reason = "a test fails by panicking")]
 #![allow(clippy::panic, reason = "a test fails by panicking")]
 
 mod boot;
@@ -26,5 +27,6 @@ mod recipe;
 mod roots;
 mod settings;
 mod sign;
+mod threads;
 mod usage;
 mod wire;

@@ -5,6 +5,11 @@
 //! The main thread owns the services. Others tell it what happened over a channel: signals, and nothing else. The network has
 //! a thread, which starts no program, so that what ends is the main thread's alone.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the init of a machine whose kernel gives no thread has nobody to tell"
+)]
+
 mod config;
 #[path = "../devices.rs"]
 mod devices;

@@ -26,6 +26,7 @@ use crate::engine::error::RunError;
 use crate::engine::event::{Event, Phase};
 use crate::plan::StepId;
 use crate::plan::graph::Command;
+use crate::threads;
 
 /// Most messages under way: a step that prints faster than that is told waits.
 const MESSAGES: usize = 256;
@@ -123,16 +124,21 @@ impl<R: Runner> Build<'_, R> {
         let (sender, messages) = sync_channel(MESSAGES);
         let hidden = OnceLock::new();
         thread::scope(|scope| {
+            // The workers end when all is done.
+            let _ending = Ending(&tasks);
             for (queue, workers) in [(&tasks.checks, processors), (&tasks.runs, runners)] {
-                for _ in 0..workers.min(wanted.len()) {
+                for count in 0..workers.min(wanted.len()) {
                     let (messages, turns, hidden) = (sender.clone(), &turns, &hidden);
                     let worker = Worker { checker: &checker, keys: &keys, gate, turns, messages, hidden };
-                    scope.spawn(move || worker.work(queue));
+                    // Fewer check and run fewer at once; without any, nothing would ever be done.
+                    match threads::start_in(scope, "worker", move || worker.work(queue)) {
+                        Ok(_) => {}
+                        Err(_) if count > 0 => break,
+                        Err(source) => return Err(RunError::Io { what: "start a worker", source }.into()),
+                    }
                 }
             }
             drop(sender);
-            // The workers end when all is done.
-            let _ending = Ending(&tasks);
             let result = schedule.attend(&tasks, &turns, &messages, timeline, news);
             // Whoever still has something to say must not wait for somebody to hear it, nor for a turn.
             turns.end();

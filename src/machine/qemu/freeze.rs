@@ -15,6 +15,7 @@ use crate::machine::Spec;
 use crate::machine::template::{
     BOOT_PATIENCE, COPY_PATIENCE, Freezer, Template, TemplateError, Templates, answer, ram,
 };
+use crate::threads;
 
 impl Freezer for Qemu {
     type Machine = QemuMachine;
@@ -52,10 +53,14 @@ impl Freezer for Qemu {
         let devices = Devices::start(spec.carrier)?;
         let (mut machine, qmp) = thread::scope(|scope| {
             // While QEMU starts, which touches no memory before it has a state.
-            let filling = scope.spawn(|| ram::fill(&ram, &template.ram));
+            let fill = || ram::fill(&ram, &template.ram);
+            let filling = threads::start_in(scope, "filling", fill);
             let (machine, mut qmp) = self.bring_up(spec, Some(devices), origins)?;
             qmp.ignore_shared_memory().map_err(io("prepare QEMU for a state"))?;
-            let filled = filling.join().unwrap_or_else(|_| Err(io::Error::other("it panicked")));
+            let filled = match filling {
+                Ok(filling) => filling.join().unwrap_or_else(|_| Err(io::Error::other("it panicked"))),
+                Err(_) => fill(),
+            };
             filled.map_err(io("fill a copy's memory"))?;
             Ok::<_, TemplateError>((machine, qmp))
         })?;
@@ -69,7 +74,7 @@ impl Freezer for Qemu {
             // A QEMU that is gone says why below.
             _ => drop(sender),
         }
-        machine.watch = qmp.watch();
+        machine.watch = qmp.watch().map_err(io("listen to QEMU"))?;
         answer(&mut machine, COPY_PATIENCE)?;
         Ok(machine)
     }

@@ -18,7 +18,6 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::mpsc;
-use std::thread;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal};
@@ -32,6 +31,7 @@ use super::tail::Tail;
 use super::template::{self, Templates};
 use super::wire::Wire;
 use super::{Accelerator, Backend, Carrier, Identity, Machine, MachineError, Origin, Spec};
+use crate::threads;
 use argv::{Shape, Start};
 use devices::Devices;
 use qmp::{Qmp, Version, Watch};
@@ -123,7 +123,7 @@ impl Backend for Qemu {
             false => Some(Devices::with_shares(spec.carrier, &spec.shares)?),
         };
         let (mut machine, qmp) = self.bring_up(&spec, devices, Origins::Boot)?;
-        machine.watch = qmp.watch();
+        machine.watch = qmp.watch().map_err(MachineError::io("listen to QEMU"))?;
         machine.notes = notes;
         Ok(Box::new(machine))
     }
@@ -213,6 +213,7 @@ impl Qemu {
         // QEMU and the device process hold the other ends now; with ours gone, their death closes the streams.
         drop(descriptors);
         let devices = devices.map(|devices| devices.server);
+        let console = Tail::follow(console).map_err(MachineError::io("read the console"))?;
         let mut machine = QemuMachine {
             identity: Identity {
                 backend: "qemu".to_owned(),
@@ -221,7 +222,7 @@ impl Qemu {
                 origin,
             },
             wire,
-            console: Tail::follow(console),
+            console,
             disks: places.serials(),
             watch: Watch::default(),
             process,
@@ -258,8 +259,8 @@ impl Qemu {
         let mut child = command.spawn().ok()?;
         let (sender, said) = mpsc::channel();
         let stdout = child.stdout.take()?.take(MOST_VERSION_BYTES);
-        // Ends with the group's last process, of which none is left below.
-        thread::spawn(move || sender.send(io::read_to_string(stdout)));
+        // Ends with the group's last process, of which none is left below. Where there is no thread, nothing was said.
+        let _ = threads::start("version", move || sender.send(io::read_to_string(stdout)));
         let said = said.recv_timeout(VERSION_PATIENCE);
         if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
             let _ = rustix::process::kill_process_group(group, Signal::KILL);

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::threads;
+
 /// Longest line that is taken from QEMU, which runs next to a hostile guest.
 const MAX_LINE_BYTES: u64 = 1 << 20;
 /// How many events are kept, the latest.
@@ -116,12 +118,12 @@ impl Qmp {
     /// is dropped.
     ///
     /// # Errors
-    /// What duplicating the connection says.
+    /// What duplicating the connection says; there is no thread.
     pub fn split(mut self, mut told: impl FnMut(Value) + Send + 'static) -> io::Result<Commands> {
         let writer = self.stream.get_ref().try_clone()?;
         self.stream.get_ref().set_read_timeout(None)?;
         let (sender, answers) = mpsc::channel();
-        thread::spawn(move || {
+        threads::start("qmp", move || {
             for event in self.events {
                 told(event);
             }
@@ -132,27 +134,30 @@ impl Qmp {
                     break;
                 }
             }
-        });
+        })?;
         Ok(Commands { writer, answers })
     }
 
     /// From now on only listens, in a thread that ends with the connection.
-    pub fn watch(mut self) -> Watch {
+    ///
+    /// # Errors
+    /// There is no thread.
+    pub fn watch(mut self) -> io::Result<Watch> {
         let watch = Watch::default();
         for event in std::mem::take(&mut self.events) {
             watch.take(event);
         }
         let watching = watch.clone();
         let _ = self.stream.get_ref().set_read_timeout(None);
-        thread::spawn(move || {
+        threads::start("qmp", move || {
             // A guest can make QEMU send events without end; a line that is none ends the connection.
             while let Ok(event) = read_line(&mut self.stream) {
                 watching.take(event);
             }
             watching.lock().ended = true;
             watching.changed.notify_all();
-        });
-        watch
+        })?;
+        Ok(watch)
     }
 
     fn keep(&mut self, event: Value) {
@@ -328,7 +333,7 @@ mod tests {
               {\"return\":{}}\n{\"event\":\"BLOCK_IO_ERROR\",\"data\":{\"action\":\"stop\",\"node-name\":\"disk1\",\"reason\":\"full\"}}\n\
               {\"event\":\"STOP\"}\n",
         );
-        let watch = Qmp::open(stream).expect("a good greeting").watch();
+        let watch = Qmp::open(stream).expect("a good greeting").watch().expect("a thread");
         let (mut ours, theirs) = UnixStream::pair().expect("a socket pair");
         watch.hang_up_at_trouble(theirs);
         assert_eq!(io::Read::read(&mut ours, &mut [0]).expect("hung up on"), 0);

@@ -139,7 +139,7 @@ impl KilnVmm {
                 origin,
             },
             wire,
-            console: Tail::follow(console),
+            console: Tail::follow(console).map_err(MachineError::io("read the console"))?,
             server,
             notes: Vec::new(),
         })

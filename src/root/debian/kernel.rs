@@ -19,6 +19,7 @@ use crate::fetch::lock::LockedKernel;
 use crate::root::decompress::{Compression, Limited};
 use crate::root::modules::{InfoError, ModuleInfo, Modules, ModulesError};
 use crate::store::Blobs;
+use crate::threads;
 
 /// The suite whose kernel is taken unless another is named: it has 6.12, which boots every root.
 pub const DEFAULT_KERNEL_SUITE: &str = "trixie";
@@ -249,14 +250,11 @@ pub fn module_infos(
     let next = AtomicUsize::new(0);
     // Protects what the threads have read so far.
     let infos = Mutex::new(Vec::new());
-    thread::scope(|scope| {
-        for _ in 0..thread::available_parallelism().map_or(1, usize::from).min(4) {
-            scope.spawn(|| {
-                while let Some((path, digest)) = modules.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let info = module_info(blobs, path, digest).map(|info| (below(path, folder), info));
-                    infos.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(info);
-                }
-            });
+    let count = thread::available_parallelism().map_or(1, usize::from).min(4);
+    threads::share(count, "modules", || {
+        while let Some((path, digest)) = modules.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let info = module_info(blobs, path, digest).map(|info| (below(path, folder), info));
+            infos.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(info);
         }
     });
     infos.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_iter().collect()

@@ -53,7 +53,7 @@ pub use unpack::UnpackError;
 use crate::fetch::http::{Client, Expected, FetchError, Progress};
 use crate::fetch::lock::{LockedIndex, LockedPackage, LockedRoot};
 use crate::store::Store;
-use index::Index;
+use crate::threads;
 use packages::Package;
 use resolve::Universe;
 use sources::Pocket;
@@ -278,12 +278,16 @@ impl Archive {
     ) -> Result<T, ArchiveError> {
         let pockets = self.pockets(suite)?;
         let indexes = thread::scope(|scope| {
-            let threads: Vec<_> =
-                pockets.iter().map(|pocket| scope.spawn(|| self.index(pocket, previous))).collect();
-            let join = |thread: thread::ScopedJoinHandle<'_, Result<Index, IndexError>>| {
-                thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+            let index = |pocket| move || self.index(pocket, previous);
+            let start = |pocket| (pocket, threads::start_in(scope, "index", index(pocket)));
+            let started: Vec<_> = pockets.iter().map(start).collect();
+            let join = |(pocket, thread): (_, std::io::Result<thread::ScopedJoinHandle<'_, _>>)| match thread
+            {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                // The caller's does what there was no thread for.
+                Err(_) => index(pocket)(),
             };
-            threads.into_iter().map(join).collect::<Result<Vec<_>, _>>()
+            started.into_iter().map(join).collect::<Result<Vec<_>, IndexError>>()
         })?;
         let mut parsed: Vec<Vec<Package<'_>>> = Vec::new();
         for index in &indexes {
@@ -343,11 +347,7 @@ impl Archive {
                 }
             }
         };
-        thread::scope(|scope| {
-            for _ in 0..CONNECTIONS.min(missing.len()) {
-                scope.spawn(fetch_some);
-            }
-        });
+        threads::share(CONNECTIONS.min(missing.len()), "fetch", fetch_some);
         match failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
             Some(error) => Err(error.into()),
             None => Ok(()),

@@ -19,6 +19,7 @@ use super::deb::{Deb, DebError};
 use super::relation;
 use crate::fetch::lock::LockedPackage;
 use crate::store::Blobs;
+use crate::threads;
 
 /// Links at the top that make `/usr` merged, and whether they are there without anything that needs them.
 const MERGED: [(&str, bool); 6] =
@@ -142,7 +143,7 @@ pub fn read(locked: &LockedPackage, blobs: &Blobs) -> Result<Deb, UnpackError> {
 
 /// Reads all `packages`, several at once, in the order given.
 fn read_all(packages: &[LockedPackage], blobs: &Blobs) -> Result<Vec<Deb>, UnpackError> {
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(4);
+    let count = thread::available_parallelism().map_or(1, usize::from).min(4);
     // Large packages first, so that no thread is left with the largest at the end.
     let mut order: Vec<usize> = (0..packages.len()).collect();
     order.sort_by_key(|&index| std::cmp::Reverse(packages[index].size));
@@ -150,17 +151,13 @@ fn read_all(packages: &[LockedPackage], blobs: &Blobs) -> Result<Vec<Deb>, Unpac
     let stop = AtomicUsize::new(0);
     // Protects what the threads have read so far.
     let read_so_far = Mutex::new(BTreeMap::new());
-    thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                while stop.load(Ordering::Relaxed) == 0
-                    && let Some(&index) = order.get(next.fetch_add(1, Ordering::Relaxed))
-                {
-                    let deb = read(&packages[index], blobs);
-                    stop.fetch_or(usize::from(deb.is_err()), Ordering::Relaxed);
-                    read_so_far.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(index, deb);
-                }
-            });
+    threads::share(count, "unpack", || {
+        while stop.load(Ordering::Relaxed) == 0
+            && let Some(&index) = order.get(next.fetch_add(1, Ordering::Relaxed))
+        {
+            let deb = read(&packages[index], blobs);
+            stop.fetch_or(usize::from(deb.is_err()), Ordering::Relaxed);
+            read_so_far.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(index, deb);
         }
     });
     let mut read_so_far = read_so_far.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -8,6 +8,7 @@
 //! standard error. With `--vsock CID`, guest port 5000 is connected to and echoes are compared, and the guest
 //! may connect to port 5001, which echoes.
 #![expect(unsafe_code, reason = "takes inherited descriptors")]
+#![expect(clippy::disallowed_methods, reason = "a program for trying things")]
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for people")]
 
 use std::error::Error;

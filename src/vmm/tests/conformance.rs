@@ -2,6 +2,8 @@
 //! virtio-mmio, as those of our own VMM do, is the same to the byte, whether the driver is good or hostile. And a
 //! disk, which only one of them carries, answers the same with and without event indexes.
 
+#![allow(clippy::disallowed_methods, reason = "a test fails by panicking")]
+
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};

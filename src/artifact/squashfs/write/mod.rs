@@ -128,6 +128,9 @@ pub enum SquashfsError {
     /// A compressor fails, which is one that is out of memory.
     #[error("a block could not be compressed")]
     Compress(#[source] io::Error),
+    /// The host gives not one thread.
+    #[error("the host gives no thread that compresses")]
+    Thread(#[source] io::Error),
 }
 
 impl SquashfsError {
@@ -140,6 +143,7 @@ impl SquashfsError {
                 Some("erofs holds it, or change the tree before it is packed")
             }
             Self::Tree(_) | Self::Content(_) | Self::TooLarge | Self::Compress(_) => None,
+            Self::Thread(_) => Some("raise the limit of processes (`ulimit -u`)"),
         }
     }
 }

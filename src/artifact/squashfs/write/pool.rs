@@ -9,7 +9,7 @@ use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::thread::Scope;
+use std::thread::{Builder, Scope};
 
 use super::compressor::Compressor;
 use super::{Codec, SquashfsError};
@@ -89,10 +89,11 @@ impl Pool {
         at: u64,
     ) -> Result<Self, SquashfsError> {
         let (results, done) = channel();
+        let mut started = 0;
         for _ in 0..threads.get() {
             let mut compressor = Compressor::new(codec, block_bytes).map_err(SquashfsError::Compress)?;
             let results = results.clone();
-            scope.spawn(move || {
+            let thread = Builder::new().name("squashfs".to_owned()).spawn_scoped(scope, move || {
                 while let Some(job) = queue.next() {
                     let number = job.number;
                     let done = catch_unwind(AssertUnwindSafe(|| compressed(&mut compressor, job)));
@@ -110,6 +111,12 @@ impl Pool {
                     }
                 }
             });
+            match thread {
+                Ok(_) => started += 1,
+                Err(error) if started == 0 => return Err(SquashfsError::Thread(error)),
+                // Those that there are do it.
+                Err(_) => break,
+            }
         }
         Ok(Self {
             jobs: jobs.0,

@@ -24,6 +24,7 @@ use crate::machine::launch::Become;
 use crate::machine::server::pair;
 use crate::machine::spawn::{Process, spawn_jailed};
 use crate::machine::{Death, Identity, MachineError, Origin};
+use crate::threads;
 use argv::{DiskShape, SCREEN_SET, Shape};
 
 /// How a disk is attached.
@@ -204,7 +205,8 @@ impl Qemu {
         let (events, queue) = mpsc::channel();
         let commands =
             opened.split(move |event| drop(events.send(event))).map_err(MachineError::io("speak to QEMU"))?;
-        std::thread::spawn(move || pass_on(&queue, &mut told));
+        let passing = threads::start("events", move || pass_on(&queue, &mut told));
+        passing.map_err(MachineError::io("speak to QEMU"))?;
         Ok(FirmwareMachine {
             identity,
             console: Some(console),
