@@ -11,6 +11,9 @@ use rustix::io::Errno;
 pub const HINT: &str =
     "raise the limit of processes (`ulimit -u`), or that of the container or service, or end some that run";
 
+/// The system's word for it, which is all that is left in what another process says.
+pub const REFUSAL: &str = "Resource temporarily unavailable";
+
 /// The host gives no more threads or processes.
 #[derive(Debug, thiserror::Error)]
 #[error("the host gives no {what}")]

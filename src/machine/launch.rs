@@ -94,7 +94,13 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // The parent reads this pipe and shows it as what the program said.
-            let _ = io::Write::write_all(&mut io::stderr(), format!("kiln: {error}\n").as_bytes());
+            let mut said = format!("kiln: {error}");
+            let mut source = error.source();
+            while let Some(inner) = source {
+                said = format!("{said}: {inner}");
+                source = inner.source();
+            }
+            let _ = io::Write::write_all(&mut io::stderr(), format!("{said}\n").as_bytes());
             ExitCode::from(125)
         }
     }

@@ -39,6 +39,8 @@ use kiln_digest::Digest;
 use kiln_virtio::fs::record::Record;
 use serde::{Deserialize, Serialize};
 
+use crate::threads;
+
 /// The tree of a host directory under a name, as the machine's fs device shows it.
 #[derive(Debug)]
 pub struct Share {
@@ -270,6 +272,11 @@ impl MachineError {
             )),
             Self::Memory(error) => error.hint(),
             Self::Processors(_) => Some(format!("give it at most {}", u8::MAX - 1)),
+            Self::Device(said) | Self::DiedAtStart(Death::Killed { said, .. })
+                if said.contains(threads::REFUSAL) =>
+            {
+                Some(threads::HINT.to_owned())
+            }
             _ => None,
         }
     }

@@ -10,6 +10,7 @@ use super::jail::Held;
 use super::launch::Become;
 use super::spawn::{Process, spawn_jailed};
 use super::{MachineError, Share};
+use crate::threads::Refused;
 
 /// The guest's vsock address; each machine has a device of its own, so all may have the same.
 pub(super) const GUEST_CID: u64 = 3;
@@ -46,7 +47,9 @@ impl Server {
     /// What speaks to it.
     pub fn control(&self) -> Result<&control::Client, MachineError> {
         if self.client.get().is_none() {
-            let client = self.socket.try_clone().and_then(control::Client::new);
+            let client =
+                |socket| control::Client::new(socket).map_err(Refused::told("thread `device-control`"));
+            let client = self.socket.try_clone().and_then(client);
             let _ = self.client.set(client.map_err(MachineError::io("speak to the device process"))?);
         }
         self.client.get().ok_or_else(|| MachineError::Device("nobody speaks to it".to_owned()))

@@ -75,7 +75,7 @@ fn a_host_that_gives_no_thread_is_told_of_whichever_it_is() {
             kiln.env("KILN_QEMU", host.path("qemu")).env("KILN_AGENT", host.path("agent")).args(arguments);
             let told = limited(&host, 0, &kiln, processes);
             told.fails(125, &[]);
-            if told.stderr.contains("the host gives no") {
+            if told.stderr.contains("the host gives no") || told.stderr.contains("temporarily unavailable") {
                 told.hints(&["ulimit -u"]);
                 refused += 1;
             } else {
