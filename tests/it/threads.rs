@@ -69,8 +69,8 @@ fn a_host_that_gives_no_thread_is_told_of_whichever_it_is() {
     ];
     let kept = ["run", "-q", "--kernel", "kernel", "--root", "dir:root", "--", "true"];
     let (mut refused, mut passed) = (0, 0);
-    for arguments in [&run[..], &kept] {
-        for processes in 1..12 {
+    for (arguments, limits) in [(&run[..], &[1, 2, 3, 4, 5, 6, 7, 8, 9, 24][..]), (&kept, &[1, 9, 24])] {
+        for &processes in limits {
             let mut kiln = host.kiln();
             kiln.env("KILN_QEMU", host.path("qemu")).env("KILN_AGENT", host.path("agent")).args(arguments);
             let told = limited(&host, 0, &kiln, processes);
@@ -84,7 +84,7 @@ fn a_host_that_gives_no_thread_is_told_of_whichever_it_is() {
             host.is_swept();
         }
     }
-    assert!(refused > 2 && passed > 2, "{refused} were refused, {passed} not");
+    assert!(refused > 2 && passed > 0, "{refused} were refused, {passed} not");
 }
 
 #[test]
