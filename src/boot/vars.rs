@@ -109,13 +109,25 @@ impl Vars {
             Err(std::fs::TryLockError::Error(error)) => return Err(io_error("lock", path)(error)),
         }
         let vars = Self { file, path: Some(path.to_owned()), is_old };
-        let found = vars.file.metadata().map_err(io_error("read", path))?.len();
+        match vars.check(path, fresh) {
+            Ok(()) => Ok(vars),
+            Err(error) => {
+                // Closing it is not enough: a process that is being started holds a copy of every descriptor until its
+                // execve(2).
+                let _ = vars.file.unlock();
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether they can be what a firmware that starts from `fresh` keeps.
+    fn check(&self, path: &Path, fresh: &[u8]) -> Result<(), VarsError> {
+        let found = self.file.metadata().map_err(io_error("read", path))?.len();
         let wanted = u64::try_from(fresh.len()).unwrap_or(u64::MAX);
         if found != wanted {
             return Err(VarsError::Size { path: path.to_owned(), found, wanted });
         }
-        vars.have_keys()?;
-        Ok(vars)
+        self.have_keys().map(drop)
     }
 
     fn shown(&self) -> PathBuf {
