@@ -16,6 +16,7 @@ use crate::machine::qemu::{OLDEST, Qemu};
 use crate::machine::{Accelerator, MachineError};
 use crate::root::bundle;
 use crate::root::debian::ArchiveError;
+use crate::settings::BackendChoice;
 
 /// How long the mirror may take to answer.
 const MIRROR_PATIENCE: Duration = Duration::from_secs(5);
@@ -99,18 +100,30 @@ pub(super) fn doctor(host: &Host, arguments: &DoctorArguments) -> Result<ExitCod
             );
         }
     }
-    if let Ok(qemu) = host.backend(&Boundary::default()) {
-        jail(&qemu);
+    let backend = host.backend(&Boundary::default());
+    if let Ok(qemu) = &backend {
+        jail(qemu);
     }
-    match host.backend(&Boundary::default()) {
-        Ok(qemu) if verdict.is_usable() => {
+    match backend {
+        Ok(qemu) if qemu.uses_kvm() => {
             let which = if host.vmm(&qemu).is_some() { "kiln's own VMM on KVM" } else { "qemu with KVM" };
             line(&format!("backend  {which}, because the probe ran guest code at a processor's speed"));
         }
-        Ok(_) => line(&format!(
-            "backend  qemu with emulation, because KVM cannot be used: slower, and no security boundary (QEMU {OLDEST} or newer)"
-        )),
-        Err(_) => line("backend  none: see what is missing"),
+        Ok(_) => {
+            let why = match settings.backend.value {
+                BackendChoice::Tcg => "the setting says so",
+                _ => "KVM cannot be used",
+            };
+            line(&format!(
+                "backend  qemu with emulation, because {why}: slower, and no security boundary (QEMU {OLDEST} or newer)"
+            ));
+        }
+        Err(_) if missing > 0 => line("backend  none: see what is missing"),
+        Err(error) => {
+            missing += 1;
+            line(&format!("MISSING  backend    {}", chain(&error)));
+            line("                    fix: what is said of kvm above, or let kiln choose (`--backend auto`)");
+        }
     }
     Ok(if missing == 0 { ExitCode::SUCCESS } else { ExitCode::from(super::CANNOT) })
 }

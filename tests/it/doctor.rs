@@ -53,6 +53,33 @@ fn without_a_mirror_the_setting_is_named() {
 }
 
 #[test]
+fn a_backend_that_is_asked_for_and_cannot_be_is_missing_and_one_that_can_be_says_why() {
+    let host = Host::new();
+    let qemu = host.script("qemu", "echo QEMU emulator version 10.0.2");
+    let doctor = |backend: &str| {
+        Told::by(
+            host.kiln()
+                .env("KILN_QEMU", &qemu)
+                .env("KILN_AGENT", &qemu)
+                .env("KILN_BACKEND", backend)
+                .arg("doctor"),
+        )
+    };
+    let told = doctor("tcg");
+    assert!(
+        told.stdout.contains("backend  qemu with emulation, because the setting says so"),
+        "{}",
+        told.stdout
+    );
+    let told = doctor("vmm");
+    let (line, fix) = about(&told, if told.code == Some(0) { "kiln's" } else { "backend" });
+    // On a host with KVM it can be.
+    let good = line.starts_with("backend") && line.contains("own VMM on KVM");
+    let missing = line.starts_with("MISSING") && line.contains("the backend vmm") && fix.contains("fix: ");
+    assert!(good && told.code == Some(0) || missing && told.code == Some(3), "{}", told.stdout);
+}
+
+#[test]
 fn a_qemu_that_never_says_its_version_is_given_up_with_all_it_started() {
     let host = Host::new();
     let started = host.path("started");
