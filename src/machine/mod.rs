@@ -257,7 +257,7 @@ pub enum MachineError {
     #[error("a machine of kiln's VMM cannot have {0} processors")]
     Processors(u16),
     /// The fs device's process did not do what it was told.
-    #[error("the device process failed: {0}")]
+    #[error("the process that serves the machine's shares failed: {0}")]
     Device(String),
 }
 
