@@ -80,7 +80,7 @@ impl Ready {
     /// # Errors
     /// It does not answer.
     pub fn check(&mut self) -> io::Result<()> {
-        greet(self.wire()?, CHECK_PATIENCE)
+        greet(self.wire()?, CHECK_PATIENCE).map(drop)
     }
 
     /// Lets the agent rehearse a step: `message` says which.
@@ -89,7 +89,7 @@ impl Ready {
     /// It cannot.
     pub fn rehearse(&mut self, message: &[u8]) -> io::Result<()> {
         let is_answer = |answer: &_| matches!(answer, kiln_wire::FromAgent::SetupDone);
-        exchange(self.wire()?, message, REHEARSAL_PATIENCE, is_answer)
+        exchange(self.wire()?, message, REHEARSAL_PATIENCE, is_answer).map(drop)
     }
 
     fn wire(&self) -> io::Result<&UnixStream> {

@@ -13,7 +13,7 @@ use super::vm::QemuMachine;
 use super::{Origins, Qemu, argv, key};
 use crate::machine::Spec;
 use crate::machine::template::{
-    BOOT_PATIENCE, COPY_PATIENCE, Freezer, Template, TemplateError, Templates, answer, ram,
+    BOOT_PATIENCE, COPY_PATIENCE, Freezer, Frozen, Template, TemplateError, Templates, answer, ram,
 };
 use crate::threads;
 
@@ -28,19 +28,19 @@ impl Freezer for Qemu {
         key::of(self, spec)
     }
 
-    fn freeze(&self, spec: &Spec, state: File) -> Result<(File, String), TemplateError> {
+    fn freeze(&self, spec: &Spec, state: File) -> Result<Frozen, TemplateError> {
         let io = TemplateError::io;
         let ram = kiln_virtio::ram::new(spec.memory_bytes).map_err(io("make memory for a template"))?;
         let given = ram.try_clone().map_err(io("hold a template's memory"))?;
         let devices = Devices::start(spec.carrier)?;
         let origins = Origins::Freeze { ram: given.into(), state: state.into() };
         let (mut machine, mut qmp) = self.bring_up(spec, Some(devices), origins)?;
-        answer(&mut machine, BOOT_PATIENCE)?;
+        let mut complaints = answer(&mut machine, BOOT_PATIENCE)?;
         // Once more: by its answer, all that it had to say before has been read.
-        answer(&mut machine, COPY_PATIENCE)?;
+        complaints.extend(answer(&mut machine, COPY_PATIENCE)?);
         qmp.freeze(argv::STATE_SET).map_err(io("freeze the machine"))?;
         // Nothing writes the memory any more when these are dropped.
-        Ok((ram, qmp.version.to_string()))
+        Ok(Frozen { ram, version: qmp.version.to_string(), complaints })
     }
 
     fn thaw(&self, template: &Template, spec: &Spec) -> Result<QemuMachine, TemplateError> {

@@ -6,16 +6,17 @@ use std::time::{Duration, Instant};
 
 use kiln_wire::{FrameReader, FromAgent, MAX_FROM_AGENT_BYTES, ToAgent, VERSION, encode_frame};
 
-/// Says hello to the agent on `wire` and waits for its answer, which is the last that it has said then.
+/// Says hello to the agent on `wire` and waits for its answer, which is the last that it has said then. What it complained of
+/// meanwhile is returned.
 ///
 /// # Errors
 /// `UnexpectedEof` when the machine is gone, `TimedOut` after `patience`, `InvalidData` where something else answers.
-pub fn greet(wire: &UnixStream, patience: Duration) -> io::Result<()> {
+pub fn greet(wire: &UnixStream, patience: Duration) -> io::Result<Vec<String>> {
     let is_answer = |message: &FromAgent| matches!(message, FromAgent::Ready { version: VERSION, .. });
     exchange(wire, &ToAgent::Hello { version: VERSION }.encode(), patience, is_answer)
 }
 
-/// Sends one message, and waits for its answer, as [`greet`] does.
+/// Sends one message, and waits for its answer, as [`greet`] does; complaints meanwhile are returned.
 ///
 /// # Errors
 /// Those of [`greet`].
@@ -24,23 +25,24 @@ pub fn exchange(
     message: &[u8],
     patience: Duration,
     is_answer: impl Fn(&FromAgent) -> bool,
-) -> io::Result<()> {
+) -> io::Result<Vec<String>> {
     let nonsense = |why: String| io::Error::new(ErrorKind::InvalidData, why);
     let deadline = Instant::now() + patience;
     wire.write_all(&encode_frame(message)).map_err(gone)?;
     let mut reader = FrameReader::new(MAX_FROM_AGENT_BYTES);
     let mut buffer = [0; 4096];
     let mut ready = false;
+    let mut complaints = Vec::new();
     loop {
         while let Some(payload) = reader.next().map_err(|error| nonsense(error.to_string()))? {
             match FromAgent::decode(&payload).map_err(|error| nonsense(error.to_string()))? {
                 answer if !ready && is_answer(&answer) => ready = true,
-                FromAgent::Log(_) => {}
+                FromAgent::Log(text) => complaints.push(text),
                 _ => return Err(nonsense("not the answer to a hello".to_owned())),
             }
         }
         if ready && reader.pending_bytes() == 0 {
-            return wire.set_read_timeout(None);
+            return wire.set_read_timeout(None).map(|()| complaints);
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -76,7 +78,7 @@ mod tests {
     }
 
     /// What greeting an agent comes to that answers with `bytes` and goes.
-    fn greeted(bytes: Vec<u8>) -> io::Result<()> {
+    fn greeted(bytes: Vec<u8>) -> io::Result<Vec<String>> {
         let (ours, mut theirs) = UnixStream::pair().expect("a socket pair");
         let agent = thread::spawn(move || {
             let hello = encode_frame(&ToAgent::Hello { version: VERSION }.encode());
@@ -92,11 +94,12 @@ mod tests {
     }
 
     #[test]
-    fn an_agent_that_answers_is_believed_whatever_it_complains_of() {
+    fn an_agent_that_answers_is_believed_and_what_it_complains_of_is_told() {
         let complaint = encode_frame(&FromAgent::Log("no module".to_owned()).encode());
-        greeted(ready(VERSION)).expect("an answer");
-        greeted([complaint.clone(), ready(VERSION)].concat()).expect("an answer");
-        greeted([ready(VERSION), complaint].concat()).expect("an answer");
+        assert!(greeted(ready(VERSION)).expect("an answer").is_empty());
+        for bytes in [[complaint.clone(), ready(VERSION)], [ready(VERSION), complaint]] {
+            assert_eq!(greeted(bytes.concat()).expect("an answer"), ["no module"]);
+        }
     }
 
     #[test]

@@ -69,17 +69,27 @@ pub(super) trait Freezer {
     fn key(&self, spec: &Spec) -> io::Result<Digest>;
 
     /// Boots a machine of `spec`, which has nothing of a step in it, until its agent has answered [`twice`](answer), and freezes
-    /// it: its memory, and the version of the program that wrote all else of it to `state`.
+    /// it: all but its memory goes to `state`.
     ///
     /// # Errors
     /// See [`TemplateError`].
-    fn freeze(&self, spec: &Spec, state: File) -> Result<(File, String), TemplateError>;
+    fn freeze(&self, spec: &Spec, state: File) -> Result<Frozen, TemplateError>;
 
     /// A machine of `spec` without its shares that goes on where `template` was frozen, and whose agent has answered.
     ///
     /// # Errors
     /// See [`TemplateError`].
     fn thaw(&self, template: &Template, spec: &Spec) -> Result<Self::Machine, TemplateError>;
+}
+
+/// A machine that was frozen.
+pub(super) struct Frozen {
+    /// Its memory.
+    pub ram: File,
+    /// The version of the program that wrote its state.
+    pub version: String,
+    /// What its agent complained of.
+    pub complaints: Vec<String>,
 }
 
 /// Why there is no template, or no copy of one.
@@ -98,6 +108,9 @@ pub(super) enum TemplateError {
     /// It came up and is gone.
     #[error("{0}")]
     Died(Death),
+    /// It came up without all that it should have: a module that was not loaded, say.
+    #[error("its agent said: {0}")]
+    Complained(String),
     /// Its files are not what was written.
     #[error("{0}")]
     Damaged(&'static str),
@@ -223,11 +236,12 @@ impl Templates {
         if files::is_younger(&barren, &lock, BARREN) {
             return Err(TemplateError::Barren);
         }
-        let mut made = self.make(freezer, spec, key);
-        if let Err(TemplateError::Died(death @ Death::Killed { .. })) = &made {
-            // On a busy host QEMU has been seen to abort while its machine boots.
-            notes.push(format!("the machine for a template was booted again: {death}"));
-            made = self.make(freezer, spec, key);
+        let mut made = self.make(freezer, spec, key, true);
+        if let Err(why @ (TemplateError::Died(Death::Killed { .. }) | TemplateError::Complained(_))) = &made {
+            // On a busy host QEMU has been seen to abort while its machine boots, and an emulated kernel not to load a
+            // module, which every copy would lack. What is said again is so.
+            notes.push(format!("the machine for a template was booted again: {why}"));
+            made = self.make(freezer, spec, key, false);
         }
         if let Err(error) = made {
             if !error.is_shortage() {
@@ -260,15 +274,24 @@ impl Templates {
         Ok(lock)
     }
 
-    /// Boots a machine, freezes it, and keeps it as the template `key`.
-    fn make<F: Freezer>(&self, freezer: &F, spec: &Spec, key: &Digest) -> Result<(), TemplateError> {
+    /// Boots a machine, freezes it, and keeps it as the template `key`; not where its agent complains and it is to be `whole`.
+    fn make<F: Freezer>(
+        &self,
+        freezer: &F,
+        spec: &Spec,
+        key: &Digest,
+        whole: bool,
+    ) -> Result<(), TemplateError> {
         let io = TemplateError::io;
         let folder = tempfile::Builder::new()
             .prefix("template-")
             .tempdir_in(&self.temporary)
             .map_err(io("make a folder for a template"))?;
         let state = files::new_state(folder.path()).map_err(io("make a file for a template's state"))?;
-        let (ram, version) = freezer.freeze(&blank(spec), state)?;
+        let Frozen { ram, version, complaints } = freezer.freeze(&blank(spec), state)?;
+        if whole && !complaints.is_empty() {
+            return Err(TemplateError::Complained(complaints.join("; ")));
+        }
         files::write(folder.path(), &key.to_string(), &ram, &version).map_err(io("keep a template"))?;
         files::publish(folder, &self.folder.join(key.to_string())).map_err(io("keep a template"))
     }
@@ -305,13 +328,13 @@ pub(super) fn copy<F: Freezer>(
     }
 }
 
-/// Waits for the machine's agent to answer.
-pub(super) fn answer(machine: &mut impl Lendable, patience: Duration) -> Result<(), TemplateError> {
+/// Waits for the machine's agent to answer, and returns what it complained of.
+pub(super) fn answer(machine: &mut impl Lendable, patience: Duration) -> Result<Vec<String>, TemplateError> {
     let Some(wire) = machine.wire_held() else {
         return Err(TemplateError::Damaged("its wire is not there"));
     };
     match greet(wire, patience) {
-        Ok(()) => Ok(()),
+        Ok(complaints) => Ok(complaints),
         Err(source) if source.kind() == io::ErrorKind::UnexpectedEof => {
             Err(TemplateError::Died(machine.death(DEATH_PATIENCE)))
         }

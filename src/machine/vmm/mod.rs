@@ -27,7 +27,7 @@ use super::slots::{Places, SLOT_BYTES, SLOTS};
 use super::spawn::in_words;
 use super::tail::Tail;
 use super::template::{
-    self, BOOT_PATIENCE, COPY_PATIENCE, Freezer, Template, TemplateError, Templates, answer,
+    self, BOOT_PATIENCE, COPY_PATIENCE, Freezer, Frozen, Template, TemplateError, Templates, answer,
 };
 use super::wire::Wire;
 use super::{
@@ -193,17 +193,17 @@ impl Freezer for KilnVmm {
         Ok(Digest::of(parts.join("\n").as_bytes()))
     }
 
-    fn freeze(&self, spec: &Spec, state: File) -> Result<(File, String), TemplateError> {
+    fn freeze(&self, spec: &Spec, state: File) -> Result<Frozen, TemplateError> {
         let ram = memory::make_file(spec.memory_bytes).map_err(MachineError::from)?;
         let given = ram.try_clone().map_err(TemplateError::io("hold a template's memory"))?;
         let mut machine = self.bring_up(spec, Begins::Boot(given))?;
-        answer(&mut machine, BOOT_PATIENCE)?;
+        let mut complaints = answer(&mut machine, BOOT_PATIENCE)?;
         // Once more: by its answer, all that it had to say before has been read.
-        answer(&mut machine, COPY_PATIENCE)?;
+        complaints.extend(answer(&mut machine, COPY_PATIENCE)?);
         let server = &machine.server;
         let frozen = server.control()?.freeze_guest(state.as_fd());
         frozen.map_err(|error| server.failure(&error))?;
-        Ok((ram, env!("CARGO_PKG_VERSION").to_owned()))
+        Ok(Frozen { ram, version: env!("CARGO_PKG_VERSION").to_owned(), complaints })
     }
 
     fn thaw(&self, template: &Template, spec: &Spec) -> Result<VmmMachine, TemplateError> {
