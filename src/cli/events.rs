@@ -379,10 +379,10 @@ impl<'a> Line<'a> {
             step,
             version: VERSION,
             backend: &identity.backend,
-            accelerator: format!("{:?}", identity.accelerator).to_lowercase(),
+            accelerator: identity.accelerator.name().to_owned(),
             origin: format!("{:?}", identity.origin).to_lowercase(),
             jail: &identity.jail.layers,
-            jail_missing: identity.jail.missing.iter().map(|(layer, _)| *layer).collect(),
+            jail_missing: identity.jail.missing_layers(),
         }
     }
 

@@ -259,8 +259,7 @@ impl Keys {
 
 /// The file `name`, which none but its owner may write.
 fn read(folder: &Folder, name: &str) -> Result<Vec<u8>, KeyError> {
-    folder.guarded(Path::new(name))?;
-    Ok(folder.read(Path::new(name), FILE_BYTES_MAX)?)
+    Ok(folder.read_guarded(Path::new(name), FILE_BYTES_MAX)?)
 }
 
 /// Checks that the other forms of the certificate `name`, as far as there are some, are `signer`'s.
@@ -272,10 +271,16 @@ fn check_forms(folder: &Folder, name: &str, signer: &Signer) -> Result<(), KeyEr
     }
     if folder.has(&esl) {
         let list = read(folder, &esl)?;
-        let same = esl::read(&list).is_ok_and(|list| matches!(list[..], [(_, der)] if der == signer.der()));
-        return if same { Ok(()) } else { Err(other(&esl)) };
+        if !has_alone(&list, signer).unwrap_or(false) {
+            return Err(other(&esl));
+        }
     }
     Ok(())
+}
+
+/// Whether a signature list has the certificate of `signer` and no other.
+fn has_alone(list: &[u8], signer: &Signer) -> Result<bool, EslError> {
+    Ok(matches!(esl::read(list)?[..], [(_, der)] if der == signer.der()))
 }
 
 /// The public half of the mesh's root, which its key and who may log in belong to, where they are there.
@@ -347,7 +352,7 @@ fn check_enrolment(
     let bytes = folder.read(Path::new(&file), FILE_BYTES_MAX)?;
     let check = || -> Result<bool, EnrolmentError> {
         let list = auth::verify(variable, &bytes, by)?;
-        Ok(matches!(esl::read(list)?[..], [(_, der)] if der == enrolled.der()))
+        Ok(has_alone(list, enrolled)?)
     };
     let source = match check() {
         Ok(true) => return Ok(()),

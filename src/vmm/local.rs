@@ -103,9 +103,7 @@ impl<D: Device<()> + 'static> Local<D> {
             let served = confine().map_err(Broken::Host);
             match served.and_then(|()| server.serve(&epoll, &bell, events)) {
                 Ok(()) => {}
-                Err(Broken::Queue(error)) => {
-                    on_end(End::Device { what: format!("{name}: {}", Broken::Queue(error)) });
-                }
+                Err(error @ Broken::Queue(_)) => on_end(End::Device { what: format!("{name}: {error}") }),
                 Err(Broken::Host(error)) => on_end(End::Thread { what: format!("{name}: {error}") }),
             }
         };

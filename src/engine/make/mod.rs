@@ -270,9 +270,7 @@ impl Bench<'_> {
         let length = file.metadata().map_err(MakeError::io("read a part"))?.len();
         // Before it is read: this host may have less memory.
         if length >= PART_BYTES_MAX {
-            return Err(MakeError::TooLong(
-                from.origin.pattern().map_or_else(String::new, |pattern| pattern.bind(star)),
-            ));
+            return Err(MakeError::TooLong(shown(from, star)));
         }
         let mut bytes = Vec::new();
         file.take(PART_BYTES_MAX).read_to_end(&mut bytes).map_err(MakeError::io("read a part"))?;
@@ -286,12 +284,11 @@ impl Bench<'_> {
     fn file(&self, from: &From, star: &str, made: &Tree) -> Result<(Digest, String), MakeError> {
         let tree = self.take(from, star, made)?;
         let mut files = tree.iter().filter(|(path, node)| !path.is_root() && node.kind != Kind::Directory);
-        let shown = from.origin.pattern().map_or_else(String::new, |pattern| pattern.bind(star));
         match (files.next(), files.next()) {
             (Some((path, Node { kind: Kind::File { digest, .. }, .. })), None) => {
                 Ok((*digest, path.to_string()))
             }
-            _ => Err(MakeError::NotAFile(shown)),
+            _ => Err(MakeError::NotAFile(shown(from, star))),
         }
     }
 
@@ -368,6 +365,11 @@ fn without_lists(tree: &mut Tree) -> usize {
         files += usize::from(node.meta.xattrs.len() < before);
     }
     files
+}
+
+/// What `from` is called in errors.
+fn shown(from: &From, star: &str) -> String {
+    from.origin.pattern().map_or_else(String::new, |pattern| pattern.bind(star))
 }
 
 /// A command line from a file that people write: without lines of comments, in one line.

@@ -21,7 +21,7 @@ const VERSION: u32 = 1;
 #[derive(Serialize)]
 struct Machine<'a> {
     backend: &'a str,
-    accelerator: String,
+    accelerator: &'a str,
     jail: &'a [Layer],
     jail_missing: Vec<Layer>,
 }
@@ -30,9 +30,9 @@ impl<'a> Machine<'a> {
     fn of(identity: &'a Identity) -> Self {
         Self {
             backend: &identity.backend,
-            accelerator: format!("{:?}", identity.accelerator).to_lowercase(),
+            accelerator: identity.accelerator.name(),
             jail: &identity.jail.layers,
-            jail_missing: identity.jail.missing.iter().map(|(layer, _)| *layer).collect(),
+            jail_missing: identity.jail.missing_layers(),
         }
     }
 }

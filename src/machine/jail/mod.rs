@@ -114,6 +114,11 @@ impl Held {
         self.missing.is_empty() && Layer::ALL.iter().all(|layer| self.layers.contains(layer))
     }
 
+    /// The layers that the host does not grant.
+    pub fn missing_layers(&self) -> Vec<Layer> {
+        self.missing.iter().map(|(layer, _)| *layer).collect()
+    }
+
     /// The layers that do not hold, each with what the host says.
     pub fn what_is_missing(&self) -> String {
         let words: Vec<String> =

@@ -32,6 +32,7 @@ use self::greeting::greet;
 use super::ready::Lendable;
 use super::slots::Places;
 use super::{Carrier, Cpu, Death, MachineError, Spec};
+use crate::threads;
 use crate::writes;
 
 /// How long a machine may take to boot before there is no template of it. An emulated one needs two seconds.
@@ -123,8 +124,7 @@ pub(super) enum TemplateError {
 }
 
 /// In these words the C library says that the host lacks memory, processes or descriptors, here and in programs that were started.
-const SHORTAGES: [&str; 3] =
-    ["Cannot allocate memory", "Resource temporarily unavailable", "Too many open files"];
+const SHORTAGES: [&str; 3] = ["Cannot allocate memory", threads::REFUSAL, "Too many open files"];
 
 impl TemplateError {
     /// Whether the host lacked something: that says nothing about a template.
