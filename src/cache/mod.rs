@@ -3,6 +3,7 @@
 //! - [`key`]: what a step is. Under its key the store keeps [`trace`]s ([`index`]), and what it did last is in [`notes`]. All
 //!   lie in packs, as lines of files.
 //! - [`verify`]: whether a trace holds against the files as they are now, and if not, the first [`difference`].
+//! - [`ledger`]: what kiln put into a WORK and is answerable for.
 //!
 //! Nothing here runs a step, and nothing here believes a time stamp that could be older than what it stands for.
 
@@ -10,6 +11,7 @@ mod codec;
 pub mod difference;
 pub mod index;
 pub mod key;
+pub mod ledger;
 pub mod notes;
 mod pack;
 pub mod stock;

@@ -20,7 +20,8 @@ use kiln_digest::Digest;
 use kiln_virtio::fs::record::PathBytes;
 use serde::{Deserialize, Serialize};
 
-use super::work::{Identity, Seen, Work};
+use super::work::{Seen, Work};
+use crate::cache::ledger::{Changes, Identity, Ledger, Placed};
 use crate::store::Store;
 use crate::writes::{self, Act, Through};
 
@@ -85,22 +86,6 @@ fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MergeError {
     move |source| MergeError::Io { what, path, source }
 }
 
-/// What kiln put at one path of a WORK.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Placed {
-    /// What it is.
-    #[serde(flatten)]
-    identity: Identity,
-    /// The step that put it there.
-    step: String,
-}
-
-/// All that kiln put into one WORK and is still answerable for.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Ledger {
-    placed: BTreeMap<PathBytes, Placed>,
-}
-
 /// A merge that will be completed whatever happens.
 #[derive(Debug, Serialize, Deserialize)]
 struct Journal {
@@ -112,8 +97,8 @@ struct Journal {
     folders: Vec<(PathBytes, u32)>,
     /// Paths that the staged files 0, 1, … are renamed to.
     places: Vec<PathBytes>,
-    /// The ledger as it will be.
-    ledger: Ledger,
+    /// What becomes of the ledger.
+    changes: Changes,
 }
 
 /// One step's outputs, on their way into WORK.
@@ -137,10 +122,6 @@ fn bytes(path: &TreePath) -> PathBytes {
     PathBytes(path.as_bytes().to_vec())
 }
 
-fn ledger_key(work: &Path) -> Digest {
-    Digest::of(work.as_os_str().as_bytes())
-}
-
 /// A WORK that no other kiln merges into while this is held.
 struct Locked {
     path: PathBuf,
@@ -152,7 +133,7 @@ struct Locked {
 fn open(store: &Store, work: &Path) -> Result<Locked, MergeError> {
     fs::create_dir_all(work).map_err(at("make", work))?;
     let path = fs::canonicalize(work).map_err(at("find", work))?;
-    let lock_path = store.run().join(format!("work-{}.lock", ledger_key(&path)));
+    let lock_path = store.lock_path("work", &Digest::of(path.as_os_str().as_bytes()));
     let lock = File::create(&lock_path).map_err(at("lock", &lock_path))?;
     lock.lock().map_err(at("lock", &lock_path))?;
     let top = File::open(&path).map_err(at("open", &path))?;
@@ -180,8 +161,7 @@ pub fn recover(store: &Store, work: &Path) -> Result<(), MergeError> {
 /// what it puts out then is all that it puts out.
 pub fn placed_by(store: &Store, work: &Path, step: &str) -> Vec<PathBytes> {
     let Ok(path) = fs::canonicalize(work) else { return Vec::new() };
-    let ledger: Ledger = store.records("work").get(&ledger_key(&path)).unwrap_or_default();
-    ledger.placed.into_iter().filter(|(_, placed)| placed.step == step).map(|(path, _)| path).collect()
+    Ledger::of(store, &path).placed_by(step).into_keys().collect()
 }
 
 impl Merge<'_> {
@@ -205,7 +185,6 @@ impl Merge<'_> {
 
     fn carry_out(&self, outputs: &Tree, removed: Option<&[TreePath]>) -> Result<Vec<TreePath>, MergeError> {
         let locked = open(self.store, self.work)?;
-        let ledger: Ledger = self.store.records("work").get(&ledger_key(&locked.path)).unwrap_or_default();
         let mut wanted = BTreeMap::new();
         for (path, node) in outputs.iter() {
             if path.components().next() == Some(STAGING.as_bytes()) {
@@ -215,7 +194,7 @@ impl Merge<'_> {
                 wanted.insert(path.clone(), identity);
             }
         }
-        let (journal, places) = self.plan(&locked, outputs, &wanted, removed, ledger)?;
+        let (journal, places) = self.plan(&locked, outputs, &wanted, removed)?;
         let staging = locked.path.join(STAGING);
         let made =
             writes::through(Act::Make(&staging), || fs::DirBuilder::new().mode(0o700).create(&staging));
@@ -238,12 +217,26 @@ impl Merge<'_> {
         outputs: &Tree,
         wanted: &BTreeMap<TreePath, Identity>,
         removed: Option<&[TreePath]>,
-        mut ledger: Ledger,
     ) -> Result<(Journal, Vec<TreePath>), MergeError> {
         let look = |path: &TreePath| locked.work.look(path).map_err(at("read", &on_host(&locked.path, path)));
         let changed = |path: &TreePath| MergeError::Changed { path: on_host(&locked.path, path) };
+        let ledger = Ledger::of(self.store, &locked.path);
+        let own = ledger.placed_by(self.step);
+        let new_to_it: Vec<PathBytes> =
+            wanted.keys().map(bytes).filter(|path| !own.contains_key(path)).collect();
+        let owners = ledger.owners(&new_to_it);
+        let mut of_others: BTreeMap<String, Placed> = BTreeMap::new();
+        // What kiln put at a path, whichever step's it was.
+        let mut known = |path: &PathBytes| match own.get(path) {
+            Some(identity) => Some(*identity),
+            None => {
+                let step = owners.get(path)?;
+                let placed = of_others.entry(step.clone()).or_insert_with(|| ledger.placed_by(step));
+                placed.get(path).copied()
+            }
+        };
         let (mut removals, mut cleared) = match removed {
-            None => (self.removals(locked, &ledger, wanted)?, Vec::new()),
+            None => (self.removals(locked, &own, wanted)?, Vec::new()),
             Some(removed) => taken_away(locked, wanted, removed)?,
         };
         let mut places = Vec::new();
@@ -252,14 +245,13 @@ impl Merge<'_> {
             removals.contains(path) || (self.overwrite && removals.insert(path.clone()))
         };
         for (path, identity) in wanted {
-            let known = ledger.placed.get(&bytes(path));
             match look(path)? {
                 Seen::Nothing => places.push(path.clone()),
                 Seen::Leaf(found) if found == *identity => {}
                 Seen::Leaf(found)
                     if self.overwrite
                         || found.digest == identity.digest
-                        || known.is_some_and(|placed| placed.identity.digest == found.digest) =>
+                        || known(&bytes(path)).is_some_and(|placed| placed.digest == found.digest) =>
                 {
                     places.push(path.clone());
                 }
@@ -293,25 +285,33 @@ impl Merge<'_> {
             }
             folders.push((bytes(path), u32::from(node.meta.mode)));
         }
-        ledger.placed.retain(|path, placed| {
-            let gone = TreePath::new(&path.0).is_ok_and(|path| removals.contains(&path));
-            !gone
-                && (removed.is_some()
-                    || placed.step != self.step
-                    || TreePath::new(&path.0).is_ok_and(|path| wanted.contains_key(&path)))
-        });
-        for (path, identity) in wanted {
-            // A file that was there before, and is a person's, does not become kiln's by being equal to an output.
-            if ledger.placed.contains_key(&bytes(path)) || places.binary_search(path).is_ok() {
-                ledger.placed.insert(bytes(path), Placed { identity: *identity, step: self.step.to_owned() });
-            }
+        // A file that was there before, and is a person's, does not become kiln's by being equal to an output.
+        let is_kilns = |path: &TreePath, name: &PathBytes| {
+            own.contains_key(name) || owners.contains_key(name) || places.binary_search(path).is_ok()
+        };
+        let mut placed: Placed = wanted
+            .iter()
+            .map(|(path, identity)| (path, bytes(path), *identity))
+            .filter(|(path, name, _)| is_kilns(path, name))
+            .map(|(_, name, identity)| (name, identity))
+            .collect();
+        let removed_names: BTreeSet<PathBytes> = removals.iter().map(bytes).collect();
+        if removed.is_some() {
+            let stays = |name: &PathBytes| !placed.contains_key(name) && !removed_names.contains(name);
+            let stay: Vec<_> = own
+                .iter()
+                .filter(|(name, _)| stays(name))
+                .map(|(name, placed)| (name.clone(), *placed))
+                .collect();
+            placed.extend(stay);
         }
+        let changes = changes(&ledger, self.step, &own, placed, owners, &removed_names);
         let journal = Journal {
             removals: removals.iter().map(bytes).collect(),
             cleared: cleared.iter().map(bytes).collect(),
             folders,
             places: places.iter().map(bytes).collect(),
-            ledger,
+            changes,
         };
         Ok((journal, places))
     }
@@ -320,18 +320,18 @@ impl Merge<'_> {
     fn removals(
         &self,
         locked: &Locked,
-        ledger: &Ledger,
+        own: &Placed,
         wanted: &BTreeMap<TreePath, Identity>,
     ) -> Result<BTreeSet<TreePath>, MergeError> {
         let mut removals = BTreeSet::new();
-        for (name, placed) in ledger.placed.iter().filter(|(_, placed)| placed.step == self.step) {
+        for (name, placed) in own {
             let Ok(path) = TreePath::new(&name.0) else { continue };
             if wanted.contains_key(&path) {
                 continue;
             }
             let host = on_host(&locked.path, &path);
             match locked.work.look(&path).map_err(at("read", &host))? {
-                Seen::Leaf(found) if self.overwrite || found.digest == placed.identity.digest => {
+                Seen::Leaf(found) if self.overwrite || found.digest == placed.digest => {
                     removals.insert(path);
                 }
                 Seen::Leaf(_) => return Err(MergeError::Changed { path: host }),
@@ -396,6 +396,28 @@ fn taken_away(
     Ok((leaves, folders))
 }
 
+/// What becomes of the ledger where a step that had put out `own` now has `placed` there, of which other steps were the
+/// `owners` of some, and all that is `removed` goes.
+fn changes(
+    ledger: &Ledger<'_>,
+    step: &str,
+    own: &Placed,
+    placed: Placed,
+    owners: BTreeMap<PathBytes, String>,
+    removed: &BTreeSet<PathBytes>,
+) -> Changes {
+    let claimed: Vec<PathBytes> = placed.keys().filter(|name| !own.contains_key(*name)).cloned().collect();
+    let mut gone: BTreeSet<PathBytes> =
+        own.keys().filter(|name| !placed.contains_key(*name)).cloned().collect();
+    let mut taken: BTreeMap<String, BTreeSet<PathBytes>> = BTreeMap::new();
+    let lost = ledger.owners(removed.iter().filter(|name| !own.contains_key(*name)));
+    gone.extend(lost.keys().cloned());
+    for (name, owner) in owners.into_iter().chain(lost).filter(|(_, owner)| owner != step) {
+        taken.entry(owner).or_default().insert(name);
+    }
+    Changes { step: step.to_owned(), placed, claimed, taken, gone }
+}
+
 /// The permissions of a file in WORK: as the step set them, but nobody else may write it and its owner always may.
 fn mode_in_work(node: &Node) -> u32 {
     u32::from(node.meta.mode & 0o755) | 0o600
@@ -457,7 +479,7 @@ fn complete(store: &Store, locked: &Locked, journal: Journal) -> Result<(), Merg
         each(std::slice::from_ref(name), &|_, path| work.make_folder(path, *mode))?;
     }
     each(&journal.places, &|number, path| work.place((staged.as_fd(), &staging), &number.to_string(), path))?;
-    store.records("work").put(&ledger_key(top), &journal.ledger).map_err(at("record the outputs of", top))?;
+    Ledger::of(store, top).change(&journal.changes).map_err(at("record the outputs of", top))?;
     // The journal goes when what it says is done for good: else a power failure could take it and leave half of that.
     writes::sync_all(&staged, &staging).map_err(at("sync", top))?;
     if !store.is_beside(top) {
@@ -604,7 +626,7 @@ mod tests {
             cleared: Vec::new(),
             folders: Vec::new(),
             places: places.iter().map(bytes).collect(),
-            ledger: Ledger::default(),
+            changes: Changes::default(),
         };
         write_journal(&staging, &journal).expect("written");
         fs::rename(staging.join("0"), world.work().join("a")).expect("one rename done");

@@ -12,30 +12,9 @@ use kiln_artifact::tree::TreePath;
 use kiln_digest::Digest;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 
+use crate::cache::ledger::Identity;
 use crate::writes::{self, Act};
-
-/// What identifies an output: its content (of a symbolic link, its text) and, for a file, its permissions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Identity {
-    /// Digest of the content; of `link:TEXT` for a symbolic link.
-    pub digest: Digest,
-    /// The low nine bits of the mode; 0 for a symbolic link.
-    pub mode: u32,
-}
-
-impl Identity {
-    /// The identity of a file.
-    pub fn file(digest: Digest, mode: u32) -> Self {
-        Self { digest, mode: mode & 0o777 }
-    }
-
-    /// The identity of a symbolic link.
-    pub fn link(text: &[u8]) -> Self {
-        Self { digest: Digest::of(&[b"link:", text].concat()), mode: 0 }
-    }
-}
 
 /// What stands at a path.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -70,7 +70,7 @@ impl Workshop<'_> {
             return Ok(root);
         }
         // One kiln makes a root; others that need it wait and find it.
-        let lock_path = self.store.run().join(format!("root-{key}.lock"));
+        let lock_path = self.store.lock_path("root", &key);
         let lock = std::fs::File::create(&lock_path).map_err(io("lock a root"))?;
         if lock.try_lock().is_err() {
             progress("waiting for another kiln that makes this root");

@@ -303,6 +303,26 @@ impl Store {
         self.path.join("run")
     }
 
+    /// Where the lock of what `key` names among things of a `kind`, a short word, lies.
+    pub fn lock_path(&self, kind: &str, key: &Digest) -> PathBuf {
+        self.run().join(format!("{kind}-{key}.lock"))
+    }
+
+    /// All such locks. Where no process uses the store, nobody holds one.
+    ///
+    /// # Errors
+    /// What reading the folder says.
+    pub fn lock_paths(&self) -> io::Result<Vec<PathBuf>> {
+        let is_lock = |path: &PathBuf| {
+            let name =
+                path.file_name().and_then(|name| name.to_str()?.strip_suffix(".lock")?.rsplit_once('-'));
+            name.is_some_and(|(_, key)| key.parse::<Digest>().is_ok())
+        };
+        let paths =
+            fs::read_dir(self.run())?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+        Ok(paths.into_iter().filter(is_lock).collect())
+    }
+
     /// Makes the blobs `digests` survive a power failure; those that this process has synced before do.
     ///
     /// # Errors

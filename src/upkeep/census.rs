@@ -11,6 +11,7 @@ use kiln_digest::Digest;
 use serde::Serialize;
 
 use super::UpkeepError;
+use crate::cache::ledger;
 use crate::cache::stock::{Content, Stored, files, key_of, left_behind, stock};
 use crate::root::bundle::Bundle;
 use crate::root::image::{Filesystem, SUMS};
@@ -113,6 +114,11 @@ pub(super) fn measure(path: &Path) -> Option<(u64, SystemTime)> {
 fn size_beneath(folder: &Path) -> Result<u64, UpkeepError> {
     let files = files(folder).map_err(io("list", folder))?;
     Ok(files.iter().filter_map(|path| measure(path)).map(|(size_bytes, _)| size_bytes).sum())
+}
+
+/// Whether nothing is at `path` any more, rather than that nobody may look.
+fn is_gone(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound)
 }
 
 /// The digest that the last two parts of a blob's path are.
@@ -277,10 +283,16 @@ impl Census {
                     }
                     "an archive that was read".to_owned()
                 }
+                (ledger::FAMILY, Some(key)) => {
+                    let gone = ledger::work_of(store, &key).filter(|work| is_gone(work));
+                    gone.map_or_else(String::new, |work| {
+                        format!("what was put into {}, which is gone", work.display())
+                    })
+                }
                 _ => String::new(),
             };
-            // What WORK holds of kiln's is told by nothing else, and the others are small and name no blob.
-            if names.is_empty() || &*family == "work" || &*family == SUMS {
+            // What a WORK that is there holds of kiln's is told by nothing else, and the others are small.
+            if name.is_empty() || &*family == SUMS {
                 *self.others.entry(Kind::Records).or_default() += size_bytes;
             } else {
                 self.units.push(Unit { what: What::Record, name, path, size_bytes, used, names });

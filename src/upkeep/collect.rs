@@ -66,6 +66,11 @@ pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
             let removed = if path.is_dir() { writes::remove_tree(&path) } else { writes::remove(&path) };
             removed.map_err(UpkeepError::at("remove", &path))?;
         }
+        if order.own && sweep.since.is_none() {
+            for path in store.lock_paths().map_err(UpkeepError::at("list", &store.run()))? {
+                writes::remove(&path).map_err(UpkeepError::at("remove", &path))?;
+            }
+        }
     }
     let mut census = Census::take(store)?;
     let mut left_bytes = census.total();

@@ -6,7 +6,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use kiln::engine::merge::{Merge, MergeError, STAGING, recover};
+use kiln::engine::merge::{Merge, MergeError, STAGING, placed_by, recover};
 use kiln::store::Store;
 use kiln_artifact::tree::{Kind, Meta, Node, Tree, TreePath};
 use tempfile::TempDir;
@@ -76,6 +76,10 @@ impl World {
         let work = self.work("");
         let merge = Merge { store: &self.store, work: &work, step, overwrite: false };
         merge.run(&self.tree(nodes))
+    }
+
+    fn placed_by(&self, step: &str) -> Vec<String> {
+        placed_by(&self.store, &self.work(""), step).iter().map(ToString::to_string).collect()
     }
 
     /// Asserts that the folder outside is as it was made, and that no merge is under way.
@@ -189,6 +193,63 @@ fn a_path_that_two_steps_put_out_is_the_later_ones_and_the_earlier_one_does_not_
     let found = fs::read_to_string(world.work("out/x")).expect("there");
     assert!(["one", "two"].iter().any(|step| found == step.repeat(1000)), "{}", found.len());
     world.is_sound();
+}
+
+#[test]
+fn a_path_is_the_step_that_put_it_there_last_also_where_a_person_removed_it_between() {
+    let world = World::new();
+    world.merge("one", vec![(b"x", world.file("1", 0o644)), (b"y", world.file("1", 0o644))]).expect("merged");
+    fs::remove_file(world.work("x")).expect("a person may");
+    // The same content, so that only the ledger tells whose it is.
+    world.merge("two", vec![(b"x", world.file("1", 0o644))]).expect("merged");
+    assert_eq!(world.placed_by("one"), ["y"]);
+    assert_eq!(world.placed_by("two"), ["x"]);
+    world.merge("one", Vec::new()).expect("merged");
+    assert!(world.work("x").exists(), "it is the other step's");
+    assert!(!world.work("y").exists());
+    world.merge("two", Vec::new()).expect("merged");
+    assert!(!world.work("x").exists());
+}
+
+#[test]
+fn what_a_command_removes_is_no_steps_any_more_and_who_puts_it_there_next_owns_it() {
+    let world = World::new();
+    world
+        .merge("one", vec![(b"d/x", world.file("1", 0o644)), (b"k", world.file("1", 0o644))])
+        .expect("merged");
+    let work = world.work("");
+    let command = Merge { store: &world.store, work: &work, step: "command", overwrite: false };
+    let outputs = world.tree(vec![(b"made", world.file("c", 0o644))]);
+    command.run_upon(&outputs, &[path(b"d")]).expect("merged");
+    assert_eq!(world.placed_by("one"), ["k"]);
+    assert_eq!(world.placed_by("command"), ["made"]);
+    // A person's file under a name that was the step's stays a person's.
+    fs::create_dir(world.work("d")).expect("a folder");
+    fs::write(world.work("d/x"), "mine").expect("room");
+    world.merge("one", vec![(b"k", world.file("1", 0o644))]).expect("merged");
+    let refused = world.merge("two", vec![(b"d/x", world.file("2", 0o644))]);
+    assert!(matches!(refused, Err(MergeError::Changed { .. })), "{refused:?}");
+    assert_eq!(fs::read(world.work("d/x")).expect("there"), b"mine");
+}
+
+#[test]
+fn a_step_reads_of_the_ledger_what_it_put_out_itself() {
+    let world = World::new();
+    let many: Vec<String> = (0..3_000).map(|number| format!("many/{number}")).collect();
+    let content = world.file("1", 0o644);
+    let nodes = many.iter().map(|name| (name.as_bytes(), content.clone())).collect();
+    world.merge("many", nodes).expect("merged");
+    world.merge("few", vec![(b"a", world.file("1", 0o644))]).expect("merged");
+    // Whatever is not the step's own is as good as gone.
+    let records = world.folder.join("store/records/work");
+    for entry in fs::read_dir(records).expect("a ledger").flatten() {
+        if entry.metadata().expect("there").len() > 4096 {
+            fs::remove_file(entry.path()).expect("there");
+        }
+    }
+    assert_eq!(world.placed_by("few"), ["a"]);
+    world.merge("few", vec![(b"a", world.file("2", 0o644))]).expect("merged");
+    assert_eq!(fs::read(world.work("a")).expect("there"), b"2");
 }
 
 #[test]
@@ -311,6 +372,9 @@ impl World {
             (b"turned", self.file("old", 0o644)),
         ];
         self.merge("step", nodes).expect("nothing is in the way");
+        let nodes: Vec<(&[u8], Node)> =
+            vec![(b"others", self.file("old", 0o644)), (b"taken", self.file("old", 0o644))];
+        self.merge("other", nodes).expect("nothing is in the way");
     }
 
     fn merge_new(&self) -> Vec<TreePath> {
@@ -318,6 +382,7 @@ impl World {
             (b"changed", self.file("new", 0o755)),
             (b"deep/er/added", self.file("new", 0o644)),
             (b"link", node(Kind::Symlink(b"changed"[..].into()), 0o777)),
+            (b"taken", self.file("new", 0o644)),
             (b"turned/into", self.file("new", 0o644)),
         ];
         self.merge("step", nodes).expect("nothing is in the way")
@@ -348,8 +413,18 @@ fn merges_and_ends() {
 #[test]
 fn a_merge_that_is_killed_at_any_point_is_completed_or_undone() {
     let (mut undone, mut completed) = (0, 0);
-    let old = ["changed 644 old", "folder/gone 644 old", "turned 644 old"];
-    let new = ["changed 755 new", "deep/er/added 644 new", "link 777 new", "turned/into 644 new"];
+    let old = ["changed 644 old", "folder/gone 644 old", "others 644 old", "taken 644 old", "turned 644 old"];
+    let new = [
+        "changed 755 new",
+        "deep/er/added 644 new",
+        "link 777 new",
+        "others 644 old",
+        "taken 644 new",
+        "turned/into 644 new",
+    ];
+    let owned = |world: &World| (world.placed_by("step").join(" "), world.placed_by("other").join(" "));
+    let owned_old = ("changed folder/gone turned".to_owned(), "others taken".to_owned());
+    let owned_new = ("changed deep/er/added link taken turned/into".to_owned(), "others".to_owned());
     for call in CALLS {
         for point in 1.. {
             let world = World::new();
@@ -373,9 +448,11 @@ fn a_merge_that_is_killed_at_any_point_is_completed_or_undone() {
             }
             assert!(files == old || files == new, "killed at {call} {point}: {files:?}");
             if files == new {
-                completed += 1
+                completed += 1;
+                assert_eq!(owned(&world), owned_new, "killed at {call} {point}");
             } else {
-                undone += 1
+                undone += 1;
+                assert_eq!(owned(&world), owned_old, "killed at {call} {point}");
             }
             world.merge_new();
             assert_eq!(world.files(), new, "after a kill at {call} {point}");

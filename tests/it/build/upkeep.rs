@@ -184,3 +184,27 @@ fn what_an_earlier_kiln_left_goes_with_the_next_collection() {
     );
     assert!(world.build(RECIPE).ran.is_empty());
 }
+
+#[test]
+fn what_a_work_that_is_gone_left_goes_and_what_one_that_is_there_holds_stays() {
+    let world = world();
+    world.build(RECIPE);
+    let left = |folder: &str| files(&world.path("store").join(folder)).expect("a store").len();
+    let locks = || world.store.lock_paths().expect("a store").len();
+    assert!(left("records/work") > 1 && locks() > 0);
+    let order = Order { most_bytes: Some(0), unused: None, dry_run: false, own: false };
+    // Another kiln may hold a lock, and this one is another to the collection.
+    collect(&world.store, &order).expect("a store");
+    assert!(locks() > 0);
+    let order = Order { own: true, ..order };
+    collect(&world.store, &order).expect("a store");
+    assert!(
+        left("records/work") > 1,
+        "a person's files would be taken for outputs' and outputs for a person's"
+    );
+    assert_eq!(locks(), 0);
+    fs::remove_dir_all(world.path("work")).expect("mine");
+    let collected = collect(&world.store, &order).expect("a store");
+    assert!(collected.taken.iter().any(|(name, _)| name.contains("is gone")), "{collected:?}");
+    assert_eq!(left("records/work"), 0);
+}
