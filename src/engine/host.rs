@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kiln_digest::Digest;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::build::sources::Permission;
@@ -371,15 +372,25 @@ impl Host {
 
     /// What the lock has of `what`, as `find` finds it; where it has nothing, what `look_up` gives, which is locked, and
     /// whether that was done. Of two kilns that lock it at once the first to write decides.
-    fn locked<T: Clone>(
+    fn locked<T: Clone + Serialize + DeserializeOwned>(
         &self,
         what: &str,
         find: impl Fn(&Lock) -> Option<&T>,
         set: impl FnOnce(&mut Lock, T),
         look_up: impl FnOnce() -> Result<T, HostError>,
     ) -> Result<(T, bool), HostError> {
-        if let Some(found) = find(&Lock::load(self.lock_path())?) {
-            return Ok((found.clone(), false));
+        if let Some(text) = Lock::text(self.lock_path())? {
+            // To read a lock of a thousand packages takes longer than to start a machine: what it says of one thing is kept.
+            let key = Digest::of(format!("{what}\n{}", Digest::of(text.as_bytes())).as_bytes());
+            let kept = self.store.records("locked");
+            if let Some(found) = kept.get(&key) {
+                return Ok((found, false));
+            }
+            if let Some(found) = find(&Lock::parse(&text, self.lock_path())?) {
+                // Without it the next one reads the lock again.
+                let _ = kept.put(&key, found);
+                return Ok((found.clone(), false));
+            }
         }
         self.check_lock(what)?;
         let new = look_up()?;

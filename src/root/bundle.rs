@@ -19,8 +19,10 @@ use serde::{Deserialize, Serialize};
 use crate::machine::Carrier;
 use crate::root::debian::{KernelError as PackageError, KernelTree, module_infos};
 use crate::root::directory::{self, DirectoryError};
+use crate::root::file;
 use crate::root::image::{self, ImageError};
 use crate::root::modules::{Modules, ModulesError};
+use crate::root::stat::Stat;
 use crate::store::{Store, StoreError};
 
 /// Changes with what `initramfs` makes of the same inputs.
@@ -143,9 +145,19 @@ impl Bundle {
 pub fn store_agent(store: &Store, path: &Path) -> Result<Digest, BundleError> {
     let read = |source| BundleError::Io { what: "read the agent", path: path.to_owned(), source };
     let file = File::open(path).map_err(read)?;
+    let meta = file.metadata().map_err(read)?;
+    if let Some(digest) = file::remembered(store, path, &meta).filter(|digest| store.blobs().contains(digest))
+    {
+        return Ok(digest);
+    }
     let keep =
         |source| BundleError::Io { what: "put into the store the agent", path: path.to_owned(), source };
-    Ok(store.blobs().put(file).map_err(keep)?.0)
+    let (digest, _) = store.blobs().put(&file).map_err(keep)?;
+    if Stat::of(&meta) == Stat::of(&file.metadata().map_err(read)?) {
+        // Without it, it is hashed again.
+        let _ = file::remember(store, path, &meta, digest);
+    }
+    Ok(digest)
 }
 
 /// Where the agent lies: named by the environment, beside this program, or in `../libexec/kiln`.

@@ -148,7 +148,7 @@ fn copy(
     let place = image::image_path(store, &digest, filesystem);
     image::keep(store, copy, &digest, &place).map_err(|source| ImageError::Io { path: place, source })?;
     store.sync()?;
-    remember(store, path, meta, digest)?;
+    remember(store, path, meta, digest).map_err(io("remember a file"))?;
     Ok(digest)
 }
 
@@ -164,18 +164,21 @@ fn key(path: &Path) -> Digest {
 }
 
 /// The digest of the file at `path`, if it is as it was when it was hashed.
-fn remembered(store: &Store, path: &Path, meta: &Metadata) -> Option<Digest> {
+pub(super) fn remembered(store: &Store, path: &Path, meta: &Metadata) -> Option<Digest> {
     let seen: Seen = store.records("file").get(&key(path))?;
     (seen.stat == Stat::of(meta)).then_some(seen.digest)
 }
 
-fn remember(store: &Store, path: &Path, meta: &Metadata, digest: Digest) -> Result<(), RootError> {
+/// Notes that the file at `path` had that digest when `meta` was taken of it.
+///
+/// # Errors
+/// What writing says.
+pub(super) fn remember(store: &Store, path: &Path, meta: &Metadata, digest: Digest) -> io::Result<()> {
     let stat = Stat::of(meta);
     if !stat.is_old(crate::clock::now()) {
         return Ok(());
     }
-    let io = |source| RootError::Io { what: "remember a file", source };
-    store.records("file").put(&key(path), &Seen { stat, digest }).map_err(io)
+    store.records("file").put(&key(path), &Seen { stat, digest })
 }
 
 /// The tree in an archive. One that was read before is remembered by its manifest.
@@ -186,7 +189,8 @@ fn read_archive(store: &Store, path: &Path, mut file: File, meta: &Metadata) -> 
         None => {
             let (digest, _) = Digest::of_reader(&file).map_err(fail)?;
             unchanged(path, &file, meta)?;
-            remember(store, path, meta, digest)?;
+            remember(store, path, meta, digest)
+                .map_err(|source| RootError::Io { what: "remember a file", source })?;
             digest
         }
     };

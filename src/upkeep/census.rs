@@ -283,6 +283,7 @@ impl Census {
                     }
                     "an archive that was read".to_owned()
                 }
+                ("locked", Some(_)) => "what a lock says".to_owned(),
                 (ledger::FAMILY, Some(key)) => {
                     let gone = ledger::work_of(store, &key).filter(|work| is_gone(work));
                     gone.map_or_else(String::new, |work| {

@@ -19,9 +19,17 @@ impl Lock {
     /// # Errors
     /// [`LockError`], as its variants say.
     pub fn load(path: &Path) -> Result<Self, LockError> {
+        Self::text(path)?.map_or_else(|| Ok(Self::default()), |text| Self::parse(&text, path))
+    }
+
+    /// What the lock file at `path` says; none where there is none.
+    ///
+    /// # Errors
+    /// [`LockError::Io`].
+    pub fn text(path: &Path) -> Result<Option<String>, LockError> {
         match fs::read_to_string(path) {
-            Ok(text) => Self::parse(&text, path),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(LockError::Io { path: path.to_owned(), source }),
         }
     }

@@ -19,7 +19,7 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 use kiln_digest::Digest;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// The version of the format. A file of a later version is refused.
 pub const VERSION: u32 = 1;
@@ -75,7 +75,7 @@ impl LockError {
 }
 
 /// One Debian package: where it lies in an archive, and what it is.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LockedPackage {
     /// The package's name.
@@ -95,7 +95,7 @@ pub struct LockedPackage {
 }
 
 /// A signed index that packages were taken from.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LockedIndex {
     /// The suite as it was asked for.
@@ -107,7 +107,7 @@ pub struct LockedIndex {
 }
 
 /// A root or a toolbox, and the packages it is made of.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LockedRoot {
     /// What was asked for: `debian:SUITE+PKG,PKG…`.
@@ -126,7 +126,7 @@ impl LockedRoot {
 }
 
 /// A kernel: one package.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LockedKernel {
     /// What was asked for: `debian:SUITE`.
@@ -147,7 +147,7 @@ impl LockedKernel {
 }
 
 /// A file that a recipe names.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LockedSource {
     /// Where it is fetched from.
@@ -159,7 +159,7 @@ pub struct LockedSource {
 }
 
 /// The tree of a commit, as an archive that kiln makes.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LockedGit {
     /// The repository, as the recipe names it.

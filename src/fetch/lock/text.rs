@@ -26,8 +26,7 @@ struct VersionOnly {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
-    #[serde(rename = "version")]
-    _version: u32,
+    version: u32,
     #[serde(default)]
     kernel: Vec<toml::Spanned<LockedKernel>>,
     #[serde(default)]
@@ -61,11 +60,16 @@ impl Lock {
         let parse_error = |error: toml::de::Error| {
             malformed(error.span().map_or(0, |span| span.start), error.message().to_owned())
         };
-        let version = toml::from_str::<VersionOnly>(text).map_err(parse_error)?.version;
+        let read = toml::from_str::<File>(text);
+        // What another version has in it may be nothing that this one knows: its number says why.
+        let version = match &read {
+            Ok(file) => file.version,
+            Err(_) => toml::from_str::<VersionOnly>(text).map_err(parse_error)?.version,
+        };
         if version != VERSION {
             return Err(LockError::Version { path: path.to_owned(), found: version });
         }
-        let file: File = toml::from_str(text).map_err(parse_error)?;
+        let file = read.map_err(parse_error)?;
         let mut lock = Self::default();
         for (what, list, locked) in
             [("root", file.root, &mut lock.roots), ("toolbox", file.toolbox, &mut lock.toolboxes)]
