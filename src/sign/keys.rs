@@ -67,6 +67,16 @@ pub enum KeyError {
         /// The certificate.
         certificate: String,
     },
+    /// A list under another owner than that of its enrolment file.
+    #[error(
+        "`{list}` is not the list in `{enrolment}`, but for its certificate: they do not belong together"
+    )]
+    Owner {
+        /// The list.
+        list: String,
+        /// The enrolment file.
+        enrolment: String,
+    },
     /// The mesh's root.
     #[error("`{0}` is no public P-256 key in PEM")]
     Root(&'static str),
@@ -129,7 +139,7 @@ impl KeyError {
                 Some("make new keys (`kiln sign --init` with another SECRETS) and enrol them".to_owned())
             }
             Self::Published(file) => Some(format!("leave only what is public in `{file}`")),
-            Self::Apart { .. } | Self::Form { .. } | Self::Enrolment { .. } => {
+            Self::Apart { .. } | Self::Form { .. } | Self::Owner { .. } | Self::Enrolment { .. } => {
                 Some("take all files of one set".to_owned())
             }
             Self::Login => Some("take both of one set; the keys of others may stand beside it".to_owned()),
@@ -191,8 +201,8 @@ impl Keys {
         for (variable, enrolled, by) in
             [(Variable::Pk, &pk, &pk), (Variable::Kek, &kek, &pk), (Variable::Db, &db, &kek)]
         {
-            check_enrolment(&folder, variable, enrolled, by)?;
-            check_forms(&folder, variable.name(), enrolled)?;
+            let list = check_enrolment(&folder, variable, enrolled, by)?;
+            check_forms(&folder, variable.name(), enrolled, &list)?;
         }
         if folder.has("root.key") {
             folder.check_secret(Path::new("root.key"))?;
@@ -262,8 +272,9 @@ fn read(folder: &Folder, name: &str) -> Result<Vec<u8>, KeyError> {
     Ok(folder.read_guarded(Path::new(name), FILE_BYTES_MAX)?)
 }
 
-/// Checks that the other forms of the certificate `name`, as far as there are some, are `signer`'s.
-fn check_forms(folder: &Folder, name: &str, signer: &Signer) -> Result<(), KeyError> {
+/// Checks that the other forms of the certificate `name`, as far as there are some, are `signer`'s, and the list that which its
+/// enrolment file has: firmware measures who the owner in it is (PCR 7), so that it matters by which of them it was enrolled.
+fn check_forms(folder: &Folder, name: &str, signer: &Signer, enrolled: &[u8]) -> Result<(), KeyError> {
     let (cer, esl) = (format!("{name}.cer"), format!("{name}.esl"));
     let other = |file: &str| KeyError::Form { file: file.to_owned(), certificate: format!("{name}.crt") };
     if folder.has(&cer) && read(folder, &cer)? != signer.der() {
@@ -273,6 +284,9 @@ fn check_forms(folder: &Folder, name: &str, signer: &Signer) -> Result<(), KeyEr
         let list = read(folder, &esl)?;
         if !has_alone(&list, signer).unwrap_or(false) {
             return Err(other(&esl));
+        }
+        if list != enrolled {
+            return Err(KeyError::Owner { list: esl, enrolment: format!("{name}.auth") });
         }
     }
     Ok(())
@@ -341,22 +355,23 @@ fn check_time(name: &str, signer: &Signer, now: Duration) -> Result<Option<Strin
         .then(|| format!("the certificate `{file}` expires in {days} days, at {}", validity.not_after)))
 }
 
-/// Checks that the enrolment file of `variable` has `enrolled` alone and is signed `by` the one above it.
+/// Checks that the enrolment file of `variable` has `enrolled` alone and is signed `by` the one above it, and returns the list
+/// that it has.
 fn check_enrolment(
     folder: &Folder,
     variable: Variable,
     enrolled: &Signer,
     by: &Signer,
-) -> Result<(), KeyError> {
+) -> Result<Vec<u8>, KeyError> {
     let file = format!("{}.auth", variable.name());
     let bytes = folder.read(Path::new(&file), FILE_BYTES_MAX)?;
-    let check = || -> Result<bool, EnrolmentError> {
+    let check = || -> Result<Option<&[u8]>, EnrolmentError> {
         let list = auth::verify(variable, &bytes, by)?;
-        Ok(has_alone(list, enrolled)?)
+        Ok(has_alone(list, enrolled)?.then_some(list))
     };
     let source = match check() {
-        Ok(true) => return Ok(()),
-        Ok(false) => None,
+        Ok(Some(list)) => return Ok(list.to_vec()),
+        Ok(None) => None,
         Err(error) => Some(error),
     };
     Err(KeyError::Enrolment { file, certificate: format!("{}.crt", variable.name()), source })

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use kiln::sign::record::{File, Kernel};
 use kiln_digest::Digest;
 
-use super::built::{Built, archive, files, section, shell, sign_elsewhere};
+use super::built::{Built, archive, files, shell, sign_elsewhere};
 use super::{Told, canary::Canaries, judge};
 
 fn le32(bytes: &[u8], at: usize) -> usize {
@@ -263,8 +263,9 @@ fn what_kiln_signed_is_what_its_digest_says_to_other_tools() {
     assert!(said.contains(&ours.to_string()), "{said}");
     // One byte anywhere in what was assembled, and no tool takes it.
     let certificate = built.host.path("secrets/uefi-keys/db.crt");
-    for name in [".linux", ".initrd", ".cmdline", ".osrel"] {
-        let content = section(&image, name);
+    let parsed = kiln_artifact::uefi::pe::Image::parse(&image).expect("whole");
+    for part in parsed.sections().iter().filter(|part| !parsed.content(part).is_empty()) {
+        let (name, content) = (&part.name, parsed.content(part));
         let at = image.windows(content.len()).position(|window| window == content).expect("there");
         let mut flipped = image.clone();
         flipped[at + content.len() - 1] ^= 1;

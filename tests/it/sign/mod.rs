@@ -8,6 +8,8 @@ mod built;
 mod canary;
 mod configured;
 mod hostile;
+mod lists;
+mod many;
 mod racer;
 
 use std::fs;
@@ -363,6 +365,16 @@ fn keys_that_others_could_read_change_or_mix_up_are_refused() {
         &|signing| fs::hard_link(signing.key("db.key"), signing.host.path("db.key")).expect("a link"),
         &["db.key", "hard link"],
     );
+    // Only root gives files away.
+    if rustix::process::geteuid().is_root() {
+        for name in ["uefi-keys/db.key", "uefi-keys/root.key", "uefi-keys", ""] {
+            let other = |signing: &Signing| {
+                std::os::unix::fs::chown(signing.host.path("secrets").join(name), Some(65534), None)
+                    .expect("a user");
+            };
+            refused(&other, &["belongs to another user", "chown"]);
+        }
+    }
     let copy = |signing: &Signing, from: &str, to: &str| {
         fs::write(signing.key(to), fs::read(signing.key(from)).expect("made")).expect("room");
     };
