@@ -2,6 +2,9 @@
 
 mod schema;
 mod timeline;
+mod ukify;
 
 pub use schema::holds;
 pub use timeline::timeline;
+#[allow(unused_imports, reason = "not every test program makes images")]
+pub use ukify::sections_of;

@@ -8,6 +8,7 @@ use kiln_digest::Digest;
 
 use super::built::{Built, COMMAND_LINE, PLACES, RELEASE, files, section, shell, sign_elsewhere, unpack};
 use super::judge;
+use crate::judge::sections_of;
 
 #[test]
 fn parts_become_one_signed_image_whose_sections_are_what_was_built() {
@@ -37,6 +38,22 @@ fn parts_become_one_signed_image_whose_sections_are_what_was_built() {
     }
     assert!(initrd.starts_with(&expected));
     assert_eq!(initrd[expected.len()..], built.patch());
+    // To systemd's own tool each section is its part, and there are no others but the stub's.
+    let said = sections_of(&work.join(PLACES[0]));
+    let own = sections_of(&work.join("boot/linux.efi.stub"));
+    let part = |name: &str| fs::read(work.join("boot").join(name)).expect("there");
+    let parts = [
+        (".osrel", part("os-release")),
+        (".uname", RELEASE.as_bytes().to_vec()),
+        (".cmdline", COMMAND_LINE.as_bytes().to_vec()),
+        (".linux", part("vmlinuz-6.12-x")),
+        (".initrd", [expected, built.patch()].concat()),
+    ];
+    let parts = parts.map(|(name, bytes)| {
+        let size = u64::try_from(bytes.len()).expect("small");
+        (name.to_owned(), (size, Digest::of(&bytes).to_string()))
+    });
+    assert_eq!(said, own.into_iter().chain(parts).collect());
     let listed = unpack(&built.patch(), &["-itv", "--numeric-uid-gid", "--quiet"], &out);
     let lines: Vec<Vec<&str>> = listed.lines().map(|line| line.split_whitespace().collect()).collect();
     let names: Vec<&str> = lines.iter().filter_map(|line| line.last().copied()).collect();
