@@ -1,5 +1,6 @@
 //! Keys and signatures of boot images: made, checked and put to use on the host, with no machine and no network, and
-//! with nothing executed that came from a guest. `kiln sign` is the only caller.
+//! with nothing executed that came from a guest. `kiln sign` and steps that sign are the callers, and
+//! builds ask [`Leaks`] whether what they make has a key in it.
 //!
 //! [`make`] makes a set of keys below SECRETS, and [`keys`] opens it and refuses what is not safe to sign with.
 //! [`record`] is what a build says of the parts that it left in WORK; [`work`] reads those and nothing else, [`local`] is
@@ -10,6 +11,7 @@ mod error;
 mod folder;
 pub mod images;
 pub mod keys;
+mod leak;
 pub mod local;
 pub mod make;
 mod private;
@@ -18,6 +20,7 @@ pub mod work;
 
 pub use error::SignError;
 pub use folder::FolderError;
+pub use leak::Leaks;
 pub use private::close_process;
 
 /// The folder of SECRETS that has the keys for firmware and the mesh.

@@ -88,7 +88,7 @@ fn contains(bytes: &[u8], needle: &[u8]) -> bool {
 }
 
 /// The PEM blocks in `bytes`, read as leniently as anybody might: label and content.
-fn blocks(bytes: &[u8]) -> Vec<(String, Zeroizing<Vec<u8>>)> {
+pub(super) fn blocks(bytes: &[u8]) -> Vec<(String, Zeroizing<Vec<u8>>)> {
     const BEGIN: &str = "-----BEGIN ";
     let text = Zeroizing::new(String::from_utf8_lossy(bytes).into_owned());
     let mut blocks = Vec::new();

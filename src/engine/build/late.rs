@@ -48,8 +48,13 @@ impl<R: Runner> Checker<'_, R> {
     ) -> Result<T, BuildError> {
         let view = self.view(step, needs)?;
         let materials = Ingredients { checker: self };
-        let bench =
-            Bench { store: self.build.store, materials: &materials, view: &view, epoch: self.epoch() };
+        let bench = Bench {
+            store: self.build.store,
+            materials: &materials,
+            view: &view,
+            epoch: self.epoch(),
+            secrets: &self.build.settings.secrets.value,
+        };
         Ok(work(&bench)?)
     }
 

@@ -11,6 +11,7 @@ use crate::fetch::http::{Client, Expected, FetchError};
 use crate::fetch::lock::{Lock, LockError, LockedGit, LockedSource};
 use crate::plan::graph::{Source, SourceOrigin};
 use crate::settings::{Settings, host_variable};
+use crate::sign::Leaks;
 use crate::store::Store;
 
 /// Most bytes of a source whose size is not known yet.
@@ -89,6 +90,23 @@ pub enum SourceError {
         /// What it is.
         found: Digest,
     },
+    /// A copy of a signing key, which the step would see.
+    #[error("source `{name}` has the key `{key}` of SECRETS in it")]
+    Private {
+        /// The source.
+        name: String,
+        /// The key.
+        key: String,
+    },
+    /// What was fetched cannot be read again.
+    #[error("source `{name}` cannot be read in the store")]
+    Read {
+        /// The source.
+        name: String,
+        /// The system's word.
+        #[source]
+        source: std::io::Error,
+    },
     /// It would have to be locked.
     #[error("source `{name}` is not in the lock file `{path}`, and {flag} refuses anything else ({from})")]
     NotLocked {
@@ -119,7 +137,10 @@ impl SourceError {
             Self::Archive { name, .. } => Some(format!(
                 "the lock or the recipe is of another kiln, or was changed: `kiln lock update {name}`"
             )),
-            Self::Place { .. } => None,
+            Self::Private { .. } => {
+                Some("take it out there; whoever can fetch that has the key, so make other keys".to_owned())
+            }
+            Self::Place { .. } | Self::Read { .. } => None,
         }
     }
 
@@ -376,7 +397,7 @@ pub fn lock<'a>(
     Ok(all)
 }
 
-/// Puts the sources `names` into the store, where they are not there.
+/// Puts the sources `names` into the store, where they are not there, for a step to see, which sees no signing key in them.
 ///
 /// # Errors
 /// [`SourceError`].
@@ -387,9 +408,15 @@ pub fn fetch<'a>(
     store: &Store,
     client: &Client,
 ) -> Result<(), SourceError> {
+    let leaks = Leaks::of(&settings.secrets.value);
     for name in names {
         if let Some(locked) = all.get(name) {
             fetch_one(name, locked, settings, store, client)?;
+            let found = store.blobs().file(&locked.sha256).and_then(|file| leaks.find(file));
+            let found = found.map_err(|source| SourceError::Read { name: name.to_owned(), source })?;
+            if let Some(key) = found {
+                return Err(SourceError::Private { name: name.to_owned(), key: key.to_owned() });
+            }
         }
     }
     Ok(())

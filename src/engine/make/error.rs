@@ -65,6 +65,16 @@ pub enum MakeError {
     /// What is taken from SRCDIR shows signing keys.
     #[error(transparent)]
     Overlap(#[from] Overlap),
+    /// A copy of a signing key, which would be in what is made.
+    #[error("`{path}`, which would go into `{artifact}`, has the key `{key}` of SECRETS in it")]
+    Private {
+        /// The file.
+        path: TreePath,
+        /// The key.
+        key: String,
+        /// What is made.
+        artifact: String,
+    },
     /// A path that no tree has.
     #[error("a path cannot be made")]
     Path(#[from] PathError),
@@ -166,6 +176,10 @@ impl MakeError {
             }
             Self::Program(_) => "ci/build puts kiln's programs into target/dist".to_owned(),
             Self::Overlap(overlap) => overlap.hint().to_owned(),
+            Self::Private { .. } => {
+                "take it out where it comes from; whoever had it may have the key, so make other keys"
+                    .to_owned()
+            }
             Self::Directory(error) => return error.hint(),
             Self::Root(error) => return error.hint(),
             Self::Squashfs { source, .. } => return source.hint().map(str::to_owned),

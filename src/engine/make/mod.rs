@@ -11,6 +11,7 @@ mod select;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::Path;
 
 use kiln_artifact::tree::{Kind, Layer, Meta, Node, Timestamp, Tree, TreePath};
 use kiln_artifact::uefi::uki;
@@ -18,6 +19,7 @@ use kiln_artifact::{cpio, erofs, fat, squashfs, verity};
 use kiln_digest::Digest;
 
 use crate::plan::make::{From, Make, Origin, Pattern, Unified, What, fill};
+use crate::sign::Leaks;
 use crate::store::Store;
 
 pub use error::MakeError;
@@ -38,6 +40,8 @@ pub struct Bench<'a> {
     pub view: &'a Tree,
     /// What made files are dated, seconds since 1970.
     pub epoch: i64,
+    /// The folder of the signing keys, which go into nothing that is made.
+    pub secrets: &'a Path,
 }
 
 impl Bench<'_> {
@@ -94,6 +98,7 @@ impl Bench<'_> {
     /// [`MakeError`].
     pub fn make(&self, makes: &[Make], progress: &mut dyn FnMut(&str)) -> Result<Tree, MakeError> {
         let mut made = Tree::new();
+        let leaks = Leaks::of(self.secrets);
         for make in makes {
             if let What::Record(recorded) = &make.what {
                 // Several makes of one step add to one record.
@@ -119,7 +124,7 @@ impl Bench<'_> {
             }
             for star in &stars {
                 // What is missing shows before anything is made of the rest.
-                match self.make_one(make, star, &mut made, progress) {
+                match self.make_one(make, star, &mut made, &leaks, progress) {
                     Err(MakeError::Missing { .. } | MakeError::Empty(_)) if make.optional => {}
                     done => done?,
                 }
@@ -133,13 +138,14 @@ impl Bench<'_> {
         make: &Make,
         star: &str,
         made: &mut Tree,
+        leaks: &Leaks,
         progress: &mut dyn FnMut(&str),
     ) -> Result<(), MakeError> {
         let path = make.path.bind(star);
         match &make.what {
             What::Unified(parts) => {
                 progress(&format!("making {path}"));
-                let image = self.unified(parts, star, made)?;
+                let image = self.unified(parts, star, made, &path, leaks)?;
                 return self.put(made, &path, &mut &image[..]);
             }
             What::Verity { hash } => {
@@ -166,6 +172,7 @@ impl Bench<'_> {
         if tree.len() < 2 {
             return Err(MakeError::Empty(path));
         }
+        self.refuse_keys(&tree, &path, leaks)?;
         let contents = self.store.blobs();
         let mut file = match &make.what {
             What::Files => return self.keep(made, &path, &tree),
@@ -214,6 +221,23 @@ impl Bench<'_> {
         self.put_file(made, &path, file)
     }
 
+    /// Refuses to make `artifact` of a tree that has one of the owner's private keys in it, wherever that came from.
+    fn refuse_keys(&self, tree: &Tree, artifact: &str, leaks: &Leaks) -> Result<(), MakeError> {
+        let mut seen = BTreeSet::new();
+        for (path, node) in tree.iter() {
+            let Kind::File { digest, .. } = &node.kind else { continue };
+            if !seen.insert(*digest) {
+                continue;
+            }
+            let found = self.store.blobs().file(digest).and_then(|file| leaks.find(file));
+            if let Some(key) = found.map_err(MakeError::io("look for keys in what is made"))? {
+                let (path, artifact) = (path.clone(), artifact.to_owned());
+                return Err(MakeError::Private { path, key: key.to_owned(), artifact });
+            }
+        }
+        Ok(())
+    }
+
     fn verity(
         &self,
         from: &[From],
@@ -236,8 +260,19 @@ impl Bench<'_> {
         }
     }
 
-    fn unified(&self, parts: &Unified, star: &str, made: &Tree) -> Result<Vec<u8>, MakeError> {
-        let read = |from: &From| self.bytes(from, star, made);
+    fn unified(
+        &self,
+        parts: &Unified,
+        star: &str,
+        made: &Tree,
+        artifact: &str,
+        leaks: &Leaks,
+    ) -> Result<Vec<u8>, MakeError> {
+        let read = |from: &From| {
+            let part = self.take(from, star, made)?;
+            self.refuse_keys(&part, artifact, leaks)?;
+            self.bytes(from, star, made)
+        };
         let some = |from: &Option<From>| from.as_ref().map(read).transpose();
         let (stub, kernel) = (read(&parts.stub)?, read(&parts.linux)?);
         let mut initrds = Vec::with_capacity(parts.initrds.len());

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use kiln::boot::trial::{Answer, Input, Moment, Rig, carry_out};
 use kiln::boot::{self, Boot, Verdict};
 use kiln::cache::{Entry, ShareTrace};
-use kiln::engine::build::sources::{Locked, Permission};
+use kiln::engine::build::sources::{self, Permission};
 use kiln::engine::build::{Build, BuildError, Gate, News, Options, Outcome, Ran, Runner, Summary, Timeline};
 use kiln::engine::merge::Merge;
 use kiln::engine::{Boundary, Ended, Event, Listener, Phase, RunError, Step};
@@ -150,6 +150,9 @@ impl World {
         let targets: Vec<String> = targets.iter().map(|name| (*name).to_owned()).collect();
         let wanted = plan.wanted(&targets).expect("known targets");
         let runner = Player::new(self);
+        let permission = Permission::default();
+        let steps = wanted.iter().flat_map(|id| &plan.step(*id).sources);
+        let sources = sources::lock(steps, &self.settings, &self.store, &permission, &mut |_| {});
         let build = Build {
             plan: &plan,
             settings: &self.settings,
@@ -157,8 +160,8 @@ impl World {
             runner: &runner,
             given: BTreeMap::new(),
             folder: self.folder.clone(),
-            sources: Locked::default(),
-            permission: Permission::default(),
+            sources: sources.expect("sources that can be had"),
+            permission,
             options: self.options.clone(),
         };
         let mut reasons = BTreeMap::new();
