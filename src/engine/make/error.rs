@@ -24,10 +24,12 @@ pub enum MakeError {
     #[error("nothing matches `{0}`")]
     Nothing(String),
     /// A star that stands for several things where one is made.
-    #[error("`{path}` is one, and `*` could be `{one}` and `{other}`")]
+    #[error("`{path}` is one, and `*` of `{pattern}` could be `{one}` and `{other}`")]
     Several {
         /// What is made.
         path: String,
+        /// Of what the star is.
+        pattern: String,
         /// A match.
         one: String,
         /// Another.

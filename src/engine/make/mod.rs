@@ -119,8 +119,10 @@ impl Bench<'_> {
             }
             let is_single = make.globs().iter().all(|glob| !glob.contains('*') || glob.contains("**"));
             if let (true, [one, other, ..]) = (is_single, &stars[..]) {
-                let path = make.path.text().to_owned();
-                return Err(MakeError::Several { path, one: one.clone(), other: other.clone() });
+                let pattern = make.range().and_then(|range| range.origin.pattern());
+                let pattern = pattern.map_or_else(String::new, |pattern| pattern.text().to_owned());
+                let (path, one, other) = (make.globs().join("`, `"), one.clone(), other.clone());
+                return Err(MakeError::Several { path, pattern, one, other });
             }
             for star in &stars {
                 // What is missing shows before anything is made of the rest.

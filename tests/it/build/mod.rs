@@ -6,6 +6,7 @@ mod disk;
 mod enter;
 mod faults;
 mod handles;
+mod initos;
 mod leak;
 mod make;
 mod power;
