@@ -250,7 +250,7 @@ fn carry_out(
         reporter.tell(&news)
     })?;
     let failed_to_start = summary.outcomes.iter().find_map(|(_, outcome)| match outcome {
-        Outcome::Failed(error) => Some(super::report::code_of(error)),
+        Outcome::Failed(error) => Some(super::code_of_build(error)),
         _ => None,
     });
     let code = if summary.is_good() { 0 } else { failed_to_start.unwrap_or(FAILED) };

@@ -221,13 +221,42 @@ impl Failure {
     fn about(self, what: &str) -> Self {
         Self { text: format!("cannot {what}: {}", self.text), ..self }
     }
+}
 
-    fn of_machine(error: &MachineError) -> Self {
-        let code = match error {
-            MachineError::Missing { .. } | MachineError::TooOld { .. } => CANNOT,
-            _ => FAILED,
-        };
-        Self::new(error, error.hint(), code)
+fn code_of_machine(error: &MachineError) -> u8 {
+    match error {
+        MachineError::Missing { .. } | MachineError::TooOld { .. } => CANNOT,
+        _ => FAILED,
+    }
+}
+
+fn code_of_host(error: &HostError) -> u8 {
+    match error {
+        HostError::Boundary { .. } | HostError::NoAgent { .. } => CANNOT,
+        HostError::NotLocked { .. } | HostError::Contradiction { .. } | HostError::Overlap(_) => USAGE,
+        HostError::Root(error) if error.is_the_users() => USAGE,
+        HostError::Bundle(error) if error.is_the_users() => USAGE,
+        HostError::Machine(error) => code_of_machine(error),
+        _ => FAILED,
+    }
+}
+
+fn code_of_run(error: &RunError) -> u8 {
+    match error {
+        RunError::Host(error) => code_of_host(error),
+        RunError::Machine(error) => code_of_machine(error),
+        RunError::Input(_) | RunError::Output(_) | RunError::Env(_) => USAGE,
+        _ => FAILED,
+    }
+}
+
+/// The exit status of a build that could not do a step for `error`.
+fn code_of_build(error: &BuildError) -> u8 {
+    match error {
+        BuildError::Run(error) => code_of_run(error),
+        BuildError::Boot(error) if error.is_the_hosts() => CANNOT,
+        BuildError::Source(error) if error.is_the_users() => USAGE,
+        _ => FAILED,
     }
 }
 
@@ -240,16 +269,7 @@ impl From<SettingsError> for Failure {
 
 impl From<HostError> for Failure {
     fn from(error: HostError) -> Self {
-        let code = match &error {
-            HostError::Boundary { .. } | HostError::NoAgent { .. } => CANNOT,
-            HostError::NotLocked { .. } | HostError::Contradiction { .. } | HostError::Overlap(_) => USAGE,
-            HostError::Root(error) if error.is_the_users() => USAGE,
-            HostError::Bundle(error) if error.is_the_users() => USAGE,
-            HostError::Machine(error) => return Self::of_machine(error),
-            _ => FAILED,
-        };
-        let hint = error.hint();
-        Self::new(&error, hint, code)
+        Self::new(&error, error.hint(), code_of_host(&error))
     }
 }
 
@@ -268,13 +288,7 @@ impl From<RegistryError> for Failure {
 
 impl From<BuildError> for Failure {
     fn from(error: BuildError) -> Self {
-        let hint = error.hint();
-        match error {
-            BuildError::Run(error) => error.into(),
-            BuildError::Boot(ref boot) if boot.is_the_hosts() => Self::new(&error, hint, CANNOT),
-            BuildError::Source(ref source) if source.is_the_users() => Self::new(&error, hint, USAGE),
-            _ => Self::new(&error, hint, FAILED),
-        }
+        Self::new(&error, error.hint(), code_of_build(&error))
     }
 }
 
@@ -286,13 +300,7 @@ impl From<SourceError> for Failure {
 
 impl From<RunError> for Failure {
     fn from(error: RunError) -> Self {
-        let hint = error.hint();
-        match error {
-            RunError::Host(error) => (*error).into(),
-            RunError::Machine(error) => Self::of_machine(&error),
-            RunError::Input(_) | RunError::Output(_) | RunError::Env(_) => Self::new(&error, hint, USAGE),
-            _ => Self::new(&error, hint, FAILED),
-        }
+        Self::new(&error, error.hint(), code_of_run(&error))
     }
 }
 

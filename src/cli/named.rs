@@ -10,7 +10,8 @@ use std::process::ExitCode;
 use clap::Args;
 
 use super::build::{ScopeFlags, Watch, looking};
-use super::report::{Manner, Reporter, code_of};
+use super::code_of_build;
+use super::report::{Manner, Reporter};
 use super::run::{KILN_FAILED, RunArguments};
 use super::show::{self, line};
 use super::trace::TraceOut;
@@ -131,7 +132,7 @@ fn try_run(arguments: &RunArguments, name: &str, flags: Flags) -> Result<u8, Fai
     })?;
     let code = match summary.outcomes.first() {
         Some((_, Outcome::CommandFailed(ran))) => verdict::exit_code(&ran.ended),
-        Some((_, Outcome::Failed(error))) => status(code_of(error)),
+        Some((_, Outcome::Failed(error))) => status(code_of_build(error)),
         _ => 0,
     };
     match summary.outcomes.first() {

@@ -14,9 +14,8 @@ use super::screen::{Change, Doing, Screen};
 use super::show::{self, Narrator, chain, for_people, line, try_line};
 use super::totals::{Totals, counted, counts};
 use super::trace::TraceOut;
-use super::{FAILED, USAGE};
 use crate::cache::Index;
-use crate::engine::build::{BuildError, News, Outcome, Summary, work_name};
+use crate::engine::build::{News, Outcome, Summary, work_name};
 use crate::engine::{Event, Host, Phase};
 use crate::plan::{show_bytes, show_duration};
 use crate::settings::Settings;
@@ -87,22 +86,6 @@ pub(super) struct Reporter<'a> {
     commands: Option<Commands>,
     /// Machines of failed steps, by step.
     kept: BTreeMap<String, (String, Duration)>,
-}
-
-/// The exit code that says what failed.
-pub(super) fn code_of(error: &BuildError) -> u8 {
-    match error {
-        BuildError::Run(crate::engine::RunError::Host(host)) => match host.as_ref() {
-            crate::engine::HostError::Boundary { .. } | crate::engine::HostError::NoAgent { .. } => {
-                super::CANNOT
-            }
-            crate::engine::HostError::Overlap(_) => USAGE,
-            _ => FAILED,
-        },
-        BuildError::Boot(error) if error.is_the_hosts() => super::CANNOT,
-        BuildError::Run(crate::engine::RunError::Input(_)) => USAGE,
-        _ => FAILED,
-    }
 }
 
 impl<'a> Reporter<'a> {

@@ -88,3 +88,67 @@ fn ssh_without_a_key_and_keys_that_are_not_there_are_refused() {
     let both = ["boot", "disk.img", "--enroll", "keys", "--secure-boot", "keys"];
     host.run(&both).fails(2, &["--enroll"]);
 }
+
+/// A disk that looks like one, and a recipe with a step that boots.
+fn host_with_a_disk(more: &str) -> Host {
+    let host = Host::new();
+    let mut disk = vec![0; 1024];
+    disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+    host.file("disk.img", disk);
+    host.file(
+        "kiln.toml",
+        format!(
+            "[steps.made]\nmake = {{ files = 'esp', from = [{{ text = 'x', at = 'a' }}] }}\n\
+             [steps.test]\nneeds = ['made']\nboot = {{ image = 'esp', expect = 'expect x'{more} }}\n"
+        ),
+    );
+    host
+}
+
+#[test]
+fn without_swtpm_or_qemu_both_who_boots_and_who_builds_are_told_what_to_install() {
+    let host = host_with_a_disk(", tpm = true");
+    let only = |programs: &[&str]| {
+        let bin = host.path("bin");
+        let _ = fs::remove_dir_all(&bin);
+        fs::create_dir(&bin).expect("a folder");
+        for program in programs {
+            std::os::unix::fs::symlink(format!("/usr/bin/{program}"), bin.join(program)).expect("a link");
+        }
+        bin
+    };
+    for (programs, words, hint) in [
+        (&["qemu-system-x86_64"][..], "swtpm", "apt install swtpm"),
+        (&["swtpm"], "qemu-system-x86_64", "qemu-system-x86"),
+    ] {
+        let bin = only(programs);
+        for arguments in [&["boot", "disk.img", "--tpm"][..], &["build", "test"]] {
+            let mut kiln = host.kiln();
+            let told = super::host::Told::by(kiln.env("PATH", &bin).args(arguments));
+            told.fails(3, &[words]).hints(&[hint]);
+        }
+    }
+}
+
+#[test]
+fn without_firmware_both_who_boots_and_who_builds_are_told_what_to_install() {
+    let host = host_with_a_disk(", secure-boot = 'setup'");
+    for arguments in
+        [&["boot", "disk.img"][..], &["boot", "disk.img", "--secure-boot", "setup"], &["build", "test"]]
+    {
+        let kiln = host.kiln();
+        // In a mount namespace of its own, where the folders of firmware are empty.
+        let mut apart = std::process::Command::new("unshare");
+        if !rustix::process::geteuid().is_root() {
+            apart.args(["--user", "--map-root-user"]);
+        }
+        apart.args(["--mount", "sh", "-euc"]);
+        apart.arg("for f in /usr/share/OVMF /usr/share/edk2; do [ ! -d $f ] || mount -t tmpfs none $f; done; exec \"$@\"");
+        apart.arg("sh").arg(kiln.get_program()).args(arguments);
+        apart.env_clear().envs(kiln.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        apart.env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
+        let told =
+            super::host::Told::by(apart.current_dir(kiln.get_current_dir().expect("a folder of its own")));
+        told.fails(3, &["no UEFI firmware"]).hints(&["apt install ovmf", "--firmware CODE.fd"]);
+    }
+}

@@ -9,6 +9,7 @@ mod canary;
 mod configured;
 mod hostile;
 mod lists;
+mod made;
 mod many;
 mod racer;
 
