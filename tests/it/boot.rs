@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use super::host::Host;
+use super::host::{Host, Told, in_own_mounts};
 
 #[test]
 fn a_script_that_cannot_be_read_is_refused_with_line_and_column() {
@@ -63,7 +63,7 @@ fn a_disk_that_would_show_secrets_is_refused_before_firmware_is_looked_for() {
     ] {
         let mut kiln = host.kiln();
         kiln.env("SECRETS", host.path("home/.ssh/project")).arg("boot").args(arguments);
-        super::host::Told::by(&mut kiln)
+        Told::by(&mut kiln)
             .fails(2, &["disk `", "contains SECRETS", "home/.ssh/project`", "or lies in it"])
             .hints(&["set SECRETS"]);
     }
@@ -124,7 +124,7 @@ fn without_swtpm_or_qemu_both_who_boots_and_who_builds_are_told_what_to_install(
         let bin = only(programs);
         for arguments in [&["boot", "disk.img", "--tpm"][..], &["build", "test"]] {
             let mut kiln = host.kiln();
-            let told = super::host::Told::by(kiln.env("PATH", &bin).args(arguments));
+            let told = Told::by(kiln.env("PATH", &bin).args(arguments));
             told.fails(3, &[words]).hints(&[hint]);
         }
     }
@@ -136,19 +136,12 @@ fn without_firmware_both_who_boots_and_who_builds_are_told_what_to_install() {
     for arguments in
         [&["boot", "disk.img"][..], &["boot", "disk.img", "--secure-boot", "setup"], &["build", "test"]]
     {
-        let kiln = host.kiln();
-        // In a mount namespace of its own, where the folders of firmware are empty.
-        let mut apart = std::process::Command::new("unshare");
-        if !rustix::process::geteuid().is_root() {
-            apart.args(["--user", "--map-root-user"]);
-        }
-        apart.args(["--mount", "sh", "-euc"]);
-        apart.arg("for f in /usr/share/OVMF /usr/share/edk2; do [ ! -d $f ] || mount -t tmpfs none $f; done; exec \"$@\"");
-        apart.arg("sh").arg(kiln.get_program()).args(arguments);
-        apart.env_clear().envs(kiln.get_envs().filter_map(|(name, value)| Some((name, value?))));
-        apart.env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
-        let told =
-            super::host::Told::by(apart.current_dir(kiln.get_current_dir().expect("a folder of its own")));
+        let mut kiln = host.kiln();
+        // The folders of firmware are empty.
+        let script = "for f in /usr/share/OVMF /usr/share/edk2; do
+            [ ! -d $f ] || mount -t tmpfs none $f
+        done; exec \"$@\"";
+        let told = Told::by(&mut in_own_mounts(kiln.args(arguments), script));
         told.fails(3, &["no UEFI firmware"]).hints(&["apt install ovmf", "--firmware CODE.fd"]);
     }
 }

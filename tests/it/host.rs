@@ -85,6 +85,19 @@ impl Host {
     }
 }
 
+/// `sh` with a script in a mount namespace of its own, in which `"$@"` is what `command` would have run.
+pub fn in_own_mounts(command: &Command, script: &str) -> Command {
+    let mut apart = Command::new("unshare");
+    if !rustix::process::geteuid().is_root() {
+        apart.args(["--user", "--map-root-user"]);
+    }
+    apart.args(["--mount", "sh", "-euc", script, "sh"]).arg(command.get_program()).args(command.get_args());
+    apart.env_clear().envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    apart.env("PATH", "/usr/bin:/bin:/usr/sbin:/sbin");
+    command.get_current_dir().map(|folder| apart.current_dir(folder));
+    apart
+}
+
 impl Deref for Host {
     type Target = Folder;
 
