@@ -34,6 +34,7 @@ Examples:
 
 WORK/boot/record.json says what was built; nothing else is signed. Into the initrd's /local go the root hashes of
 the images, computed again, root.pem and authorized_keys, then SECRETS/local, then SECRETS/hosts/HOST/local.
+At the end comes a list of all that was put out, by digest, length and path: two signings are the same if these are.
 No machine, no network, no recipe, no store.")]
 pub(super) struct SignArguments {
     /// Make keys, and sign nothing
@@ -119,7 +120,9 @@ pub(super) fn sign(arguments: &SignArguments, settings: &Settings) -> Result<Exi
         return Ok(ExitCode::SUCCESS);
     }
     let source = arguments.signatures.as_deref().map_or(Source::Keys, Source::Folder);
-    work.sign(&roots, &local, keys, source)?;
+    for file in work.sign(&roots, &local, keys, source)? {
+        line(&format!("{} {:>9} {}", file.sha256, file.size_bytes, file.path));
+    }
     let count = work.record.kernels.len() + work.record.unified.len();
     note(&format!("signed {count} image{} by {by}", if count == 1 { "" } else { "s" }));
     Ok(ExitCode::SUCCESS)

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use kiln_artifact::uefi::Signer;
 use kiln_artifact::uefi::authenticode::{self, Others, Request, SignatureError};
 use kiln_artifact::uefi::pe::Image;
+use kiln_digest::Digest;
 
 use super::assemble::Target;
 use super::error::SignError;
@@ -28,6 +29,23 @@ pub enum Source<'a> {
     Keys,
     /// Files that others made of what [`Work::request`] wrote: NAME.signature in this folder.
     Folder(&'a Path),
+}
+
+/// A file that signing put out.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Written {
+    /// Where, from WORK.
+    pub path: String,
+    /// Its content.
+    pub sha256: Digest,
+    /// Its length.
+    pub size_bytes: usize,
+}
+
+impl Written {
+    fn of(path: String, bytes: &[u8]) -> Self {
+        Self { path, sha256: Digest::of(bytes), size_bytes: bytes.len() }
+    }
 }
 
 impl Work {
@@ -67,7 +85,8 @@ impl Work {
         Ok(names)
     }
 
-    /// Signs every image by `keys` with signatures from `source`, and puts the enrolment files beside them.
+    /// Signs every image by `keys` with signatures from `source`, and puts the enrolment files beside them. Returns the list of
+    /// exactly what it has put out, by path.
     ///
     /// # Errors
     /// [`SignError`]; nothing of WORK has changed then but for folders that were made.
@@ -77,7 +96,7 @@ impl Work {
         local: &Local<'_>,
         keys: &Keys,
         source: Source<'_>,
-    ) -> Result<(), SignError> {
+    ) -> Result<Vec<Written>, SignError> {
         let signatures = match source {
             Source::Keys => None,
             Source::Folder(path) => Some(Folder::open(path)?),
@@ -93,8 +112,9 @@ impl Work {
             }
         }
         let at = |path: &Path| folders.get(path).unwrap_or(&self.folder);
-        let mut unfinished = Vec::new();
+        let (mut unfinished, mut written) = (Vec::new(), Vec::new());
         for (name, bytes) in enrolment {
+            written.push(Written::of(format!("{}/{name}", self.record.keys), &bytes));
             unfinished.push(at(Path::new(&self.record.keys)).write(name, &bytes, 0o644)?);
         }
         for target in self.targets() {
@@ -111,11 +131,14 @@ impl Work {
             let signed = request.attach(&signature, Others::Keep).map_err(failed(target))?;
             verify(&signed, keys.db()).map_err(failed(target))?;
             for path in target.signed() {
+                written.push(Written::of(path.clone(), &signed));
                 let name = Path::new(path).file_name().and_then(|name| name.to_str()).unwrap_or(path);
                 unfinished.push(at(parent(path)).write(name, &signed, 0o644)?);
             }
         }
-        Ok(put(unfinished)?)
+        put(unfinished)?;
+        written.sort();
+        Ok(written)
     }
 }
 

@@ -233,6 +233,38 @@ fn signing_again_gives_the_same_bytes_whatever_the_time_and_from_signatures_made
 }
 
 #[test]
+fn what_was_put_out_is_listed_file_by_file_and_the_list_is_the_same_for_the_same_signing() {
+    let built = Built::with_keys();
+    let before = files(&built.work());
+    let list = || {
+        let told = built.sign(&[]);
+        let is_file = |line: &&str| line.split(' ').next().is_some_and(|word| word.len() == 64);
+        told.succeeds().stdout.lines().filter(is_file).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let listed = list();
+    let put_out = files(&built.work()).into_iter().filter(|path| !before.contains(path));
+    let expected = put_out.map(|path| {
+        let bytes = fs::read(&path).expect("readable");
+        let path = path.strip_prefix(built.work()).expect("below").display().to_string();
+        format!("{} {:>9} {path}", Digest::of(&bytes), bytes.len())
+    });
+    assert_eq!(listed, expected.collect::<Vec<_>>());
+    assert_eq!(listed.len(), PLACES.len() + 10);
+    assert_eq!(list(), listed);
+    // sha256sum agrees of each.
+    let sums = listed.iter().map(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        format!("{}  {}\n", words[0], words[2])
+    });
+    fs::write(built.host.path("sums"), sums.collect::<String>()).expect("room");
+    judge("sha256sum", &["--check", "--strict", "../sums"], &built.work());
+    built.secret("local/etc/hostname", b"all\n");
+    let other = list();
+    let differs: Vec<&String> = other.iter().filter(|line| !listed.contains(line)).collect();
+    assert_eq!(differs.len(), PLACES.len(), "{other:#?}");
+}
+
+#[test]
 fn the_plan_says_what_goes_in_and_where_it_goes_and_writes_nothing() {
     let built = Built::with_keys();
     built.secret("local/etc/hostname", b"all\n");

@@ -84,7 +84,7 @@ fn whoever_swaps_a_part_while_it_is_signed_gets_no_signature_over_another() {
     let sign = || {
         let local = Local::read(&secrets, None, None, Some(&keys)).expect("whole");
         let work = Work::open(&built.work(), &secrets, None)?;
-        work.sign(&work.verify()?, &local, &keys, Source::Keys)
+        work.sign(&work.verify()?, &local, &keys, Source::Keys).map(drop)
     };
 
     let kernel = &built.record.kernels[0];
