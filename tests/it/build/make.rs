@@ -106,11 +106,17 @@ fn two_worlds_make_the_same_bytes() {
 #[test]
 fn what_cannot_be_made_is_named_and_leaves_work_as_it_was() {
     let world = world();
+    for name in ["odd/a:b", "case/readme", "case/README"] {
+        world.source(name, "x");
+    }
     for (make, words) in [
         ("{ squashfs = 'x.sqfs', from = ['nothing'] }", "there is no `nothing` in WORK"),
         ("{ squashfs = 'x-*.sqfs', from = ['none/*'] }", "nothing matches `none/*`"),
         ("{ cpio = 'x', from = [{ src = 'etc', exclude = ['**'] }] }", "nothing goes into `x`"),
         ("{ cpio = 'x', from = [{ src = '../../etc/passwd2' }] }", "is no path below it"),
+        // Names that FAT cannot hold, and two that are one to it.
+        ("{ fat = 'x', from = [{ src = 'odd' }], label = 'BOOTA' }", "`x` cannot be made"),
+        ("{ fat = 'x', from = [{ src = 'case' }], label = 'BOOTA' }", "`x` cannot be made"),
         ("{ verity = 'x', from = [{ src = 'etc' }] }", "not one regular file"),
         ("{ verity = 'x', from = [{ src = 'a.ko' }] }", "cannot get a hash tree"),
         (
