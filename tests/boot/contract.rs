@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::os::unix::fs::symlink;
 
+use super::acceptance::held;
 use super::host::{Host, TOKEN};
 
 #[test]
@@ -89,6 +90,7 @@ fn a_step_sees_its_inputs_and_nothing_else_of_the_host() {
     assert!(processes < 8, "{processes} processes in a namespace of the step's own");
     assert_eq!(host.read("work/before"), "from before");
     assert!(!host.path("src/x").exists());
+    held("hermetic-step");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::net::TcpListener;
 use std::process::Command;
 use std::thread;
 
+use super::acceptance::held;
 use super::host::{Host, Told, busybox};
 
 /// A host with a recipe of initOS's name, whose root is busybox.
@@ -113,4 +114,5 @@ fn net_full_reaches_a_server_of_this_host_and_says_so_and_without_it_there_is_no
     assert_eq!(told.text(), "lo\n");
     assert_eq!(told.code, Some(1), "{}", told.stderr);
     assert!(!told.stderr.contains("the network is open"), "{}", told.stderr);
+    held("hermetic-step");
 }

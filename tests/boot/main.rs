@@ -5,6 +5,8 @@
 
 #![allow(clippy::disallowed_methods, reason = "a test fails by panicking")]
 
+#[path = "../acceptance/held.rs"]
+mod acceptance;
 mod build;
 mod command;
 mod contract;

@@ -7,6 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 use kiln_artifact::tree::{Kind, Tree, TreePath};
 
+use super::acceptance::held;
 use super::host::Host;
 
 #[test]
@@ -50,6 +51,7 @@ fn declared_outputs_arrive_whole_and_what_is_not_declared_is_named() {
         assert!(fs::symlink_metadata(work.join(stray)).is_err(), "{stray} was not declared");
     }
     assert!(["stray", "lib.so"].iter().any(|name| told.stderr.contains(name)), "{}", told.stderr);
+    held("hermetic-step");
 }
 
 #[test]

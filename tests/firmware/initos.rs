@@ -1,14 +1,18 @@
 //! initOS from the recipe that ships, small: built of Debian packages, signed, and booted as its recipe says, from NVMe, virtio
 //! and USB, as it is and with changes that somebody must find; and what follows a changed init.
 
-use std::collections::BTreeSet;
-use std::fs;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::UNIX_EPOCH;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use kiln_digest::Digest;
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use super::acceptance::held;
 use super::canary::Canaries;
 use super::host::{Host, Running, Told};
 
@@ -72,6 +76,56 @@ impl Built {
         assert_eq!(found.lines().map(str::to_owned).collect::<BTreeSet<_>>(), expected);
     }
 
+    /// The files and links below WORK/boot: the digest of each, and when it was written.
+    fn files(&self) -> BTreeMap<String, (Digest, SystemTime)> {
+        let boot = self.host.path("work/boot");
+        let mut find = Command::new("find");
+        let output = find
+            .args([".", "!", "-type", "d", "-printf", "%P\\n"])
+            .current_dir(&boot)
+            .output()
+            .expect("find");
+        let paths = String::from_utf8(output.stdout).expect("text");
+        let look = |path: &str| {
+            let file = boot.join(path);
+            let digest = Digest::of(&fs::read(&file).expect("a file"));
+            (path.to_owned(), (digest, fs::metadata(&file).and_then(|it| it.modified()).expect("a time")))
+        };
+        paths.lines().map(look).collect()
+    }
+
+    /// Asserts of a squashfs image, as another's reader lists it: it has each path of `there`, and none that begins with what
+    /// signs, with what building leaves, or with what a container has.
+    fn image_has(&self, image: &str, there: &[&str]) {
+        let path = self.host.path("work/boot/efi").join(image);
+        let listed =
+            Command::new("unsquashfs").args(["-l", "-d", ""]).arg(path).output().expect("squashfs-tools");
+        let listed = String::from_utf8(listed.stdout).expect("text");
+        let files: BTreeSet<&str> = listed.lines().map(|line| line.trim_start_matches('/')).collect();
+        for path in there {
+            assert!(files.contains(path), "{image} has no {path}: {} files", files.len());
+        }
+        let strange = |path: &&&str| {
+            let name = path.rsplit('/').next().unwrap_or_default();
+            [".dockerenv", "lost+found"].contains(*path)
+                || ["etc/uefi-keys", "var/cache/apt/", "var/lib/apt/lists/", "etc/apk/cache", "var/cache/apk"]
+                    .iter()
+                    .any(|below| path.starts_with(below))
+                || name.ends_with(".deb")
+                || name.starts_with("ssh_host_")
+        };
+        let strange: Vec<_> = files.iter().filter(strange).collect();
+        assert!(strange.is_empty(), "{image} has {strange:?}");
+    }
+
+    /// The release that a kernel's image says itself that it is of (Linux/x86 boot protocol, `kernel_version`).
+    fn release_of(&self, kernel: &str) -> String {
+        let image = fs::read(self.host.path("work/boot").join(kernel)).expect("built");
+        let at = usize::from(u16::from_le_bytes([image[0x20e], image[0x20f]])) + 0x200;
+        let words: Vec<u8> = image[at..].iter().copied().take_while(|byte| !b" \0".contains(byte)).collect();
+        String::from_utf8(words).expect("text")
+    }
+
     fn keys(&self) -> PathBuf {
         self.host.path("secrets/uefi-keys")
     }
@@ -127,6 +181,16 @@ fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
     });
     let separate = separate.iter().flatten().map(String::as_str);
     built.boot_is(&BOOT.into_iter().chain(separate).collect::<Vec<_>>());
+    no_unsigned_file_is_left_and_all_are_listed(&built);
+    held("tree-complete");
+    let versions = ["version", "version-virt"].map(|name| built.host.read(&format!("work/boot/{name}")));
+    for version in &versions {
+        built.image_has(&format!("modules-{version}.sqfs"), &["modules.dep", "modules.alias", "kernel"]);
+        assert_eq!(&built.release_of(&format!("vmlinuz-{version}")), version);
+    }
+    built.image_has("recovery.sqfs", &["etc/initos-packages", "usr/sbin/initos-init-manual"]);
+    built.image_has("firmware.sqfs", &[]);
+    held("sqfs-content");
     let image = built.host.path("work/boot/efi/EFI/BOOT/BOOTX64.EFI");
     let verify = |certificate: &str| {
         let mut sbverify = Command::new("sbverify");
@@ -134,6 +198,13 @@ fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
         sbverify.output().expect("sbverify").status.success()
     };
     assert!(verify("db.crt") && !verify("KEK.crt"));
+    let unsigned = built.host.path("work/boot/efi").join(format!("InitOS-{}.EFI", versions[0]));
+    let listed = Command::new("sbverify").arg("--list").arg(unsigned).output().expect("sbverify");
+    assert!(
+        String::from_utf8_lossy(&[listed.stdout, listed.stderr].concat())
+            .contains("No signature table present")
+    );
+    held("sbverify-secure");
     let signed = fs::read(&image).expect("it was signed");
     let public = fs::read(built.keys().join("authorized_keys")).expect("made");
     let canaries = Canaries::of(&built.keys())
@@ -152,15 +223,20 @@ fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
         let xml = built.host.read(&format!("work/reports/{report}/junit.xml"));
         assert!(xml.contains("failures=\"0\" errors=\"0\" skipped=\"0\""), "{report}: {xml}");
     }
+    for (report, version) in [("boot_usb", &versions[0]), ("boot-nvme", &versions[1])] {
+        let said = built.host.read(&format!("work/reports/{report}/timeline.jsonl"));
+        assert!(said.lines().any(|line| line.contains(&format!("\"{version}\""))), "`uname -r`: {said}");
+    }
     let console = built.host.read("work/reports/other_hash/console.txt");
     assert!(console.contains("INITOS: FAILED") && !console.contains("login:"), "{console}");
     let events = built.kiln(&["build", "test", "--json", "--trace-out", "../trace.json"]);
     events.ends(0, &[]);
-    assert!(events.text().contains("\"run\":1,\"cut_off\":11,"), "{}", events.text());
+    assert!(events.text().contains("\"run\":1,\"cut_off\":14,"), "{}", events.text());
     fs::write(built.host.path("events"), &events.stdout).expect("room");
 
     let told = boot_of_a_stranger(&built, &canaries);
     told.ends(1, &["met: expect login:", "the guest does not take the key for root"]);
+    held("ssh-access");
     for (name, output) in [("stdout", &told.stdout), ("stderr", &told.stderr.into_bytes())] {
         fs::write(built.host.path(name), output).expect("room");
     }
@@ -175,6 +251,7 @@ fn a_small_initos_is_built_signed_and_booted_and_what_was_changed_is_refused() {
     let elsewhere: Vec<_> =
         elsewhere.iter().filter(|(name, _)| ![PLACE, PUBLIC].contains(&&name[..])).collect();
     assert!(elsewhere.is_empty(), "{elsewhere:?}");
+    held("sign-offline");
 }
 
 /// Its sshd takes the owner's key and no other. While it runs, nothing of the machine has a private key in it.
@@ -240,6 +317,14 @@ fn one_image_with_all_in_it_boots_and_is_opened_by_the_signed_hash_alone() {
         console.contains("Mounted verity root") && !console.contains("Mounted verity modules"),
         "{console}"
     );
+    held("tree-complete");
+    let version = built.host.read("work/boot/version");
+    let modules = format!("usr/lib/modules/{version}/modules.dep");
+    built.image_has(
+        "initos/initos.sqfs",
+        &[&modules, "lib", "usr/lib/firmware", "usr/sbin/initos-init-manual"],
+    );
+    held("sqfs-content");
 }
 
 #[test]
@@ -260,10 +345,11 @@ fn two_builds_in_two_places_are_the_same_bytes_signatures_too() {
     let diff = Command::new("diff").arg("-r").args(&works).output().expect("diff");
     assert!(diff.status.success(), "{}", String::from_utf8_lossy(&diff.stdout));
     assert!(works[0].join("boot/efi/EFI/BOOT/BOOTX64.EFI").exists());
+    held("reproducible");
 }
 
 /// Those of what must boot, and of what must not.
-const REPORTS: [&str; 11] = [
+const REPORTS: [&str; 14] = [
     "boot-nvme",
     "boot-virtio",
     "boot_usb",
@@ -272,22 +358,100 @@ const REPORTS: [&str; 11] = [
     "refused-cmdline",
     "refused-none",
     "refused-stranger",
+    "insecure-none",
+    "insecure-stranger",
+    "no_way_in",
     "corrupt_root",
     "corrupt_hashes",
     "other_hash",
 ];
 
+/// How long a build takes that makes the patch of the initrd and the images anew, on a host that does nothing else.
+const INCREMENTAL: Duration = Duration::from_secs(5);
+
 #[test]
 fn a_changed_init_makes_the_patch_and_the_images_anew_and_nothing_else() {
     let built = Built::new();
+    built.kiln(&["sign", "--init"]).ends(0, &["made keys"]);
+    let script = |word: &str| {
+        let text = format!("#!/bin/sh\necho EDITION-{word} >/dev/console\nexec /usr/bin/sleep 1h\n");
+        let path = built.host.path("initos/sbin/initos-init-manual");
+        fs::write(&path, text).expect("room");
+        fs::set_permissions(path, Permissions::from_mode(0o755)).expect("it is ours");
+    };
+    fs::create_dir(built.host.path("initos/sbin")).expect("a folder");
+    script("first");
     built.kiln(&["build", "all"]).ends(0, &[]);
-    let root = fs::metadata(built.host.path("work/boot/efi/recovery.sqfs")).expect("built");
-    // Bytes behind its end are no part of a program.
-    let mut init = fs::read(super::host::built_for_guests("init")).expect("ci/build made it");
-    init.extend_from_slice(b"another");
-    fs::write(built.host.path("initos/init"), init).expect("room");
-    let told = built.kiln(&["build", "all"]);
-    told.ends(0, &["efi2: ", "2 run, 6 up to date"]);
-    let after = fs::metadata(built.host.path("work/boot/efi/recovery.sqfs")).expect("built");
-    assert_eq!(root.modified().expect("a time"), after.modified().expect("a time"));
+    let before = built.files();
+    let mut took = Vec::new();
+    for word in ["second", "third"] {
+        script(word);
+        let start = Instant::now();
+        // Nothing is fetched.
+        let told = built.kiln(&["build", "all", "--offline"]);
+        took.push(start.elapsed());
+        told.ends(0, &["efi2: ", "2 run, 6 up to date"]);
+    }
+    // Of all others the bytes are the same, and so are the times: they were not written again.
+    let after = built.files();
+    let names = |files: &BTreeMap<String, (Digest, SystemTime)>| files.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&before), names(&after));
+    let changed: Vec<&String> =
+        after.iter().filter(|(path, now)| before[*path].0 != now.0).map(|(p, _)| p).collect();
+    let written: Vec<&String> =
+        after.iter().filter(|(path, now)| before[*path].1 != now.1).map(|(p, _)| p).collect();
+    let is_made_anew = |path: &&String| {
+        let signed = path.starts_with("efi/InitOS-Signed-") || path.as_str() == "efi/EFI/BOOT/BOOTX64.EFI";
+        let debug = path.starts_with("efi/EFI/BOOT/Initos-NEW-");
+        signed || debug || ["initos-xtra.cpio.gz", "record.json"].contains(&path.as_str())
+    };
+    assert_eq!(changed, after.keys().filter(is_made_anew).collect::<Vec<_>>());
+    let only_written: Vec<_> = written.iter().filter(|path| !changed.contains(*path)).collect();
+    // Public keys go with signatures, all together.
+    assert!(only_written.iter().all(|path| path.starts_with("efi/KEYS/")), "{only_written:?}");
+    assert!(took.iter().min().is_some_and(|least| *least < INCREMENTAL), "it took {took:?}");
+    // And what was edited last is what runs, signed.
+    let esp = built.host.path("work/boot/efi");
+    let cloud = before.keys().find(|path| path.ends_with("cloud-amd64.EFI") && path.contains("Signed"));
+    let cloud = built.host.path("work/boot").join(cloud.expect("signed"));
+    fs::copy(cloud, esp.join("EFI/BOOT/BOOTX64.EFI")).expect("room");
+    let shown = |path: &Path| path.to_str().expect("UTF-8").to_owned();
+    let (esp, keys) = (shown(&esp), shown(&esp.join("KEYS")));
+    let mut arguments = vec!["boot", &esp, "--bus", "nvme", "--label", "BOOTA", "--secure-boot", &keys];
+    arguments.extend([
+        "-e",
+        "within 4m",
+        "-e",
+        "expect SECURE: Secure Boot is on",
+        "-e",
+        "reject EDITION-first",
+    ]);
+    arguments.extend(["-e", "reject EDITION-second", "-e", "expect EDITION-third"]);
+    built.kiln(&arguments).ends(0, &["as the script wants it"]);
+    held("efi2-incremental");
+}
+
+/// Nothing is unsigned but what says so by its name, and the record that goes with what is signed has the digest of each file
+/// that it is made of: an image's is the root of its hash tree.
+fn no_unsigned_file_is_left_and_all_are_listed(built: &Built) {
+    let files = built.files();
+    let record = built.host.read("work/boot/record.json");
+    for (path, (digest, _)) in &files {
+        let is_program = path.to_ascii_lowercase().ends_with(".efi");
+        let is_debug = path.contains("Initos-NEW-") || (path.contains("InitOS-") && !path.contains("Signed"));
+        if is_program {
+            let mut sbverify = Command::new("sbverify");
+            sbverify
+                .arg("--cert")
+                .arg(built.keys().join("db.crt"))
+                .arg(built.host.path("work/boot").join(path));
+            assert_eq!(sbverify.output().expect("sbverify").status.success(), !is_debug, "{path}");
+        }
+        let is_ingredient = ["vmlinuz-", "initrd-", "initos-xtra", "linuxx64", "cmdline.", "efi/hash."]
+            .iter()
+            .any(|start| path.starts_with(start));
+        if is_ingredient || path.ends_with(".verity") {
+            assert!(record.contains(&digest.to_string()), "the record has no digest of {path}: {record}");
+        }
+    }
 }

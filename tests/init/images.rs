@@ -82,7 +82,7 @@ pub fn place() -> &'static Path {
 }
 
 /// A new name in it.
-fn fresh(kind: &str) -> PathBuf {
+pub fn fresh(kind: &str) -> PathBuf {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     place().join(format!("{}.{kind}", NEXT.fetch_add(1, Ordering::Relaxed)))
 }
@@ -179,6 +179,7 @@ echo ROOT is $$ with $(ls / | grep -c '^init$') of the initrd
 for name in CURRENT NEXT SECURE DEVICE; do
     echo BOOT_$name=$(cat /var/initos/BOOT_$name)
 done
+echo cmdline: $(cat /proc/cmdline)
 echo local: $(cat /var/initos/local/marker)
 echo modules: $(ls /lib/modules/$(cat /proc/sys/kernel/osrelease)/kernel)
 echo firmware: $(cat /lib/firmware/blob)

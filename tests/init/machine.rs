@@ -1,11 +1,14 @@
 //! A machine that boots a kernel and an initrd directly: no firmware, so there is neither Secure Boot nor an entry that was
-//! taken. Its console is read as it comes, and what is typed goes to it. It never restarts: where it would, it ends.
+//! taken. Its serial console is read as it comes, and what is typed goes to it. It never restarts: where it would, it ends.
 
+use std::fs;
 use std::io::{Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
+
+use super::images;
 
 /// How long one machine may take for each thing that is waited for.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -17,6 +20,8 @@ pub struct Machine {
     seen: String,
     /// Up to where it was matched.
     matched: usize,
+    /// What it writes to its virtio console.
+    virtio_console: PathBuf,
 }
 
 /// How a disk is attached.
@@ -40,6 +45,7 @@ pub struct Shape<'a> {
 
 impl Machine {
     pub fn start(shape: &Shape<'_>) -> Self {
+        let virtio_console = images::fresh("hvc");
         let mut qemu = Command::new("qemu-system-x86_64");
         // /dev/kvm may be there and run no code.
         qemu.args([
@@ -55,7 +61,15 @@ impl Machine {
             "512M",
         ])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"])
-        .args(["-device", "virtio-rng-pci"])
+        .args([
+            "-device",
+            "virtio-rng-pci",
+            "-device",
+            "virtio-serial-pci",
+            "-device",
+            "virtconsole,chardev=hvc",
+        ])
+        .args(["-chardev", &format!("file,id=hvc,path={}", virtio_console.to_str().expect("text"))])
         .arg("-kernel")
         .arg(shape.kernel)
         .arg("-initrd")
@@ -86,7 +100,7 @@ impl Machine {
                 }
             }
         });
-        Self { process, console, seen: String::new(), matched: 0 }
+        Self { process, console, seen: String::new(), matched: 0, virtio_console }
     }
 
     /// Waits until the console prints `text`, after what was matched last. Gives what came before it.
@@ -131,6 +145,13 @@ impl Machine {
         assert!(Instant::now() < give_up, "it goes on, after:\n{}", self.seen);
         assert!(self.process.wait().expect("it is ours").success(), "{}", self.seen);
         std::mem::take(&mut self.seen)
+    }
+
+    /// As [`Machine::ends`], with what it wrote to its virtio console beside it.
+    pub fn ends_with_both_consoles(self) -> (String, String) {
+        let path = self.virtio_console.clone();
+        let printed = self.ends();
+        (printed, String::from_utf8_lossy(&fs::read(path).expect("QEMU made it")).into_owned())
     }
 
     /// Reads on; `false` at the end and when it is too late.

@@ -7,6 +7,8 @@
 #![allow(clippy::disallowed_methods, reason = "a test fails by panicking")]
 #![allow(clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "../acceptance/held.rs"]
+mod acceptance;
 #[path = "../folder/mod.rs"]
 #[expect(dead_code, reason = "files are written by others here")]
 mod folder;
@@ -23,9 +25,25 @@ mod standalone;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use acceptance::held;
 use host::Host;
 use images::{Image, Separate, disk, initrd, initrd_of, kernel, single, single_layout};
 use machine::{Bus, Machine, Shape};
+
+/// What other systems take on their command line for a shell. Here nobody signed it, and it is asked for all the same.
+const WORDS_FOR_A_SHELL: &str =
+    "break=premount break init=/bin/sh single emergency initos_debug_initrd=1 debug_init -- -s";
+/// How shells show that they listen.
+const PROMPTS: [&str; 8] =
+    ["SH2ELL", "~ # ", "/ # ", "sh-5", "bash-", "(initramfs)", "BusyBox v1", "Press Enter for maintenance"];
+
+/// Asserts that no shell listened in all that was printed.
+fn has_no_shell(printed: &str) {
+    // What was typed comes back as it was typed, and the command line has its words.
+    for prompt in PROMPTS {
+        assert!(!printed.contains(prompt), "`{prompt}` in: {printed}");
+    }
+}
 
 /// Typed at every opportunity. A shell would answer with SH2ELL, and a program that restarts by key would restart.
 const TYPED: &str = "\x03\x1b\radrc\r\recho SH$((1+1))ELL\r";
@@ -51,15 +69,16 @@ fn start_with(initrd: &Path, disks: &[(&Path, Bus)], command_line: &str, keeps_w
 #[test]
 fn one_image_of_all_on_a_virtio_disk_starts_its_init_whatever_is_typed() {
     let disk = disk(&single_layout(single()), "BOOTA");
-    let mut machine = start(&initrd_of(single()), &[(&disk, Bus::Virtio)], "");
-    for milestone in [
+    let mut machine = start(&initrd_of(single()), &[(&disk, Bus::Virtio)], WORDS_FOR_A_SHELL);
+    let milestones = [
         "INITOS: Starting INITOS initramfs 6.",
         "INITOS: INSECURE: Secure Boot is off",
         "INITOS: Found InitOS partition vda ",
         "INITOS: Mounting overlay",
         "INITOS: Mounted verity root",
         "INITOS: Handing over to /sbin/init\r",
-    ] {
+    ];
+    for milestone in milestones {
         machine.expect(milestone);
         machine.types(TYPED);
     }
@@ -69,8 +88,18 @@ fn one_image_of_all_on_a_virtio_disk_starts_its_init_whatever_is_typed() {
     {
         machine.expect(said);
     }
-    let printed = machine.ends();
-    assert!(printed.contains("END of it") && !printed.contains("SH2ELL"), "{printed}");
+    let (printed, virtio) = machine.ends_with_both_consoles();
+    assert!(printed.contains("END of it"), "{printed}");
+    has_no_shell(&printed);
+    // The virtio console, which no word of the command line names, has the init's milestones in their order and nothing else.
+    let mut rest = virtio.as_str();
+    for milestone in milestones {
+        let (_, after) =
+            rest.split_once(milestone).unwrap_or_else(|| panic!("no `{milestone}` in: {virtio}"));
+        rest = after;
+    }
+    assert!(virtio.lines().all(|line| line.starts_with("INITOS: ")), "{virtio}");
+    held("secure-no-shell");
 }
 
 #[test]
@@ -101,6 +130,8 @@ fn an_image_of_another_version_is_passed_over_for_the_signed_one() {
     machine.expect("Found InitOS partition vdb ");
     machine.expect("DEVICE=vdb");
     machine.ends();
+    held("wrong-hash-file");
+    held("ab-select");
 }
 
 #[test]
@@ -117,8 +148,10 @@ fn with_no_image_left_it_fails_and_restarts_and_no_key_gives_a_shell() {
         machine.types(TYPED);
     }
     // It waits, in which time it might listen, and ends by itself.
-    let printed = machine.ends();
-    assert!(printed.contains("INITOS: Restarting") && !printed.contains("SH2ELL"), "{printed}");
+    let (printed, virtio) = machine.ends_with_both_consoles();
+    assert!(printed.contains("INITOS: Restarting"), "{printed}");
+    assert!(virtio.contains("INITOS: FAILED: boot partition not found: no BOOTA"), "{virtio}");
+    has_no_shell(&printed);
     assert!(!printed.contains("Kernel panic") && !printed.contains("ROOT is"), "{printed}");
     // What explains it is on the partition, read by another's reader.
     for (name, words) in [
@@ -139,6 +172,8 @@ fn with_no_image_left_it_fails_and_restarts_and_no_key_gives_a_shell() {
         .output();
     let fsck = fsck.expect("sh");
     assert!(fsck.status.success(), "{}", String::from_utf8_lossy(&fsck.stdout));
+    held("wrong-hash-file");
+    held("secure-no-shell");
 }
 
 #[test]
@@ -159,7 +194,9 @@ fn one_flipped_bit_of_the_image_or_of_its_hashes_restarts_the_machine() {
         let printed = machine.ends();
         assert!(printed.contains("dm-verity device corrupted"), "{printed}");
         assert!(!printed.contains("ROOT is"), "{printed}");
+        has_no_shell(&printed);
     }
+    held("flip-sqfs-byte");
 }
 
 #[test]
@@ -210,6 +247,7 @@ fn under_secure_boot_the_firmwares_entry_decides_the_slot_and_nothing_of_the_com
         "within 200s",
         "reject FAILED",
         "reject Unable to mount root fs",
+        "reject /cmdline: .*(stranger|break|init=|single)/",
         "expect SECURE: Secure Boot is on",
         "expect Found InitOS partition vda1",
         "expect BOOT_NEXT=B",
@@ -218,10 +256,14 @@ fn under_secure_boot_the_firmwares_entry_decides_the_slot_and_nothing_of_the_com
         "expect Found InitOS partition vda2",
         "expect BOOT_CURRENT=1002",
         "expect BOOT_NEXT=A",
+        "expect /cmdline: console=ttyS0 quiet .*no_timer_check/",
         "poweroff",
     ];
     boot(&["--secure-boot", disk.keys.to_str().expect("text")], &secure);
     let insecure =
         ["within 200s", "expect BOOT_SECURE=0", "reboot", "reject INITOS", "expect Unable to mount root fs"];
     boot(&[], &insecure);
+    held("boot-secure-ok");
+    held("ab-select");
+    held("secure-no-shell");
 }

@@ -65,7 +65,8 @@ pub fn disk() -> Slots {
 }
 
 /// What the second entry hands to the image as its command line, and where the kernel then looks for its init.
-const OPTIONS: &str = "console=ttyS0 loglevel=5 panic=-1 no_timer_check rdinit=/stranger";
+const OPTIONS: &str =
+    "console=ttyS0 loglevel=5 panic=-1 no_timer_check break=premount init=/bin/sh single rdinit=/stranger";
 
 /// An `EFI_LOAD_OPTION` (UEFI 2.10 §3.1.3) for the image of the partition that begins at the byte `start`, by the short form
 /// of its path: GUID and file (§10.3.5), with options that nobody signed.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use super::acceptance::held;
 use super::images::{self, Image, disk, initrd, kernel, program, single_layout};
 use super::machine::{Bus, Machine, Shape};
 
@@ -94,4 +95,5 @@ fn a_root_alone_gets_an_address_a_server_and_a_login_and_ends_when_told() {
     machine.expect("INITOS: Switching off");
     let printed = machine.ends();
     assert!(printed.contains("Power down") && !printed.contains("Kernel panic"), "{printed}");
+    held("ssh-access");
 }

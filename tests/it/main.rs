@@ -4,6 +4,8 @@
 #![allow(clippy::disallowed_methods, reason = "a test fails by panicking")]
 #![allow(clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "../acceptance/held.rs"]
+mod acceptance;
 mod boot;
 mod boundary;
 mod build;

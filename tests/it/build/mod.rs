@@ -22,6 +22,8 @@ use kiln::cache::Scope;
 use kiln::engine::build::{BuildError, Outcome};
 use world::{World, settle};
 
+use crate::acceptance::held;
+
 /// Two objects, a program of both, and a step that reads nothing of SRCDIR.
 const RECIPE: &str = r#"
 [steps.a]
@@ -79,6 +81,7 @@ fn a_second_build_runs_nothing() {
         assert!(again.ran.is_empty(), "{:?}", again.reasons);
         assert_eq!(again.summary.count(|outcome| matches!(outcome, Outcome::UpToDate { .. })), 4);
     }
+    held("hermetic-step");
 }
 
 #[test]
@@ -138,6 +141,7 @@ fn what_runs_again_is_what_read_something_that_changed() {
         }
         assert!(world.build(RECIPE).ran.is_empty(), "deed {number}");
     }
+    held("hermetic-step");
 }
 
 #[test]
