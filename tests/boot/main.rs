@@ -25,6 +25,7 @@ mod judge;
 mod keep;
 mod leftovers;
 mod made;
+mod names;
 mod offline;
 mod outputs;
 mod reads;
