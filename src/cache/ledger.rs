@@ -1,7 +1,7 @@
 //! What kiln put into a WORK and is answerable for: a document a step, and in shards which step put what.
 //!
 //! A step's next run reads the step's own document, however much others put into that WORK. Whose a path is that is new to a step
-//! is asked of the shards: each has the paths whose digest begins alike.
+//! is asked of the shards: what lies in one folder is in one of them, since a step has folders of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -16,9 +16,6 @@ use crate::store::{Records, Store};
 
 /// The family of its records.
 pub const FAMILY: &str = "work";
-
-/// How many shards: few, since each that a merge touches is written, and enough that a small step reads little.
-const SHARDS: u8 = 16;
 
 /// What identifies an output: its content (of a symbolic link, its text) and, for a file, its permissions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,7 +93,8 @@ impl<'a> Ledger<'a> {
     }
 
     fn shard_key(&self, path: &PathBytes) -> Digest {
-        let shard = Digest::of(&path.0).as_bytes()[0] % SHARDS;
+        let folder = path.0.iter().rposition(|byte| *byte == b'/').unwrap_or(0);
+        let shard = Digest::of(path.0.get(..folder).unwrap_or_default()).as_bytes()[0];
         self.key(b"shard", &[shard])
     }
 
@@ -105,19 +103,28 @@ impl<'a> Ledger<'a> {
     }
 
     /// What `step` put out and kiln is still answerable for.
-    pub fn placed_by(&self, step: &str) -> Placed {
-        let document: Option<OfStep> = self.records.get(&self.key(b"step", step.as_bytes()));
-        document.map(|document| document.placed).unwrap_or_default()
+    ///
+    /// # Errors
+    /// What reading says.
+    pub fn placed_by(&self, step: &str) -> io::Result<Placed> {
+        let document: Option<OfStep> = self.records.read(&self.key(b"step", step.as_bytes()))?;
+        Ok(document.map(|document| document.placed).unwrap_or_default())
     }
 
     /// Those of `paths` that a step put out, with which one.
-    pub fn owners<'b>(&self, paths: impl IntoIterator<Item = &'b PathBytes>) -> BTreeMap<PathBytes, String> {
+    ///
+    /// # Errors
+    /// What reading says.
+    pub fn owners<'b>(
+        &self,
+        paths: impl IntoIterator<Item = &'b PathBytes>,
+    ) -> io::Result<BTreeMap<PathBytes, String>> {
         let mut found = BTreeMap::new();
         for (key, paths) in self.by_shard(paths) {
-            let Some(mut shard) = self.records.get::<Shard>(&key) else { continue };
+            let Some(mut shard) = self.records.read::<Shard>(&key)? else { continue };
             found.extend(paths.into_iter().filter_map(|path| shard.owners.remove_entry(path)));
         }
-        found
+        Ok(found)
     }
 
     fn by_shard<'b>(
@@ -145,18 +152,22 @@ impl<'a> Ledger<'a> {
     /// What writing says; they can be made again.
     pub fn change(&self, changes: &Changes) -> io::Result<()> {
         for (step, paths) in &changes.taken {
-            let mut placed = self.placed_by(step);
+            let mut placed = self.placed_by(step)?;
             placed.retain(|path, _| !paths.contains(path));
             self.put(step, &placed)?;
         }
         for (key, paths) in self.by_shard(changes.claimed.iter().chain(&changes.gone)) {
-            let shard = self.records.get::<Shard>(&key);
+            let shard = self.records.read::<Shard>(&key)?;
             let mut owners = shard.map(|shard| shard.owners).unwrap_or_default();
+            let loses = |owner: &String, path: &PathBytes| {
+                *owner == changes.step || changes.taken.get(owner).is_some_and(|taken| taken.contains(path))
+            };
             for path in paths {
-                match changes.gone.contains(path) {
-                    true => owners.remove(path),
-                    false => owners.insert(path.clone(), changes.step.clone()),
-                };
+                if !changes.gone.contains(path) {
+                    owners.insert(path.clone(), changes.step.clone());
+                } else if owners.get(path).is_some_and(|owner| loses(owner, path)) {
+                    owners.remove(path);
+                }
             }
             match owners.is_empty() {
                 true => self.records.remove(&key)?,

@@ -18,6 +18,9 @@ pub mod stock;
 pub mod trace;
 pub mod verify;
 
+/// The family of records of what a lock says of one thing.
+pub const LOCKED: &str = "locked";
+
 pub use difference::{Difference, What};
 pub use index::{Found, Index, Scope, ScopeError};
 pub use key::Key;

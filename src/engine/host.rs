@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 
 use super::build::sources::Permission;
 use crate::apart::{self, Kept, Overlap};
+use crate::cache::LOCKED;
 use crate::fetch::http::{AuthorityError, Client};
-use crate::fetch::lock::{Lock, LockError, LockedRoot};
+use crate::fetch::lock::{Lock, LockError, LockedRoot, VERSION as LOCK_VERSION};
 use crate::keeper::Registry;
 use crate::machine::jail::attempt::Targets;
 use crate::machine::jail::{Held, Profile};
@@ -375,14 +376,16 @@ impl Host {
     fn locked<T: Clone + Serialize + DeserializeOwned>(
         &self,
         what: &str,
+        (kind, name): (&str, &str),
         find: impl Fn(&Lock) -> Option<&T>,
         set: impl FnOnce(&mut Lock, T),
         look_up: impl FnOnce() -> Result<T, HostError>,
     ) -> Result<(T, bool), HostError> {
         if let Some(text) = Lock::text(self.lock_path())? {
             // To read a lock of a thousand packages takes longer than to start a machine: what it says of one thing is kept.
-            let key = Digest::of(format!("{what}\n{}", Digest::of(text.as_bytes())).as_bytes());
-            let kept = self.store.records("locked");
+            let text_digest = Digest::of(text.as_bytes());
+            let key = Digest::of(format!("{LOCK_VERSION} {kind} {name}\n{text_digest}").as_bytes());
+            let kept = self.store.records(LOCKED);
             if let Some(found) = kept.get(&key) {
                 return Ok((found, false));
             }
@@ -433,6 +436,7 @@ impl Host {
         let spec = format!("debian:{suite}");
         let (locked, is_new) = self.locked(
             &format!("the kernel of Debian {suite}"),
+            ("kernel", &spec),
             |lock| lock.kernel(&spec),
             Lock::set_kernel,
             || {
@@ -468,6 +472,7 @@ impl Host {
         let name = spec.to_string();
         let (locked, is_new) = self.locked(
             "the toolbox",
+            ("toolbox", &name),
             |lock| lock.toolbox(&name),
             Lock::set_toolbox,
             || {
@@ -554,6 +559,7 @@ impl Host {
         let name = spec.to_string();
         let (locked, is_new) = self.locked(
             &format!("root {spec}"),
+            ("root", &name),
             |lock| lock.root(&name),
             Lock::set_root,
             || {

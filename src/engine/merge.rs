@@ -97,7 +97,8 @@ struct Journal {
     folders: Vec<(PathBytes, u32)>,
     /// Paths that the staged files 0, 1, … are renamed to.
     places: Vec<PathBytes>,
-    /// What becomes of the ledger.
+    /// What becomes of the ledger. A journal of an earlier kiln has none, and is completed all the same.
+    #[serde(default)]
     changes: Changes,
 }
 
@@ -141,7 +142,12 @@ fn open(store: &Store, work: &Path) -> Result<Locked, MergeError> {
     let staging = locked.path.join(STAGING);
     if fs::symlink_metadata(&staging).is_ok_and(|meta| meta.is_dir()) {
         let journal = fs::read(staging.join("journal"));
-        match journal.ok().and_then(|bytes| serde_json::from_slice::<Journal>(&bytes).ok()) {
+        // Without one nothing was changed yet; with one that cannot be read just now, something may have been.
+        let journal = match journal {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            journal => serde_json::from_slice(&journal.map_err(at("read what was left in", &staging))?).ok(),
+        };
+        match journal {
             Some(journal) => complete(store, &locked, journal)?,
             None => remove_tree(&staging)?,
         }
@@ -159,9 +165,21 @@ pub fn recover(store: &Store, work: &Path) -> Result<(), MergeError> {
 
 /// What `step` put into `work` before and kiln is still answerable for: its own next run does not see it, so that
 /// what it puts out then is all that it puts out.
-pub fn placed_by(store: &Store, work: &Path, step: &str) -> Vec<PathBytes> {
-    let Ok(path) = fs::canonicalize(work) else { return Vec::new() };
-    Ledger::of(store, &path).placed_by(step).into_keys().collect()
+///
+/// # Errors
+/// [`MergeError::Io`].
+pub fn placed_by(store: &Store, work: &Path, step: &str) -> Result<Vec<PathBytes>, MergeError> {
+    let Ok(path) = fs::canonicalize(work) else { return Ok(Vec::new()) };
+    let placed = Ledger::of(store, &path).placed_by(step).map_err(at(LEDGER, work))?;
+    Ok(placed.into_keys().collect())
+}
+
+/// What is done when a ledger cannot be read.
+const LEDGER: &str = "read what kiln put into";
+
+/// Whether a path has the name of the staging folder in it, of this WORK or of one below it, also where capitals count for nothing.
+fn is_reserved(path: &TreePath) -> bool {
+    path.components().any(|name| name.eq_ignore_ascii_case(STAGING.as_bytes()))
 }
 
 impl Merge<'_> {
@@ -187,7 +205,7 @@ impl Merge<'_> {
         let locked = open(self.store, self.work)?;
         let mut wanted = BTreeMap::new();
         for (path, node) in outputs.iter() {
-            if path.components().next() == Some(STAGING.as_bytes()) {
+            if is_reserved(path) {
                 return Err(MergeError::Reserved { path: path.clone() });
             }
             if let Some(identity) = identity(path, node, outputs)? {
@@ -221,22 +239,25 @@ impl Merge<'_> {
         let look = |path: &TreePath| locked.work.look(path).map_err(at("read", &on_host(&locked.path, path)));
         let changed = |path: &TreePath| MergeError::Changed { path: on_host(&locked.path, path) };
         let ledger = Ledger::of(self.store, &locked.path);
-        let own = ledger.placed_by(self.step);
+        let unread = || at(LEDGER, &locked.path);
+        let own = ledger.placed_by(self.step).map_err(unread())?;
         let new_to_it: Vec<PathBytes> =
             wanted.keys().map(bytes).filter(|path| !own.contains_key(path)).collect();
-        let owners = ledger.owners(&new_to_it);
+        let owners = ledger.owners(&new_to_it).map_err(unread())?;
         let mut of_others: BTreeMap<String, Placed> = BTreeMap::new();
         // What kiln put at a path, whichever step's it was.
-        let mut known = |path: &PathBytes| match own.get(path) {
-            Some(identity) => Some(*identity),
-            None => {
-                let step = owners.get(path)?;
-                let placed = of_others.entry(step.clone()).or_insert_with(|| ledger.placed_by(step));
-                placed.get(path).copied()
+        let mut known = |path: &PathBytes| match (own.get(path), owners.get(path)) {
+            (Some(identity), _) => Ok(Some(*identity)),
+            (None, None) => Ok(None),
+            (None, Some(step)) => {
+                if !of_others.contains_key(step) {
+                    of_others.insert(step.clone(), ledger.placed_by(step).map_err(unread())?);
+                }
+                Ok(of_others.get(step).and_then(|placed| placed.get(path)).copied())
             }
         };
         let (mut removals, mut cleared) = match removed {
-            None => (self.removals(locked, &own, wanted)?, Vec::new()),
+            None => (self.removals(locked, (&ledger, &own), wanted)?, Vec::new()),
             Some(removed) => taken_away(locked, wanted, removed)?,
         };
         let mut places = Vec::new();
@@ -251,7 +272,7 @@ impl Merge<'_> {
                 Seen::Leaf(found)
                     if self.overwrite
                         || found.digest == identity.digest
-                        || known(&bytes(path)).is_some_and(|placed| placed.digest == found.digest) =>
+                        || known(&bytes(path))?.is_some_and(|placed| placed.digest == found.digest) =>
                 {
                     places.push(path.clone());
                 }
@@ -285,9 +306,13 @@ impl Merge<'_> {
             }
             folders.push((bytes(path), u32::from(node.meta.mode)));
         }
-        // A file that was there before, and is a person's, does not become kiln's by being equal to an output.
+        // A file that was there before, and is a person's, does not become kiln's by being equal to an output, unless it may be
+        // replaced.
         let is_kilns = |path: &TreePath, name: &PathBytes| {
-            own.contains_key(name) || owners.contains_key(name) || places.binary_search(path).is_ok()
+            self.overwrite
+                || own.contains_key(name)
+                || owners.contains_key(name)
+                || places.binary_search(path).is_ok()
         };
         let mut placed: Placed = wanted
             .iter()
@@ -305,7 +330,7 @@ impl Merge<'_> {
                 .collect();
             placed.extend(stay);
         }
-        let changes = changes(&ledger, self.step, &own, placed, owners, &removed_names);
+        let changes = changes(&ledger, self.step, &own, placed, owners, &removed_names).map_err(unread())?;
         let journal = Journal {
             removals: removals.iter().map(bytes).collect(),
             cleared: cleared.iter().map(bytes).collect(),
@@ -320,13 +345,20 @@ impl Merge<'_> {
     fn removals(
         &self,
         locked: &Locked,
-        own: &Placed,
+        (ledger, own): (&Ledger<'_>, &Placed),
         wanted: &BTreeMap<TreePath, Identity>,
     ) -> Result<BTreeSet<TreePath>, MergeError> {
         let mut removals = BTreeSet::new();
-        for (name, placed) in own {
-            let Ok(path) = TreePath::new(&name.0) else { continue };
-            if wanted.contains_key(&path) {
+        let paths = own.iter().map(|(name, placed)| (TreePath::new(&name.0), name, placed));
+        let dropped: Vec<_> = paths
+            .filter_map(|(path, name, placed)| path.ok().map(|path| (path, name, placed)))
+            .filter(|(path, ..)| !wanted.contains_key(path))
+            .collect();
+        // Where the ledger was damaged, another step may have put out what this one believes is its own.
+        let owners =
+            ledger.owners(dropped.iter().map(|(_, name, _)| *name)).map_err(at(LEDGER, &locked.path))?;
+        for (path, name, placed) in dropped {
+            if owners.get(name).is_some_and(|owner| owner != self.step) {
                 continue;
             }
             let host = on_host(&locked.path, &path);
@@ -379,7 +411,7 @@ fn taken_away(
     removed: &[TreePath],
 ) -> Result<(BTreeSet<TreePath>, Vec<TreePath>), MergeError> {
     let (mut leaves, mut folders) = (BTreeSet::new(), Vec::new());
-    for path in removed.iter().filter(|path| path.components().next() != Some(STAGING.as_bytes())) {
+    for path in removed.iter().filter(|path| !is_reserved(path)) {
         let failed = |source| at("read", &on_host(&locked.path, path))(source);
         match locked.work.look(path).map_err(failed)? {
             Seen::Leaf(_) => leaves.extend(Some(path.clone())),
@@ -405,17 +437,17 @@ fn changes(
     placed: Placed,
     owners: BTreeMap<PathBytes, String>,
     removed: &BTreeSet<PathBytes>,
-) -> Changes {
+) -> io::Result<Changes> {
     let claimed: Vec<PathBytes> = placed.keys().filter(|name| !own.contains_key(*name)).cloned().collect();
     let mut gone: BTreeSet<PathBytes> =
         own.keys().filter(|name| !placed.contains_key(*name)).cloned().collect();
     let mut taken: BTreeMap<String, BTreeSet<PathBytes>> = BTreeMap::new();
-    let lost = ledger.owners(removed.iter().filter(|name| !own.contains_key(*name)));
+    let lost = ledger.owners(removed.iter().filter(|name| !own.contains_key(*name)))?;
     gone.extend(lost.keys().cloned());
     for (name, owner) in owners.into_iter().chain(lost).filter(|(_, owner)| owner != step) {
         taken.entry(owner).or_default().insert(name);
     }
-    Changes { step: step.to_owned(), placed, claimed, taken, gone }
+    Ok(Changes { step: step.to_owned(), placed, claimed, taken, gone })
 }
 
 /// The permissions of a file in WORK: as the step set them, but nobody else may write it and its owner always may.

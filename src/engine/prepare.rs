@@ -127,7 +127,7 @@ pub(super) fn prepare(
         let mut hidden = match step.outputs.are_everything() {
             // What it put out before is there to be written on.
             true => Vec::new(),
-            false => merge::placed_by(&host.store, work, &step.name),
+            false => merge::placed_by(&host.store, work, &step.name)?,
         };
         hidden.push(PathBytes(merge::STAGING.as_bytes().to_vec()));
         shares.hide(hidden);

@@ -154,6 +154,7 @@ pub fn store_agent(store: &Store, path: &Path) -> Result<Digest, BundleError> {
         |source| BundleError::Io { what: "put into the store the agent", path: path.to_owned(), source };
     let (digest, _) = store.blobs().put(&file).map_err(keep)?;
     if Stat::of(&meta) == Stat::of(&file.metadata().map_err(read)?) {
+        store.sync_blobs(&[digest])?;
         // Without it, it is hashed again.
         let _ = file::remember(store, path, &meta, digest);
     }
@@ -356,8 +357,12 @@ fn make(
         let path = TreePath::new(FILESYSTEMS_FOLDER.as_bytes())?.join(filesystem.as_bytes())?;
         tree.insert(path, node(Kind::Directory));
     }
-    let agent_size = fs::metadata(store.blobs().path(agent)).map_err(io)?.len();
-    tree.insert(TreePath::new(b"init")?, node(Kind::File { digest: *agent, size: agent_size }));
+    let agent_bytes = store.blobs().read(agent).inspect_err(|_| {
+        // The next run puts it there anew.
+        let _ = store.blobs().discard(agent);
+    });
+    let size = agent_bytes.map_err(io)?.len() as u64;
+    tree.insert(TreePath::new(b"init")?, node(Kind::File { digest: *agent, size }));
     let mut wanted: Vec<&str> = NEEDED.to_vec();
     if carrier == Carrier::Vsock {
         wanted.push(NEEDED_FOR_VSOCK);

@@ -11,8 +11,8 @@ use kiln_digest::Digest;
 use serde::Serialize;
 
 use super::UpkeepError;
-use crate::cache::ledger;
 use crate::cache::stock::{Content, Stored, files, key_of, left_behind, stock};
+use crate::cache::{LOCKED, ledger};
 use crate::root::bundle::Bundle;
 use crate::root::image::{Filesystem, SUMS};
 use crate::store::Store;
@@ -56,6 +56,8 @@ pub enum What {
     Template,
     /// A record that names blobs.
     Record,
+    /// A record that only age takes: what it says can be had again, or is of a WORK that may come back.
+    Aged,
 }
 
 /// Something that goes or stays as a whole.
@@ -260,6 +262,8 @@ impl Census {
 
     fn add_records(&mut self, store: &Store) -> Result<(), UpkeepError> {
         let records = store.path().join("records");
+        // What is noted of one WORK goes together.
+        let mut gone: BTreeMap<PathBuf, Vec<(PathBuf, u64, SystemTime)>> = BTreeMap::new();
         for path in files(&records).map_err(io("list", &records))? {
             let Some((size_bytes, used)) = measure(&path) else { continue };
             let family = path.parent().and_then(Path::file_name).unwrap_or_default().to_string_lossy();
@@ -283,20 +287,33 @@ impl Census {
                     }
                     "an archive that was read".to_owned()
                 }
-                ("locked", Some(_)) => "what a lock says".to_owned(),
-                (ledger::FAMILY, Some(key)) => {
-                    let gone = ledger::work_of(store, &key).filter(|work| is_gone(work));
-                    gone.map_or_else(String::new, |work| {
-                        format!("what was put into {}, which is gone", work.display())
-                    })
-                }
+                (LOCKED, Some(_)) => "what a lock says".to_owned(),
+                (ledger::FAMILY, Some(key)) => match ledger::work_of(store, &key) {
+                    Some(work) if is_gone(&work) => {
+                        gone.entry(work).or_default().push((path, size_bytes, used));
+                        continue;
+                    }
+                    Some(_) => String::new(),
+                    None => "what an earlier kiln put into a WORK".to_owned(),
+                },
                 _ => String::new(),
             };
             // What a WORK that is there holds of kiln's is told by nothing else, and the others are small.
             if name.is_empty() || &*family == SUMS {
                 *self.others.entry(Kind::Records).or_default() += size_bytes;
             } else {
-                self.units.push(Unit { what: What::Record, name, path, size_bytes, used, names });
+                let is_aged = [LOCKED, ledger::FAMILY].contains(&&*family);
+                let what = if is_aged { What::Aged } else { What::Record };
+                self.units.push(Unit { what, name, path, size_bytes, used, names });
+            }
+        }
+        for (work, records) in gone {
+            let last = records.iter().map(|(.., used)| *used).max();
+            for (path, size_bytes, used) in records {
+                let name = format!("what was put into {}, which is gone", work.display());
+                let used = last.unwrap_or(used);
+                let unit = Unit { what: What::Aged, name, path, size_bytes, used, names: BTreeMap::new() };
+                self.units.push(unit);
             }
         }
         Ok(())
@@ -311,7 +328,7 @@ impl Census {
         for unit in &self.units {
             let kind = match unit.what {
                 What::Trace(_) => Kind::Traces,
-                What::Note(_) | What::Record => Kind::Records,
+                What::Note(_) | What::Record | What::Aged => Kind::Records,
                 What::Image(..) => Kind::Images,
                 What::Template => Kind::Templates,
             };

@@ -24,7 +24,8 @@ use crate::writes;
 pub struct Order {
     /// How much may be left, in bytes on the disk; none: no ceiling.
     pub most_bytes: Option<u64>,
-    /// Blobs that nothing names go when they were not used for so long; none: only for the ceiling.
+    /// Blobs that nothing names, and what is noted of locks and of WORKs that are gone, go when they were not used for so long;
+    /// none: blobs only for the ceiling, and the rest not at all.
     pub unused: Option<Duration>,
     /// Whether nothing is taken, only said.
     pub dry_run: bool,
@@ -94,10 +95,16 @@ pub fn collect(store: &Store, order: &Order) -> Result<Collected, UpkeepError> {
     candidates.sort_by_key(|(used, _)| *used);
     for (used, candidate) in candidates {
         let too_much = order.most_bytes.is_some_and(|most| left_bytes > most);
-        let is_loose = matches!(candidate, Candidate::Blob(_));
+        let (goes_by_age, goes_for_room) = match candidate {
+            Candidate::Blob(_) => (true, true),
+            Candidate::Unit(number) => match census.units[number].what {
+                What::Aged => (true, false),
+                _ => (false, true),
+            },
+        };
         let is_old =
             || order.unused.is_some_and(|unused| now.duration_since(used).is_ok_and(|age| age >= unused));
-        if !(too_much || is_loose && is_old()) {
+        if !(too_much && goes_for_room || goes_by_age && is_old()) {
             continue;
         }
         match candidate {
@@ -176,7 +183,7 @@ fn remove(store: &Store, unit: &Unit) -> Result<bool, UpkeepError> {
     match &unit.what {
         // Lines of one pack go together, in the end.
         What::Trace(_) | What::Note(_) => {}
-        What::Record => writes::remove(&unit.path).map_err(failed)?,
+        What::Record | What::Aged => writes::remove(&unit.path).map_err(failed)?,
         What::Template => remove_template(store, &unit.path).map_err(failed)?,
         What::Image(digest, filesystem) => match catalog::remove(store, digest, *filesystem) {
             Ok(()) => {}
