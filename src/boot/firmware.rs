@@ -18,6 +18,8 @@ pub enum SecureBoot {
     Setup,
     /// On, with the keys of this folder: PK, KEK and db, each as .esl, .cer, .der, .crt or .pem; dbx where it is there.
     Keys(PathBuf),
+    /// On, with the keys that machines are sold with, as the firmware's package has them.
+    Vendor,
     /// Setup mode first, in which the firmware takes PK.auth, KEK.auth and db.auth of this folder.
     Enrol(PathBuf),
 }
@@ -72,6 +74,9 @@ pub enum FirmwareError {
     /// A key's file holds something else.
     #[error("{} holds neither a certificate nor signature lists", .0.display())]
     NotAKey(PathBuf),
+    /// Its package has no variables with the keys of machines' vendors.
+    #[error("no variables with the keys that machines are sold with were found")]
+    NoVendorKeys,
     /// The variable store cannot take them.
     #[error("cannot write keys into {}", .path.display())]
     Store {
@@ -92,6 +97,10 @@ impl FirmwareError {
                 "install OVMF (Debian: apt install ovmf), or name it with --firmware CODE.fd and --firmware-vars VARS.fd"
                     .to_owned(),
             ),
+            Self::NoVendorKeys => Some(
+                "Debian's ovmf has OVMF_VARS_4M.ms.fd; name another with --firmware CODE.fd and --firmware-vars VARS.fd"
+                    .to_owned(),
+            ),
             Self::NoKey { name, .. } => Some(format!("{name}.esl, .cer, .der, .crt or .pem")),
             _ => None,
         }
@@ -110,20 +119,36 @@ const KNOWN: [(&str, &str, bool); 8] = [
     ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd", false),
 ];
 
+/// Code and variables with the keys that machines are sold with, Microsoft's, where Debian and Fedora have them.
+const KNOWN_TO_VENDORS: [(&str, &str); 3] = [
+    ("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"),
+    ("/usr/share/edk2/ovmf/OVMF_CODE.secboot.fd", "/usr/share/edk2/ovmf/OVMF_VARS.secboot.fd"),
+    ("/usr/share/OVMF/OVMF_CODE.secboot.fd", "/usr/share/OVMF/OVMF_VARS.ms.fd"),
+];
+
 /// Who the certificates belong to, as signature lists want it said. Made once, at random.
 const OWNER: Guid =
     [0x1d, 0x5c, 0x61, 0x9e, 0x0b, 0x4f, 0x7a, 0x4d, 0x8e, 0x57, 0x2c, 0x9a, 0xd4, 0x63, 0x11, 0xf8];
 
-/// Finds the host's firmware.
+/// Finds the host's firmware for a machine that has this of Secure Boot.
 ///
 /// # Errors
-/// [`FirmwareError::Missing`].
-pub fn find(secure: bool) -> Result<Firmware, FirmwareError> {
+/// [`FirmwareError::Missing`], [`FirmwareError::NoVendorKeys`].
+pub fn find(secure_boot: &SecureBoot) -> Result<Firmware, FirmwareError> {
+    let secure = *secure_boot != SecureBoot::Off;
+    let there = |firmware: &Firmware| firmware.code.is_file() && firmware.vars.is_file();
+    if *secure_boot == SecureBoot::Vendor {
+        return KNOWN_TO_VENDORS
+            .into_iter()
+            .map(|(code, vars)| Firmware { code: code.into(), vars: vars.into(), smm: true })
+            .find(there)
+            .ok_or(FirmwareError::NoVendorKeys);
+    }
     KNOWN
         .into_iter()
         .filter(|(.., has_it)| *has_it == secure)
         .map(|(code, vars, smm)| Firmware { code: code.into(), vars: vars.into(), smm })
-        .find(|firmware| firmware.code.is_file() && firmware.vars.is_file())
+        .find(there)
         .ok_or(FirmwareError::Missing { secure })
 }
 
@@ -133,8 +158,17 @@ pub fn find(secure: bool) -> Result<Firmware, FirmwareError> {
 /// A file cannot be read or is not what it should be, or the store cannot take the keys.
 pub fn variables(firmware: &Firmware, secure_boot: &SecureBoot) -> Result<Vec<u8>, FirmwareError> {
     let bytes = read(&firmware.vars)?;
-    let SecureBoot::Keys(folder) = secure_boot else { return Ok(bytes) };
     let failed = |source| FirmwareError::Store { path: firmware.vars.clone(), source };
+    let folder = match secure_boot {
+        SecureBoot::Keys(folder) => folder,
+        SecureBoot::Vendor => {
+            let store = VariableStore::read(bytes).map_err(failed)?;
+            // Of firmware that was named: without a PK there would be no Secure Boot, and everything would start.
+            let has_keys = store.has("PK", GLOBAL_VARIABLE);
+            return if has_keys { Ok(store.into_bytes()) } else { Err(FirmwareError::NoVendorKeys) };
+        }
+        SecureBoot::Off | SecureBoot::Setup | SecureBoot::Enrol(_) => return Ok(bytes),
+    };
     let mut store = VariableStore::read(bytes).map_err(failed)?;
     for Keys { name, vendor, lists } in keys(folder)? {
         store.add_authenticated(name, vendor, &lists).map_err(failed)?;

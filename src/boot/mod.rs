@@ -219,7 +219,7 @@ impl BootError {
         matches!(
             self,
             Self::NoTpm
-                | Self::Firmware(FirmwareError::Missing { .. })
+                | Self::Firmware(FirmwareError::Missing { .. } | FirmwareError::NoVendorKeys)
                 | Self::Enrol(EnrolError::NoEnroller)
                 | Self::Machine(MachineError::Missing { .. } | MachineError::TooOld { .. })
         )
@@ -280,7 +280,7 @@ pub fn check(boot: &Boot, secrets: &Path) -> Result<(), BootError> {
     match &boot.secure_boot {
         SecureBoot::Keys(folder) => drop(firmware::keys(folder)?),
         SecureBoot::Enrol(folder) => enrol::check(folder)?,
-        SecureBoot::Off | SecureBoot::Setup => {}
+        SecureBoot::Off | SecureBoot::Setup | SecureBoot::Vendor => {}
     }
     Ok(())
 }
@@ -297,10 +297,10 @@ pub fn find_tpm(search_path: &str) -> Result<PathBuf, BootError> {
 ///
 /// # Errors
 /// [`BootError`] where they are not there.
-pub fn identify(is_secure: bool, enrolls: bool) -> Result<Vec<(String, String)>, BootError> {
-    let Firmware { code, vars, .. } = firmware::find(is_secure)?;
+pub fn identify(secure_boot: &SecureBoot) -> Result<Vec<(String, String)>, BootError> {
+    let Firmware { code, vars, .. } = firmware::find(secure_boot)?;
     let mut files = vec![("the firmware", code), ("the firmware's variables", vars)];
-    if enrolls {
+    if matches!(secure_boot, SecureBoot::Enrol(_)) {
         files.push(("what enrolls keys", enrol::enroller()?));
     }
     let digest = |(name, path): (&str, PathBuf)| {
@@ -321,7 +321,7 @@ pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<
         tempfile::tempdir_in(&boot.scratch).map_err(BootError::io("make a folder for the machine"))?;
     let firmware = match &boot.firmware {
         Some(firmware) => firmware.clone(),
-        None => firmware::find(boot.secure_boot != SecureBoot::Off)?,
+        None => firmware::find(&boot.secure_boot)?,
     };
     let mut disks = Vec::new();
     for choice in &boot.disks {
@@ -398,7 +398,9 @@ fn variables(
         told(Told::Note(format!("variables as {path} has them, {what}")));
     }
     match (&boot.secure_boot, have_keys, &boot.vars) {
-        (SecureBoot::Keys(_), false, Some(path)) => Err(VarsError::NoKeys(path.clone()).into()),
+        (SecureBoot::Keys(_) | SecureBoot::Vendor, false, Some(path)) => {
+            Err(VarsError::NoKeys(path.clone()).into())
+        }
         (SecureBoot::Enrol(folder), false, _) => {
             let took = enrol::enrol(qemu, firmware.open_code()?, &vars, folder, scratch)?;
             let folder = folder.display();

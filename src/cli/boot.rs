@@ -39,6 +39,7 @@ Examples:
   kiln boot disk.img                                        watch it boot, until it switches itself off
   kiln boot out/boot/efi --secure-boot keys -e 'within 60s' -e 'expect login:'
   kiln boot linux.efi --secure-boot setup --script boot.txt --report out --junit out/junit.xml
+  kiln boot disk.img --secure-boot vendor -e 'within 5m' -e 'expect login:'
   kiln boot linux.efi --enroll keys --vars vars.fd -e 'within 60s' -e 'expect login:'
   kiln boot disk.img --bus nvme --tpm --ssh-key id_ed25519 -e 'ssh systemctl is-system-running' -e 'output running'
 
@@ -63,8 +64,8 @@ pub(super) struct BootArguments {
     /// A further disk, attached as --bus says unless BUS is given
     #[arg(long = "disk", value_name = "FILE[:BUS]")]
     disks: Vec<String>,
-    /// Secure Boot: `off`, `setup` (on, without keys), or a folder with PK, KEK and db, and dbx where it is there (.esl, .cer, .crt)
-    #[arg(long, value_name = "off|setup|DIR", default_value = "off")]
+    /// Secure Boot: `off`, `setup` (on, without keys), `vendor` (with the keys that machines are sold with), or a folder with PK, KEK and db, and dbx where it is there (.esl, .cer, .crt)
+    #[arg(long, value_name = "off|setup|vendor|DIR", default_value = "off")]
     secure_boot: String,
     /// Let the firmware, in setup mode, take PK.auth, KEK.auth and db.auth of DIR before the image is booted
     #[arg(long, value_name = "DIR")]
@@ -173,6 +174,7 @@ pub(super) fn read(arguments: &BootArguments) -> Result<Boot, Failure> {
         }
         ("off", None) => SecureBoot::Off,
         ("setup", None) => SecureBoot::Setup,
+        ("vendor", None) => SecureBoot::Vendor,
         (folder, None) => SecureBoot::Keys(folder.into()),
     };
     let firmware = arguments

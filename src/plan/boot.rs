@@ -26,6 +26,8 @@ pub enum Trust {
     Off,
     /// No keys: it takes any.
     Setup,
+    /// The keys that machines are sold with.
+    Vendor,
     /// PK, KEK and db of this folder from the beginning.
     Keys(Pattern),
     /// Setup mode, in which it takes PK.auth, KEK.auth and db.auth of this folder.

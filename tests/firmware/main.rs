@@ -11,6 +11,7 @@ mod acceptance;
 #[path = "../canary/mod.rs"]
 #[expect(dead_code, reason = "texts are searched elsewhere")]
 mod canary;
+mod debian;
 #[path = "../folder/mod.rs"]
 #[expect(dead_code, reason = "files are copied into place here")]
 mod folder;
@@ -110,6 +111,15 @@ fn secure_boot_starts_what_the_db_key_signed_and_nothing_else() {
     }
     held("boot-unsigned-refused");
     held("boot-foreign-key");
+}
+
+/// What an owner signs is nobody's to machines as they are sold.
+#[test]
+fn the_vendors_keys_refuse_what_an_owner_signed() {
+    let host = Host::new();
+    let image = uki::signed("db");
+    let script = ["within 100s", "reject MARKER", "expect /Access Denied|Security Violation/"];
+    boot(&host, &[image.to_str().expect("text"), "--secure-boot", "vendor"], &script).ends(0, &[]);
 }
 
 /// One start of one firmware: disks that it must not start come before the one that it must.

@@ -156,7 +156,7 @@ impl<R: Runner> Checker<'_, R> {
         };
         plain(&step.name, &mut files)?;
         let keys = match &boot.trust {
-            Trust::Off | Trust::Setup => None,
+            Trust::Off | Trust::Setup | Trust::Vendor => None,
             Trust::Keys(folder) | Trust::Enroll(folder) => {
                 let none =
                     || BootStepError::NoKeys { step: step.name.clone(), path: folder.text().to_owned() };
@@ -406,11 +406,12 @@ fn bus(bus: plan::Bus) -> Bus {
 }
 
 /// As the firmware is given it; `keys` is where the keys are.
-fn secure_boot(trust: &Trust, keys: Option<&Path>) -> SecureBoot {
+pub(super) fn secure_boot(trust: &Trust, keys: Option<&Path>) -> SecureBoot {
     let keys = keys.map(Path::to_owned).unwrap_or_default();
     match trust {
         Trust::Off => SecureBoot::Off,
         Trust::Setup => SecureBoot::Setup,
+        Trust::Vendor => SecureBoot::Vendor,
         Trust::Keys(_) => SecureBoot::Keys(keys),
         Trust::Enroll(_) => SecureBoot::Enrol(keys),
     }

@@ -10,6 +10,7 @@ use kiln_virtio::fs::Attributes;
 use kiln_wire::Outcome;
 
 use super::BuildError;
+use super::boot_step::secure_boot;
 use crate::boot::{self, Boot, Verdict};
 use crate::cache::{Entry, ShareTrace};
 use crate::engine::error::RunError;
@@ -232,13 +233,14 @@ impl Runner for Machines<'_> {
     }
 
     fn firmware(&self, trust: &Trust) -> Result<Vec<(String, String)>, BuildError> {
-        let (is_secure, enrolls) = (!matches!(trust, Trust::Off), matches!(trust, Trust::Enroll(_)));
-        let name = format!("firmware, Secure Boot {is_secure}, enrolment {enrolls}");
+        // Which keys it gets is the step's; its files are the same.
+        let wanted = secure_boot(trust, None);
+        let name = format!("firmware, Secure Boot {wanted:?}");
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(parts) = known.get(&name) {
             return Ok(parts.clone());
         }
-        let parts = boot::identify(is_secure, enrolls)?;
+        let parts = boot::identify(&wanted)?;
         known.insert(name, parts.clone());
         Ok(parts)
     }

@@ -51,12 +51,13 @@ impl Reader<'_> {
         let word = table.secure_boot.as_ref().map_or("off", |text| text.get_ref().as_str());
         let span = table.secure_boot.as_ref().map_or(table.image.span(), Text::span);
         match (word, &table.keys) {
-            ("off" | "setup", Some(keys)) => {
-                let message = format!("with secure-boot = \"{word}\" the firmware has no keys");
+            ("off" | "setup" | "vendor", Some(keys)) => {
+                let message = format!("with secure-boot = \"{word}\" the firmware has none of these keys");
                 Err(self.fault(keys.span(), message).hint("secure-boot = \"keys\" or \"enroll\""))
             }
             ("off", None) => Ok(Trust::Off),
             ("setup", None) => Ok(Trust::Setup),
+            ("vendor", None) => Ok(Trust::Vendor),
             ("keys", Some(keys)) => Ok(Trust::Keys(self.pattern(keys)?)),
             ("enroll", Some(keys)) => Ok(Trust::Enroll(self.pattern(keys)?)),
             ("keys" | "enroll", None) => {
@@ -65,7 +66,7 @@ impl Reader<'_> {
             }
             (other, _) => {
                 let fault = self.fault(span, format!("`{other}` says nothing of Secure Boot"));
-                Err(fault.hint("off, setup, keys or enroll"))
+                Err(fault.hint("off, setup, vendor, keys or enroll"))
             }
         }
     }

@@ -20,7 +20,7 @@ pub struct BootTable {
     /// Name of a folder's FAT partition.
     #[schemars(with = "Option<String>")]
     pub label: Option<Text>,
-    /// Secure Boot: `off` (unless said), `setup` (no keys), `keys` (those of `keys`, from the beginning) or `enroll` (in setup
+    /// Secure Boot: `off` (unless said), `setup` (no keys), `vendor` (those that machines are sold with), `keys` (those of `keys`, from the beginning) or `enroll` (in setup
     /// mode the firmware takes the .auth files of `keys`).
     #[schemars(with = "Option<String>")]
     pub secure_boot: Option<Text>,
