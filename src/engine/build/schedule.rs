@@ -353,8 +353,11 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
         if let (true, Some(need)) = (self.build.options.dry_run, would_run) {
             // What it will see is not known before.
             let name = &self.build.plan.step(*need).name;
-            let _ =
-                news(News::Starts(&step.name, &format!("step `{name}`, which it needs, has to run first")));
+            // That one may put out what it put out before, as signing does, and then this one does not run.
+            let why = format!(
+                "step `{name}`, which it needs, has to run first, and whether this one has to is known then"
+            );
+            let _ = news(News::Starts(&step.name, &why));
             self.ran[id.0] = true;
             self.end(id, Outcome::WouldRun, timeline, news);
             return false;

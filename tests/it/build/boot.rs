@@ -36,7 +36,10 @@ fn what_was_booted_is_booted_again_only_when_something_of_it_changed() {
     assert!(report.contains("name=\"good\" tests=\"2\" failures=\"0\""), "{report}");
     assert_eq!(done(&world, RECIPE), Vec::<String>::new());
     world.source("boot.txt", "reject hello\nexpect iell\n");
-    assert_eq!(done(&world, RECIPE), ["flipped"]);
+    let built = world.build(RECIPE);
+    assert_eq!(built.reasons.keys().collect::<Vec<_>>(), ["flipped"]);
+    // As `kiln why` says it: which of the statements.
+    assert_eq!(built.reasons["flipped"], "what is expected changed: `expect iell` was `expect iello`");
     let other = RECIPE.replace("expect hello", "expect hell");
     assert_eq!(done(&world, &other), ["good"]);
     let other = other.replace("{ image = \"esp\", expect", "{ image = \"esp\", bus = \"nvme\", expect");
