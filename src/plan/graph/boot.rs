@@ -51,8 +51,12 @@ impl Reader<'_> {
         let word = table.secure_boot.as_ref().map_or("off", |text| text.get_ref().as_str());
         let span = table.secure_boot.as_ref().map_or(table.image.span(), Text::span);
         match (word, &table.keys) {
-            ("off" | "setup" | "vendor", Some(keys)) => {
-                let message = format!("with secure-boot = \"{word}\" the firmware has none of these keys");
+            ("vendor", Some(keys)) => {
+                let message = "with secure-boot = \"vendor\" the firmware has the vendor's keys";
+                Err(self.fault(keys.span(), message.to_owned()).hint("secure-boot = \"keys\" or \"enroll\""))
+            }
+            ("off" | "setup", Some(keys)) => {
+                let message = format!("with secure-boot = \"{word}\" the firmware has no keys");
                 Err(self.fault(keys.span(), message).hint("secure-boot = \"keys\" or \"enroll\""))
             }
             ("off", None) => Ok(Trust::Off),

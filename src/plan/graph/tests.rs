@@ -78,7 +78,7 @@ fn what_contradicts_itself_is_refused_where_it_stands() {
         (boot("expect = \"reboot\"\nbus = \"scsi\""), 4, "no bus `scsi`"),
         (boot("expect = \"reboot\"\nlabel = \"twelve chars\""), 4, "FAT cannot hold"),
         (boot("expect = \"reboot\"\nsecure-boot = \"on\""), 4, "says nothing of Secure Boot"),
-        (boot("expect = \"reboot\"\nsecure-boot = \"vendor\"\nkeys = \"K\""), 5, "has none of these keys"),
+        (boot("expect = \"reboot\"\nsecure-boot = \"vendor\"\nkeys = \"K\""), 5, "the vendor's keys"),
         (boot("expect = \"reboot\"\nsecure-boot = \"keys\""), 4, "takes the keys of a folder"),
         (boot("expect = \"reboot\"\nkeys = \"k\""), 4, "has no keys"),
         (boot("expect = \"reboot\"\nreport = \".\""), 4, "one folder below WORK"),
