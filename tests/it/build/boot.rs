@@ -68,6 +68,17 @@ fn a_boot_that_is_not_as_expected_fails_and_leaves_its_report() {
 }
 
 #[test]
+fn the_report_of_a_boot_that_fails_after_one_that_did_not_is_kilns_own_too() {
+    let world = world();
+    let failing = RECIPE.replace("expect hello", "expect goodbye");
+    for _ in 0..2 {
+        assert_eq!(world.build_targets(RECIPE, &["good"]).summary.count(Outcome::is_good), 2);
+        let built = world.build_targets(&failing, &["good"]);
+        assert!(matches!(built.outcome("good"), Outcome::CommandFailed(_)), "{:?}", built.summary.outcomes);
+    }
+}
+
+#[test]
 fn what_cannot_be_booted_or_changed_is_named() {
     let world = world();
     for (boot, words, hint) in [
