@@ -15,7 +15,8 @@
 //! - [`store`]: content-addressed blobs and what refers to them.
 //! - [`upkeep`]: what keeps a blob, what may go, and what is damaged; [`writes`]: the door through which files of the
 //!   store and of WORK are changed.
-//! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock; [`threads`]: that to threads.
+//! - [`settings`]: every setting with its origin; [`clock`]: the door to the host's clock; [`threads`]: that to threads;
+//!   [`shortage`]: what a host may be short of.
 //! - [`apart`]: what must have nothing in common, such as SECRETS and whatever is shown, built or booted.
 //! - [`plan`]: pure data and pure functions: recipes and their graph, a step's root, globs, environment, quantities.
 //!
@@ -37,6 +38,7 @@ pub mod machine;
 pub mod plan;
 pub mod root;
 pub mod settings;
+pub mod shortage;
 pub mod sign;
 pub mod store;
 pub mod threads;

@@ -8,8 +8,7 @@ use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
 use rustix::io::Errno;
 
 /// What to do about [`Refused`].
-pub const HINT: &str =
-    "raise the limit of processes (`ulimit -u`), or that of the container or service, or end some that run";
+pub const HINT: &str = "raise the limit of processes (`ulimit -u`) or of memory (`ulimit -v`), or that of the container or service, or end some that run";
 
 /// The system's word for it, which is all that is left in what another process says.
 pub const REFUSAL: &str = "Resource temporarily unavailable";

@@ -10,7 +10,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "cli",
         &[
             "agent", "apart", "boot", "cache", "clock", "engine", "keeper", "machine", "plan", "root",
-            "settings", "sign", "threads", "upkeep",
+            "settings", "shortage", "sign", "threads", "upkeep",
         ],
     ),
     (
@@ -28,7 +28,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("keeper", &["agent", "clock", "machine", "plan", "store", "threads"]),
     ("fetch", &["machine", "plan", "store", "writes"]),
     ("sign", &["apart"]),
-    ("machine", &["threads", "writes"]),
+    ("machine", &["shortage", "threads", "writes"]),
     ("agent", &["plan", "store", "threads"]),
     ("store", &["clock", "writes"]),
     ("writes", &[]),
@@ -36,6 +36,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("settings", &["plan"]),
     ("plan", &[]),
     ("clock", &[]),
+    ("shortage", &["threads"]),
     ("threads", &[]),
 ];
 

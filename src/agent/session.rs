@@ -38,12 +38,11 @@ pub enum SessionError {
     #[error("the guest broke the protocol: {0}")]
     Violation(String),
     /// The agent could not do what it was asked.
-    #[error("the agent failed while {what}")]
+    #[error("the agent failed while {what}: {errno}")]
     Failed {
         /// What, and with what object, in the agent's words.
         what: String,
-        /// The guest kernel's word.
-        #[source]
+        /// The guest kernel's word: no source, as it says nothing of the host.
         errno: io::Error,
     },
     /// What the command wrote could not be passed on.

@@ -49,7 +49,7 @@ use crate::keeper::background::{self, Caller};
 use crate::keeper::{DoorError, Registry, RegistryError};
 use crate::machine::MachineError;
 use crate::settings::{Flags, Settings, SettingsError};
-use crate::threads::{self, Refused};
+use crate::shortage::Shortage;
 
 /// Builds software with every step in its own microVM, and says what each step really read.
 #[derive(Debug, Parser)]
@@ -208,7 +208,7 @@ struct Failure {
 
 impl Failure {
     fn new(error: &(dyn std::error::Error + 'static), hint: Option<String>, code: u8) -> Self {
-        let hint = if Refused::is_behind(error) { Some(threads::HINT.to_owned()) } else { hint };
+        let hint = Shortage::behind(error).map(|lack| lack.hint().to_owned()).or(hint);
         Self { text: show::chain(error), hint, code }
     }
 

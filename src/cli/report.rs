@@ -19,7 +19,7 @@ use crate::engine::build::{News, Outcome, Summary, work_name};
 use crate::engine::{Event, Host, Phase};
 use crate::plan::{show_bytes, show_duration};
 use crate::settings::Settings;
-use crate::threads::{self, Refused};
+use crate::shortage::Shortage;
 
 /// How many lines of a step's output are remembered where they are not shown, for when kiln fails to carry it through.
 const TAIL_LINES: usize = 20;
@@ -330,8 +330,8 @@ impl<'a> Reporter<'a> {
             Outcome::Failed(error) => {
                 self.lines(step, tail);
                 let text = format!("step `{step}`: {}", chain(error.as_ref()));
-                let refused = Refused::is_behind(error.as_ref()).then_some(threads::HINT);
-                self.fail(&text, refused.or(error.hint().as_deref()));
+                let lack = Shortage::behind(error.as_ref()).map(Shortage::hint);
+                self.fail(&text, lack.or(error.hint().as_deref()));
                 self.tell_commands(step, outcome);
             }
         }

@@ -389,7 +389,8 @@ fn try_run(arguments: &RunArguments, flags: Flags, left: &mut Left) -> Result<u8
     }
     let host = Host::open(Settings::read(flags)?)?;
     let interrupts = Interrupts::watch(&host.settings.work.value, host.store.temporary(), arguments.json);
-    let interrupts = interrupts.map_err(|error| Failure::new(&error, None, super::FAILED))?;
+    let interrupts =
+        interrupts.map_err(|error| Failure::new(&error, None, super::FAILED).about("watch for signals"))?;
     let input = arguments.stdin.then(|| io::stdin().as_fd().try_clone_to_owned()).transpose();
     let input = input
         .map_err(|source| RunError::Io { what: "take standard input", source })

@@ -154,6 +154,7 @@ impl RunError {
                     }
                 })
             }
+            Self::Died { death, .. } if death.shortage().is_some() => death.hint(),
             Self::Died { death: Death::Panicked(line), .. } if line.to_lowercase().contains("memory") => {
                 Some("--memory gives the machine more memory".to_owned())
             }

@@ -21,6 +21,7 @@ use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 
 use super::fetcher::Fetcher;
+use super::in_full;
 use super::jail::attempt::Trial;
 use super::jail::{self, Held, Profile};
 use super::vmm::Vmm;
@@ -94,13 +95,8 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // The parent reads this pipe and shows it as what the program said.
-            let mut said = format!("kiln: {error}");
-            let mut source = error.source();
-            while let Some(inner) = source {
-                said = format!("{said}: {inner}");
-                source = inner.source();
-            }
-            let _ = io::Write::write_all(&mut io::stderr(), format!("{said}\n").as_bytes());
+            let said = format!("kiln: {}\n", in_full(error.as_ref()));
+            let _ = io::Write::write_all(&mut io::stderr(), said.as_bytes());
             ExitCode::from(125)
         }
     }

@@ -39,7 +39,7 @@ use kiln_digest::Digest;
 use kiln_virtio::fs::record::Record;
 use serde::{Deserialize, Serialize};
 
-use crate::threads;
+use crate::shortage::Shortage;
 
 /// The tree of a host directory under a name, as the machine's fs device shows it.
 #[derive(Debug)]
@@ -216,6 +216,31 @@ pub enum Death {
     },
 }
 
+impl Death {
+    /// What the host lacked, where that is what it died of.
+    pub fn shortage(&self) -> Option<Shortage> {
+        match self {
+            Self::Killed { status, said, .. } => {
+                // Unless a person kills it, the kernel does, which needs the memory.
+                Shortage::in_words(said).or((status == spawn::KILLED).then_some(Shortage::Memory))
+            }
+            Self::Disk { why, .. } => Shortage::in_words(why),
+            Self::Panicked(_) | Self::Stopped(_) => None,
+        }
+    }
+
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        let lack = self.shortage()?.hint();
+        Some(match self {
+            Self::Killed { status, .. } if status == spawn::KILLED => {
+                format!("where nobody killed it, the system did, for want of memory: {lack}")
+            }
+            _ => lack.to_owned(),
+        })
+    }
+}
+
 impl std::fmt::Display for Death {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -282,18 +307,29 @@ impl MachineError {
             )),
             Self::Memory(error) => error.hint(),
             Self::Processors(_) => Some(format!("give it at most {}", u8::MAX - 1)),
-            Self::Device(said) | Self::DiedAtStart(Death::Killed { said, .. })
-                if said.contains(threads::REFUSAL) =>
-            {
-                Some(threads::HINT.to_owned())
+            Self::DiedAtStart(death) => death.hint(),
+            Self::Device(said) => Shortage::in_words(said).map(|lack| lack.hint().to_owned()),
+            Self::Io { source, .. } => {
+                Shortage::in_words(&source.to_string()).map(|lack| lack.hint().to_owned())
             }
-            _ => None,
         }
     }
 
     fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Io { what, source }
     }
+}
+
+/// What `error` says and what its sources say that it does not.
+fn in_full(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut said = error.to_string();
+    for inner in std::iter::successors(error.source(), |error| error.source()) {
+        let more = inner.to_string();
+        if !said.contains(&more) {
+            said = format!("{said}: {more}");
+        }
+    }
+    said
 }
 
 /// Starts machines.

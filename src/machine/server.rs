@@ -61,7 +61,10 @@ impl Server {
     }
 
     /// An error of its, with what it said last.
-    pub fn failure(&self, error: &dyn std::fmt::Display) -> MachineError {
+    pub fn failure(&self, error: &control::ClientError) -> MachineError {
+        if matches!(error, control::ClientError::Closed | control::ClientError::Send(_)) {
+            self.process.has_said_all();
+        }
         let said = self.process.said();
         MachineError::Device(if said.is_empty() { error.to_string() } else { format!("{error}: {said}") })
     }

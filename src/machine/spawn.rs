@@ -20,6 +20,9 @@ use super::launch::{Become, MAX_DESCRIPTORS, MAX_REQUEST_BYTES, Request, SUBCOMM
 use super::tail::Tail;
 use crate::threads::{self, Refused};
 
+/// How long the last words of a process may take to be read after its end. A child of its own may hold its standard error.
+const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(500);
+
 /// A child that is killed and reaped when dropped.
 #[derive(Debug)]
 pub(super) struct Process {
@@ -38,6 +41,11 @@ impl Process {
         self.stderr.text().trim().replace('\n', "; ")
     }
 
+    /// Waits until all is read that it said, where it has ended or is about to; not for long.
+    pub fn has_said_all(&self) {
+        self.stderr.wait_for_end(LAST_WORDS_PATIENCE);
+    }
+
     /// Whether all that it wrote to its standard error is lines, and there is one.
     pub fn has_said_a_line(&self) -> bool {
         self.stderr.text().ends_with('\n')
@@ -53,12 +61,15 @@ impl Process {
         self.child.stdout.take()
     }
 
-    /// Its exit status, if it ends within `patience`.
+    /// Its exit status, if it ends within `patience`. What it said is all there then.
     pub fn wait(&mut self, patience: Duration) -> Option<ExitStatus> {
         let deadline = Instant::now() + patience;
         loop {
             match self.child.try_wait() {
-                Ok(Some(status)) => return Some(status),
+                Ok(Some(status)) => {
+                    self.has_said_all();
+                    return Some(status);
+                }
                 Ok(None) if Instant::now() < deadline => thread::sleep(Duration::from_millis(2)),
                 _ => return None,
             }
@@ -89,6 +100,9 @@ impl Drop for Process {
         self.stop();
     }
 }
+
+/// What [`in_words`] says of a process that got SIGKILL.
+pub(super) const KILLED: &str = "killed by signal 9";
 
 /// How a process ended.
 pub(super) fn in_words(status: ExitStatus) -> String {

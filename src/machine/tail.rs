@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crate::threads;
 
@@ -15,13 +16,14 @@ const KEPT_BYTES: usize = 64 << 10;
 pub(super) struct Tail {
     // The last KEPT_BYTES of the stream, written by the reading thread only.
     kept: Arc<Mutex<VecDeque<u8>>>,
-    // The stream whose peer is hung up on when this one ends; none once it has ended.
-    at_end: Arc<Mutex<AtEnd>>,
+    // The stream whose peer is hung up on when this one ends; none once it has ended, which is told.
+    at_end: Arc<(Mutex<AtEnd>, Condvar)>,
 }
 
 #[derive(Debug, Default)]
 enum AtEnd {
     #[default]
+    Unread,
     Nothing,
     HangUp(UnixStream),
     Ended,
@@ -34,6 +36,7 @@ impl Tail {
     /// There is no thread.
     pub fn follow(mut stream: impl Read + Send + 'static) -> io::Result<Self> {
         let tail = Self::default();
+        *tail.at_end() = AtEnd::Nothing;
         let kept = tail.clone();
         threads::start("tail", move || {
             let mut buffer = [0; 4096];
@@ -44,22 +47,32 @@ impl Tail {
                 bytes.drain(..excess);
             }
             drop(stream);
-            let mut at_end = kept.at_end.lock().unwrap_or_else(PoisonError::into_inner);
-            if let AtEnd::HangUp(other) = std::mem::replace(&mut *at_end, AtEnd::Ended) {
+            if let AtEnd::HangUp(other) = std::mem::replace(&mut *kept.at_end(), AtEnd::Ended) {
                 let _ = other.shutdown(Shutdown::Both);
             }
+            kept.at_end.1.notify_all();
         })?;
         Ok(tail)
     }
 
     /// Hangs up on `other` when the stream ends, or now if it has ended.
     pub fn hang_up_at_end(&self, other: UnixStream) {
-        let mut at_end = self.at_end.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut at_end = self.at_end();
         if matches!(*at_end, AtEnd::Ended) {
             let _ = other.shutdown(Shutdown::Both);
         } else {
             *at_end = AtEnd::HangUp(other);
         }
+    }
+
+    /// Waits until the stream has ended, for `patience` at most. Where nobody reads it there is nothing to wait for.
+    pub fn wait_for_end(&self, patience: Duration) {
+        let is_read = |at_end: &mut AtEnd| !matches!(at_end, AtEnd::Ended | AtEnd::Unread);
+        drop(self.at_end.1.wait_timeout_while(self.at_end(), patience, is_read));
+    }
+
+    fn at_end(&self) -> MutexGuard<'_, AtEnd> {
+        self.at_end.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<u8>> {

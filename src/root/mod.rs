@@ -147,8 +147,10 @@ impl RootError {
     pub fn is_the_users(&self) -> bool {
         matches!(
             self,
-            Self::Directory(_)
-                | Self::Archive { .. }
+            Self::Directory(error) if !matches!(error, DirectoryError::Store(_))
+        ) || matches!(
+            self,
+            Self::Archive { .. }
                 | Self::Image { .. }
                 | Self::Compression { .. }
                 | Self::NotAFile(_)

@@ -28,6 +28,10 @@ impl Temporary {
         // Between the two steps another kiln may take the folder for a dead one's: it is made anew then.
         match File::open(&path).and_then(|lock| lock.lock().map(|()| lock)) {
             Ok(lock) if path.is_dir() => Ok(Self { path, since, _lock: lock }),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                let _ = fs::remove_dir(&path);
+                Err(error)
+            }
             _ => Self::new(area),
         }
     }
@@ -70,7 +74,10 @@ pub(super) fn earliest(area: &Path, own: Option<&Path>) -> io::Result<Option<Sys
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.path);
+        // An empty one goes where no descriptor is left to look into it, too.
+        if fs::remove_dir(&self.path).is_err() {
+            let _ = fs::remove_dir_all(&self.path);
+        }
     }
 }
 

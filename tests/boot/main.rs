@@ -33,6 +33,7 @@ mod ready;
 mod roots;
 mod screen;
 mod secure;
+mod shortage;
 mod squashfs;
 mod strace;
 mod stress;

@@ -1,6 +1,6 @@
 //! The device process beside a QEMU: started in its jail, and connected to QEMU.
 
-use std::io;
+use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
@@ -13,9 +13,12 @@ fn listening_pair() -> Result<(OwnedFd, OwnedFd), MachineError> {
     let make = || {
         let folder = tempfile::tempdir()?;
         let path = folder.path().join("s");
-        let listener = UnixListener::bind(&path)?;
-        let connected = UnixStream::connect(&path)?;
-        io::Result::Ok((listener.into(), connected.into()))
+        let pair = UnixListener::bind(&path)
+            .and_then(|listener| Ok((listener.into(), UnixStream::connect(&path)?.into())));
+        // So it goes where no descriptor is left to look into it, too.
+        let _ = fs::remove_file(&path);
+        let _ = fs::remove_dir(folder.path());
+        pair
     };
     make().map_err(MachineError::io("make a socket for a device"))
 }

@@ -229,7 +229,11 @@ impl Qemu {
             devices,
             notes: Vec::new(),
         };
-        let opened = Qmp::open(qmp).map_err(|_| self.died_at_start(&mut machine))?;
+        let opened = Qmp::open(qmp).map_err(|_| {
+            // Nobody waits for what a monitor that is not there says.
+            machine.watch = Watch::ended();
+            self.died_at_start(&mut machine)
+        })?;
         if opened.version < OLDEST_VERSION {
             return Err(MachineError::TooOld { found: opened.version.to_string() });
         }

@@ -230,6 +230,15 @@ pub(super) struct DiskTrouble {
     pub why: String,
 }
 
+impl Watch {
+    /// Of a QEMU that tells nothing any more.
+    pub fn ended() -> Self {
+        let watch = Self::default();
+        watch.lock().ended = true;
+        watch
+    }
+}
+
 impl Deref for Watch {
     type Target = Watched;
 

@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime};
 
 use kiln_digest::Digest;
 use rustix::fs::{Mode, OFlags, Timespec, Timestamps, UTIME_NOW, openat};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -90,7 +91,11 @@ pub struct Template {
 pub fn open(path: &Path, memory_bytes: u64) -> Result<Option<Template>, TemplateError> {
     use TemplateError::Damaged;
     // Whoever throws it away meanwhile takes all of it: what is opened beneath is of one template.
-    let Ok(folder) = File::open(path) else { return Ok(None) };
+    let folder = match File::open(path) {
+        Ok(folder) => folder,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(TemplateError::io("open a template")(error)),
+    };
     let about = file(&folder, ABOUT)?;
     let text = read(&about, MOST_ABOUT_BYTES)?;
     let known: About = serde_json::from_slice(&text).map_err(|_| Damaged("its description is damaged"))?;
@@ -149,7 +154,10 @@ fn name_of(path: &Path) -> String {
 
 fn file(folder: &File, name: &str) -> Result<File, TemplateError> {
     let file = openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW, Mode::empty());
-    file.map(File::from).map_err(|_| TemplateError::Damaged("a part of it is missing"))
+    file.map(File::from).map_err(|errno| match errno {
+        Errno::NOENT | Errno::LOOP => TemplateError::Damaged("a part of it is missing"),
+        errno => TemplateError::io("open a template")(errno.into()),
+    })
 }
 
 fn read(file: &File, most_bytes: u64) -> Result<Vec<u8>, TemplateError> {

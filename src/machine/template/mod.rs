@@ -31,8 +31,8 @@ pub(super) use self::files::Template;
 use self::greeting::greet;
 use super::ready::Lendable;
 use super::slots::Places;
-use super::{Carrier, Cpu, Death, MachineError, Spec};
-use crate::threads;
+use super::{Carrier, Cpu, Death, MachineError, Spec, in_full};
+use crate::shortage::Shortage;
 use crate::writes;
 
 /// How long a machine may take to boot before there is no template of it. An emulated one needs two seconds.
@@ -123,21 +123,19 @@ pub(super) enum TemplateError {
     Barren,
 }
 
-/// In these words the C library says that the host lacks memory, processes or descriptors, here and in programs that were started.
-const SHORTAGES: [&str; 3] = ["Cannot allocate memory", threads::REFUSAL, "Too many open files"];
-
 impl TemplateError {
     /// Whether the host lacked something: that says nothing about a template.
     fn is_shortage(&self) -> bool {
-        let mut error: Option<&dyn std::error::Error> = Some(self);
-        while let Some(this) = error {
-            let text = this.to_string();
-            if SHORTAGES.iter().any(|words| text.contains(words)) {
-                return true;
+        let lack = match self {
+            Self::Died(death) | Self::Machine(MachineError::DiedAtStart(death)) => death.shortage(),
+            error => {
+                let mut chain =
+                    std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+                chain.find_map(|error| Shortage::in_words(&error.to_string()))
             }
-            error = this.source();
-        }
-        false
+        };
+        // Room is different: what wrote a gibibyte in vain need not do so again at once.
+        lack.is_some_and(|lack| lack != Shortage::Room)
     }
 
     pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
@@ -184,7 +182,7 @@ impl Templates {
                 Ok(template) => template,
                 Err(TemplateError::Barren) => return Err(notes),
                 Err(error) => {
-                    notes.push(format!("there is no template, so the machine booted: {error}"));
+                    notes.push(format!("there is no template, so the machine booted: {}", in_full(&error)));
                     return Err(notes);
                 }
             };
@@ -194,11 +192,13 @@ impl Templates {
                     return Ok(machine);
                 }
                 Err(error) if error.is_shortage() => {
-                    notes.push(format!("no copy of a template came up, so the machine booted: {error}"));
+                    let why = in_full(&error);
+                    notes.push(format!("no copy of a template came up, so the machine booted: {why}"));
                     return Err(notes);
                 }
                 Err(error) => {
-                    notes.push(format!("a template was thrown away, as no copy of it came up: {error}"));
+                    let why = in_full(&error);
+                    notes.push(format!("a template was thrown away, as no copy of it came up: {why}"));
                     self.discard(&key);
                 }
             }
@@ -227,6 +227,7 @@ impl Templates {
         match files::open(&path, spec.memory_bytes) {
             Ok(Some(template)) => return Ok(template),
             Ok(None) => {}
+            Err(error) if error.is_shortage() => return Err(error),
             Err(error) => {
                 notes.push(format!("a template was thrown away and made anew: {error}"));
                 files::remove(&path, &self.temporary);
