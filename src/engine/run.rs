@@ -209,6 +209,9 @@ fn carry_through(
         unrecorded: unrecorded(step, has_input),
     };
     let reads = reads::report(record, &prepared.observables, beside, step.report_reads);
+    for text in reads.empty() {
+        let _ = events(Event::Warning(&text));
+    }
     let _ = events(Event::Phase(Phase::Record, stopwatch.lap()));
 
     let collected = match collection {

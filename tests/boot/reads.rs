@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::symlink;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use kiln_digest::Digest;
 use serde_json::Value;
 
-use super::host::{Host, Running};
+use super::host::{Host, Running, started_by};
 
 /// The document's entries of a share, by path.
 pub fn entries<'a>(report: &'a Value, share: &str) -> BTreeMap<&'a str, &'a Value> {
@@ -129,6 +130,33 @@ fn a_file_that_changes_while_it_is_read_spoils_the_report() {
     assert_eq!(report["complete"], false);
     assert_eq!(of_share(&report, "src")["changed"][0]["path"], "a");
     host.is_clean(group);
+}
+
+#[test]
+fn a_folder_on_which_the_hosts_kernel_shows_itself_is_empty_and_the_run_says_so() {
+    let host = Host::new();
+    host.file("src/sub/a", "1");
+    host.folder("src/sub/system");
+    host.folder("src/other");
+    // Two mounts, of which the step comes upon one.
+    let mounts =
+        "mount -t proc none src/sub/system && mount -t proc none src/other && exec \"$@\" || exit 77";
+    let run =
+        host.command(&["--src", "src", "--reads", "reads.json"], &["sh", "-c", "cat sub/a; ls sub/system"]);
+    let mut command = started_by(&["unshare", "-m", "sh", "-c", mounts, "sh"], &run);
+    let told = host.end(command.process_group(0), &[]);
+    if told.code == Some(77) || told.stderr.contains("unshare failed") {
+        eprintln!("skipped: this host lets nobody mount: {}", told.stderr);
+        return;
+    }
+    let said =
+        "`/ws/project/sub/system` was an empty folder for the step: a proc of the host's is mounted there";
+    told.ends(0, &[said]);
+    assert_eq!((told.text(), told.stderr.matches("warning: ").count()), ("1", 1), "{told:?}");
+    let report: Value = serde_json::from_str(&host.read("reads.json")).expect("JSON");
+    assert_eq!(report["complete"], true);
+    let empty = &of_share(&report, "src")["empty"];
+    assert_eq!(*empty, serde_json::json!([{"path": "sub/system", "filesystem": "proc"}]));
 }
 
 #[test]

@@ -79,6 +79,12 @@ struct ChangedLine<'a> {
     what: &'a str,
 }
 
+#[derive(Serialize)]
+struct EmptyLine<'a> {
+    path: &'a PathBytes,
+    filesystem: &'a str,
+}
+
 impl ReadsReport {
     /// Writes the document.
     ///
@@ -122,6 +128,9 @@ impl ShareReads {
         list(out, "missed", self.record.missed.iter(), |out, path| serde_json::to_writer(out, &path))?;
         list(out, "changed", self.changed.iter(), |out, (path, what)| {
             serde_json::to_writer(out, &ChangedLine { path, what })
+        })?;
+        list(out, "empty", self.empty.iter(), |out, (path, filesystem)| {
+            serde_json::to_writer(out, &EmptyLine { path, filesystem })
         })?;
         out.write_all(b"\n}")
     }

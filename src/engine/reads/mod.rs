@@ -3,6 +3,7 @@
 //!
 //! `document` is the form in which users get it.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,7 +11,7 @@ use std::path::PathBuf;
 
 use kiln_digest::Digest;
 use kiln_virtio::fs::record::{Change, Changed, Entry, Kind, Observed, PathBytes, Record, ShareRecord};
-use kiln_virtio::fs::{Attributes, Open, fingerprint_of, open_beneath};
+use kiln_virtio::fs::{Attributes, Open, fingerprint_of, kernel_filesystem, open_beneath};
 
 use crate::machine::Identity;
 
@@ -67,6 +68,8 @@ pub struct ShareReads {
     /// Paths that changed while the step ran, or until they were hashed: the record does not say what the step
     /// saw there.
     changed: Vec<(PathBytes, &'static str)>,
+    /// Folders that were empty in the guest, as a file system of the host's kernel is mounted there: its name.
+    empty: Vec<(PathBytes, &'static str)>,
 }
 
 /// A share as the engine keeps it for the time after the run.
@@ -76,6 +79,16 @@ pub(super) struct Observable {
     pub guest: String,
     pub attributes: Attributes,
     pub directory: OwnedFd,
+}
+
+/// What a guest mounts itself over a root that is a share, and never sees of that.
+const COVERED: [&[u8]; 4] = [b"dev", b"proc", b"run", b"sys"];
+
+impl Observable {
+    /// Whether the guest sees something else at `path`.
+    fn is_covered(&self, path: &PathBytes) -> bool {
+        self.guest == "/" && COVERED.contains(&path.0.as_slice())
+    }
 }
 
 /// Makes the report of `record`. With `hash`, contents are hashed beneath `shares`; without, none has a digest.
@@ -95,6 +108,7 @@ pub(super) fn report(record: Record, shares: &[Observable], beside: Beside, hash
             },
             contents: Vec::new(),
             changed: Vec::new(),
+            empty: Vec::new(),
         };
         match take(&share.name) {
             Some(record) => reads.take(record, share, hash),
@@ -108,7 +122,17 @@ pub(super) fn report(record: Record, shares: &[Observable], beside: Beside, hash
 impl ShareReads {
     fn take(&mut self, record: ShareRecord, share: &Observable, hash: bool) {
         let mut changed: Vec<Changed> = Vec::new();
-        for entry in record.entries.iter().filter(|entry| entry.observed.contains(Observed::CONTENT)) {
+        let mut filesystems = BTreeMap::new();
+        for entry in record.entries.iter() {
+            if entry.kind == Kind::Directory && !share.is_covered(&entry.path) {
+                let device = entry.fingerprint.device;
+                let known =
+                    filesystems.entry(device).or_insert_with(|| kernels_own(share.directory.as_fd(), &entry));
+                self.empty.extend(known.map(|name| (entry.path.clone(), name)));
+            }
+            if !entry.observed.contains(Observed::CONTENT) {
+                continue;
+            }
             let known = record.changed.binary_search_by(|change| change.path.cmp_as_walked(&entry.path));
             let content =
                 if hash && known.is_err() { content(share.directory.as_fd(), &entry) } else { Ok(None) };
@@ -136,6 +160,11 @@ impl ShareReads {
             (entry, digest)
         })
     }
+}
+
+/// The file system of the host's kernel's own that the folder of `entry` is on; none where that holds files.
+fn kernels_own(share: impl AsFd, entry: &Entry) -> Option<&'static str> {
+    kernel_filesystem(open_beneath(share, &entry.path.0, Open::Name).ok()?).ok()?
 }
 
 /// The digest of a content, or how it is not what was served.
@@ -184,6 +213,19 @@ impl ReadsReport {
         let records = self.shares.iter().map(|share| &share.record);
         records.fold((0, 0), |(found, missed), record| {
             (found + record.entries.len(), missed + record.missed.len())
+        })
+    }
+
+    /// Folders that the step saw empty, as the host's kernel shows itself there, each in words.
+    pub fn empty(&self) -> impl Iterator<Item = String> {
+        self.shares.iter().flat_map(|share| {
+            let words = |(path, name): &(PathBytes, &str)| {
+                format!(
+                    "`{}/{path}` was an empty folder for the step: a {name} of the host's is mounted there, which holds no files",
+                    share.guest.trim_end_matches('/')
+                )
+            };
+            share.empty.iter().map(words)
         })
     }
 

@@ -231,3 +231,28 @@ fn without_hashing_counts_are_the_same() {
     let report = report(record, &[share("src", host.path(), FIXED)], Beside::default(), false);
     assert_eq!((report.contents(), report.is_complete()), ((1, 7), true));
 }
+
+#[test]
+fn a_folder_on_which_the_hosts_kernel_shows_itself_is_named_and_none_that_the_guest_covers() {
+    let top = Path::new("/");
+    let entries = || {
+        RecordPart::Entries(vec![
+            entry(top, b"", Kind::Directory, META),
+            entry(top, b"proc", Kind::Directory, META | Observed::LISTING),
+            entry(top, b"usr", Kind::Directory, META),
+        ])
+    };
+    let record =
+        record(vec![RecordPart::Share(named("src")), entries(), RecordPart::Share(named("root")), entries()]);
+    let mut root = share("root", top, Attributes::Real);
+    root.guest = "/".to_owned();
+    let report = report(record, &[share("src", top, FIXED), root], Beside::default(), false);
+    let said: Vec<String> = report.empty().collect();
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert!(said[0].starts_with("`/ws/src/proc` was an empty folder for the step: a proc "), "{said:?}");
+    let document: serde_json::Value = serde_json::from_str(&written(&report)).expect("JSON");
+    let empty = |share: usize| document["shares"][share]["empty"].clone();
+    assert_eq!(empty(0), serde_json::json!([{"path": "proc", "filesystem": "proc"}]));
+    assert_eq!(empty(1), serde_json::json!([]));
+    assert!(report.is_complete());
+}
