@@ -16,7 +16,7 @@ use crate::boot::{Image, Loaded, Role, System, Volume};
 use crate::devices;
 use crate::modules::Modules;
 use crate::sys;
-use crate::verity::{OnCorruption, SUPERBLOCK_BYTES, Superblock};
+use crate::verity::{OnCorruption, SUPERBLOCK_BYTES, Superblock, read_early};
 
 /// Where the partition that is booted from is mounted.
 const VOLUME: &str = "/boot/efi";
@@ -271,15 +271,24 @@ impl System for Linux {
         let read = Superblock::read(&superblock).map_err(|error| error.to_string())?;
         let sectors = read.sectors(length).map_err(|error| error.to_string())?;
         let devices = [data, tree].map(|number| format!("/dev/loop{number}"));
-        let parameters = read.parameters(&devices[0], &devices[1], &image.hash, corruption);
+        let parameters = |corruption| read.parameters(&devices[0], &devices[1], &image.hash, corruption);
         let name = match image.role {
             Role::Root => "initos",
             Role::Modules => "initos-modules",
             Role::Firmware => "initos-firmware",
         };
-        let minor =
-            sys::make_verity(&Self::mapper()?, name, sectors, &parameters).map_err(words("verity"))?;
-        let device = format!("/dev/dm-{minor}");
+        let control = Self::mapper()?;
+        let make = |corruption| {
+            let minor = sys::make_verity(&control, name, sectors, &parameters(corruption));
+            minor.map(|minor| format!("/dev/dm-{minor}")).map_err(words("verity"))
+        };
+        if corruption == OnCorruption::Restart {
+            // Where nothing of it runs yet, another partition may be whole, and there is time for words and logs.
+            let looked_at = look_at(&make(OnCorruption::Fail)?, sectors * 512);
+            sys::remove(&control, name);
+            looked_at.map_err(|error| format!("it is not what its hash tree says: {error}"))?;
+        }
+        let device = make(corruption)?;
         self.opened.push(Opened {
             role: image.role,
             name: name.to_owned(),
@@ -394,6 +403,23 @@ impl System for Linux {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
         Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
     }
+}
+
+/// Reads what mounting the squashfs on `device` reads, of `length` bytes.
+fn look_at(device: &str, length: u64) -> std::io::Result<()> {
+    let file = File::open(device)?;
+    let mut buffer = vec![0; 1 << 16];
+    let first = buffer.len().min(usize::try_from(length).unwrap_or(usize::MAX)).min(4096);
+    file.read_exact_at(&mut buffer[..first], 0)?;
+    for (mut at, mut left) in read_early(&buffer[..first], length) {
+        while left > 0 {
+            let count = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            file.read_exact_at(&mut buffer[..count], at)?;
+            at += count as u64;
+            left -= count as u64;
+        }
+    }
+    Ok(())
 }
 
 /// What /dev/kmsg gives until there is no more, a record a read.

@@ -13,6 +13,8 @@ pub enum OnCorruption {
     Restart,
     /// Panics.
     Panic,
+    /// Whoever reads it has an error.
+    Fail,
 }
 
 /// Why a tree cannot be used.
@@ -85,16 +87,32 @@ impl Superblock {
     pub fn parameters(&self, data: &str, tree: &str, root: &RootHash, corruption: OnCorruption) -> String {
         let salt = if self.salt.is_empty() { "-".to_owned() } else { hex(&self.salt) };
         let corruption = match corruption {
-            OnCorruption::Restart => "restart_on_corruption",
-            OnCorruption::Panic => "panic_on_corruption",
+            OnCorruption::Restart => " 1 restart_on_corruption",
+            OnCorruption::Panic => " 1 panic_on_corruption",
+            OnCorruption::Fail => "",
         };
         // The tree starts behind the block that the superblock is in.
         format!(
-            "1 {data} {tree} {} {} {} 1 sha256 {} {salt} 1 {corruption}",
+            "1 {data} {tree} {} {} {} 1 sha256 {} {salt}{corruption}",
             self.data_block_bytes, self.hash_block_bytes, self.data_blocks, root.0
         )
     }
 }
+
+/// The parts of a squashfs that mounting it reads: its superblock, by whose first `bytes` they are found, and its tables, which are all
+/// that lies behind its data (the kernel's `filesystems/squashfs`). Offsets and lengths in bytes; what lies beyond `length` is left out.
+#[must_use]
+pub fn read_early(bytes: &[u8], length: u64) -> [(u64, u64); 2] {
+    const INODE_TABLE_START: usize = 64;
+    let start = bytes.get(INODE_TABLE_START..INODE_TABLE_START + 8).and_then(|start| start.try_into().ok());
+    let start = start.map_or(0, u64::from_le_bytes).max(length.saturating_sub(MOST_TABLE_BYTES)).min(length);
+    [(0, BLOCK_BYTES.min(length)), (start, length - start)]
+}
+
+/// What is read of tables at most, from their end, which mounting begins with.
+const MOST_TABLE_BYTES: u64 = 8 << 20;
+/// One that has all of the superblock.
+const BLOCK_BYTES: u64 = 4096;
 
 /// A root hash: SHA-256 in lower-case hexadecimal.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,6 +177,23 @@ mod tests {
                 "ab".repeat(32)
             )
         );
+    }
+
+    #[test]
+    fn a_device_that_is_looked_at_fails_reads_and_nothing_else() {
+        let read = Superblock::read(&superblock()).expect("a superblock");
+        let root = RootHash::read("ab".repeat(32).as_bytes()).expect("a hash");
+        assert!(read.parameters("a", "b", &root, OnCorruption::Fail).ends_with(" ab01"));
+    }
+
+    #[test]
+    fn what_mounting_reads_lies_at_both_ends_and_within_the_image() {
+        let mut bytes = vec![0; 96];
+        bytes[64..72].copy_from_slice(&9000_u64.to_le_bytes());
+        assert_eq!(read_early(&bytes, 10_000), [(0, 4096), (9000, 1000)]);
+        assert_eq!(read_early(&bytes, 8000), [(0, 4096), (8000, 0)]);
+        assert_eq!(read_early(&[], 1000), [(0, 1000), (0, 1000)]);
+        assert_eq!(read_early(&bytes, 1 << 30)[1], ((1 << 30) - (8 << 20), 8 << 20));
     }
 
     #[test]

@@ -180,23 +180,56 @@ fn with_no_image_left_it_fails_and_restarts_and_no_key_gives_a_shell() {
 fn one_flipped_bit_of_the_image_or_of_its_hashes_restarts_the_machine() {
     let right = single();
     let initrd = initrd_of(right);
+    // What mounting reads first and last, and the hash of hashes: the partition is passed over, and says why.
+    let last = right.data.len() - 20;
     for (image, said) in [
-        // What mounting reads first, the start of busybox, which only the root's init reads, and the hash of hashes.
         (right.with_flipped_data(64), "data block 0 is corrupted"),
-        (right.with_flipped_data(16 << 10), "data block 4 is corrupted"),
+        (right.with_flipped_data(last), "is corrupted"),
         (right.with_flipped_tree(4096 + 1), "metadata block 1 is corrupted"),
     ] {
         let disk = disk(&single_layout(&image), "BOOTA");
-        let mut machine = start(&initrd, &[(&disk, Bus::Virtio)], "");
-        machine.expect("Found InitOS partition vda ");
-        machine.expect("device-mapper: verity: ");
-        machine.expect(said);
+        let mut machine = start_with(&initrd, &[(&disk, Bus::Virtio)], "", true);
+        for milestone in [
+            "Found InitOS partition vda ",
+            "device-mapper: verity: ",
+            said,
+            "Skipping vda (BOOTA): initos/initos.sqfs: it is not what its hash tree says: ",
+            "FAILED: boot partition not found",
+            "Leaving logs on vda (BOOTA)",
+            "Rebooting in 20 sec",
+        ] {
+            machine.expect(milestone);
+        }
         let printed = machine.ends();
-        assert!(printed.contains("dm-verity device corrupted"), "{printed}");
-        assert!(!printed.contains("ROOT is"), "{printed}");
+        assert!(printed.contains("INITOS: Restarting") && !printed.contains("ROOT is"), "{printed}");
         has_no_shell(&printed);
+        let mut mtype = Command::new("mtype");
+        let output = mtype.arg("-i").arg(&disk).arg("::/log/dmesg.log").output().expect("mtools");
+        let log = String::from_utf8_lossy(&output.stdout);
+        assert!(log.contains("is corrupted") && log.contains("INITOS: FAILED"), "{log}");
     }
+    // The start of busybox, which only the root's init reads: nothing is believed any more.
+    let disk = disk(&single_layout(&right.with_flipped_data(16 << 10)), "BOOTA");
+    let mut machine = start(&initrd, &[(&disk, Bus::Virtio)], "");
+    machine.expect("Found InitOS partition vda ");
+    machine.expect("data block 4 is corrupted");
+    let printed = machine.ends();
+    assert!(printed.contains("dm-verity device corrupted"), "{printed}");
+    assert!(!printed.contains("ROOT is") && !printed.contains("INITOS: FAILED"), "{printed}");
+    has_no_shell(&printed);
     held("flip-sqfs-byte");
+}
+
+#[test]
+fn a_slot_whose_image_is_damaged_is_passed_over_for_the_other() {
+    let damaged = disk(&single_layout(&single().with_flipped_data(64)), "BOOTA");
+    let right = disk(&single_layout(single()), "BOOTB");
+    let mut machine = start(&initrd_of(single()), &[(&damaged, Bus::Virtio), (&right, Bus::Virtio)], "");
+    machine.expect("Skipping vda (BOOTA): initos/initos.sqfs: it is not what its hash tree says: ");
+    machine.expect("Found InitOS partition vdb ");
+    machine.expect("DEVICE=vdb");
+    machine.ends();
+    held("ab-select");
 }
 
 #[test]
