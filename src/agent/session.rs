@@ -73,17 +73,31 @@ pub enum ExecEnd {
     },
 }
 
-/// When a whole exchange of many messages has to be over.
-#[derive(Debug, Clone, Copy)]
+/// How much longer an exchange of one message or many may take. A stretch in which kiln itself did not run, because it was
+/// stopped or its host slept, is nobody's silence: it counts for little.
+#[derive(Debug)]
 pub(super) struct Deadline {
-    at: Instant,
+    left: Duration,
+    /// Until when time was counted.
+    counted: Instant,
     patience: Duration,
 }
+
+/// The longest stretch that counts, and so the longest wait at once.
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
 
 impl Deadline {
     /// `patience` from now.
     pub fn after(patience: Duration) -> Self {
-        Self { at: Instant::now() + patience, patience }
+        Self { left: patience, counted: Instant::now(), patience }
+    }
+
+    /// How long to wait now; none where it has passed.
+    fn wait(&mut self) -> Option<Duration> {
+        let now = Instant::now();
+        let passed = now.duration_since(self.counted).min(LONGEST_WAIT);
+        (self.left, self.counted) = (self.left.saturating_sub(passed), now);
+        (!self.left.is_zero()).then_some(self.left.min(LONGEST_WAIT))
     }
 }
 
@@ -233,7 +247,7 @@ impl Session {
         let limit = (exec.timeout_ms > 0).then(|| {
             Duration::from_millis(exec.timeout_ms.saturating_add(exec.grace_ms)) + Duration::from_secs(60)
         });
-        let deadline = limit.map(|limit| Instant::now() + limit);
+        let mut deadline = limit.map(Deadline::after);
         self.send(&ToAgent::Exec(exec))?;
         let feeder = match input {
             Some(input) => Some(Feeder::start(self.writer.clone(), id, input).map_err(SessionError::Io)?),
@@ -241,8 +255,7 @@ impl Session {
         };
         let (mut credit, mut taken, mut started) = (Credit::default(), Taken::default(), false);
         loop {
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            match self.receive(RUNNING, left.or(limit))? {
+            match self.receive_by(RUNNING, deadline.as_mut())? {
                 FromAgent::Started { id: other } if other == id && !started => started = true,
                 FromAgent::Output { id: other, stream, data } if other == id => {
                     if !credit.spend(data.len()) {
@@ -306,12 +319,8 @@ impl Session {
     }
 
     /// The next message that is not a log line.
-    pub(super) fn next(&mut self, doing: &'static str, by: Deadline) -> Result<FromAgent, SessionError> {
-        let left = by.at.saturating_duration_since(Instant::now());
-        self.receive(doing, Some(left)).map_err(|error| match error {
-            SessionError::Silent { doing, .. } => SessionError::Silent { doing, waited: by.patience },
-            other => other,
-        })
+    pub(super) fn next(&mut self, doing: &'static str, by: &mut Deadline) -> Result<FromAgent, SessionError> {
+        self.receive_by(doing, Some(by))
     }
 
     fn receive(
@@ -319,7 +328,14 @@ impl Session {
         doing: &'static str,
         patience: Option<Duration>,
     ) -> Result<FromAgent, SessionError> {
-        let deadline = patience.map(|patience| Instant::now() + patience);
+        self.receive_by(doing, patience.map(Deadline::after).as_mut())
+    }
+
+    fn receive_by(
+        &mut self,
+        doing: &'static str,
+        mut deadline: Option<&mut Deadline>,
+    ) -> Result<FromAgent, SessionError> {
         loop {
             while let Some(payload) = self.reader.next().map_err(SessionError::violation)? {
                 match FromAgent::decode(&payload).map_err(SessionError::violation)? {
@@ -328,17 +344,19 @@ impl Session {
                     message => return Ok(message),
                 }
             }
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            let silent = || SessionError::Silent { doing, waited: patience.unwrap_or_default() };
-            if left == Some(Duration::ZERO) {
-                return Err(silent());
-            }
-            self.stream.set_read_timeout(left).map_err(SessionError::Io)?;
+            let wait = match &mut deadline {
+                Some(deadline) => match deadline.wait() {
+                    None => return Err(SessionError::Silent { doing, waited: deadline.patience }),
+                    wait => wait,
+                },
+                None => None,
+            };
+            self.stream.set_read_timeout(wait).map_err(SessionError::Io)?;
             match self.stream.read(&mut self.buffer) {
                 Ok(0) => return Err(SessionError::Closed),
                 Ok(count) => self.reader.push(&self.buffer[..count]),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(silent()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error)
+                    if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(error) => return Err(closed_or_io(error)),
             }
         }
@@ -386,4 +404,30 @@ pub(super) fn unexpected(message: &FromAgent, place: &str) -> SessionError {
         FromAgent::Failed { .. } | FromAgent::Log(_) => "a report",
     };
     SessionError::Violation(format!("`{name}` {place}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_in_which_kiln_did_not_run_hardly_counts() {
+        let mut deadline = Deadline::after(LONGEST_WAIT * 3);
+        for left in [LONGEST_WAIT * 2, LONGEST_WAIT] {
+            deadline.counted =
+                Instant::now().checked_sub(LONGEST_WAIT * 20).expect("the host runs for longer");
+            assert_eq!((deadline.wait(), deadline.left), (Some(LONGEST_WAIT), left));
+        }
+        deadline.counted = Instant::now().checked_sub(LONGEST_WAIT).expect("the host runs for longer");
+        assert_eq!(deadline.wait(), None);
+    }
+
+    #[test]
+    fn an_agent_that_is_silent_is_told_by_what_it_was_to_do() {
+        let (ours, _theirs) = UnixStream::pair().expect("a socket pair");
+        let mut session = Session::join(ours).expect("a session");
+        let waited = Duration::from_millis(30);
+        let error = session.receive("waiting", Some(waited)).expect_err("nobody speaks");
+        assert!(matches!(error, SessionError::Silent { doing: "waiting", waited: said } if said == waited));
+    }
 }

@@ -109,9 +109,9 @@ impl Listing {
         let mut listing = Self::default();
         let mut folders = BTreeSet::from([TreePath::root()]);
         let mut seen = BTreeSet::new();
-        let (deadline, mut listed_bytes) = (Deadline::after(LIST_PATIENCE), 0_usize);
+        let (mut deadline, mut listed_bytes) = (Deadline::after(LIST_PATIENCE), 0_usize);
         loop {
-            match session.next("listing what the step wrote", deadline)? {
+            match session.next("listing what the step wrote", &mut deadline)? {
                 FromAgent::Entry(entry) => {
                     if listing.entries.len() as u64 >= u64::from(limits.entries) {
                         return Err(TransferError::TooMany { limit: limits.entries });
@@ -230,18 +230,18 @@ impl Listing {
             return Err(TransferError::TooMuch { what: "files", limit: limits.total_bytes });
         }
         let ordinals: Vec<u32> = ordinals.into_iter().collect();
-        let deadline = Deadline::after(FETCH_PATIENCE + Duration::from_secs(total_bytes / SLOWEST_RATE));
+        let mut deadline = Deadline::after(FETCH_PATIENCE + Duration::from_secs(total_bytes / SLOWEST_RATE));
         for chunk in ordinals.chunks(FETCHED_AT_ONCE.min(MAX_FETCH)) {
             session.send(&ToAgent::Fetch { ordinals: chunk.to_vec() })?;
             for &ordinal in chunk {
-                match session.next("collecting outputs", deadline)? {
+                match session.next("collecting outputs", &mut deadline)? {
                     FromAgent::FileStart { ordinal: other } if other == ordinal => {}
                     other => return Err(unexpected(&other, "where a wanted file should start").into()),
                 }
-                let content = self.receive_file(session, blobs, ordinal, deadline)?;
+                let content = self.receive_file(session, blobs, ordinal, &mut deadline)?;
                 self.contents.insert(ordinal, content);
             }
-            match session.next("collecting outputs", deadline)? {
+            match session.next("collecting outputs", &mut deadline)? {
                 FromAgent::FetchDone => {}
                 other => return Err(unexpected(&other, "at the end of a transfer").into()),
             }
@@ -254,7 +254,7 @@ impl Listing {
         session: &mut Session,
         blobs: &Blobs,
         ordinal: u32,
-        deadline: Deadline,
+        deadline: &mut Deadline,
     ) -> Result<(Digest, u64), TransferError> {
         let Some((path, Entry { kind: EntryKind::File { size }, .. })) = self.entries.get(ordinal as usize)
         else {
