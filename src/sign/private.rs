@@ -67,7 +67,7 @@ pub(super) fn has_private_key(bytes: &[u8]) -> bool {
 /// Of a private key in DER, the bytes that every encoding of it has: of an elliptic key its number (RFC 5915: version 1, then
 /// an octet string, and after it what is public), of others the last, which is where RSA keys (RFC 8017, A.1.2) have the
 /// coefficient.
-fn number(der: &[u8]) -> &[u8] {
+pub(super) fn number(der: &[u8]) -> &[u8] {
     const ELLIPTIC: [u8; 5] = [0x02, 0x01, 0x01, 0x04, 0x20];
     let elliptic = der.windows(ELLIPTIC.len()).position(|window| window == ELLIPTIC);
     let begin = elliptic.map(|at| at + ELLIPTIC.len());

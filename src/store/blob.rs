@@ -55,7 +55,7 @@ impl Blobs {
         }
     }
 
-    /// Takes a blob away that is not what its name says, so that it can be had anew.
+    /// Takes a blob away that is not what its name says, so that it can be had anew, or that nobody should have.
     ///
     /// # Errors
     /// What unlink(2) says.

@@ -20,6 +20,7 @@ use crate::cache::verify::{Hashed, Verdict, verify};
 use crate::cache::{Entry, Found, Hidden, Index, Key, LastRun, Place, Places, Scope, ShareTrace, Trace};
 use crate::engine::merge::Merge;
 use crate::plan::{PlannedStep, StepId};
+use crate::sign::Leaks;
 
 /// How a step stands.
 #[derive(Debug)]
@@ -64,6 +65,7 @@ pub(super) struct Checker<'a, R> {
     work: Vec<u8>,
     /// What steps see that are shown nothing.
     nothing: OnceLock<Arc<view::Directory>>,
+    leaks: OnceLock<Leaks>,
     /// Whether the store and WORK are on one file system.
     is_beside: OnceLock<bool>,
     // Protects the manifests that were read; held only to look one up or put one in.
@@ -85,6 +87,7 @@ impl<'a, R> Checker<'a, R> {
             source: source.and_then(|source| File::open(source).ok()).map(OwnedFd::from),
             work: work_name(&settings.work.value),
             nothing: OnceLock::new(),
+            leaks: OnceLock::new(),
             is_beside: OnceLock::new(),
             trees: Mutex::default(),
             before: Mutex::default(),
@@ -94,6 +97,11 @@ impl<'a, R> Checker<'a, R> {
     /// SRCDIR, where there is one.
     pub fn source(&self) -> Option<&OwnedFd> {
         self.source.as_ref()
+    }
+
+    /// What finds signing keys where no step may see them or make something of them.
+    pub fn leaks(&self) -> &Leaks {
+        self.leaks.get_or_init(|| Leaks::of(&self.build.settings.secrets.value))
     }
 
     fn io(what: &'static str, path: PathBuf) -> impl FnOnce(std::io::Error) -> BuildError {

@@ -53,7 +53,7 @@ impl<R: Runner> Checker<'_, R> {
             materials: &materials,
             view: &view,
             epoch: self.epoch(),
-            secrets: &self.build.settings.secrets.value,
+            leaks: self.leaks(),
         };
         Ok(work(&bench)?)
     }

@@ -97,6 +97,8 @@ pub enum SourceError {
         name: String,
         /// The key.
         key: String,
+        /// Whether the store has no copy any more.
+        is_gone: bool,
     },
     /// What was fetched cannot be read again.
     #[error("source `{name}` cannot be read in the store")]
@@ -137,8 +139,11 @@ impl SourceError {
             Self::Archive { name, .. } => Some(format!(
                 "the lock or the recipe is of another kiln, or was changed: `kiln lock update {name}`"
             )),
-            Self::Private { .. } => {
-                Some("take it out there; whoever can fetch that has the key, so make other keys".to_owned())
+            Self::Private { is_gone, .. } => {
+                let store = if *is_gone { "; kiln's store keeps no copy" } else { "" };
+                Some(format!(
+                    "take it out there; whoever can fetch that has the key, so make other keys{store}"
+                ))
             }
             Self::Place { .. } | Self::Read { .. } => None,
         }
@@ -397,7 +402,8 @@ pub fn lock<'a>(
     Ok(all)
 }
 
-/// Puts the sources `names` into the store, where they are not there, for a step to see, which sees no signing key in them.
+/// Puts the sources `names` into the store, where they are not there, for a step to see, which sees no signing key in them:
+/// what `leaks` finds one in is not in the store afterwards.
 ///
 /// # Errors
 /// [`SourceError`].
@@ -407,15 +413,16 @@ pub fn fetch<'a>(
     settings: &Settings,
     store: &Store,
     client: &Client,
+    leaks: impl Fn() -> &'a Leaks,
 ) -> Result<(), SourceError> {
-    let leaks = Leaks::of(&settings.secrets.value);
     for name in names {
         if let Some(locked) = all.get(name) {
             fetch_one(name, locked, settings, store, client)?;
-            let found = store.blobs().file(&locked.sha256).and_then(|file| leaks.find(file));
+            let found = leaks().find(&locked.sha256, || store.blobs().file(&locked.sha256));
             let found = found.map_err(|source| SourceError::Read { name: name.to_owned(), source })?;
             if let Some(key) = found {
-                return Err(SourceError::Private { name: name.to_owned(), key: key.to_owned() });
+                let is_gone = store.blobs().discard(&locked.sha256).is_ok();
+                return Err(SourceError::Private { name: name.to_owned(), key: key.to_owned(), is_gone });
             }
         }
     }

@@ -56,7 +56,8 @@ impl<R: Runner> Checker<'_, R> {
         let build = self.build;
         let planned = build.plan.step(id);
         let names = planned.sources.iter().map(|source| source.name.as_str());
-        sources::fetch(names, &build.sources, build.settings, build.store, &build.permission.client)?;
+        let (all, client) = (&build.sources, &build.permission.client);
+        sources::fetch(names, all, build.settings, build.store, client, || self.leaks())?;
         let owner = |path: &TreePath| {
             let puts_out = |(_, manifest): &&(StepId, Digest)| {
                 self.tree(manifest).is_some_and(|tree| tree.get(path).is_some())

@@ -76,6 +76,8 @@ pub enum MakeError {
         key: String,
         /// What is made.
         artifact: String,
+        /// Whether the store, which took it in for this, has no copy any more.
+        is_gone: bool,
     },
     /// A path that no tree has.
     #[error("a path cannot be made")]
@@ -178,9 +180,14 @@ impl MakeError {
             }
             Self::Program(_) => "ci/build puts kiln's programs into target/dist".to_owned(),
             Self::Overlap(overlap) => overlap.hint().to_owned(),
-            Self::Private { .. } => {
-                "take it out where it comes from; whoever had it may have the key, so make other keys"
-                    .to_owned()
+            Self::Private { is_gone, .. } => {
+                let store = match is_gone {
+                    true => "kiln's store keeps no copy",
+                    false => "kiln's store has a copy, too, of what a step put out or a root",
+                };
+                format!(
+                    "take it out where it comes from; whoever had it may have the key, so make other keys; {store}"
+                )
             }
             Self::Directory(error) => return error.hint(),
             Self::Root(error) => return error.hint(),

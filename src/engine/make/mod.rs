@@ -11,7 +11,6 @@ mod select;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::path::Path;
 
 use kiln_artifact::tree::{Kind, Layer, Meta, Node, Timestamp, Tree, TreePath};
 use kiln_artifact::uefi::uki;
@@ -40,8 +39,8 @@ pub struct Bench<'a> {
     pub view: &'a Tree,
     /// What made files are dated, seconds since 1970.
     pub epoch: i64,
-    /// The folder of the signing keys, which go into nothing that is made.
-    pub secrets: &'a Path,
+    /// What finds the signing keys, which go into nothing that is made.
+    pub leaks: &'a Leaks,
 }
 
 impl Bench<'_> {
@@ -55,6 +54,10 @@ impl Bench<'_> {
             ("what is made".to_owned(), format!("{makes:?}")),
             ("the date of what is made".to_owned(), self.epoch.to_string()),
         ];
+        // What was made before these keys were known was not searched for them.
+        parts.extend(
+            self.leaks.digest().map(|keys| ("the keys that go into nothing".to_owned(), keys.to_string())),
+        );
         let mut seen = BTreeSet::new();
         for from in makes.iter().flat_map(Make::parts) {
             let name = match &from.origin {
@@ -98,7 +101,6 @@ impl Bench<'_> {
     /// [`MakeError`].
     pub fn make(&self, makes: &[Make], progress: &mut dyn FnMut(&str)) -> Result<Tree, MakeError> {
         let mut made = Tree::new();
-        let leaks = Leaks::of(self.secrets);
         for make in makes {
             if let What::Record(recorded) = &make.what {
                 // Several makes of one step add to one record.
@@ -126,7 +128,7 @@ impl Bench<'_> {
             }
             for star in &stars {
                 // What is missing shows before anything is made of the rest.
-                match self.make_one(make, star, &mut made, &leaks, progress) {
+                match self.make_one(make, star, &mut made, progress) {
                     Err(MakeError::Missing { .. } | MakeError::Empty(_)) if make.optional => {}
                     done => done?,
                 }
@@ -140,14 +142,13 @@ impl Bench<'_> {
         make: &Make,
         star: &str,
         made: &mut Tree,
-        leaks: &Leaks,
         progress: &mut dyn FnMut(&str),
     ) -> Result<(), MakeError> {
         let path = make.path.bind(star);
         match &make.what {
             What::Unified(parts) => {
                 progress(&format!("making {path}"));
-                let image = self.unified(parts, star, made, &path, leaks)?;
+                let image = self.unified(parts, star, made, &path)?;
                 return self.put(made, &path, &mut &image[..]);
             }
             What::Verity { hash } => {
@@ -174,7 +175,7 @@ impl Bench<'_> {
         if tree.len() < 2 {
             return Err(MakeError::Empty(path));
         }
-        self.refuse_keys(&tree, &path, leaks)?;
+        self.refuse_keys(&tree, &make.from, star, made, &path)?;
         let contents = self.store.blobs();
         let mut file = match &make.what {
             What::Files => return self.keep(made, &path, &tree),
@@ -223,21 +224,44 @@ impl Bench<'_> {
         self.put_file(made, &path, file)
     }
 
-    /// Refuses to make `artifact` of a tree that has one of the owner's private keys in it, wherever that came from.
-    fn refuse_keys(&self, tree: &Tree, artifact: &str, leaks: &Leaks) -> Result<(), MakeError> {
-        let mut seen = BTreeSet::new();
-        for (path, node) in tree.iter() {
-            let Kind::File { digest, .. } = &node.kind else { continue };
-            if !seen.insert(*digest) {
-                continue;
-            }
-            let found = self.store.blobs().file(digest).and_then(|file| leaks.find(file));
-            if let Some(key) = found.map_err(MakeError::io("look for keys in what is made"))? {
-                let (path, artifact) = (path.clone(), artifact.to_owned());
-                return Err(MakeError::Private { path, key: key.to_owned(), artifact });
+    /// Refuses to make `artifact` of `tree`, which is taken `from` where that lies, if it has one of the owner's private keys
+    /// in it. The store has no copy then that it took in for this.
+    fn refuse_keys(
+        &self,
+        tree: &Tree,
+        from: &[From],
+        star: &str,
+        made: &Tree,
+        artifact: &str,
+    ) -> Result<(), MakeError> {
+        let Some((path, digest, key)) = self.keys(tree)?.into_iter().next() else { return Ok(()) };
+        let mut copies = BTreeSet::from([digest]);
+        for from in from {
+            // What was joined has its parts in the store, too.
+            if let Ok(parts) = self.take(&From { join: false, ..from.clone() }, star, made) {
+                copies.extend(self.keys(&parts)?.into_iter().map(|(_, digest, _)| digest));
             }
         }
-        Ok(())
+        // A root, and what a step put out, are others' as well.
+        let is_of_root = from.iter().any(|from| matches!(from.origin, Origin::Root { .. }));
+        let put_out: BTreeSet<Digest> = self.view.iter().filter_map(|(_, node)| content(node)).collect();
+        let mut is_gone = true;
+        for copy in &copies {
+            is_gone &= !is_of_root && !put_out.contains(copy) && self.store.blobs().discard(copy).is_ok();
+        }
+        Err(MakeError::Private { path, key: key.to_owned(), artifact: artifact.to_owned(), is_gone })
+    }
+
+    /// The files of `tree` that have keys in them, each content once, and the keys.
+    fn keys(&self, tree: &Tree) -> Result<Vec<(TreePath, Digest, &'static str)>, MakeError> {
+        let (mut seen, mut found) = (BTreeSet::new(), Vec::new());
+        for (path, node) in tree.iter() {
+            let Some(digest) = content(node).filter(|digest| seen.insert(*digest)) else { continue };
+            let key = self.leaks.find(&digest, || self.store.blobs().file(&digest));
+            let key = key.map_err(MakeError::io("look for keys in what is made"))?;
+            found.extend(key.map(|key| (path.clone(), digest, key)));
+        }
+        Ok(found)
     }
 
     fn verity(
@@ -268,11 +292,10 @@ impl Bench<'_> {
         star: &str,
         made: &Tree,
         artifact: &str,
-        leaks: &Leaks,
     ) -> Result<Vec<u8>, MakeError> {
         let read = |from: &From| {
             let part = self.take(from, star, made)?;
-            self.refuse_keys(&part, artifact, leaks)?;
+            self.refuse_keys(&part, std::slice::from_ref(from), star, made, artifact)?;
             self.bytes(from, star, made)
         };
         let some = |from: &Option<From>| from.as_ref().map(read).transpose();
@@ -402,6 +425,14 @@ fn without_lists(tree: &mut Tree) -> usize {
         files += usize::from(node.meta.xattrs.len() < before);
     }
     files
+}
+
+/// What is in a regular file.
+fn content(node: &Node) -> Option<Digest> {
+    match &node.kind {
+        Kind::File { digest, .. } => Some(*digest),
+        _ => None,
+    }
 }
 
 /// What `from` is called in errors.

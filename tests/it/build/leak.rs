@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use kiln::engine::build::Outcome;
 use kiln::sign::make;
+use kiln_digest::Digest;
 
 use super::super::host::Host;
 use super::world::{World, done, settle};
@@ -29,6 +30,11 @@ fn with_keys(mut world: World) -> World {
 fn shell(script: &str, folder: &Path) {
     let output = Command::new("sh").args(["-euc", script]).current_dir(folder).output().expect("sh");
     assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Whether the store has the file `path` of the world's.
+fn is_kept(world: &World, path: &str) -> bool {
+    world.store.blobs().path(&Digest::of(&fs::read(world.path(path)).expect("there"))).exists()
 }
 
 /// Asserts that the step `s` failed for the key `key`, and left nothing.
@@ -59,6 +65,7 @@ fn nothing_is_made_with_a_copy_of_a_signing_key_in_it_in_whatever_form_it_is() {
         ("(head -c 3000000 /dev/zero; cat ../secrets/uefi-keys/db.key; echo more) >etc/firmware", "db.key"),
         ("tar -cf etc/archive.tar -C ../secrets/uefi-keys .", ".key"),
         ("cp ../secrets/uefi-keys/root.key etc/id && ssh-keygen -q -p -N '' -f etc/id", "root.key"),
+        ("cp ../secrets/uefi-keys/KEK.key etc/id && ssh-keygen -q -p -N '' -f etc/id", "KEK.key"),
     ] {
         let world = world();
         world.source("etc/hostname", "host");
@@ -90,6 +97,8 @@ fn no_kind_of_artifact_takes_a_key_wherever_it_comes_from() {
     ] {
         let recipe = format!("{put_out}[steps.s]\nneeds = ['before']\nmake = {make}\n");
         is_refused(&world, &recipe, &["which would go into `x", "has the key `db.key` of SECRETS in it"]);
+        // The step before, which puts it out, is as it was: its result is its own.
+        assert!(is_kept(&world, "src/etc/innocent"), "{make}");
     }
     // What is left out is not in it; nor is what is public, and what is somebody else's.
     shell(
@@ -100,6 +109,55 @@ fn no_kind_of_artifact_takes_a_key_wherever_it_comes_from() {
     settle(&world);
     let good = "[steps.s]\nmake = { cpio = 'x', from = [{ src = 'etc', exclude = ['innocent'] }] }\n";
     assert_eq!(done(&world, good), ["s"]);
+}
+
+#[test]
+fn the_store_keeps_no_copy_of_a_key_that_it_took_in_for_what_is_refused() {
+    for (make, copies) in [
+        ("{ squashfs = 'x', from = [{ src = 'etc' }] }", &["src/etc/innocent", "src/etc/more"][..]),
+        ("{ files = 'x', from = [{ src = 'etc', join = true, at = 'all' }] }", &["src/etc/innocent", "all"]),
+        ("{ files = 'x', from = [{ src = 'etc/more' }] }", &["src/etc/more"]),
+    ] {
+        let world = world();
+        world.source("etc/hostname", "host");
+        shell(
+            "cp ../secrets/uefi-keys/db.key etc/innocent; cat etc/hostname etc/innocent >etc/more
+            cat etc/hostname etc/innocent etc/more >../all",
+            &world.path("src"),
+        );
+        settle(&world);
+        let recipe = format!("[steps.s]\nmake = {make}\n");
+        for _ in 0..2 {
+            let built = world.build(&recipe);
+            let Outcome::Failed(error) = built.outcome("s") else { panic!("{make}") };
+            assert!(error.hint().is_some_and(|hint| hint.ends_with("kiln's store keeps no copy")), "{make}");
+            for copy in copies {
+                assert!(!is_kept(&world, copy), "{make}: {copy}");
+            }
+        }
+        fs::remove_file(world.path("src/etc/innocent")).expect("there");
+        world.source("etc/more", "no key");
+        assert_eq!(done(&world, &recipe), ["s"], "{make}");
+    }
+}
+
+#[test]
+fn what_was_made_before_the_keys_were_known_is_not_taken_for_searched() {
+    let (mut world, elsewhere) = (world(), World::new());
+    let keys = std::mem::replace(&mut world.settings.secrets.value, elsewhere.path("secrets"));
+    world.source("etc/hostname", "host");
+    shell("cp ../secrets/uefi-keys/db.key etc/db.key", &world.path("src"));
+    settle(&world);
+    let recipe = "[steps.s]\nmake = { squashfs = 'x', from = [{ src = 'etc' }] }\n";
+    assert_eq!(done(&world, recipe), ["s"]);
+    assert_eq!(done(&world, recipe), Vec::<String>::new());
+    fs::remove_file(world.path("work/x")).expect("made");
+    world.settings.secrets.value = keys;
+    is_refused(&world, recipe, &["which would go into `x`", "db.key` of SECRETS"]);
+    fs::remove_file(world.path("src/etc/db.key")).expect("there");
+    assert_eq!(done(&world, recipe), ["s"]);
+    // With keys it is made once, too.
+    assert_eq!(done(&world, recipe), Vec::<String>::new());
 }
 
 #[test]
@@ -124,7 +182,12 @@ fn no_step_sees_a_source_in_which_a_signing_key_was_committed() {
         host.file("kiln.toml", recipe(rev));
         host.run(&["lock", "update", "r"]).succeeds();
         match rev {
-            "v1" => is_refused(&world, &recipe(rev), &["source `r` has the key `root.key` of SECRETS in it"]),
+            "v1" => {
+                // The commit's archive, as it was locked.
+                shell("grep -rlq 'PRIVATE KEY' store/blobs", host.root());
+                is_refused(&world, &recipe(rev), &["source `r` has the key `root.key` of SECRETS in it"]);
+                shell("! grep -rlq 'PRIVATE KEY' store/blobs", host.root());
+            }
             _ => assert_eq!(done(&world, &recipe(rev)), ["s"]),
         }
     }
