@@ -12,6 +12,7 @@ use kiln_digest::Digest;
 
 use super::super::host::Host;
 use super::world::{World, done, settle};
+use crate::acceptance::held;
 
 fn world() -> World {
     with_keys(World::new())
@@ -77,6 +78,7 @@ fn nothing_is_made_with_a_copy_of_a_signing_key_in_it_in_whatever_form_it_is() {
             &["which would go into `x`", &format!("{key}` of SECRETS")],
         );
     }
+    held("sqfs-content");
 }
 
 #[test]
@@ -191,4 +193,5 @@ fn no_step_sees_a_source_in_which_a_signing_key_was_committed() {
             _ => assert_eq!(done(&world, &recipe(rev)), ["s"]),
         }
     }
+    held("sign-offline");
 }

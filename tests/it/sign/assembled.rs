@@ -8,6 +8,7 @@ use kiln_digest::Digest;
 
 use super::built::{Built, COMMAND_LINE, PLACES, RELEASE, files, section, shell, sign_elsewhere, unpack};
 use super::judge;
+use crate::acceptance::held;
 use crate::judge::sections_of;
 
 #[test]
@@ -74,6 +75,7 @@ fn parts_become_one_signed_image_whose_sections_are_what_was_built() {
     let mesh = fs::read(built.host.path("secrets/uefi-keys/root.pem")).expect("made");
     assert_eq!(fs::read(work.join("boot/efi/KEYS/root.pem")).expect("published"), mesh);
     assert_eq!(built.local()["root.pem"].as_bytes(), mesh);
+    held("uki-sections");
 }
 
 #[test]
@@ -102,6 +104,7 @@ fn the_hashes_in_the_image_are_those_by_which_the_images_verify() {
         let (image, tree) = (format!("{name}.sqfs"), format!("{name}.sqfs.verity"));
         judge("/usr/sbin/veritysetup", &["verify", &image, &tree, hash], &efi);
     }
+    held("hash-binding");
 }
 
 #[test]
@@ -184,6 +187,7 @@ fn an_image_tree_or_hash_that_do_not_belong_together_are_never_signed() {
     );
     refused(&|built| drop(edit(built, image, &|bytes| bytes.truncate(4096))), &[image, "cut off"]);
     refused(&|built| fs::remove_file(built.work().join(image)).expect("there"), &[image]);
+    held("tree-complete");
 }
 
 #[test]
@@ -262,6 +266,7 @@ fn what_was_put_out_is_listed_file_by_file_and_the_list_is_the_same_for_the_same
     let other = list();
     let differs: Vec<&String> = other.iter().filter(|line| !listed.contains(line)).collect();
     assert_eq!(differs.len(), PLACES.len(), "{other:#?}");
+    held("tree-complete");
 }
 
 #[test]
@@ -359,4 +364,5 @@ fn a_copy_of_work_is_signed_on_a_host_with_nothing_but_kiln_and_the_keys() {
         fs::read_dir(there.join("home")).expect("a home").flatten().map(|entry| entry.file_name()).collect();
     assert_eq!(left, ["keys"], "signing needs no store, and makes none");
     built.has_signed_nothing();
+    held("sign-offline");
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::os::unix::net::UnixListener;
 
 use super::built::{Built, section, shell};
+use crate::acceptance::held;
 
 #[test]
 fn what_a_host_has_wins_over_what_all_have_and_nothing_but_the_patch_differs() {
@@ -53,6 +54,7 @@ fn what_a_host_has_wins_over_what_all_have_and_nothing_but_the_patch_differs() {
     for name in ["..", "a/b", ""] {
         built.sign(&["--host", name]).fails(2, &["is no name of a host"]);
     }
+    held("host-config");
 }
 
 #[test]
@@ -159,4 +161,5 @@ fn no_signing_key_goes_into_an_image_in_whatever_form() {
     );
     built.sign(&[]).succeeds();
     assert!(built.local()["host.key"].contains("PRIVATE KEY"));
+    held("sqfs-content");
 }

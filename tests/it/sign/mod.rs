@@ -25,6 +25,7 @@ use kiln_artifact::uefi::uki::{self, Parts};
 use kiln_digest::Digest;
 
 use super::host::{self, Host, Told};
+use crate::acceptance::held;
 
 const EFI: &str = "/usr/lib/systemd/boot/efi";
 const COMMAND_LINE: &str = "console=ttyS0 quiet";
@@ -163,6 +164,7 @@ fn keys_are_made_whole_for_their_owner_alone_and_a_second_time_changes_no_byte()
     );
     let public = judge("openssl", &["pkey", "-in", "root.key", "-pubout"], &folder);
     assert_eq!(public, fs::read_to_string(folder.join("root.pem")).expect("made"));
+    held("keys-first-run");
 }
 
 #[test]
@@ -192,6 +194,7 @@ fn firmware_variables_take_the_certificates_of_a_set() {
     for name in ["(PK)", "(KEK)", "(db)"] {
         assert!(said.contains(&format!("mesh.internal {name}")), "{said}");
     }
+    held("auth-chain");
 }
 
 #[test]
