@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use der::asn1::UintRef;
 use der::{Decode as _, SliceReader};
 use kiln_artifact::uefi::Signer;
-use kiln_digest::{Digest, Hasher};
+use kiln_digest::Digest;
 use p256::elliptic_curve::sec1::ToSec1Point as _;
 use regex::bytes::Regex;
 use rsa::BoxedUint;
@@ -24,9 +24,6 @@ use rsa::pkcs8::DecodePublicKey as _;
 use super::KEYS;
 use super::folder::Folder;
 use super::private::{blocks, number};
-
-/// Changes with what is found.
-const FORMAT: &[u8] = b"kiln leaks 1\0";
 /// How much is looked at at a time.
 const WINDOW_BYTES: usize = 1 << 20;
 /// What is looked at again with the next: more than a private key takes in any form.
@@ -112,19 +109,6 @@ impl Leaks {
             leaks.patterns = hints.zip(heads).map(|(hints, heads)| Patterns { hints, heads });
         }
         leaks
-    }
-
-    /// A digest of what is looked for, by public halves alone; none where nothing is.
-    pub fn digest(&self) -> Option<Digest> {
-        let mut hasher = Hasher::default();
-        hasher.update(FORMAT);
-        for Public { name, number, .. } in &self.publics {
-            for bytes in [name.as_bytes(), number] {
-                hasher.update(&u64::try_from(bytes.len()).unwrap_or(u64::MAX).to_le_bytes());
-                hasher.update(bytes);
-            }
-        }
-        (!self.publics.is_empty()).then(|| hasher.finish().0)
     }
 
     /// The name of the key that is in the content `digest`, which is opened and read to its end, or to there, by the first who
@@ -382,14 +366,5 @@ mod tests {
         }
         let windows = leaks.windows.lock().expect("nobody");
         assert!(windows.len() == 1 && windows[0].capacity() < WINDOW_BYTES / 8, "{}", windows[0].capacity());
-    }
-
-    #[test]
-    fn what_is_looked_for_has_a_digest_of_its_own_for_each_set_of_keys_and_none_without() {
-        let folders = [(); 2].map(|()| tempfile::tempdir().expect("a folder"));
-        let [one, other] = [0, 1].map(|index| keys(folders[index].path()).0.digest());
-        assert!(one.is_some() && other.is_some() && one != other);
-        assert_eq!(Leaks::of(folders[0].path()).digest(), one);
-        assert_eq!(Leaks::of(&folders[0].path().join("nothing")).digest(), None);
     }
 }

@@ -54,10 +54,6 @@ impl Bench<'_> {
             ("what is made".to_owned(), format!("{makes:?}")),
             ("the date of what is made".to_owned(), self.epoch.to_string()),
         ];
-        // What was made before these keys were known was not searched for them.
-        parts.extend(
-            self.leaks.digest().map(|keys| ("the keys that go into nothing".to_owned(), keys.to_string())),
-        );
         let mut seen = BTreeSet::new();
         for from in makes.iter().flat_map(Make::parts) {
             let name = match &from.origin {

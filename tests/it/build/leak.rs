@@ -144,25 +144,6 @@ fn the_store_keeps_no_copy_of_a_key_that_it_took_in_for_what_is_refused() {
 }
 
 #[test]
-fn what_was_made_before_the_keys_were_known_is_not_taken_for_searched() {
-    let (mut world, elsewhere) = (world(), World::new());
-    let keys = std::mem::replace(&mut world.settings.secrets.value, elsewhere.path("secrets"));
-    world.source("etc/hostname", "host");
-    shell("cp ../secrets/uefi-keys/db.key etc/db.key", &world.path("src"));
-    settle(&world);
-    let recipe = "[steps.s]\nmake = { squashfs = 'x', from = [{ src = 'etc' }] }\n";
-    assert_eq!(done(&world, recipe), ["s"]);
-    assert_eq!(done(&world, recipe), Vec::<String>::new());
-    fs::remove_file(world.path("work/x")).expect("made");
-    world.settings.secrets.value = keys;
-    is_refused(&world, recipe, &["which would go into `x`", "db.key` of SECRETS"]);
-    fs::remove_file(world.path("src/etc/db.key")).expect("there");
-    assert_eq!(done(&world, recipe), ["s"]);
-    // With keys it is made once, too.
-    assert_eq!(done(&world, recipe), Vec::<String>::new());
-}
-
-#[test]
 fn no_step_sees_a_source_in_which_a_signing_key_was_committed() {
     let host = Host::new();
     let world = with_keys(World::at(host.root()));
