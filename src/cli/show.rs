@@ -9,20 +9,12 @@ use kiln_wire::Stream;
 
 use super::screen::cut;
 use super::terminal;
+use crate::machine::in_full;
 use crate::plan::{harmless, without_commands};
 
 /// An error and what it came from, each said once.
 pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        let more = inner.to_string();
-        if !text.contains(more.trim()) {
-            text = format!("{text}: {more}");
-        }
-        source = inner.source();
-    }
-    harmless(text.as_bytes())
+    harmless(in_full(error).as_bytes())
 }
 
 /// What failed and what to do.

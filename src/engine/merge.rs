@@ -322,13 +322,9 @@ impl Merge<'_> {
             .collect();
         let removed_names: BTreeSet<PathBytes> = removals.iter().map(bytes).collect();
         if removed.is_some() {
-            let stays = |name: &PathBytes| !placed.contains_key(name) && !removed_names.contains(name);
-            let stay: Vec<_> = own
-                .iter()
-                .filter(|(name, _)| stays(name))
-                .map(|(name, placed)| (name.clone(), *placed))
-                .collect();
-            placed.extend(stay);
+            for (name, identity) in own.iter().filter(|(name, _)| !removed_names.contains(name)) {
+                placed.entry(name.clone()).or_insert(*identity);
+            }
         }
         let changes = changes(&ledger, self.step, &own, placed, owners, &removed_names).map_err(unread())?;
         let journal = Journal {

@@ -321,11 +321,11 @@ impl MachineError {
 }
 
 /// What `error` says and what its sources say that it does not.
-fn in_full(error: &(dyn std::error::Error + 'static)) -> String {
+pub fn in_full(error: &dyn std::error::Error) -> String {
     let mut said = error.to_string();
     for inner in std::iter::successors(error.source(), |error| error.source()) {
         let more = inner.to_string();
-        if !said.contains(&more) {
+        if !said.contains(more.trim()) {
             said = format!("{said}: {more}");
         }
     }
