@@ -16,7 +16,7 @@ use crate::boot::{Image, Loaded, Role, System, Volume};
 use crate::devices;
 use crate::modules::Modules;
 use crate::sys;
-use crate::verity::{OnCorruption, SUPERBLOCK_BYTES, Superblock, read_early};
+use crate::verity::{OnCorruption, SUPERBLOCK_BYTES, Superblock, tables_start};
 
 /// Where the partition that is booted from is mounted.
 const VOLUME: &str = "/boot/efi";
@@ -409,15 +409,14 @@ impl System for Linux {
 fn look_at(device: &str, length: u64) -> std::io::Result<()> {
     let file = File::open(device)?;
     let mut buffer = vec![0; 1 << 16];
-    let first = buffer.len().min(usize::try_from(length).unwrap_or(usize::MAX)).min(4096);
+    // A block, which the superblock is in.
+    let first = usize::try_from(length.min(4096)).unwrap_or(0);
     file.read_exact_at(&mut buffer[..first], 0)?;
-    for (mut at, mut left) in read_early(&buffer[..first], length) {
-        while left > 0 {
-            let count = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            file.read_exact_at(&mut buffer[..count], at)?;
-            at += count as u64;
-            left -= count as u64;
-        }
+    let mut at = tables_start(&buffer[..first], length);
+    while at < length {
+        let count = buffer.len().min(usize::try_from(length - at).unwrap_or(usize::MAX));
+        file.read_exact_at(&mut buffer[..count], at)?;
+        at += count as u64;
     }
     Ok(())
 }

@@ -99,20 +99,17 @@ impl Superblock {
     }
 }
 
-/// The parts of a squashfs that mounting it reads: its superblock, by whose first `bytes` they are found, and its tables, which are all
-/// that lies behind its data (the kernel's `filesystems/squashfs`). Offsets and lengths in bytes; what lies beyond `length` is left out.
+/// Where the tables of a squashfs of `length` bytes begin that mounting reads beside the superblock, which its first `bytes` are: all
+/// that lies behind its data is tables (the kernel's `filesystems/squashfs`).
 #[must_use]
-pub fn read_early(bytes: &[u8], length: u64) -> [(u64, u64); 2] {
+pub fn tables_start(bytes: &[u8], length: u64) -> u64 {
     const INODE_TABLE_START: usize = 64;
     let start = bytes.get(INODE_TABLE_START..INODE_TABLE_START + 8).and_then(|start| start.try_into().ok());
-    let start = start.map_or(0, u64::from_le_bytes).max(length.saturating_sub(MOST_TABLE_BYTES)).min(length);
-    [(0, BLOCK_BYTES.min(length)), (start, length - start)]
+    start.map_or(0, u64::from_le_bytes).max(length.saturating_sub(MOST_TABLE_BYTES)).min(length)
 }
 
 /// What is read of tables at most, from their end, which mounting begins with.
 const MOST_TABLE_BYTES: u64 = 8 << 20;
-/// One that has all of the superblock.
-const BLOCK_BYTES: u64 = 4096;
 
 /// A root hash: SHA-256 in lower-case hexadecimal.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -187,13 +184,13 @@ mod tests {
     }
 
     #[test]
-    fn what_mounting_reads_lies_at_both_ends_and_within_the_image() {
+    fn the_tables_that_mounting_reads_lie_within_the_image() {
         let mut bytes = vec![0; 96];
         bytes[64..72].copy_from_slice(&9000_u64.to_le_bytes());
-        assert_eq!(read_early(&bytes, 10_000), [(0, 4096), (9000, 1000)]);
-        assert_eq!(read_early(&bytes, 8000), [(0, 4096), (8000, 0)]);
-        assert_eq!(read_early(&[], 1000), [(0, 1000), (0, 1000)]);
-        assert_eq!(read_early(&bytes, 1 << 30)[1], ((1 << 30) - (8 << 20), 8 << 20));
+        assert_eq!(tables_start(&bytes, 10_000), 9000);
+        assert_eq!(tables_start(&bytes, 8000), 8000);
+        assert_eq!(tables_start(&[], 1000), 0);
+        assert_eq!(tables_start(&bytes, 1 << 30), (1 << 30) - (8 << 20));
     }
 
     #[test]
