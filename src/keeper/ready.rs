@@ -27,6 +27,7 @@ use crate::machine::vmm::KilnVmm;
 use crate::machine::{Accelerator, Carrier, Cpu, Death, Disk, Identity, Spec, scratch};
 use crate::plan::harmless;
 use crate::store::Store;
+use crate::threads;
 
 /// The first argument that makes `kiln` a keeper.
 pub const SUBCOMMAND: &str = "__ready";
@@ -295,8 +296,7 @@ fn has_memory(bytes: u64) -> bool {
 /// Tells `owner` when the machine is gone: nothing else would, while nobody speaks to it.
 fn watch(ready: &Ready, owner: Sender<Caller>) -> io::Result<()> {
     let [wire, _] = ready.descriptors()?;
-    let watching = thread::Builder::new().name("watch".to_owned()).stack_size(64 << 10);
-    watching.spawn(move || {
+    threads::start_small("watch", move || {
         let mut fds = [PollFd::new(&wire, PollFlags::RDHUP)];
         while poll(&mut fds, None).is_err_and(|errno| errno == rustix::io::Errno::INTR) {}
         let _ = owner.send(Caller::Stop);

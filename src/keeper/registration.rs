@@ -16,6 +16,7 @@ use super::place::Place;
 use super::ready::Caller;
 use super::relay::Guests;
 use super::talk::{Answer, Greeting, Request, hear, say};
+use crate::threads;
 
 /// How long a caller may take to say what it wants.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -84,8 +85,7 @@ impl Registration {
             over: Condvar::new(),
         });
         let (shared, listening) = (Arc::clone(&inside), listener.try_clone()?);
-        let door = thread::Builder::new().name("door".to_owned()).stack_size(256 << 10);
-        door.spawn(move || {
+        threads::start_small("door", move || {
             loop {
                 match listening.accept() {
                     Ok((caller, _)) => admit(caller, &shared),
@@ -151,9 +151,8 @@ fn admit(caller: UnixStream, inside: &Arc<Inside>) {
     if !is_ours(&caller) || seat.number > MOST_CALLERS {
         return;
     }
-    let answering = thread::Builder::new().name("caller".to_owned()).stack_size(256 << 10);
     // Where there is no thread, the caller is hung up on.
-    let _ = answering.spawn(move || {
+    let _ = threads::start_small("caller", move || {
         // A caller that hangs up or speaks nonsense is its own affair.
         let _ = answer(&caller, &seat.inside);
     });

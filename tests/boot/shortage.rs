@@ -80,7 +80,7 @@ fn is_success(host: &Host, told: &Told, words: &[&str]) -> bool {
     false
 }
 
-/// Runs at each of `values`, the least first. Both ends occur, and once there is enough there is enough.
+/// Runs at each of `values`, the least first. Both ends occur. Between them it may depend on who is first at what there is.
 fn sweep(host: &Host, values: &[u64], words: &[&str], mut run: impl FnMut(u64) -> Option<Told>) {
     let mut succeeded = Vec::new();
     for value in values {
@@ -93,7 +93,6 @@ fn sweep(host: &Host, values: &[u64], words: &[&str], mut run: impl FnMut(u64) -
         (Some(&false), Some(&true)),
         "{values:?}: {succeeded:?}"
     );
-    assert!(succeeded.is_sorted(), "{values:?}: {succeeded:?}");
     recovers(host);
     assert_eq!(templates(host).len(), 1, "a template was lost, or given up");
 }
@@ -152,7 +151,8 @@ impl Drop for Group {
 fn too_few_processes_are_an_error_that_says_so() {
     let Some(group) = Group::of("pids") else { return };
     let host = host_with_template();
-    let values = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 18, 21, 24];
+    // Every number: which of a run's threads is the first that there is none for depends on the host.
+    let values: Vec<u64> = (1..=26).chain([256]).collect();
     let command = plain(&host);
     sweep(&host, &values, &["Resource temporarily unavailable"], |value| {
         group.limit(&["pids.max"], &value.to_string());

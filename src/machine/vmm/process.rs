@@ -11,7 +11,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread;
 
 use kiln_virtio::console::Console;
 use kiln_virtio::control::{Guest, Server};
@@ -29,6 +28,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::machine::jail;
 use crate::machine::launch::RAM;
 use crate::machine::server::GUEST_CID;
+use crate::threads;
 
 /// What its machine is to be, beside the descriptors `kvm`, `console`, `control`, `ram`, `kernel` and `initramfs` or `state`,
 /// `wire` where no vsock carries it, and `disk0` and so on.
@@ -204,7 +204,7 @@ impl Vmm {
             }
             let _ = words.send(Word::Left);
         };
-        thread::Builder::new().name("control".to_owned()).stack_size(256 << 10).spawn(serve)?;
+        threads::start_small("control", serve)?;
         let running = machine.start(jail::enter_processor)?;
         jail::enter_owner()?;
         own(running, &inbox)
