@@ -1,7 +1,6 @@
 //! What is done beside the making of a step's world, each in a process of its own: most machines have more than one
 //! processor, and the agent has no threads. All of it is over before anything of the step runs.
 
-use std::ffi::CString;
 use std::os::fd::OwnedFd;
 
 use kiln_wire::Setup;
@@ -10,7 +9,7 @@ use rustix::process::{Pid, setsid};
 
 use crate::failure::{Doing, Failure};
 use crate::sys::{self, Fork, StringArray};
-use crate::{reap, setup};
+use crate::{reap, setup, swap};
 
 /// A process that does one thing.
 pub struct Beside {
@@ -19,14 +18,12 @@ pub struct Beside {
 }
 
 impl Beside {
-    /// Begins to swap to `device`. The kernel makes a table of all its pages.
+    /// Begins to swap to `device` instead of whatever of it is swapped to, see [`swap::to`].
     ///
     /// # Errors
     /// There can be no process.
-    pub fn swapping(device: &str) -> Result<Self, Failure> {
-        let what = format!("swapping to {device}");
-        let name = CString::new(device).map_err(|_| Errno::INVAL).doing(|| what.clone())?;
-        Self::start(what, || sys::swap_on(&name))
+    pub fn swapping(device: &str, bytes: u64) -> Result<Self, Failure> {
+        Self::start_in(0, format!("swapping to {device}"), || swap::to(device, bytes))
     }
 
     /// Begins to make the world of `setup` and to start a program in it, all of which goes with the process.
@@ -36,10 +33,6 @@ impl Beside {
     pub fn rehearsing(setup: &Setup, shares: Option<OwnedFd>) -> Result<Self, Failure> {
         let namespaces = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC;
         Self::start_in(namespaces, "rehearsing a step".to_owned(), || rehearse(setup, shares))
-    }
-
-    fn start(what: String, act: impl FnOnce() -> Result<(), Errno>) -> Result<Self, Failure> {
-        Self::start_in(0, what, act)
     }
 
     fn start_in(

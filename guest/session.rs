@@ -21,7 +21,7 @@ use crate::layer::Listing;
 use crate::link::{ABSENCE, Link, LinkError};
 use crate::meter::Meter;
 use crate::setup::{self, World};
-use crate::shutdown;
+use crate::{shutdown, swap};
 
 /// How often memory in use is sampled while a command runs.
 const SAMPLE: Duration = Duration::from_millis(150);
@@ -152,6 +152,15 @@ impl Session {
                 let shares = self.shares.as_ref().and_then(|shares| shares.try_clone().ok());
                 Beside::rehearsing(&setup, shares)
                     .and_then(Beside::join)
+                    .map(|()| self.link.queue(&FromAgent::SetupDone))
+            }
+            ToAgent::Swap(scratch) => {
+                if self.world.is_some() {
+                    return Err(SessionError::Protocol("a disk to swap to after Setup"));
+                }
+                let swapping = swap::begin(&scratch);
+                swapping
+                    .and_then(|swapping| swapping.map_or(Ok(()), Beside::join))
                     .map(|()| self.link.queue(&FromAgent::SetupDone))
             }
             ToAgent::Mount(mount) => match &mut self.world {

@@ -18,7 +18,7 @@ use crate::failure::{Doing, Failure};
 use crate::layer::Layer;
 use crate::modules::ModuleTree;
 use crate::place::StepRoot;
-use crate::{disk, mounts, network, sys};
+use crate::{disk, mounts, network, swap, sys};
 
 /// The step's root in the agent's own tree.
 pub const ROOT: &CStr = c"/run/kiln/root";
@@ -64,10 +64,7 @@ pub fn make(setup: &Setup, shares: Option<OwnedFd>) -> Result<World, Failure> {
     set_clock(setup.clock)?;
     rustix::system::sethostname(setup.hostname.as_bytes())
         .doing(|| format!("setting the host name {:?}", setup.hostname))?;
-    let swapping = match setup.scratch_serial.as_str() {
-        "" => None,
-        serial => Some(Beside::swapping(&disk::find(serial)?)?),
-    };
+    let swapping = setup.scratch.as_ref().map(swap::begin).transpose()?.flatten();
     mount_layers(setup.layer_bytes)?;
 
     let mut maker = Maker { shares, lowers: 0, layers: Vec::new(), direct: Vec::new() };

@@ -229,6 +229,15 @@ pub fn swap_on(device: &CStr) -> Result<(), Errno> {
     check(unsafe { libc::swapon(device.as_ptr(), 0) }).map(drop)
 }
 
+/// swapoff(2).
+///
+/// # Errors
+/// Those of swapoff(2).
+pub fn swap_off(device: &CStr) -> Result<(), Errno> {
+    // SAFETY: the path is a C string.
+    check(unsafe { libc::swapoff(device.as_ptr()) }).map(drop)
+}
+
 /// `_IOW('R', 0x03, int[2])` and `_IO('R', 0x07)` of linux/random.h.
 const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
 const RNDRESEEDCRNG: libc::Ioctl = 0x5207;

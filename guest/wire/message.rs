@@ -12,7 +12,7 @@
 //! 5. host → `PowerOff`; agent syncs, answers `Bye` and powers off.
 
 /// The version of this protocol. Host and agent are installed together, so there is no negotiation.
-pub const VERSION: u16 = 6;
+pub const VERSION: u16 = 7;
 
 /// The vsock port on the host (CID 2) that an agent connects to when its carrier is vsock.
 pub const AGENT_VSOCK_PORT: u32 = 1024;
@@ -93,6 +93,15 @@ pub struct Clock {
     pub nanoseconds: u32,
 }
 
+/// A disk that is swapped to, so that the layers may outgrow memory. The agent writes its swap header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scratch {
+    /// Its serial.
+    pub serial: String,
+    /// How much of it is used: two pages at least. Its driver may think that it is larger.
+    pub bytes: u64,
+}
+
 /// Everything a machine needs before its first command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Setup {
@@ -102,9 +111,8 @@ pub struct Setup {
     pub clock: Clock,
     /// The root's source; mounted below a private layer at `/`.
     pub root: Source,
-    /// Serial of the disk that is swapped to, so that the layers may outgrow memory; the host has written a swap header
-    /// to it. Empty: none.
-    pub scratch_serial: String,
+    /// The disk that is swapped to, if there is one.
+    pub scratch: Option<Scratch>,
     /// Most bytes that all private layers may hold together (size of their tmpfs); 0: the kernel's default.
     pub layer_bytes: u64,
     /// Most processes and threads that commands may have together; 0: as many as the kernel has room for.
@@ -191,6 +199,8 @@ pub enum ToAgent {
     /// Before `Setup`: prepare a world in a process of its own, start a program in it and drop both. The kernel has been
     /// through it all then, and an emulator has translated what it did.
     Rehearse(Setup),
+    /// Before `Setup`: swap to this disk. A `Setup` that names the same one finds that done.
+    Swap(Scratch),
     /// Mount another tree below the step's root. Commands started later see it.
     Mount(Mount),
     /// Start a command.
@@ -318,7 +328,7 @@ pub enum FromAgent {
         /// Processors online.
         cpus: u16,
     },
-    /// `Setup` succeeded.
+    /// `Setup`, `Rehearse` or `Swap` succeeded.
     SetupDone,
     /// `Mount` succeeded.
     Mounted,

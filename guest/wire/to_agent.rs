@@ -3,7 +3,7 @@
 use crate::codec::{DecodeError, Reader, Writer};
 use crate::message::{
     Access, Clock, Exec, MAX_ARGUMENT_BYTES, MAX_ARGUMENTS, MAX_DATA_BYTES, MAX_FETCH, MAX_MOUNTS,
-    MAX_PATH_BYTES, Mount, Setup, Source, TerminalSize, ToAgent,
+    MAX_PATH_BYTES, Mount, Scratch, Setup, Source, TerminalSize, ToAgent,
 };
 
 const HELLO: u8 = 0x01;
@@ -18,6 +18,7 @@ const MOUNT: u8 = 0x09;
 const CREDIT: u8 = 0x0a;
 const RESIZE: u8 = 0x0b;
 const REHEARSE: u8 = 0x0c;
+const SWAP: u8 = 0x0d;
 
 /// The kernel's _NSIG: the largest signal number.
 const MAX_SIGNAL: u8 = 64;
@@ -39,6 +40,10 @@ impl ToAgent {
             Self::Rehearse(setup) => {
                 w = Writer::new(REHEARSE);
                 write_setup(&mut w, setup);
+            }
+            Self::Swap(scratch) => {
+                w = Writer::new(SWAP);
+                write_scratch(&mut w, scratch);
             }
             Self::Mount(mount) => {
                 w = Writer::new(MOUNT);
@@ -94,6 +99,7 @@ impl ToAgent {
             HELLO => Self::Hello { version: r.u16("version")? },
             SETUP => Self::Setup(read_setup(&mut r)?),
             REHEARSE => Self::Rehearse(read_setup(&mut r)?),
+            SWAP => Self::Swap(read_scratch(&mut r)?),
             MOUNT => Self::Mount(read_mount(&mut r)?),
             EXEC => Self::Exec(read_exec(&mut r)?),
             STDIN => {
@@ -124,7 +130,10 @@ fn write_setup(w: &mut Writer, setup: &Setup) {
     w.i64(setup.clock.seconds);
     w.u32(setup.clock.nanoseconds);
     write_source(w, &setup.root);
-    w.text(&setup.scratch_serial);
+    w.bool(setup.scratch.is_some());
+    if let Some(scratch) = &setup.scratch {
+        write_scratch(w, scratch);
+    }
     w.u64(setup.layer_bytes);
     w.u32(setup.processes);
     w.count(setup.mounts.len());
@@ -143,13 +152,22 @@ fn read_setup(r: &mut Reader<'_>) -> Result<Setup, DecodeError> {
         seed: r.array("seed")?,
         clock: Clock { seconds: r.i64("clock")?, nanoseconds: r.nanoseconds("clock")? },
         root: read_source(r)?,
-        scratch_serial: r.name("scratch disk's serial")?,
+        scratch: if r.bool("scratch disk")? { Some(read_scratch(r)?) } else { None },
         layer_bytes: r.u64("layer size")?,
         processes: r.u32("limit of processes")?,
         mounts: r.list(MAX_MOUNTS, "mounts", read_mount)?,
         hostname: r.name("host name")?,
         load_modules: r.list(MAX_MOUNTS, "modules", |r| r.name("module"))?,
     })
+}
+
+fn write_scratch(w: &mut Writer, scratch: &Scratch) {
+    w.text(&scratch.serial);
+    w.u64(scratch.bytes);
+}
+
+fn read_scratch(r: &mut Reader<'_>) -> Result<Scratch, DecodeError> {
+    Ok(Scratch { serial: r.name("scratch disk's serial")?, bytes: r.u64("bytes of a scratch disk")? })
 }
 
 fn write_mount(w: &mut Writer, mount: &Mount) {

@@ -14,7 +14,6 @@ pub mod gpt;
 pub mod image;
 pub mod kernel;
 pub mod squashfs;
-pub mod swap;
 pub mod tree;
 pub mod uefi;
 mod uuid;

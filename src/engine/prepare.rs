@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln_wire::{Access, Exec, Mount, Setup, Source};
+use kiln_wire::{Access, Exec, Mount, Scratch, Setup, Source};
 
 use super::error::RunError;
 use super::event::{Event, Listener};
@@ -343,7 +343,7 @@ pub(super) fn describe(
         seed,
         clock,
         root,
-        scratch_serial: serial::SCRATCH.to_owned(),
+        scratch: Some(Scratch { serial: serial::SCRATCH.to_owned(), bytes: step.scratch_bytes }),
         layer_bytes: step.scratch_bytes.saturating_add(step.memory_bytes / 2),
         processes: step.limits.processes,
         mounts,

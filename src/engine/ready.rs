@@ -103,12 +103,5 @@ fn rehearsal(setup: &Setup) -> Option<ToAgent> {
     let Source::Disk { .. } = setup.root else { return None };
     let mut seed = [0; 64];
     rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).ok()?;
-    Some(ToAgent::Rehearse(Setup {
-        seed,
-        // It is swapped to once.
-        scratch_serial: String::new(),
-        mounts: Vec::new(),
-        load_modules: Vec::new(),
-        ..setup.clone()
-    }))
+    Some(ToAgent::Rehearse(Setup { seed, mounts: Vec::new(), load_modules: Vec::new(), ..setup.clone() }))
 }

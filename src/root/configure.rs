@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use kiln_artifact::tree::{Layer, Timestamp, Tree, TreePath};
 use kiln_digest::Digest;
-use kiln_wire::{Clock, EntryKind, Exec, Outcome, Setup, Source, Stream};
+use kiln_wire::{Clock, EntryKind, Exec, Outcome, Scratch, Setup, Source, Stream};
 
 use super::catalog::{self, Provenance};
 use super::debian::{Archive, CONFIGURE_SCRIPT, total_bytes};
@@ -154,7 +154,7 @@ impl Workshop<'_> {
                 filesystem: "erofs".to_owned(),
                 read_only: true,
             },
-            scratch_serial: serial::SCRATCH.to_owned(),
+            scratch: Some(Scratch { serial: serial::SCRATCH.to_owned(), bytes: SCRATCH_BYTES }),
             layer_bytes: SCRATCH_BYTES,
             processes: 0,
             mounts: Vec::new(),

@@ -103,7 +103,7 @@ impl Disk {
     }
 
     /// A disk called `serial` that says it has `capacity_bytes`, whatever `file` has; without one it reads as
-    /// zeros and cannot be written. A driver that knows the one can go on with the other. `failed` is called when the host
+    /// zeros, and what is written is lost. A driver that knows the one can go on with the other. `failed` is called when the host
     /// cannot read or write the file.
     ///
     /// # Errors
@@ -157,7 +157,9 @@ impl Disk {
             (FLUSH | DISCARD | WRITE_ZEROES, _) if self.read_only => return Ok(UNSUPPORTED),
             // A kernel looks for partitions when it finds a disk.
             (IN, None) => zeros(room),
-            (OUT | FLUSH | DISCARD | WRITE_ZEROES, None) => false,
+            // A machine that is frozen swaps to a disk that it does not have yet; what it wrote is in its memory.
+            (OUT | FLUSH, None) => !self.read_only,
+            (DISCARD | WRITE_ZEROES, None) => false,
             (IN, Some(file)) => match self.within(sector, room.remaining_bytes() as u64) {
                 Some(at) => read(file, at, room).map(|()| true)?,
                 None => false,

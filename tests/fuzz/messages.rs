@@ -85,15 +85,19 @@ fn size(random: &mut Random) -> TerminalSize {
     TerminalSize { rows: random.u16(), columns: random.u16() }
 }
 
+fn scratch(random: &mut Random) -> Scratch {
+    Scratch { serial: name(random), bytes: random.edge() }
+}
+
 /// Any message of a host's.
 pub fn to_agent(random: &mut Random) -> ToAgent {
-    match random.below(12) {
+    match random.below(13) {
         0 => ToAgent::Hello { version: VERSION },
         1 => ToAgent::Setup(Setup {
             seed: [random.byte(); 64],
             clock: Clock { seconds: random.edge().cast_signed(), nanoseconds: random.u32() >> 3 },
             root: source(random),
-            scratch_serial: name(random),
+            scratch: random.once_in(2).then(|| scratch(random)),
             layer_bytes: random.edge(),
             processes: 0,
             mounts: (0..random.below(4)).map(|_| mount(random)).collect(),
@@ -108,6 +112,7 @@ pub fn to_agent(random: &mut Random) -> ToAgent {
         8 => ToAgent::Credit { id: random.edge32(), bytes: random.u32().max(1) },
         9 => ToAgent::Resize { id: random.edge32(), size: size(random) },
         10 => ToAgent::Fetch { ordinals: (0..random.below(6)).map(|_| random.edge32()).collect() },
+        11 => ToAgent::Swap(scratch(random)),
         _ => ToAgent::PowerOff,
     }
 }

@@ -39,7 +39,7 @@ fn converse(stream: UnixStream, blobs: &Blobs, seen: &mut Seen) -> Result<(), Bo
         seed: [0; 64],
         clock: Clock { seconds: 0, nanoseconds: 0 },
         root: Source::Share(String::new()),
-        scratch_serial: String::new(),
+        scratch: None,
         layer_bytes: 0,
         processes: 0,
         mounts: Vec::new(),

@@ -99,7 +99,7 @@ fn setup() -> Setup {
         seed: [7; 64],
         clock: kiln_wire::Clock { seconds: 0, nanoseconds: 0 },
         root: Source::Share("root".into()),
-        scratch_serial: String::new(),
+        scratch: None,
         layer_bytes: 0,
         processes: 0,
         mounts: Vec::new(),

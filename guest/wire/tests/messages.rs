@@ -42,11 +42,15 @@ fn mount() -> impl Strategy<Value = Mount> {
     (source(), absolute_path(), access).prop_map(|(source, target, access)| Mount { source, target, access })
 }
 
+fn scratch() -> impl Strategy<Value = Scratch> {
+    (name(), any::<u64>()).prop_map(|(serial, bytes)| Scratch { serial, bytes })
+}
+
 fn setup() -> impl Strategy<Value = Setup> {
     (
         (any::<[u8; 32]>(), any::<i64>(), 0..1_000_000_000u32),
         source(),
-        (name(), any::<u64>(), any::<u32>(), name()),
+        (proptest::option::of(scratch()), any::<u64>(), any::<u32>(), name()),
         vec(mount(), 0..5),
         vec(name(), 0..5),
     )
@@ -54,24 +58,14 @@ fn setup() -> impl Strategy<Value = Setup> {
             |(
                 (half, seconds, nanoseconds),
                 root,
-                (scratch_serial, layer_bytes, processes, hostname),
+                (scratch, layer_bytes, processes, hostname),
                 mounts,
                 load_modules,
             )| {
                 let mut seed = [0; 64];
                 seed[..32].copy_from_slice(&half);
                 let clock = Clock { seconds, nanoseconds };
-                Setup {
-                    seed,
-                    clock,
-                    root,
-                    scratch_serial,
-                    layer_bytes,
-                    processes,
-                    mounts,
-                    hostname,
-                    load_modules,
-                }
+                Setup { seed, clock, root, scratch, layer_bytes, processes, mounts, hostname, load_modules }
             },
         )
 }
@@ -101,6 +95,8 @@ fn to_agent() -> impl Strategy<Value = ToAgent> {
     prop_oneof![
         any::<u16>().prop_map(|version| ToAgent::Hello { version }),
         setup().prop_map(ToAgent::Setup),
+        setup().prop_map(ToAgent::Rehearse),
+        scratch().prop_map(ToAgent::Swap),
         mount().prop_map(ToAgent::Mount),
         exec().prop_map(ToAgent::Exec),
         (any::<u32>(), 1..=u32::MAX).prop_map(|(id, bytes)| ToAgent::Credit { id, bytes }),

@@ -14,7 +14,7 @@ use crate::cache::{Hidden, Key};
 use crate::engine::host::{Boundary, KernelChoice};
 use crate::engine::prepare::{environment, guest_places};
 use crate::engine::step::{Clock, Keep, Step};
-use crate::machine::{Carrier, Cpu};
+use crate::machine::{Carrier, Cpu, scratch};
 use crate::plan::graph::{Command, Ignore, Kernel, Root};
 use crate::plan::recipe::ClockWord;
 use crate::plan::{EnvError, PlannedStep, RootSpec};
@@ -23,8 +23,6 @@ use crate::settings::Settings;
 
 /// Memory of a machine, where the recipe does not say.
 const MEMORY_BYTES: u64 = 2 << 30;
-/// Scratch disk, where the recipe does not say.
-const SCRATCH_BYTES: u64 = 16 << 30;
 /// From SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -105,7 +103,7 @@ pub(super) fn lower(
         overwrite,
         memory_bytes: memory_bytes(planned),
         cpus: limits.cpus.unwrap_or(0),
-        scratch_bytes: limits.scratch_bytes.unwrap_or(SCRATCH_BYTES).next_multiple_of(4096),
+        scratch_bytes: limits.scratch_bytes.unwrap_or(scratch::USUAL_BYTES).next_multiple_of(4096),
         timeout: limits.timeout,
         grace: GRACE,
         clock: match planned.clock {

@@ -13,7 +13,7 @@ use super::vm::QemuMachine;
 use super::{Origins, Qemu, argv, key};
 use crate::machine::Spec;
 use crate::machine::template::{
-    BOOT_PATIENCE, COPY_PATIENCE, Freezer, Frozen, Template, TemplateError, Templates, answer, ram,
+    COPY_PATIENCE, Freezer, Frozen, Template, TemplateError, Templates, answer, ram, settle,
 };
 use crate::threads;
 
@@ -35,9 +35,7 @@ impl Freezer for Qemu {
         let devices = Devices::start(spec.carrier)?;
         let origins = Origins::Freeze { ram: given.into(), state: state.into() };
         let (mut machine, mut qmp) = self.bring_up(spec, Some(devices), origins)?;
-        let mut complaints = answer(&mut machine, BOOT_PATIENCE)?;
-        // Once more: by its answer, all that it had to say before has been read.
-        complaints.extend(answer(&mut machine, COPY_PATIENCE)?);
+        let complaints = settle(&mut machine)?;
         qmp.freeze(argv::STATE_SET).map_err(io("freeze the machine"))?;
         // Nothing writes the memory any more when these are dropped.
         Ok(Frozen { ram, version: qmp.version.to_string(), complaints })

@@ -21,17 +21,19 @@ pub(super) mod ram;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use kiln_digest::Digest;
+use kiln_wire::{FromAgent, Scratch, ToAgent};
 
 pub(super) use self::files::Template;
-use self::greeting::greet;
+use self::greeting::{exchange, greet};
 use super::ready::Lendable;
 use super::slots::Places;
-use super::{Carrier, Cpu, Death, MachineError, Spec, in_full};
+use super::{Carrier, Cpu, Death, MachineError, Spec, in_full, scratch, serial};
 use crate::shortage::Shortage;
 use crate::writes;
 
@@ -69,8 +71,8 @@ pub(super) trait Freezer {
     /// A program cannot be looked at.
     fn key(&self, spec: &Spec) -> io::Result<Digest>;
 
-    /// Boots a machine of `spec`, which has nothing of a step in it, until its agent has answered [`twice`](answer), and freezes
-    /// it: all but its memory goes to `state`.
+    /// Boots a machine of `spec`, which has nothing of a step in it, until it has [settled](settle), and freezes it: all but
+    /// its memory goes to `state`.
     ///
     /// # Errors
     /// See [`TemplateError`].
@@ -329,12 +331,31 @@ pub(super) fn copy<F: Freezer>(
     }
 }
 
+/// Waits for a machine that boots, and lets it do what is the same for every step. What its agent complained of is returned:
+/// by its last answer, all that it had to say has been read.
+pub(super) fn settle(machine: &mut impl Lendable) -> Result<Vec<String>, TemplateError> {
+    let mut complaints = answer(machine, BOOT_PATIENCE)?;
+    let swap = ToAgent::Swap(Scratch { serial: serial::SCRATCH.to_owned(), bytes: scratch::USUAL_BYTES });
+    complaints.extend(asked(machine, |wire| {
+        exchange(wire, &swap.encode(), COPY_PATIENCE, |message| *message == FromAgent::SetupDone)
+    })?);
+    complaints.extend(answer(machine, COPY_PATIENCE)?);
+    Ok(complaints)
+}
+
 /// Waits for the machine's agent to answer, and returns what it complained of.
 pub(super) fn answer(machine: &mut impl Lendable, patience: Duration) -> Result<Vec<String>, TemplateError> {
+    asked(machine, |wire| greet(wire, patience))
+}
+
+fn asked(
+    machine: &mut impl Lendable,
+    ask: impl FnOnce(&UnixStream) -> io::Result<Vec<String>>,
+) -> Result<Vec<String>, TemplateError> {
     let Some(wire) = machine.wire_held() else {
         return Err(TemplateError::Damaged("its wire is not there"));
     };
-    match greet(wire, patience) {
+    match ask(wire) {
         Ok(complaints) => Ok(complaints),
         Err(source) if source.kind() == io::ErrorKind::UnexpectedEof => {
             Err(TemplateError::Died(machine.death(DEATH_PATIENCE)))

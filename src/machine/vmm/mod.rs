@@ -27,7 +27,7 @@ use super::slots::{Places, SLOT_BYTES, SLOTS};
 use super::spawn::in_words;
 use super::tail::Tail;
 use super::template::{
-    self, BOOT_PATIENCE, COPY_PATIENCE, Freezer, Frozen, Template, TemplateError, Templates, answer,
+    self, COPY_PATIENCE, Freezer, Frozen, Template, TemplateError, Templates, answer, settle,
 };
 use super::wire::Wire;
 use super::{
@@ -197,9 +197,7 @@ impl Freezer for KilnVmm {
         let ram = memory::make_file(spec.memory_bytes).map_err(MachineError::from)?;
         let given = ram.try_clone().map_err(TemplateError::io("hold a template's memory"))?;
         let mut machine = self.bring_up(spec, Begins::Boot(given))?;
-        let mut complaints = answer(&mut machine, BOOT_PATIENCE)?;
-        // Once more: by its answer, all that it had to say before has been read.
-        complaints.extend(answer(&mut machine, COPY_PATIENCE)?);
+        let complaints = settle(&mut machine)?;
         let server = &machine.server;
         let frozen = server.control()?.freeze_guest(state.as_fd());
         frozen.map_err(|error| server.failure(&error))?;
