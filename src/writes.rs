@@ -1,12 +1,15 @@
-//! The one door through which files of the store and of WORK are made, written, synced, renamed and removed.
+//! The one door through which files of the store, of WORK and of what steps are shown are made, written, synced, renamed
+//! and removed.
 //!
 //! It does what is asked and nothing else. A test can stand in it ([`watch`]) and let the Nth operation fail, or kill
 //! the process before or after it; where nobody does, an operation costs one load more than without the door. It knows
-//! no format and no folder: the store and the merge say what is to be done.
+//! no format and no folder: the store, the merge and views say what is to be done.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::PermissionsExt as _;
+use std::ops::Deref;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -29,7 +32,7 @@ pub enum Act<'a> {
     Remove(&'a Path),
     /// An open file is dated.
     Date,
-    /// The length or the mode of a file is set.
+    /// The length or the mode of a file is set, or, by cloning another, all of it.
     Set(&'a Path),
 }
 
@@ -82,17 +85,80 @@ pub fn write(file: &mut impl Write, path: &Path, bytes: &[u8]) -> io::Result<usi
 /// # Errors
 /// What mkdir(2) says.
 pub fn make_folders(path: &Path) -> io::Result<()> {
+    make_folders_of(path, 0o777)
+}
+
+/// The same for nobody but this user.
+///
+/// # Errors
+/// What mkdir(2) says.
+pub fn make_private_folders(path: &Path) -> io::Result<()> {
+    make_folders_of(path, 0o700)
+}
+
+fn make_folders_of(path: &Path, mode: u32) -> io::Result<()> {
     if path.is_dir() {
         return Ok(());
     }
     if let Some(above) = path.parent().filter(|above| !above.as_os_str().is_empty()) {
-        make_folders(above)?;
+        make_folders_of(above, mode)?;
     }
-    match through(Act::Make(path), || fs::create_dir(path)) {
+    match make_folder(path, mode) {
         // Another process was quicker.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
         made => made,
     }
+}
+
+/// Makes the folder `path`.
+///
+/// # Errors
+/// What mkdir(2) says.
+pub fn make_folder(path: &Path, mode: u32) -> io::Result<()> {
+    through(Act::Make(path), || fs::DirBuilder::new().mode(mode).create(path))
+}
+
+/// Makes an empty folder of this user's alone in `area`. Its name begins with `prefix`.
+///
+/// # Errors
+/// What mkdir(2) says.
+pub fn make_folder_in(area: &Path, prefix: &str) -> io::Result<PathBuf> {
+    made_in(area, || Ok(tempfile::Builder::new().prefix(prefix).tempdir_in(area)?.keep()), |path| path)
+}
+
+/// Makes the symbolic link `path`.
+///
+/// # Errors
+/// What symlink(2) says.
+pub fn make_link(text: &OsStr, path: &Path) -> io::Result<()> {
+    through(Act::Make(path), || symlink(text, path))
+}
+
+/// Makes the file `path`, which nobody has yet and is there to be written.
+///
+/// # Errors
+/// What open(2) says.
+pub fn create_new(path: &Path, mode: u32) -> io::Result<File> {
+    let mut options = File::options();
+    options.write(true).create_new(true).mode(mode);
+    through(Act::Make(path), || options.open(path))
+}
+
+/// Makes something in `folder` whose name is known when it is there.
+fn made_in<T>(
+    folder: &Path,
+    make: impl FnOnce() -> io::Result<T>,
+    path: impl FnOnce(&T) -> &Path,
+) -> io::Result<T> {
+    let watcher = WATCHER.get();
+    if let Some(watcher) = watcher {
+        watcher.before(&Act::Make(folder))?;
+    }
+    let made = make()?;
+    if let Some(watcher) = watcher {
+        watcher.after(&Act::Make(path(&made)));
+    }
+    Ok(made)
 }
 
 /// Makes the file `path`, which may be there and is empty then.
@@ -109,6 +175,14 @@ pub fn create(path: &Path) -> io::Result<File> {
 /// What fchmod(2) says.
 pub fn set_mode(file: &File, path: &Path, mode: u32) -> io::Result<()> {
     through(Act::Set(path), || file.set_permissions(fs::Permissions::from_mode(mode)))
+}
+
+/// Sets the mode of the folder `path`.
+///
+/// # Errors
+/// What chmod(2) says.
+pub fn set_folder_mode(path: &Path, mode: u32) -> io::Result<()> {
+    through(Act::Set(path), || fs::set_permissions(path, fs::Permissions::from_mode(mode)))
 }
 
 /// Sets the length of `file`, whose name is `path`.
@@ -136,6 +210,14 @@ pub fn remove(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         result => result,
     }
+}
+
+/// Removes an empty folder.
+///
+/// # Errors
+/// What rmdir(2) says.
+pub fn remove_folder(path: &Path) -> io::Result<()> {
+    through(Act::Remove(path), || fs::remove_dir(path))
 }
 
 /// Removes a folder with all that is in it.
@@ -191,6 +273,34 @@ impl Write for Through<'_> {
     }
 }
 
+/// A folder that goes with all that is in it when this is dropped.
+#[derive(Debug)]
+pub struct Folder(PathBuf);
+
+impl Folder {
+    /// An empty one of this user's alone in `area`, whose name begins with `prefix`.
+    ///
+    /// # Errors
+    /// What mkdir(2) says.
+    pub fn new_in(area: &Path, prefix: &str) -> io::Result<Self> {
+        make_folder_in(area, prefix).map(Self)
+    }
+}
+
+impl Deref for Folder {
+    type Target = Path;
+
+    fn deref(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = remove_tree(&self.0);
+    }
+}
+
 /// A file that has no name of its own yet, and is gone with this where it never gets one.
 #[derive(Debug)]
 pub struct Unfinished {
@@ -211,14 +321,7 @@ impl Unfinished {
     /// # Errors
     /// What open(2) says.
     pub fn with_prefix_in(prefix: &str, folder: &Path) -> io::Result<Self> {
-        let watcher = WATCHER.get();
-        if let Some(watcher) = watcher {
-            watcher.before(&Act::Make(folder))?;
-        }
-        let file = NamedTempFile::with_prefix_in(prefix, folder)?;
-        if let Some(watcher) = watcher {
-            watcher.after(&Act::Make(file.path()));
-        }
+        let file = made_in(folder, || NamedTempFile::with_prefix_in(prefix, folder), NamedTempFile::path)?;
         Ok(Self { file })
     }
 

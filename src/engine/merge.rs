@@ -12,7 +12,6 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use kiln_artifact::tree::{Kind, Node, Tree, TreePath};
@@ -23,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::work::{Seen, Work};
 use crate::cache::ledger::{Changes, Identity, Ledger, Placed};
 use crate::store::Store;
-use crate::writes::{self, Act, Through};
+use crate::writes::{self, Through};
 
 /// The staging folder's name in WORK: reserved, and gone after every merge.
 pub const STAGING: &str = ".kiln-staging";
@@ -132,7 +131,7 @@ struct Locked {
 
 /// Takes the lock of a WORK, and completes or undoes what an earlier kiln left there in the middle of a merge.
 fn open(store: &Store, work: &Path) -> Result<Locked, MergeError> {
-    fs::create_dir_all(work).map_err(at("make", work))?;
+    writes::make_folders(work).map_err(at("make", work))?;
     let path = fs::canonicalize(work).map_err(at("find", work))?;
     let lock_path = store.lock_path("work", &Digest::of(path.as_os_str().as_bytes()));
     let lock = File::create(&lock_path).map_err(at("lock", &lock_path))?;
@@ -214,9 +213,7 @@ impl Merge<'_> {
         }
         let (journal, places) = self.plan(&locked, outputs, &wanted, removed)?;
         let staging = locked.path.join(STAGING);
-        let made =
-            writes::through(Act::Make(&staging), || fs::DirBuilder::new().mode(0o700).create(&staging));
-        made.map_err(at("make", &staging))?;
+        writes::make_folder(&staging, 0o700).map_err(at("make", &staging))?;
         let staged = self.stage(&staging, outputs, &places).and_then(|()| write_journal(&staging, &journal));
         match staged {
             Ok(()) => complete(self.store, &locked, journal)?,
@@ -378,19 +375,14 @@ impl Merge<'_> {
             match &node.kind {
                 Kind::File { digest, size } => {
                     let mode = mode_in_work(node);
-                    let mut options = fs::OpenOptions::new();
-                    options.write(true).create_new(true).mode(mode);
-                    let target = writes::through(Act::Make(&staged), || options.open(&staged));
-                    let mut target = target.map_err(at("write", &staged))?;
+                    let mut target = writes::create_new(&staged, mode).map_err(at("write", &staged))?;
                     let mut source = self.store.blobs().file(digest).map_err(at("read", &staged))?;
                     copy_sparse(&mut source, &mut target, &staged, *size)
                         .map_err(at("write", &on_host(self.work, path)))?;
                     writes::set_mode(&target, &staged, mode).map_err(at("set the mode of", &staged))?;
                 }
                 Kind::Symlink(text) => {
-                    let made =
-                        writes::through(Act::Make(&staged), || symlink(OsStr::from_bytes(text), &staged));
-                    made.map_err(at("write", &staged))?;
+                    writes::make_link(OsStr::from_bytes(text), &staged).map_err(at("write", &staged))?;
                 }
                 _ => {}
             }

@@ -24,6 +24,7 @@ use crate::plan::{EnvError, Environment};
 use crate::root::bundle::Bundle;
 use crate::root::{Root, image, toolbox};
 use crate::settings::Settings;
+use crate::writes;
 
 /// The host name of every machine.
 const HOSTNAME: &str = "kiln";
@@ -285,7 +286,7 @@ impl Shares {
 fn empty_directory(host: &Host) -> Result<OwnedFd, RunError> {
     let io = |source| RunError::Io { what: "open the store's empty directory", source };
     let folder = host.store.run().join("empty");
-    std::fs::create_dir_all(&folder).map_err(io)?;
+    writes::make_folders(&folder).map_err(io)?;
     Ok(File::open(folder).map_err(io)?.into())
 }
 

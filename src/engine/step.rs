@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::build::Directory;
 use super::host::{Boundary, KernelChoice};
 use super::inputs::{DiskArgument, MountArgument};
 use crate::agent::Limits;
 use crate::machine::{Carrier, Cpu, PathBytes};
 use crate::plan::{FIXED_PATH, Outputs, RootSpec};
+use crate::writes::Folder;
 
 /// The clock a step sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -36,9 +36,9 @@ pub enum Keep {
 #[derive(Debug, Clone)]
 pub struct View {
     /// A directory with what it sees in WORK: outputs of the steps it needs.
-    pub work: Arc<Directory>,
+    pub work: Arc<Folder>,
     /// A directory with the sources it sees, where it sees any.
-    pub sources: Option<Arc<Directory>>,
+    pub sources: Option<Arc<Folder>>,
     /// Paths in SRCDIR that it is not shown.
     pub hidden: Vec<PathBytes>,
 }

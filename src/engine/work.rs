@@ -153,7 +153,8 @@ impl Work {
             match made {
                 Ok(()) if index + 1 == depth => {
                     let mode = Mode::from_raw_mode((mode & 0o755) | 0o700);
-                    rustix::fs::chmodat(&folder, name(component), mode, AtFlags::empty())?;
+                    let set = || rustix::fs::chmodat(&folder, name(component), mode, AtFlags::empty());
+                    writes::through(Act::Set(&called), || Ok(set()?))?;
                 }
                 Ok(()) | Err(Errno::EXIST) => {}
                 Err(errno) => return Err(errno.into()),

@@ -15,7 +15,7 @@ mod temporary;
 
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -126,11 +126,7 @@ impl Store {
         }
         for folder in ["", "blobs", "images", "records", "run", "tmp"] {
             let folder = path.join(folder);
-            fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&folder)
-                .map_err(StoreError::at(&folder))?;
+            writes::make_private_folders(&folder).map_err(StoreError::at(&folder))?;
         }
         let owner = fs::metadata(path).map_err(StoreError::at(path))?.uid();
         let user = rustix::process::geteuid().as_raw();

@@ -5,6 +5,8 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::writes;
+
 /// What the name of each folder begins with. Nanoseconds since 1970 follow: since when its process has used the store.
 const PREFIX: &str = "kiln-";
 
@@ -24,12 +26,12 @@ impl Temporary {
         let now = crate::clock::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let since = UNIX_EPOCH + now;
         let prefix = format!("{PREFIX}{}-", now.as_nanos());
-        let path = tempfile::Builder::new().prefix(&prefix).tempdir_in(area)?.keep();
+        let path = writes::make_folder_in(area, &prefix)?;
         // Between the two steps another kiln may take the folder for a dead one's: it is made anew then.
         match File::open(&path).and_then(|lock| lock.lock().map(|()| lock)) {
             Ok(lock) if path.is_dir() => Ok(Self { path, since, _lock: lock }),
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                let _ = fs::remove_dir(&path);
+                let _ = writes::remove_folder(&path);
                 Err(error)
             }
             _ => Self::new(area),
@@ -75,8 +77,8 @@ pub(super) fn earliest(area: &Path, own: Option<&Path>) -> io::Result<Option<Sys
 impl Drop for Temporary {
     fn drop(&mut self) {
         // An empty one goes where no descriptor is left to look into it, too.
-        if fs::remove_dir(&self.path).is_err() {
-            let _ = fs::remove_dir_all(&self.path);
+        if writes::remove_folder(&self.path).is_err() {
+            let _ = writes::remove_tree(&self.path);
         }
     }
 }
@@ -86,7 +88,7 @@ fn sweep(area: &Path) -> io::Result<()> {
         let Ok(lock) = File::open(entry.path()) else { continue };
         if lock.try_lock().is_ok() {
             // Held until the folder is gone: an owner that was about to lock it sees that, and makes another.
-            let _ = fs::remove_dir_all(entry.path());
+            let _ = writes::remove_tree(&entry.path());
         }
         drop(lock);
     }

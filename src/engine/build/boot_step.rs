@@ -30,6 +30,7 @@ use crate::plan::boot::{self as plan, Alteration, Boot, Expected, Trust};
 use crate::plan::make::Pattern;
 use crate::plan::script::{self, ScriptError, Statement};
 use crate::plan::{PlannedStep, StepId};
+use crate::writes::Folder;
 
 /// Changes with how images are booted and judged.
 const FORMAT: u32 = 1;
@@ -235,7 +236,7 @@ impl<R: Runner> Checker<'_, R> {
         boot: &Boot,
         parts: &Parts,
         scratch: &Path,
-    ) -> Result<(view::Directory, PathBuf), BuildError> {
+    ) -> Result<(Folder, PathBuf), BuildError> {
         let mut files = parts.files.clone();
         let name = TreePath::new(parts.image.name()).unwrap_or_else(|_| TreePath::root());
         if !parts.is_folder {
@@ -282,11 +283,11 @@ impl<R: Runner> Worker<'_, '_, R> {
             move |source| BuildError::Io { what, path, source }
         };
         let parts = self.checker.parts(step, planned, needs)?;
-        let scratch = tempfile::tempdir_in(&area).map_err(io("make a folder in"))?;
-        let (_files, image) = self.checker.lay_out(step, planned, &parts, scratch.path())?;
+        let scratch = Folder::new_in(&area, "boot-").map_err(io("make a folder in"))?;
+        let (_files, image) = self.checker.lay_out(step, planned, &parts, &scratch)?;
         let owner = |_: &TreePath| step.name.clone();
         let keys = parts.keys.as_ref().map(|keys| view::write(keys, build.store, owner)).transpose()?;
-        let report = scratch.path().join("report");
+        let report = scratch.join("report");
         let mut wanted = boot::Boot {
             disks: vec![DiskChoice {
                 path: image,

@@ -21,6 +21,7 @@ use crate::cache::{Entry, Found, Hidden, Index, Key, LastRun, Place, Places, Sco
 use crate::engine::merge::Merge;
 use crate::plan::{PlannedStep, StepId};
 use crate::sign::Leaks;
+use crate::writes::Folder;
 
 /// How a step stands.
 #[derive(Debug)]
@@ -64,7 +65,7 @@ pub(super) struct Checker<'a, R> {
     source: Option<OwnedFd>,
     work: Vec<u8>,
     /// What steps see that are shown nothing.
-    nothing: OnceLock<Arc<view::Directory>>,
+    nothing: OnceLock<Arc<Folder>>,
     leaks: OnceLock<Leaks>,
     /// Whether the store and WORK are on one file system.
     is_beside: OnceLock<bool>,
@@ -140,7 +141,7 @@ impl<'a, R> Checker<'a, R> {
         &self,
         tree: &Tree,
         owner: impl Fn(&TreePath) -> String,
-    ) -> Result<Arc<view::Directory>, BuildError> {
+    ) -> Result<Arc<Folder>, BuildError> {
         if !view::is_nothing(tree) {
             return Ok(Arc::new(view::write(tree, self.build.store, owner)?));
         }

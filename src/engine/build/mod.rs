@@ -57,7 +57,6 @@ pub use lower::Lowered;
 pub use runner::{KeptStep, Machines, Ran, Runner};
 pub use tamper::TamperError;
 pub use timeline::Timeline;
-pub use view::Directory;
 
 /// How a build goes about it.
 #[derive(Debug, Clone)]

@@ -27,6 +27,7 @@ use crate::engine::event::{Event, Phase};
 use crate::plan::StepId;
 use crate::plan::graph::Command;
 use crate::threads;
+use crate::writes;
 
 /// Most messages under way: a step that prints faster than that is told waits.
 const MESSAGES: usize = 256;
@@ -89,7 +90,7 @@ impl<R: Runner> Build<'_, R> {
     ) -> Result<Summary, BuildError> {
         let work = &self.settings.work.value;
         if !self.options.dry_run {
-            let made = std::fs::create_dir_all(work);
+            let made = writes::make_folders(work);
             made.map_err(|source| BuildError::Io { what: "make", path: work.clone(), source })?;
             crate::engine::merge::recover(self.store, work)?;
         }

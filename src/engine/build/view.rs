@@ -2,12 +2,10 @@
 //! own. A step that ends meanwhile changes WORK and not this.
 
 use std::ffi::OsStr;
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::fs::File;
 use std::io;
-use std::ops::Deref;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use kiln_artifact::tree::{Kind, Tree, TreePath};
@@ -18,6 +16,7 @@ use super::BuildError;
 use crate::cache::verify::shown;
 use crate::plan::Outputs;
 use crate::store::Store;
+use crate::writes::{self, Act, Folder, Through};
 
 /// The mode of a view's top, where nothing says another.
 const TOP_MODE: u32 = 0o755;
@@ -66,35 +65,6 @@ pub(super) fn union(needs: &[(&str, Arc<Tree>)], inputs: &Outputs) -> Result<Arc
     Ok(Arc::new(union))
 }
 
-/// A directory that goes when this is dropped.
-#[derive(Debug)]
-pub struct Directory(PathBuf);
-
-impl Deref for Directory {
-    type Target = Path;
-
-    fn deref(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Directory {
-    /// An empty one.
-    fn new(store: &Store) -> Result<Self, BuildError> {
-        let area = store.temporary();
-        let folder = tempfile::Builder::new().prefix("view-").tempdir_in(&area);
-        let folder =
-            folder.map_err(|source| BuildError::Io { what: "make a folder in", path: area, source })?;
-        Ok(Self(folder.keep()))
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 /// Whether `tree` shows nothing but an ordinary folder.
 pub(super) fn is_nothing(tree: &Tree) -> bool {
     tree.iter().all(|(path, node)| path.is_root() && shown(node) == Some((FileKind::Directory, TOP_MODE, 0)))
@@ -108,15 +78,17 @@ pub(super) fn write(
     tree: &Tree,
     store: &Store,
     owner: impl Fn(&TreePath) -> String,
-) -> Result<Directory, BuildError> {
-    let directory = Directory::new(store)?;
+) -> Result<Folder, BuildError> {
+    let area = store.temporary();
+    let folder = Folder::new_in(&area, "view-");
+    let folder = folder.map_err(|source| BuildError::Io { what: "make a folder in", path: area, source })?;
     for (path, node) in tree.iter().filter(|(path, _)| !path.is_root()) {
-        let place = directory.0.join(OsStr::from_bytes(path.as_bytes()));
+        let place = folder.join(OsStr::from_bytes(path.as_bytes()));
         let node = tree.shown(path).unwrap_or(node);
         let Some((_, mode, _)) = shown(node) else { continue };
         let done = match &node.kind {
-            Kind::Directory => DirBuilder::new().mode(0o700).create(&place),
-            Kind::Symlink(text) => symlink(OsStr::from_bytes(text), &place),
+            Kind::Directory => writes::make_folder(&place, 0o700),
+            Kind::Symlink(text) => writes::make_link(OsStr::from_bytes(text), &place),
             Kind::File { digest, .. } => match copy(store, digest, &place, mode) {
                 Ok(true) => Ok(()),
                 Ok(false) => {
@@ -131,16 +103,16 @@ pub(super) fn write(
     }
     // Folders last: nobody may be kept from writing into them before.
     for (path, node) in tree.iter().filter(|(path, node)| !path.is_root() && node.kind == Kind::Directory) {
-        let place = directory.0.join(OsStr::from_bytes(path.as_bytes()));
+        let place = folder.join(OsStr::from_bytes(path.as_bytes()));
         if let Some((_, mode, _)) = shown(node) {
-            let set = fs::set_permissions(&place, Permissions::from_mode(mode));
+            let set = writes::set_folder_mode(&place, mode);
             set.map_err(|source| BuildError::Io { what: "set the mode of", path: place, source })?;
         }
     }
     let top = tree.get(&TreePath::root()).and_then(shown).map_or(TOP_MODE, |(_, mode, _)| mode);
-    let set = fs::set_permissions(&directory.0, Permissions::from_mode(top));
-    set.map_err(|source| BuildError::Io { what: "set the mode of", path: directory.0.clone(), source })?;
-    Ok(directory)
+    let set = writes::set_folder_mode(&folder, top);
+    set.map_err(|source| BuildError::Io { what: "set the mode of", path: folder.to_owned(), source })?;
+    Ok(folder)
 }
 
 /// Copies a blob, by cloning where the file system can. False where the store does not have it as it was.
@@ -149,21 +121,24 @@ fn copy(store: &Store, digest: &Digest, place: &Path, mode: u32) -> io::Result<b
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         source => source?,
     };
-    let mut target = OpenOptions::new().write(true).create_new(true).mode(0o600).open(place)?;
-    let is_whole = if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
+    let target = writes::create_new(place, 0o600)?;
+    let clone = || Ok(rustix::fs::ioctl_ficlone(&target, &source)?);
+    let is_whole = if writes::through(Act::Set(place), clone).is_ok() {
         // What was cloned is what is read here, and nobody can write it any more.
         Digest::of_reader(File::open(place)?)?.0 == *digest
     } else {
         let mut reader = HashingReader::new(source);
-        io::copy(&mut reader, &mut target)?;
+        io::copy(&mut reader, &mut Through::new(&target, place))?;
         reader.finish().0 == *digest
     };
-    target.set_permissions(Permissions::from_mode(mode))?;
+    writes::set_mode(&target, place, mode)?;
     Ok(is_whole)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use kiln_artifact::tree::{Meta, Node, TreePath};
 
     use super::*;

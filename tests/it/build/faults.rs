@@ -3,6 +3,7 @@
 //! what is left: the store opens, no build is told something wrong, WORK is whole, and a new build gives what a clean one
 //! gives. `ci/test faults` runs it.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -36,12 +37,35 @@ struct Fault {
     count: AtomicUsize,
     /// Whether it was done.
     done: AtomicBool,
+    // Protects what was done so far, in words.
+    seen: Mutex<BTreeSet<String>>,
 }
 
 impl Fault {
     /// The process ends here, as by SIGKILL.
     fn end() -> ! {
         std::process::exit(KILLED)
+    }
+
+    /// What an operation does to what steps see, or to folders of the store.
+    fn note(&self, act: &Act<'_>) {
+        let (verb, path) = match *act {
+            Act::Make(path) => ("made", path),
+            Act::Write(path, _) => ("written", path),
+            Act::Set(path) => ("set", path),
+            Act::Remove(path) => ("removed", path),
+            _ => return,
+        };
+        let names: Vec<_> = path.components().map(|name| name.as_os_str().to_string_lossy()).collect();
+        let is_view = |name: &str| name.starts_with("view-");
+        let what = match &names[..] {
+            [.., name] if is_view(name) => "a view",
+            [.., above, _] if is_view(above) => "what is in a view",
+            [.., above, name] if above == "tmp" && name.starts_with("kiln-") => "a process's folder",
+            [.., above, name] if above == "store" && name == "blobs" => "the store's folder of blobs",
+            _ => return,
+        };
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).insert(format!("{what} was {verb}"));
     }
 }
 
@@ -71,7 +95,8 @@ impl Watcher for Fault {
         Err(errno.into())
     }
 
-    fn after(&self, _: &Act<'_>) {
+    fn after(&self, act: &Act<'_>) {
+        self.note(act);
         if self.fault == "killed-after" && self.count.load(Ordering::SeqCst) == self.at + 1 {
             Self::end();
         }
@@ -89,12 +114,15 @@ fn a_case() {
         fault: fault.to_owned(),
         count: AtomicUsize::new(0),
         done: AtomicBool::new(false),
+        seen: Mutex::default(),
     };
     let fault: &'static Fault = Box::leak(Box::new(fault));
     assert!(writes::watch(Box::new(Borrowed(fault))));
     workload::run(&folder, |_| {});
     let (count, done) = (fault.count.load(Ordering::SeqCst), fault.done.load(Ordering::SeqCst));
     fs::write(folder.join("count"), format!("{count} {done}")).expect("room");
+    let seen = fault.seen.lock().expect("no panic");
+    fs::write(folder.join("seen"), seen.iter().cloned().collect::<Vec<_>>().join("\n")).expect("room");
     workload::end_of_the_case();
 }
 
@@ -129,6 +157,28 @@ fn case(at: usize, fault: &str) -> Result<(usize, bool), String> {
     let said = fs::read_to_string(folder.join("count")).unwrap_or_default();
     let (count, done) = said.split_once(' ').ok_or("it counted nothing")?;
     Ok((count.parse().map_err(|_| "it counted nothing")?, done == "true"))
+}
+
+#[test]
+fn what_steps_are_shown_and_folders_of_the_store_go_through_the_door() {
+    let place = tempfile::tempdir().expect("a folder");
+    workload::prepare(place.path());
+    fs::write(place.path().join("case"), format!("{} none", usize::MAX)).expect("room");
+    let (code, said) = workload::in_a_process("build::faults::a_case", place.path());
+    assert_eq!(code, Some(0), "{said}");
+    let seen = fs::read_to_string(place.path().join("seen")).expect("a list");
+    let wanted = [
+        "a process's folder was made",
+        "a process's folder was removed",
+        "a view was made",
+        "a view was removed",
+        "a view was set",
+        "the store's folder of blobs was made",
+        "what is in a view was made",
+        "what is in a view was set",
+        "what is in a view was written",
+    ];
+    assert_eq!(seen.lines().collect::<Vec<_>>(), wanted);
 }
 
 #[test]
