@@ -1,6 +1,7 @@
 //! What is done beside the making of a step's world, each in a process of its own: most machines have more than one
 //! processor, and the agent has no threads. All of it is over before anything of the step runs.
 
+use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 
 use kiln_wire::Setup;
@@ -78,9 +79,11 @@ fn rehearse(what: &Setup, shares: Option<OwnedFd>) -> Result<(), Errno> {
             setsid()?;
             sys::reset_signals();
             sys::close_on_exec_above_stdio()?;
-            let name = StringArray::new(vec![c"true".to_owned()]);
-            // What it does does not matter: the kernel has started a program of this root once.
-            Err(sys::execve(c"/bin/true", &name, &StringArray::new(Vec::new())))
+            // What they do does not matter: the kernel has started once what most commands begin with.
+            let nothing = StringArray::new(Vec::new());
+            let words = [c"sh", c"-eu", c"-c", c"/bin/true; exit"].map(CStr::to_owned);
+            let _ = sys::execve(c"/bin/sh", &StringArray::new(words.to_vec()), &nothing);
+            Err(sys::execve(c"/bin/true", &StringArray::new(vec![c"true".to_owned()]), &nothing))
         }
         Fork::Parent { child } => {
             sys::wait(Some(child), true)?;

@@ -50,6 +50,8 @@ struct Session {
     /// The device of shares, until `Setup`.
     shares: Option<OwnedFd>,
     greeted: bool,
+    /// The root of a rehearsal, until `Setup`: while it is mounted the kernel keeps what it has read of it.
+    rehearsed: Option<OwnedFd>,
     world: Option<World>,
     commands: BTreeMap<u32, Command>,
     /// The last `List`: which layer, and what was in it.
@@ -71,6 +73,7 @@ pub fn run(link: Link, booted: Booted) -> Result<(), SessionError> {
         complaints: booted.complaints,
         shares: booted.shares,
         greeted: false,
+        rehearsed: None,
         world: None,
         commands: BTreeMap::new(),
         listing: None,
@@ -132,6 +135,7 @@ impl Session {
                 self.link.bind();
                 setup::make(&setup, self.shares.take()).map(|world| {
                     self.world = Some(world);
+                    self.rehearsed = None;
                     if setup.processes > 0 {
                         match Group::make(setup.processes) {
                             Ok(group) => self.meter.group = Some(group),
@@ -149,6 +153,7 @@ impl Session {
                 if self.world.is_some() {
                     return Err(SessionError::Protocol("a rehearsal after Setup"));
                 }
+                self.rehearsed = setup::mount_root(&setup);
                 let shares = self.shares.as_ref().and_then(|shares| shares.try_clone().ok());
                 Beside::rehearsing(&setup, shares)
                     .and_then(Beside::join)

@@ -92,6 +92,12 @@ pub fn make(setup: &Setup, shares: Option<OwnedFd>) -> Result<World, Failure> {
     Ok(World { root, maker, terminals })
 }
 
+/// The root of `setup` as a mount nobody sees; none where it is no disk, or cannot be mounted, which making the world says.
+pub fn mount_root(setup: &Setup) -> Option<OwnedFd> {
+    let Source::Disk { serial, filesystem, .. } = &setup.root else { return None };
+    mounts::disk(&disk::find(serial).ok()?, filesystem, true).ok()
+}
+
 fn set_clock(clock: Clock) -> Result<(), Failure> {
     let time = Timespec { tv_sec: clock.seconds, tv_nsec: clock.nanoseconds.into() };
     rustix::time::clock_settime(ClockId::Realtime, time)
