@@ -19,15 +19,17 @@ pub struct Series {
     /// What it says when one of its runs begins; drawn once.
     turn: String,
     at_once: usize,
+    alike: usize,
 }
 
 impl Series {
-    /// Runs of which so many go on at once.
-    pub fn new(at_once: usize) -> Self {
+    /// Runs of which so many go on `at_once`, beside so many that are got `ahead` for their turn.
+    pub fn new(at_once: usize, ahead: usize) -> Self {
         let mut number = [0; 16];
         // A turn that is another's makes more or fewer machines ready, and nothing else.
         let _ = rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty());
-        Self { turn: Digest::of(&number).to_string(), at_once: at_once.max(1) }
+        let at_once = at_once.max(1);
+        Self { turn: Digest::of(&number).to_string(), at_once, alike: at_once.saturating_add(ahead) }
     }
 }
 
@@ -75,7 +77,8 @@ impl Readiness {
             scratch_bytes: scratch.size().ok()?,
             rehearsal: rehearsal(setup)?.encode(),
             idle_seconds: Duration::as_secs(&idle),
-            alike: series.at_once,
+            at_once: series.at_once,
+            alike: series.alike,
         };
         Some(Self { key, order, disks })
     }

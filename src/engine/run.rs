@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use kiln_artifact::tree::{Kind, TreePath};
@@ -28,6 +28,7 @@ use crate::keeper::{Entry, Kept, Registration, Registry};
 use crate::machine::{Backend, Identity, Machine, footprint};
 use crate::root::bundle::NEEDED;
 use crate::root::{Filesystem, Image, Root, toolbox};
+use crate::threads;
 
 /// How long a machine may take from its start to its agent's first word. An emulated one needs two seconds.
 const BOOT_PATIENCE: Duration = Duration::from_secs(90);
@@ -100,7 +101,7 @@ pub struct Run {
 
 /// Runs `step` on `host`, telling `events` what happens. `input` is the command's standard input.
 pub fn run(step: &Step, host: &Host, input: Option<OwnedFd>, events: Listener<'_>) -> Run {
-    run_among(step, host, input, &Series::new(1), events)
+    run_among(step, host, input, &Series::new(1, 0), events)
 }
 
 /// Does what [`run`] does, as one run of `series`.
@@ -158,8 +159,8 @@ fn carry_through(
     let mut session = None;
     let mut ordered = None;
     let conversation = talk.open(wire, setup, events).and_then(|opened| {
-        // While the command runs.
-        ordered = readiness.and_then(Readiness::order);
+        // Beside the command: to start a process takes as long as some commands.
+        ordered = readiness.and_then(|readiness| threads::start_small("order", || readiness.order()).ok());
         talk.work(session.insert(opened), exec, input, events)
     });
     let (doing, is_off) = (talk.doing, talk.is_off);
@@ -242,7 +243,7 @@ fn carry_through(
         }
     };
     let _ = events(Event::Phase(Phase::Merge, stopwatch.lap()));
-    drop(ordered);
+    drop(ordered.map(JoinHandle::join));
     let bundle = prepared.bundle.digest();
     Ok(Report { ended, identity, bundle, collected, reads, held_bytes, work })
 }

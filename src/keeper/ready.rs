@@ -82,7 +82,9 @@ pub struct Order {
     pub rehearsal: Vec<u8>,
     /// How long the machine waits for a step.
     pub idle_seconds: u64,
-    /// How many such machines may wait: as many as there are steps at once.
+    /// How many may be made at a time: as many as there are steps at once.
+    pub at_once: usize,
+    /// How many such machines may wait.
     pub alike: usize,
 }
 
@@ -242,7 +244,7 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
     let idle = Duration::from_secs(order.idle_seconds);
     // For the run that began last, and as many at a time as have steps at once: more would take from each other's time,
     // and from that of steps.
-    let Some((making, others)) = take_seat(&store.run(), order.alike)? else { return Ok(()) };
+    let Some((making, others)) = take_seat(&store.run(), order.at_once)? else { return Ok(()) };
     let alike = order.alike.saturating_sub(others);
     if fs::read_to_string(turn_file(&order.store))? != order.turn
         || !has_memory(registry.promised_bytes().saturating_add(order.memory_bytes))

@@ -27,6 +27,10 @@ use crate::plan::boot::Trust;
 use crate::root;
 use crate::root::debian::DEFAULT_KERNEL_SUITE;
 
+/// Most machines that wait for steps of a build beside as many as run at once: a step that finds none makes its own, and takes
+/// processors from the commands that run.
+const MOST_SPARE: usize = 2;
+
 /// What a run of a step came to.
 #[derive(Debug)]
 pub struct Ran {
@@ -146,7 +150,7 @@ impl<'a> Machines<'a> {
             processors,
             known: Mutex::default(),
             files: Mutex::default(),
-            series: Series::new(processors),
+            series: Series::new(processors, processors.min(MOST_SPARE)),
             idle: None,
             kept: Mutex::default(),
         }

@@ -1,11 +1,20 @@
 //! Turns: as many commands run at once as the build has jobs, and each begins the moment another is over. A step waits for
 //! its turn with its machine set up, and gives it back when its outputs are out of the machine: what comes before and
 //! after is done while the commands of others run. Steps that need no machine have a turn for all they do.
+//!
+//! A step that would only wait is not got ready while others begin: to read programs for the first time is most of what a
+//! short command does, and it would take longer.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::plan::StepId;
+
+/// How long a command may run at most before another step is got ready beside it.
+const MOST_COURTESY: Duration = Duration::from_millis(200);
+/// A shorter time than this is not waited for: to be woken again takes longer.
+const LEAST_COURTESY: Duration = Duration::from_millis(2);
 
 /// The turns of a build.
 #[derive(Debug)]
@@ -19,8 +28,16 @@ pub(super) struct Turns {
 #[derive(Debug, Default)]
 struct State {
     taken: BTreeSet<usize>,
+    /// Those that are got ready for a turn, and since when.
+    preparing: BTreeMap<usize, Instant>,
+    /// How long that took the last time: so long a command runs before another step is got ready beside it.
+    courtesy: Option<Duration>,
+    /// When a turn was taken last.
+    began: Option<Instant>,
     waiting: VecDeque<usize>,
     refused: BTreeSet<usize>,
+    /// How many wait for a change.
+    listening: usize,
     is_over: bool,
 }
 
@@ -34,6 +51,42 @@ impl Turns {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Waits for a change, or at most so long.
+    fn wait<'a>(&self, mut state: MutexGuard<'a, State>, most: Option<Duration>) -> MutexGuard<'a, State> {
+        state.listening += 1;
+        let mut state = match most {
+            Some(most) => self.changed.wait_timeout(state, most).unwrap_or_else(PoisonError::into_inner).0,
+            None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+        };
+        state.listening -= 1;
+        state
+    }
+
+    /// Tells those who wait of a change: to wake nobody is a system call too.
+    fn tell(&self, state: &State) {
+        if state.listening > 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until the step `id` may be got ready: there will be a turn for it, or all who have one have begun with it. False
+    /// where no step begins any more.
+    pub fn prepare(&self, id: StepId) -> bool {
+        let mut state = self.state();
+        while !state.is_over {
+            let left = state.courtesy_left(self.jobs, Instant::now());
+            state = match left {
+                Some(Duration::ZERO) => break,
+                left => self.wait(state, left),
+            };
+        }
+        match state.is_over {
+            true => state.refused.insert(id.0),
+            false => state.preparing.insert(id.0, Instant::now()).is_none(),
+        };
+        !state.is_over
+    }
+
     /// Waits for the turn of the step `id`: who waits longest is next. False where no step begins any more. Who has a turn
     /// keeps it.
     pub fn take(&self, id: StepId) -> bool {
@@ -41,26 +94,32 @@ impl Turns {
         if state.taken.contains(&id.0) {
             return true;
         }
+        if let Some(since) = state.preparing.remove(&id.0) {
+            state.courtesy = Some(since.elapsed().min(MOST_COURTESY));
+        }
         state.waiting.push_back(id.0);
         while !state.is_over && (state.taken.len() >= self.jobs || state.waiting.front() != Some(&id.0)) {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = self.wait(state, None);
         }
         state.waiting.retain(|waiting| *waiting != id.0);
         let is_over = state.is_over;
         if is_over {
             state.refused.insert(id.0)
         } else {
+            state.began = Some(Instant::now());
             state.taken.insert(id.0)
         };
         // Another turn may be free for who is first now.
-        self.changed.notify_all();
+        self.tell(&state);
         !is_over
     }
 
     /// Gives the step's turn to whoever waits; nothing happens where it has none.
     pub fn give_back(&self, id: StepId) {
-        if self.state().taken.remove(&id.0) {
-            self.changed.notify_all();
+        let mut state = self.state();
+        let was_preparing = state.preparing.remove(&id.0).is_some();
+        if state.taken.remove(&id.0) || was_preparing {
+            self.tell(&state);
         }
     }
 
@@ -73,6 +132,23 @@ impl Turns {
     /// Whether the step's turn never came.
     pub fn has_refused(&self, id: StepId) -> bool {
         self.state().refused.contains(&id.0)
+    }
+}
+
+impl State {
+    /// How long nobody else is to be got ready; none where that is until something changes.
+    fn courtesy_left(&self, jobs: usize, now: Instant) -> Option<Duration> {
+        let ready = self.preparing.len() + self.waiting.len();
+        let is_short = self.courtesy.is_some_and(|courtesy| courtesy < LEAST_COURTESY);
+        if is_short || self.taken.len() + ready < jobs {
+            return Some(Duration::ZERO);
+        }
+        if self.taken.len() < jobs {
+            // Those who are got ready take what turns there are.
+            return None;
+        }
+        let since = self.began.map_or(Duration::MAX, |began| now.saturating_duration_since(began));
+        Some(self.courtesy.unwrap_or_default().saturating_sub(since))
     }
 }
 
@@ -111,6 +187,33 @@ mod tests {
             assert_eq!(began.recv(), Ok((3, true)));
         });
         assert_eq!(turns.state().taken, [2, 3].into());
+    }
+
+    #[test]
+    fn who_would_only_wait_is_got_ready_when_those_before_have_begun_and_run_for_as_long_as_that_takes() {
+        let turns = Turns::new(2);
+        assert!(turns.prepare(StepId(0)) && turns.prepare(StepId(1)));
+        let left = |turns: &Turns, later: Duration| {
+            let state = turns.state();
+            state.courtesy_left(2, state.began.unwrap_or_else(Instant::now) + later)
+        };
+        assert_eq!(left(&turns, Duration::ZERO), None, "two are got ready for two turns");
+        assert!(turns.take(StepId(0)));
+        turns.state().courtesy = None;
+        assert_eq!(left(&turns, Duration::from_secs(9)), None, "one of them has not begun");
+        assert!(turns.take(StepId(1)));
+        turns.state().courtesy = Some(Duration::from_millis(100));
+        assert_eq!(left(&turns, Duration::from_millis(30)), Some(Duration::from_millis(70)));
+        assert_eq!(left(&turns, Duration::from_millis(100)), Some(Duration::ZERO));
+        turns.state().courtesy = Some(Duration::from_millis(1));
+        assert_eq!(left(&turns, Duration::ZERO), Some(Duration::ZERO), "nobody waits for so little");
+        // Who failed before its turn stands in nobody's way.
+        turns.state().courtesy = Some(MOST_COURTESY);
+        turns.give_back(StepId(1));
+        assert!(turns.prepare(StepId(2)));
+        assert_eq!(left(&turns, Duration::ZERO), None);
+        turns.give_back(StepId(2));
+        assert!(turns.prepare(StepId(3)));
     }
 
     #[test]

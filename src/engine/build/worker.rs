@@ -107,7 +107,8 @@ impl<R: Runner> Worker<'_, '_, R> {
                 Task::Run(id, needs, why) => {
                     // What is done here has a turn from the start; a machine takes one when it is set up.
                     let is_here = !self.checker.build.plan.step(id).command.is_run();
-                    let kept = (!is_here || self.turns.take(id)).then(|| self.run(id, &needs, &why));
+                    let may = if is_here { self.turns.take(id) } else { self.turns.prepare(id) };
+                    let kept = may.then(|| self.run(id, &needs, &why));
                     self.gate.leave(id);
                     match kept {
                         Some(kept) if !self.turns.has_refused(id) => {
