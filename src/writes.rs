@@ -123,7 +123,9 @@ pub fn make_folder(path: &Path, mode: u32) -> io::Result<()> {
 /// # Errors
 /// What mkdir(2) says.
 pub fn make_folder_in(area: &Path, prefix: &str) -> io::Result<PathBuf> {
-    made_in(area, || Ok(tempfile::Builder::new().prefix(prefix).tempdir_in(area)?.keep()), |path| path)
+    let mode = fs::Permissions::from_mode(0o700);
+    let make = || tempfile::Builder::new().prefix(prefix).permissions(mode).tempdir_in(area);
+    made_in(area, || Ok(make()?.keep()), |path| path)
 }
 
 /// Makes the symbolic link `path`.

@@ -82,9 +82,14 @@ impl Environment {
         text.parse().map_err(|_| EnvError::Epoch(text.into_owned()))
     }
 
+    /// Each name with its value, sorted.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.0.iter().map(|(name, value)| (name.as_str(), value.as_slice()))
+    }
+
     /// `NAME=VALUE` each, sorted.
     pub fn lines(&self) -> Vec<Vec<u8>> {
-        self.0.iter().map(|(name, value)| [name.as_bytes(), b"=", value].concat()).collect()
+        self.iter().map(|(name, value)| [name.as_bytes(), b"=", value].concat()).collect()
     }
 }
 

@@ -1,9 +1,11 @@
 //! Blobs: files named by the SHA-256 of what is in them.
 
-use std::fs::File;
+use std::collections::BTreeMap;
+use std::fs::{File, Metadata};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kiln_artifact::archive::ContentSink;
 use kiln_artifact::tree::Contents;
@@ -24,11 +26,13 @@ pub struct Blobs {
     lease: Lease,
     limit: Arc<Limit>,
     durable: Arc<Durable>,
+    // Protects what this process has found to be whole, and which file that was; held only to look and to put something in.
+    whole: Arc<Mutex<BTreeMap<Digest, u64>>>,
 }
 
 impl Blobs {
     pub(super) fn new(path: PathBuf, lease: Lease, limit: Arc<Limit>, durable: Arc<Durable>) -> Self {
-        Self { path, lease, limit, durable }
+        Self { path, lease, limit, durable, whole: Arc::default() }
     }
 
     /// Where the blob `digest` lies if it is there.
@@ -55,12 +59,35 @@ impl Blobs {
         }
     }
 
+    /// Whether the blob at `path`, a file that is as `there` says, is what it should be. One that nothing synced may be cut short
+    /// after a power failure, or be zeros of the right length; what is to be named anew would be lost in it. Power fails in no
+    /// process's life: what one has found to be whole it does not read again.
+    fn is_whole(&self, path: &Path, there: &Metadata, digest: &Digest, length_bytes: u64) -> bool {
+        if !there.is_file() || there.len() != length_bytes {
+            return false;
+        }
+        let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+        if whole.get(digest) == Some(&there.ino()) {
+            return true;
+        }
+        drop(whole);
+        let Ok(file) = File::open(path) else { return false };
+        let is_same = file.metadata().is_ok_and(|meta| meta.ino() == there.ino());
+        let is_whole = is_same && Digest::of_reader(file).is_ok_and(|(found, _)| found == *digest);
+        if is_whole {
+            whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+            whole.insert(*digest, there.ino());
+        }
+        is_whole
+    }
+
     /// Takes a blob away that is not what its name says, so that it can be had anew, or that nobody should have.
     ///
     /// # Errors
     /// What unlink(2) says.
     pub fn discard(&self, digest: &Digest) -> io::Result<()> {
         self.durable.forget(digest);
+        self.whole.lock().unwrap_or_else(PoisonError::into_inner).remove(digest);
         writes::remove(&self.path(digest))
     }
 
@@ -157,7 +184,8 @@ impl BlobWriter {
     pub fn finish(mut self) -> io::Result<(Digest, u64)> {
         let (digest, length_bytes) = std::mem::take(&mut self.hasher).finish();
         let path = self.blobs.path(&digest);
-        if self.blobs.lease.mark(&path) && is_whole(&path, &digest, length_bytes) {
+        let there = self.blobs.lease.marked(&path);
+        if there.is_some_and(|there| self.blobs.is_whole(&path, &there, &digest, length_bytes)) {
             return Ok((digest, length_bytes));
         }
         self.spill()?;
@@ -176,14 +204,6 @@ impl BlobWriter {
         blobs.durable.forget(&digest);
         Ok((digest, length_bytes))
     }
-}
-
-/// Whether the blob at `path` is what it should be. One that nothing synced may be cut short after a power failure, or be
-/// zeros of the right length; what is to be named anew would be lost in it.
-fn is_whole(path: &Path, digest: &Digest, length_bytes: u64) -> bool {
-    let Ok(file) = File::open(path) else { return false };
-    let has_length = file.metadata().is_ok_and(|meta| meta.is_file() && meta.len() == length_bytes);
-    has_length && Digest::of_reader(file).is_ok_and(|(found, _)| found == *digest)
 }
 
 impl Write for BlobWriter {

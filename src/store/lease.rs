@@ -4,7 +4,7 @@
 //! oldest process that lives began to use the store. A date is set under a shared lock, and collections hold it alone, so
 //! that nothing is dated between the look at its date and its removal. Both locks go with their holder, however it ends.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -70,16 +70,20 @@ impl Lease {
 
     /// Dates the file at `path` unless it was since this process began; whether it is there.
     pub fn mark(&self, path: &Path) -> bool {
-        let since = self.temporary.since();
-        let dated = |path: &Path| fs::metadata(path).and_then(|meta| meta.modified());
-        match dated(path) {
-            Err(_) => return false,
-            Ok(dated) if dated >= since => return true,
-            Ok(_) => {}
+        self.marked(path).is_some()
+    }
+
+    /// The same; what the file at `path` is, where it is there.
+    pub fn marked(&self, path: &Path) -> Option<Metadata> {
+        let meta = fs::metadata(path).ok()?;
+        if meta.modified().is_ok_and(|dated| dated >= self.temporary.since()) {
+            return Some(meta);
         }
-        let Ok(_using) = self.using() else { return path.is_file() };
+        let file = || fs::metadata(path).ok().filter(Metadata::is_file);
+        let Ok(_using) = self.using() else { return file() };
         // A store that can only be read is not collected either.
-        File::open(path).is_ok_and(|file| self.date(&file).is_ok() || path.is_file())
+        let opened = File::open(path).ok()?;
+        if self.date(&opened).is_ok() { opened.metadata().ok() } else { file() }
     }
 
     /// When that is. A clock that was set back makes nothing older than this process.

@@ -37,8 +37,12 @@ impl Gate {
 
     /// It has merged.
     pub(super) fn leave(&self, id: StepId) {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).merging.remove(&id.0);
-        self.0.1.notify_all();
+        let mut passing = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        passing.merging.remove(&id.0);
+        // Nobody waits for those inside but whoever shuts it, and to wake nobody is a system call too.
+        if passing.is_shut {
+            self.0.1.notify_all();
+        }
     }
 }
 

@@ -158,13 +158,12 @@ pub(super) fn key(
     }
     let passed: BTreeSet<&str> =
         planned.env.iter().filter(|variable| !variable.contains('=')).map(String::as_str).collect();
-    for line in environment(step, settings)?.lines() {
-        let line = text(&line);
-        let (name, value) = line.split_once('=').unwrap_or((&line, ""));
+    for (name, value) in environment(step, settings)?.iter() {
+        let (name, value) = (text(name.as_bytes()), text(value));
         // What is the host's own may be nothing to be kept in a file.
-        let value = match passed.contains(name) {
+        let value = match passed.contains(&*name) {
             true => format!("sha256:{}", Digest::of(value.as_bytes())),
-            false => value.to_owned(),
+            false => value,
         };
         key.add(format!("variable {name}"), value);
     }

@@ -16,44 +16,57 @@ pub(super) enum Task {
 
 /// A line of tasks. Who takes one wakes nobody, and who puts one in wakes one at most.
 pub(super) struct Queue<T> {
-    // Protects the tasks, and whether no more come.
-    state: Mutex<(VecDeque<T>, bool)>,
+    // Protects the tasks, whether no more come, and how many wait for one.
+    state: Mutex<State<T>>,
     changed: Condvar,
+}
+
+struct State<T> {
+    tasks: VecDeque<T>,
+    is_over: bool,
+    waiting: usize,
 }
 
 impl<T> Default for Queue<T> {
     fn default() -> Self {
-        Self { state: Mutex::new((VecDeque::new(), false)), changed: Condvar::new() }
+        let state = State { tasks: VecDeque::new(), is_over: false, waiting: 0 };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 }
 
 impl<T> Queue<T> {
-    fn state(&self) -> MutexGuard<'_, (VecDeque<T>, bool)> {
+    fn state(&self) -> MutexGuard<'_, State<T>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Puts one in.
     pub fn push(&self, task: T) {
-        self.state().0.push_back(task);
-        self.changed.notify_one();
+        let mut state = self.state();
+        state.tasks.push_back(task);
+        // To wake nobody is a system call too.
+        if state.waiting > 0 {
+            self.changed.notify_one();
+        }
     }
 
     /// Waits for the next; none where no more come.
     pub fn pop(&self) -> Option<T> {
         let mut state = self.state();
         loop {
-            if let Some(task) = state.0.pop_front() {
+            if let Some(task) = state.tasks.pop_front() {
                 return Some(task);
             }
-            if state.1 {
+            if state.is_over {
                 return None;
             }
+            state.waiting += 1;
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
     }
 
     fn end(&self) {
-        self.state().1 = true;
+        self.state().is_over = true;
         self.changed.notify_all();
     }
 }
