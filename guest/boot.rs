@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use kiln_wire::DRIVERS_FOLDER;
 use rustix::fs::Mode;
 use rustix::mm::{MlockAllFlags, mlockall};
 use rustix::mount::MountAttrFlags;
@@ -13,6 +14,9 @@ use crate::{modules, mounts, sys};
 
 /// Where the initramfs keeps the modules that are loaded at start.
 const MODULES: &str = "/modules";
+
+/// The virtio devices that the kernel has found.
+const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
 
 /// What a machine has before it hears of a step.
 pub struct Booted {
@@ -55,4 +59,9 @@ pub fn prepare() -> Result<Booted, Failure> {
     let complaints = modules::load_folder(Path::new(MODULES));
     // Now, so that a frozen machine has it.
     Ok(Booted { shares: mounts::shares().ok(), complaints })
+}
+
+/// Loads the drivers that nobody waits for, of the devices that are there. Returns what went wrong.
+pub fn load_drivers() -> Vec<Failure> {
+    modules::load_drivers(&Path::new("/").join(DRIVERS_FOLDER), Path::new(VIRTIO_DEVICES))
 }

@@ -1,5 +1,6 @@
 //! Kernel modules: those in the initramfs, and those a step asks for with what they depend on.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -28,6 +29,16 @@ pub fn load_folder(folder: &Path) -> Vec<Failure> {
         insert(&file.into(), &path.to_string_lossy()).doing(what)
     };
     paths.iter().filter_map(|path| load(path).err()).collect()
+}
+
+/// Loads the drivers of the virtio devices that the machine has, of those in `drivers`, a folder each by a device's number as sysfs
+/// has it in `devices`. What fails is returned, not fatal.
+pub fn load_drivers(drivers: &Path, devices: &Path) -> Vec<Failure> {
+    let numbers = std::fs::read_dir(devices).into_iter().flatten().flatten();
+    // As `0x0004`; nothing else names a folder.
+    let number = |path: &Path| std::fs::read_to_string(path.join("device")).ok();
+    let numbers: BTreeSet<String> = numbers.filter_map(|device| number(&device.path())).collect();
+    numbers.iter().flat_map(|number| load_folder(&drivers.join(number.trim_end()))).collect()
 }
 
 fn insert(file: &OwnedFd, name: &str) -> Result<(), Errno> {
@@ -142,5 +153,23 @@ mod tests {
     #[test]
     fn a_folder_that_is_not_there_has_no_modules() {
         assert!(load_folder(Path::new("/nonexistent")).is_empty());
+    }
+
+    #[test]
+    fn drivers_are_those_of_devices_that_are_there() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (drivers, devices) = (folder.path().join("drivers"), folder.path().join("devices"));
+        for (device, number) in [("virtio0", "0x0004\n"), ("virtio1", "0x001a\n"), ("virtio2", "0x0004\n")] {
+            std::fs::create_dir_all(devices.join(device)).expect("a folder");
+            std::fs::write(devices.join(device).join("device"), number).expect("a file");
+        }
+        for number in ["0x0004", "0x0005"] {
+            std::fs::create_dir_all(drivers.join(number)).expect("a folder");
+            std::fs::write(drivers.join(number).join("000-driver.ko"), "no module").expect("a file");
+        }
+        let complaints: Vec<_> =
+            load_drivers(&drivers, &devices).into_iter().map(|failure| failure.to_string()).collect();
+        assert!(matches!(&complaints[..], [one] if one.contains("0x0004/000-driver.ko")), "{complaints:?}");
+        assert!(load_drivers(&drivers, Path::new("/nonexistent")).is_empty());
     }
 }

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::beside::Beside;
-use crate::boot::Booted;
+use crate::boot::{self, Booted};
 use crate::command::Command;
 use crate::failure::{Doing, Failure, cut, errno_number};
 use crate::group::Group;
@@ -122,8 +122,13 @@ impl Session {
                     self.link.flush()?;
                     return Err(SessionError::Protocol("another version"));
                 }
-                self.greeted = true;
-                for complaint in std::mem::take(&mut self.complaints) {
+                let mut complaints = std::mem::take(&mut self.complaints);
+                if !std::mem::replace(&mut self.greeted, true) {
+                    // The host has its answer first. A machine is frozen after another, so its copies have these drivers.
+                    self.link.flush()?;
+                    complaints.extend(boot::load_drivers());
+                }
+                for complaint in complaints {
                     self.link.queue(&FromAgent::Log(cut(complaint.to_string())));
                 }
                 return Ok(());

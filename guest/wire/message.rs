@@ -39,6 +39,10 @@ pub const ABOUT_ROOT: &str = "mounting the root";
 /// folder of it, named as the file system is, in the order of their names.
 pub const FILESYSTEMS_FOLDER: &str = "filesystems";
 
+/// The folder of the initramfs with the drivers that a machine can wait for: in each folder of it, named as sysfs has the number of
+/// a virtio device (`0x0004`), its modules in the order of their names.
+pub const DRIVERS_FOLDER: &str = "drivers";
+
 /// Where a mounted tree comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {

@@ -13,7 +13,7 @@ use kiln_artifact::cpio::{self, CpioError};
 use kiln_artifact::kernel::{self, KernelError};
 use kiln_artifact::tree::{Kind, Meta, Node, PathError, Tree, TreePath};
 use kiln_digest::{Digest, Hasher};
-use kiln_wire::FILESYSTEMS_FOLDER;
+use kiln_wire::{DRIVERS_FOLDER, FILESYSTEMS_FOLDER};
 use serde::{Deserialize, Serialize};
 
 use crate::machine::Carrier;
@@ -26,7 +26,7 @@ use crate::root::stat::Stat;
 use crate::store::{Store, StoreError};
 
 /// Changes with what `initramfs` makes of the same inputs.
-const FORMAT: u32 = 5;
+const FORMAT: u32 = 6;
 
 /// The modules without which no machine comes up: the root's disk, its file system, and the layer above it.
 pub const NEEDED: [&str; 3] = ["virtio_blk", "erofs", "overlay"];
@@ -40,6 +40,10 @@ const MMIO: &str = "virtio_mmio";
 /// tables of characters that it asks for by itself.
 const ON_DEMAND: [(&str, &[&str]); 2] =
     [("squashfs", &["squashfs"]), ("vfat", &["vfat", "nls_cp437", "nls_ascii"])];
+
+/// Drivers of devices that only some machines have, and that nothing waits for: a virtio device's number as sysfs has it, and its
+/// module. The agent loads them where there is such a device, once it has answered the host.
+const DRIVERS: [(&str, &str); 1] = [("0x0004", "virtio_rng")];
 
 /// Why there is no bundle.
 #[derive(Debug, thiserror::Error)]
@@ -350,11 +354,15 @@ fn make(
     let io = |source| BundleError::Io { what: "keep", path: store.temporary(), source };
     let (kernel_digest, _) = store.blobs().put(&kernel.elf[..]).map_err(io)?;
     let mut tree = Tree::new();
-    for folder in ["dev", FILESYSTEMS_FOLDER, "modules", "proc", "run", "sys"] {
+    for folder in ["dev", DRIVERS_FOLDER, FILESYSTEMS_FOLDER, "modules", "proc", "run", "sys"] {
         tree.insert(TreePath::new(folder.as_bytes())?, node(Kind::Directory));
     }
     for (filesystem, _) in ON_DEMAND {
         let path = TreePath::new(FILESYSTEMS_FOLDER.as_bytes())?.join(filesystem.as_bytes())?;
+        tree.insert(path, node(Kind::Directory));
+    }
+    for (device, _) in DRIVERS {
+        let path = TreePath::new(DRIVERS_FOLDER.as_bytes())?.join(device.as_bytes())?;
         tree.insert(path, node(Kind::Directory));
     }
     let agent_bytes = store.blobs().read(agent).inspect_err(|_| {
@@ -389,6 +397,12 @@ fn make(
             // A kernel without one of them is good for all that does not need it.
             if let Ok(files) = modules.load_order(wanted) {
                 add(&format!("{FILESYSTEMS_FOLDER}/{filesystem}"), files)?;
+            }
+        }
+        for (device, wanted) in DRIVERS {
+            // As well without.
+            if let Ok(files) = modules.load_order(&[wanted]) {
+                add(&format!("{DRIVERS_FOLDER}/{device}"), files)?;
             }
         }
         modules_image = Some(image::make(store, &subtree(source, folder)?)?);

@@ -1,4 +1,5 @@
-//! Virtio devices written once, against queues and guest memory: fs (virtio 1.3 §5.11), vsock (§5.10) and console (§5.3).
+//! Virtio devices written once, against queues and guest memory: fs (virtio 1.3 §5.11), vsock (§5.10), console (§5.3)
+//! and entropy (§5.4).
 //!
 //! A [`device::Device`] is given its queues and the guest's memory, works off what is there, and *returns*
 //! which queues the driver has to be interrupted for; it never signals, and it knows no transport.
@@ -12,6 +13,7 @@
 //! | [`fs`] | a FUSE server over read-only shares, and the record of what the guest asked for |
 //! | [`vsock`] | stream sockets between guest and host, credits, one trait to what is behind them |
 //! | [`console`] | a stream by a port's name |
+//! | [`rng`] | random numbers of the host's |
 //! | [`patience`] | how long to look out for a driver's next request |
 //! | [`vhost_user`] | carries a device over the vhost-user protocol |
 //! | [`control`] | the messages between parent and device process, and both halves |
@@ -30,6 +32,7 @@ pub mod patience;
 pub mod process;
 pub mod ram;
 pub mod ring;
+pub mod rng;
 pub mod vhost_user;
 pub mod vsock;
 

@@ -19,6 +19,8 @@ pub enum Subject {
     Vsock,
     /// kiln's own VMM's block device, likewise.
     Disk,
+    /// The entropy device, likewise.
+    Rng,
     /// A device behind the registers of kiln's own VMM.
     Mmio,
     /// The whole device process, by a front end that speaks vhost-user.
@@ -33,10 +35,11 @@ pub enum Subject {
 
 impl Subject {
     /// All of them, by the words of the language.
-    pub const ALL: [(&'static str, Self); 8] = [
+    pub const ALL: [(&'static str, Self); 9] = [
         ("fs", Self::Fs),
         ("vsock", Self::Vsock),
         ("disk", Self::Disk),
+        ("rng", Self::Rng),
         ("mmio", Self::Mmio),
         ("process", Self::Process),
         ("host", Self::Host),

@@ -27,6 +27,7 @@ mod hub;
 mod layout;
 mod mmio;
 mod oracle;
+mod plain;
 mod process;
 mod rings;
 mod script;
@@ -279,6 +280,7 @@ fn target(subject: Subject) -> Result<Box<dyn Target>, String> {
         Subject::Fs => Box::new(fs::FsTarget::new()?),
         Subject::Vsock => Box::new(vsock::VsockTarget::new()?),
         Subject::Disk => Box::new(disk::DiskTarget::new()?),
+        Subject::Rng => Box::new(plain::PlainTarget::rng()?),
         Subject::Mmio => Box::new(mmio::MmioTarget::new()?),
         Subject::Process => Box::new(process::ProcessTarget::new()?),
         Subject::Host => Box::new(host::HostTarget::new()?),

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use kiln_virtio::console::Console;
 use kiln_virtio::device::Device;
 use kiln_virtio::fs::{Fs, Settings};
+use kiln_virtio::rng::Rng;
 use kiln_virtio::vsock::{Backend, Vsock};
 use kiln_vmm::bus::Bus;
 use kiln_vmm::disk::Disk;
@@ -45,21 +46,27 @@ enum Kind {
     Console,
     Disk,
     Fs,
+    Rng,
     Vsock,
 }
 
 impl Kind {
-    const ALL: [(&'static str, Self); 4] =
-        [("console", Self::Console), ("disk", Self::Disk), ("fs", Self::Fs), ("vsock", Self::Vsock)];
+    const ALL: [(&'static str, Self); 5] = [
+        ("console", Self::Console),
+        ("disk", Self::Disk),
+        ("fs", Self::Fs),
+        ("rng", Self::Rng),
+        ("vsock", Self::Vsock),
+    ];
 
     /// Descriptors of a queue.
     fn queue_size(self) -> u32 {
-        if self == Self::Console { 64 } else { 256 }
+        if matches!(self, Self::Console | Self::Rng) { 64 } else { 256 }
     }
 
     fn queues(self) -> usize {
         match self {
-            Self::Disk => 1,
+            Self::Disk | Self::Rng => 1,
             Self::Fs => 2,
             Self::Vsock => 3,
             Self::Console => 4,
@@ -108,6 +115,7 @@ fn made(kind: Kind, rings: &Rings) -> Result<(Bus, Slot, Receiver<End>, UnixStre
         Kind::Console => slot(Console::new("hostile", stream).map_err(say)?, rings),
         Kind::Disk => slot(Disk::new(super::disk::file()?, "hostile", false, |_| ()).map_err(say)?, rings),
         Kind::Fs => slot(Fs::new(Settings { open_files: 16, ..Settings::default() }).0, rings),
+        Kind::Rng => slot(Rng::new(), rings),
         Kind::Vsock => slot(Vsock::new(77, 16, Box::new(Nobody)).map_err(say)?.0, rings),
     }?;
     let mut bus = Bus::default();
@@ -249,6 +257,8 @@ impl MmioTarget {
                 init.extend([0; 56]);
                 (init, 4096, 80)
             }
+            // Nothing but room.
+            Kind::Rng => (Vec::new(), 64, 64),
             // A packet of no stream's.
             Kind::Vsock => (vec![0; 44], 0, 0),
         };

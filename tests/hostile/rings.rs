@@ -203,7 +203,7 @@ impl Rings {
     }
 
     /// Lets `device` work, as its carrier would. What it says of a broken queue is kept.
-    pub fn process<D: Device<()>>(&mut self, device: &mut D, wake: Wake) -> Result<(), String> {
+    pub fn process<D: Device<()> + ?Sized>(&mut self, device: &mut D, wake: Wake) -> Result<(), String> {
         if self.broken.is_some() {
             return Ok(());
         }

@@ -463,6 +463,14 @@ pub fn enter_disk() -> io::Result<()> {
     install(&program(&[COMMON, DISK].concat(), SeccompAction::Allow, SeccompAction::KillProcess)?)
 }
 
+/// Filters the calling thread of a VMM, which is to serve a device that needs nothing but memory and the kernel's random numbers.
+///
+/// # Errors
+/// As [`enter`].
+pub fn enter_plain_device() -> io::Result<()> {
+    install(&program(COMMON, SeccompAction::Allow, SeccompAction::KillProcess)?)
+}
+
 /// A filter that answers `listed` to the calls on `list`, and `other` to all else.
 fn program(list: &[Allowed], listed: SeccompAction, other: SeccompAction) -> io::Result<BpfProgram> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();

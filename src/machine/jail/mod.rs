@@ -32,7 +32,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use serde::{Deserialize, Serialize};
 
 pub use self::filter::enter_thread;
-pub(super) use self::filter::{enter_disk, enter_owner, enter_processor};
+pub(super) use self::filter::{enter_disk, enter_owner, enter_plain_device, enter_processor};
 
 /// Makes what narrows the threads of a device process to `directories`, which are all that it will be given.
 ///

@@ -44,7 +44,7 @@ const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 init_on_allo
                             random.trust_cpu=off tsc=nowatchdog rcupdate.rcu_expedited=1 pci=off reboot=a";
 
 /// Changes with what a machine of this backend is, beside what is in the key anyway.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 fn command_line(carrier: Carrier) -> String {
     match carrier {
@@ -78,13 +78,13 @@ impl KilnVmm {
         let mut descriptors = vec![("kvm".to_owned(), device.into()), ("console".to_owned(), theirs.into())];
         let mut add = |name: &str, file: File| descriptors.push((name.to_owned(), file.into()));
         let (origin, begin) = match begins {
-            Begins::Boot(ram) => {
+            Begins::Boot { ram, becomes_template } => {
                 let open =
                     |path| File::open(path).map_err(MachineError::io("open the kernel or its initramfs"));
                 add("kernel", open(&spec.kernel)?);
                 add("initramfs", open(&spec.initramfs)?);
                 add(RAM, ram);
-                (Origin::Boot, Begin::Boot { command_line: command_line(spec.carrier) })
+                (Origin::Boot, Begin::Boot { command_line: command_line(spec.carrier), becomes_template })
             }
             Begins::Thaw(template) => {
                 let ram = template.ram.try_clone().map_err(MachineError::io("hold a template's memory"))?;
@@ -149,7 +149,7 @@ impl KilnVmm {
 /// Where a machine begins.
 enum Begins<'a> {
     /// At its kernel, in this memory.
-    Boot(File),
+    Boot { ram: File, becomes_template: bool },
     /// Where another was frozen.
     Thaw(&'a Template),
 }
@@ -167,7 +167,8 @@ impl Backend for KilnVmm {
             Ok(machine) => return Ok(Box::new(machine)),
             Err(notes) => notes,
         };
-        let mut machine = self.bring_up(&spec, Begins::Boot(memory::make_file(spec.memory_bytes)?))?;
+        let ram = memory::make_file(spec.memory_bytes)?;
+        let mut machine = self.bring_up(&spec, Begins::Boot { ram, becomes_template: false })?;
         machine.note(notes);
         machine.give(&spec.shares)?;
         Ok(Box::new(machine))
@@ -196,7 +197,7 @@ impl Freezer for KilnVmm {
     fn freeze(&self, spec: &Spec, state: File) -> Result<Frozen, TemplateError> {
         let ram = memory::make_file(spec.memory_bytes).map_err(MachineError::from)?;
         let given = ram.try_clone().map_err(TemplateError::io("hold a template's memory"))?;
-        let mut machine = self.bring_up(spec, Begins::Boot(given))?;
+        let mut machine = self.bring_up(spec, Begins::Boot { ram: given, becomes_template: true })?;
         let complaints = settle(&mut machine)?;
         let server = &machine.server;
         let frozen = server.control()?.freeze_guest(state.as_fd());

@@ -15,6 +15,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use kiln_virtio::console::Console;
 use kiln_virtio::control::{Guest, Server};
 use kiln_virtio::process::Thread as Kind;
+use kiln_virtio::rng::Rng;
 use kiln_vmm::cpu::Model;
 use kiln_vmm::disk::Disk;
 use kiln_vmm::local::{Local, Thread};
@@ -55,6 +56,8 @@ pub enum Origin {
     Boot {
         /// The kernel's command line.
         command_line: String,
+        /// Whether it is to be frozen, for others to go on from there.
+        becomes_template: bool,
     },
     /// Where it was frozen, as `state` says.
     Frozen,
@@ -155,6 +158,12 @@ impl Vmm {
                 slots.push(devices.slot(stream("console"), console)?);
             }
         }
+        let rng = match self.origin {
+            Origin::Boot { becomes_template: true, .. } => Rng::silent(),
+            Origin::Boot { .. } | Origin::Frozen => Rng::new(),
+        };
+        let plain = |name| Thread { name, confine: jail::enter_plain_device, narrowing: None };
+        slots.push(devices.slot(plain("rng"), rng)?);
         for (index, disk) in self.disks.iter().enumerate() {
             let file = match disk.is_there {
                 true => Some(File::from(descriptors.take(&format!("disk{index}"))?)),
@@ -172,7 +181,7 @@ impl Vmm {
         }
 
         let origin = match self.origin {
-            Origin::Boot { command_line } => kiln_vmm::Origin::Boot {
+            Origin::Boot { command_line, .. } => kiln_vmm::Origin::Boot {
                 kernel: descriptors.take("kernel")?.into(),
                 initramfs: descriptors.take("initramfs")?.into(),
                 command_line,

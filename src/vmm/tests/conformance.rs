@@ -1,6 +1,6 @@
 //! The same driver over both transports: what fs and vsock answer over vhost-user, as QEMU's guests have them, and over
-//! virtio-mmio, as those of our own VMM do, is the same to the byte, whether the driver is good or hostile. And a
-//! disk, which only one of them carries, answers the same with and without event indexes.
+//! virtio-mmio, as those of our own VMM do, is the same to the byte, whether the driver is good or hostile. And what only
+//! our own VMM has, a disk and a source of random numbers, answers the same with and without event indexes.
 
 #![allow(clippy::disallowed_methods, reason = "a test fails by panicking")]
 
@@ -16,6 +16,7 @@ use kiln_virtio::control::Client;
 use kiln_virtio::device::Device;
 use kiln_virtio::fs::{Attributes, Fs, Settings, Share};
 use kiln_virtio::process::{DeviceProcess, ProcessError};
+use kiln_virtio::rng::Rng;
 use kiln_virtio::vsock::{Backend, Connector, Vsock};
 use kiln_vmm::disk::Disk;
 use kiln_vmm::local::{Local, Thread};
@@ -559,5 +560,46 @@ fn a_disk_answers_the_same_whatever_was_negotiated() {
     let plain = answers(VERSION_1);
     for features in [VERSION_1 | EVENT_IDX, VERSION_1 | 1 << 28, u64::MAX] {
         assert_same(&plain, &answers(features));
+    }
+}
+
+#[test]
+fn random_numbers_come_as_many_at_a_time_whatever_was_negotiated_and_never_twice() {
+    let answers = |features: u64| {
+        let mut driven = over_mmio(Rng::new(), features, None);
+        let mut answers = driven.hostile_chains(0, b"no request");
+        let mut numbers = Numbers(5);
+        for _ in 0..1000 {
+            let room = numbers.pick(&[0, 1, 64, 255, 256, 257, 1000]);
+            let request = numbers.pick(&[&b""[..], &b""[..], &b"no request"[..]]);
+            answers.push(driven.ask(0, request, room));
+        }
+        answers
+    };
+    // What was given, apart from what else there is to see: how much it was, and that the rest of the room is as before.
+    let mut given = std::collections::BTreeSet::new();
+    let mut seen = |features| {
+        let mut answers = answers(features);
+        for answer in &mut answers {
+            let length = answer.get(4..8).and_then(|length| length.try_into().ok()).map(u32::from_le_bytes);
+            let numbers = 8..8 + length.expect("not broken") as usize;
+            let numbers = answer.get_mut(numbers).expect("within the room");
+            assert!(numbers.len() < 64 || given.insert(numbers.to_vec()), "the same numbers again");
+            numbers.fill(0);
+        }
+        answers
+    };
+    let plain = seen(VERSION_1);
+    assert!(plain.iter().filter(|answer| answer[4..8] == 256_u32.to_le_bytes()).count() > 100);
+    for features in [VERSION_1 | EVENT_IDX, VERSION_1 | 1 << 28, u64::MAX] {
+        assert_same(&plain, &seen(features));
+    }
+}
+
+#[test]
+fn a_source_of_random_numbers_ends_with_its_queue() {
+    for index in [Some(65), Some(3000), Some(u16::MAX), None] {
+        let mut driven = over_mmio(Rng::new(), VERSION_1, None);
+        assert_eq!(driven.break_ring(0, &[], index), b"broken", "{index:?}");
     }
 }
