@@ -31,7 +31,7 @@ pub struct LastRun {
     pub not_kept: Option<String>,
     /// How long its command ran, milliseconds.
     pub command_ms: u64,
-    /// How much of the host's memory its machine held at the end, where that is known.
+    /// How much of the host's memory its machine held at most, where that is known.
     #[serde(default)]
     pub held_bytes: Option<u64>,
 }

@@ -85,7 +85,7 @@ pub struct Report {
     pub collected: Option<Collected>,
     /// What was read. Contents have digests where they were asked for.
     pub reads: ReadsReport,
-    /// How much of the host's memory its machine held at the end, where that is known.
+    /// How much of the host's memory its machine held at most, where that is known.
     pub held_bytes: Option<u64>,
     /// Where WORK is.
     pub work: PathBuf,
@@ -164,8 +164,8 @@ fn carry_through(
         talk.work(session.insert(opened), exec, input, events)
     });
     let (doing, is_off) = (talk.doing, talk.is_off);
-    // A guest gives nothing back, so this is the most that it held.
-    let held_bytes = conversation.is_ok().then(|| footprint::held_bytes(&machine.processes())).flatten();
+    // What it gave back it may need again the next time.
+    let held_bytes = conversation.is_ok().then(|| footprint::most_held_bytes(&machine.processes())).flatten();
     // An agent that answers nothing any more leaves a machine that nobody can look into.
     let can_stay = !is_off && conversation.as_ref().err().is_none_or(RunError::leaves_session_usable);
     let conversation = match conversation

@@ -8,13 +8,23 @@ const MOST_PROCESSES: usize = 64;
 
 /// Memory that `processes` and their descendants hold, bytes; none where none of them is there.
 pub fn held_bytes(processes: &[i32]) -> Option<u64> {
+    measure(processes, of_status)
+}
+
+/// The most that they have held, as far as can be told: a guest of kiln's own VMM gives memory back.
+pub fn most_held_bytes(processes: &[i32]) -> Option<u64> {
+    measure(processes, at_most)
+}
+
+/// What `of` says of all of them together, by their statuses.
+fn measure(processes: &[i32], of: impl Fn(&str) -> Option<Resident>) -> Option<u64> {
     let mut found = Vec::new();
     let mut open = processes.to_vec();
     let mut looked_at = 0;
     while let Some(process) = open.pop().filter(|_| looked_at < MOST_PROCESSES) {
         looked_at += 1;
         let Ok(status) = fs::read_to_string(format!("/proc/{process}/status")) else { continue };
-        found.extend(of_status(&status));
+        found.extend(of(&status));
         // The thread that started a process has it as a child.
         for thread in fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten() {
             let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
@@ -35,11 +45,21 @@ fn together(processes: &[Resident]) -> u64 {
 
 /// What `/proc/PID/status` says; none of a process that is over.
 fn of_status(text: &str) -> Option<Resident> {
-    let field = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
-    };
-    Some((field("RssAnon:")?, field("RssShmem:")?))
+    Some((field(text, "RssAnon:")?, field(text, "RssShmem:")?))
+}
+
+/// As [`of_status`], when it was most. The most of all that was resident counts pages of files too, of which a process only ever gets
+/// more: where all that were there last were there then, what is missing is its own.
+fn at_most(text: &str) -> Option<Resident> {
+    let (private, shared) = of_status(text)?;
+    let most = field(text, "VmHWM:")?.saturating_sub(field(text, "RssFile:")?);
+    Some((private.max(most.saturating_sub(shared)), shared))
+}
+
+/// The bytes that a field says.
+fn field(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 #[cfg(test)]
@@ -51,6 +71,30 @@ mod tests {
         let status = "Name:\tqemu\nVmRSS:\t  400 kB\nRssAnon:\t     100 kB\nRssFile:\t  50 kB\nRssShmem:\t     250 kB\n";
         assert_eq!(of_status(status), Some((100 << 10, 250 << 10)));
         assert_eq!(of_status("Name:\tqemu\nState:\tZ (zombie)\n"), None);
+    }
+
+    #[test]
+    fn what_a_process_gave_back_counts_in_the_most_that_it_held() {
+        let of = |most: u64, private: u64| {
+            at_most(&format!(
+                "VmHWM:\t{most} kB\nRssAnon:\t{private} kB\nRssFile:\t50 kB\nRssShmem:\t250 kB\n"
+            ))
+        };
+        assert_eq!(of(400, 100), Some((100 << 10, 250 << 10)), "it holds what it ever did");
+        assert_eq!(of(1400, 100), Some((1100 << 10, 250 << 10)));
+        assert_eq!(of(20, 100), Some((100 << 10, 250 << 10)), "what is now counts in any case");
+        assert_eq!(at_most("Name:\tqemu\nState:\tZ (zombie)\n"), None);
+    }
+
+    #[test]
+    fn memory_that_this_process_has_given_back_was_held() {
+        let own = [rustix::process::getpid().as_raw_pid()];
+        let bytes = 64 << 20;
+        let memory = vec![1_u8; bytes];
+        let held = held_bytes(&own).expect("this process");
+        assert!(held >= bytes as u64);
+        drop(std::hint::black_box(memory));
+        assert!(most_held_bytes(&own).is_some_and(|most| most >= bytes as u64));
     }
 
     #[test]

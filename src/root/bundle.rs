@@ -26,7 +26,7 @@ use crate::root::stat::Stat;
 use crate::store::{Store, StoreError};
 
 /// Changes with what `initramfs` makes of the same inputs.
-const FORMAT: u32 = 6;
+const FORMAT: u32 = 7;
 
 /// The modules without which no machine comes up: the root's disk, its file system, and the layer above it.
 pub const NEEDED: [&str; 3] = ["virtio_blk", "erofs", "overlay"];
@@ -43,7 +43,7 @@ const ON_DEMAND: [(&str, &[&str]); 2] =
 
 /// Drivers of devices that only some machines have, and that nothing waits for: a virtio device's number as sysfs has it, and its
 /// module. The agent loads them where there is such a device, once it has answered the host.
-const DRIVERS: [(&str, &str); 1] = [("0x0004", "virtio_rng")];
+const DRIVERS: [(&str, &str); 2] = [("0x0004", "virtio_rng"), ("0x0005", "virtio_balloon")];
 
 /// Why there is no bundle.
 #[derive(Debug, thiserror::Error)]

@@ -1,5 +1,5 @@
-//! Virtio devices written once, against queues and guest memory: fs (virtio 1.3 §5.11), vsock (§5.10), console (§5.3)
-//! and entropy (§5.4).
+//! Virtio devices written once, against queues and guest memory: fs (virtio 1.3 §5.11), vsock (§5.10), console (§5.3),
+//! entropy (§5.4) and balloon (§5.5).
 //!
 //! A [`device::Device`] is given its queues and the guest's memory, works off what is there, and *returns*
 //! which queues the driver has to be interrupted for; it never signals, and it knows no transport.
@@ -14,6 +14,7 @@
 //! | [`vsock`] | stream sockets between guest and host, credits, one trait to what is behind them |
 //! | [`console`] | a stream by a port's name |
 //! | [`rng`] | random numbers of the host's |
+//! | [`balloon`] | memory that a guest has no use for goes back to the host |
 //! | [`patience`] | how long to look out for a driver's next request |
 //! | [`vhost_user`] | carries a device over the vhost-user protocol |
 //! | [`control`] | the messages between parent and device process, and both halves |
@@ -24,6 +25,7 @@
 
 #![cfg_attr(test, allow(clippy::disallowed_methods, reason = "a test fails by panicking"))]
 
+pub mod balloon;
 pub mod console;
 pub mod control;
 pub mod device;

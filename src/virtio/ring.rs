@@ -4,7 +4,10 @@
 //! [`Chain::next_of`] takes the next available chain, checks all of it and turns it into two lists of memory
 //! slices. After that nothing of the descriptor table is read again, and each readable byte is copied out at
 //! most once, so a driver that changes them meanwhile changes nothing that was checked. Called by the devices.
-#![expect(unsafe_code, reason = "files and sockets straight from and into guest memory")]
+#![expect(
+    unsafe_code,
+    reason = "files and sockets straight from and into guest memory, which can go back to the host"
+)]
 
 use std::collections::VecDeque;
 use std::io;
@@ -265,6 +268,18 @@ impl<B: Bitmap + 'static> Readable<'_, B> {
     }
 }
 
+/// What memory of a guest's is a mapping of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backing {
+    /// A file of which it is all there is.
+    Shared,
+    /// A file of which others have their own copies, or nothing.
+    Private,
+}
+
+/// Bytes of a page of the host's.
+const PAGE_BYTES: usize = 4096;
+
 /// IOV_MAX: most pieces one vectored system call takes.
 const MAX_VECTORS: usize = 1024;
 
@@ -396,6 +411,28 @@ impl<'m, B: Bitmap + 'static> Writable<'m, B> {
         let written = usize::try_from(written).map_err(|_| io::Error::last_os_error())?;
         self.consume(written);
         Ok(written)
+    }
+
+    /// Gives all whole pages of the host's that lie in the room back to the host: whoever touches one then finds zeros or, in a private
+    /// mapping, what the file has there. What the host does not take stays.
+    pub fn give_back(&mut self, backing: Backing) {
+        let advice = match backing {
+            Backing::Shared => libc::MADV_REMOVE,
+            Backing::Private => libc::MADV_DONTNEED,
+        };
+        for slice in self.slices.drain(..) {
+            let guard = slice.ptr_guard_mut();
+            let before = guard.as_ptr().align_offset(PAGE_BYTES);
+            let bytes = guard.len().saturating_sub(before) / PAGE_BYTES * PAGE_BYTES;
+            if bytes > 0 {
+                // SAFETY: these pages lie within the slice, so in guest memory, which stays mapped: only what is in them
+                // changes, as if the guest had written there. It is looked at through volatile slices alone, so no
+                // reference to it exists.
+                unsafe { libc::madvise(guard.as_ptr().wrapping_add(before).cast(), bytes, advice) };
+                slice.bitmap().mark_dirty(before, bytes);
+            }
+        }
+        self.remaining_bytes = 0;
     }
 
     fn consume(&mut self, mut count: usize) {

@@ -21,6 +21,8 @@ pub enum Subject {
     Disk,
     /// The entropy device, likewise.
     Rng,
+    /// The balloon, likewise.
+    Balloon,
     /// A device behind the registers of kiln's own VMM.
     Mmio,
     /// The whole device process, by a front end that speaks vhost-user.
@@ -35,11 +37,12 @@ pub enum Subject {
 
 impl Subject {
     /// All of them, by the words of the language.
-    pub const ALL: [(&'static str, Self); 9] = [
+    pub const ALL: [(&'static str, Self); 10] = [
         ("fs", Self::Fs),
         ("vsock", Self::Vsock),
         ("disk", Self::Disk),
         ("rng", Self::Rng),
+        ("balloon", Self::Balloon),
         ("mmio", Self::Mmio),
         ("process", Self::Process),
         ("host", Self::Host),

@@ -281,6 +281,7 @@ fn target(subject: Subject) -> Result<Box<dyn Target>, String> {
         Subject::Vsock => Box::new(vsock::VsockTarget::new()?),
         Subject::Disk => Box::new(disk::DiskTarget::new()?),
         Subject::Rng => Box::new(plain::PlainTarget::rng()?),
+        Subject::Balloon => Box::new(plain::PlainTarget::balloon()?),
         Subject::Mmio => Box::new(mmio::MmioTarget::new()?),
         Subject::Process => Box::new(process::ProcessTarget::new()?),
         Subject::Host => Box::new(host::HostTarget::new()?),

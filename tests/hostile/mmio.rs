@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
+use kiln_virtio::balloon::Balloon;
 use kiln_virtio::console::Console;
 use kiln_virtio::device::Device;
 use kiln_virtio::fs::{Fs, Settings};
@@ -43,6 +44,7 @@ const NEEDS_RESET: u32 = 0x40;
 /// Devices behind the registers: name, queues, and the queue of requests.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
+    Balloon,
     Console,
     Disk,
     Fs,
@@ -51,7 +53,8 @@ enum Kind {
 }
 
 impl Kind {
-    const ALL: [(&'static str, Self); 5] = [
+    const ALL: [(&'static str, Self); 6] = [
+        ("balloon", Self::Balloon),
         ("console", Self::Console),
         ("disk", Self::Disk),
         ("fs", Self::Fs),
@@ -61,14 +64,15 @@ impl Kind {
 
     /// Descriptors of a queue.
     fn queue_size(self) -> u32 {
-        if matches!(self, Self::Console | Self::Rng) { 64 } else { 256 }
+        if matches!(self, Self::Balloon | Self::Console | Self::Rng) { 64 } else { 256 }
     }
 
     fn queues(self) -> usize {
         match self {
             Self::Disk | Self::Rng => 1,
             Self::Fs => 2,
-            Self::Vsock => 3,
+            // Those that Linux has.
+            Self::Balloon | Self::Vsock => 3,
             Self::Console => 4,
         }
     }
@@ -112,6 +116,7 @@ fn slot<D: Device<()> + 'static>(device: D, rings: &Rings) -> Result<(Slot, Rece
 fn made(kind: Kind, rings: &Rings) -> Result<(Bus, Slot, Receiver<End>, UnixStream), String> {
     let (reader, stream) = UnixStream::pair().map_err(say)?;
     let (slot, ends) = match kind {
+        Kind::Balloon => slot(Balloon::new(), rings),
         Kind::Console => slot(Console::new("hostile", stream).map_err(say)?, rings),
         Kind::Disk => slot(Disk::new(super::disk::file()?, "hostile", false, |_| ()).map_err(say)?, rings),
         Kind::Fs => slot(Fs::new(Settings { open_files: 16, ..Settings::default() }).0, rings),
@@ -257,7 +262,8 @@ impl MmioTarget {
                 init.extend([0; 56]);
                 (init, 4096, 80)
             }
-            // Nothing but room.
+            // Nothing but room; the balloon fills none.
+            Kind::Balloon => (Vec::new(), 4096, 0),
             Kind::Rng => (Vec::new(), 64, 64),
             // A packet of no stream's.
             Kind::Vsock => (vec![0; 44], 0, 0),

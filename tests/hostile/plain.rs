@@ -1,5 +1,6 @@
-//! Devices whose driver says all that it has to say by what it offers, as targets: the entropy device.
+//! Devices whose driver says all that it has to say by what it offers, as targets: entropy and balloon.
 
+use kiln_virtio::balloon::Balloon;
 use kiln_virtio::device::{Device, Wake};
 use kiln_virtio::rng::Rng;
 
@@ -27,11 +28,17 @@ struct Kind {
 }
 
 const RNG: Kind = Kind { queues: 1, queue: 0, room: 64, used: 64, is_empty: false };
+const BALLOON: Kind = Kind { queues: 3, queue: 2, room: 8192, used: 0, is_empty: true };
 
 impl PlainTarget {
     /// An entropy device.
     pub fn rng() -> Result<Self, String> {
         Self::new(Box::new(Rng::new()), RNG)
+    }
+
+    /// A balloon, of which Linux has the queue of reports at this place.
+    pub fn balloon() -> Result<Self, String> {
+        Self::new(Box::new(Balloon::new()), BALLOON)
     }
 
     fn new(device: Box<dyn Device<()>>, kind: Kind) -> Result<Self, String> {

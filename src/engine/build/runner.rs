@@ -48,7 +48,7 @@ pub struct Ran {
     pub changed: usize,
     /// How long the command ran.
     pub command: Duration,
-    /// How much of the host's memory its machine held at the end, where that is known.
+    /// How much of the host's memory its machine held at most, where that is known.
     pub held_bytes: Option<u64>,
     /// What ran it, in words.
     pub machine: String,

@@ -463,7 +463,7 @@ pub fn enter_disk() -> io::Result<()> {
     install(&program(&[COMMON, DISK].concat(), SeccompAction::Allow, SeccompAction::KillProcess)?)
 }
 
-/// Filters the calling thread of a VMM, which is to serve a device that needs nothing but memory and the kernel's random numbers.
+/// Filters the calling thread of a VMM, which is to serve a device that takes the kernel's random numbers or gives memory back.
 ///
 /// # Errors
 /// As [`enter`].

@@ -44,7 +44,7 @@ const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 init_on_allo
                             random.trust_cpu=off tsc=nowatchdog rcupdate.rcu_expedited=1 pci=off reboot=a";
 
 /// Changes with what a machine of this backend is, beside what is in the key anyway.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 
 fn command_line(carrier: Carrier) -> String {
     match carrier {

@@ -12,6 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 
+use kiln_virtio::balloon::Balloon;
 use kiln_virtio::console::Console;
 use kiln_virtio::control::{Guest, Server};
 use kiln_virtio::process::Thread as Kind;
@@ -164,6 +165,7 @@ impl Vmm {
         };
         let plain = |name| Thread { name, confine: jail::enter_plain_device, narrowing: None };
         slots.push(devices.slot(plain("rng"), rng)?);
+        slots.push(devices.slot(plain("balloon"), Balloon::new())?);
         for (index, disk) in self.disks.iter().enumerate() {
             let file = match disk.is_there {
                 true => Some(File::from(descriptors.take(&format!("disk{index}"))?)),

@@ -1,6 +1,6 @@
 //! The same driver over both transports: what fs and vsock answer over vhost-user, as QEMU's guests have them, and over
 //! virtio-mmio, as those of our own VMM do, is the same to the byte, whether the driver is good or hostile. And what only
-//! our own VMM has, a disk and a source of random numbers, answers the same with and without event indexes.
+//! our own VMM has, a disk, a source of random numbers and a balloon, answers the same with and without event indexes.
 
 #![allow(clippy::disallowed_methods, reason = "a test fails by panicking")]
 
@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use kiln_virtio::balloon::Balloon;
 use kiln_virtio::control::Client;
 use kiln_virtio::device::Device;
 use kiln_virtio::fs::{Attributes, Fs, Settings, Share};
@@ -164,7 +165,7 @@ fn slot<D: Device<()> + 'static>(device: D, memory: &GuestMemoryMmap) -> (Slot, 
 /// Any device, over virtio-mmio.
 fn over_mmio<D: Device<()> + 'static>(device: D, wanted: u64, keep: Option<Connector>) -> Driven {
     let memory = shared_memory();
-    let rings = rings(device.queue_sizes().len().min(2));
+    let rings = rings(device.queue_sizes().len().min(3));
     let (slot, ends) = slot(device, &memory);
     let window = slot.device;
     let set = |offset: u64, value: u64| {
@@ -601,5 +602,37 @@ fn a_source_of_random_numbers_ends_with_its_queue() {
     for index in [Some(65), Some(3000), Some(u16::MAX), None] {
         let mut driven = over_mmio(Rng::new(), VERSION_1, None);
         assert_eq!(driven.break_ring(0, &[], index), b"broken", "{index:?}");
+    }
+}
+
+#[test]
+fn reports_of_free_memory_do_the_same_whatever_was_negotiated() {
+    let answers = |features: u64| {
+        let mut driven = over_mmio(Balloon::new(), features, None);
+        let mut answers = Vec::new();
+        for queue in [2, 0, 1] {
+            answers.extend(driven.hostile_chains(queue, b"no report"));
+            for room in [0, 1, 4095, 4096, 8192, 8193, 1 << 20, u32::MAX] {
+                answers.push(driven.ask(queue, b"", room));
+                answers.push(driven.ask(queue, b"pages", room));
+            }
+        }
+        answers
+    };
+    let plain = answers(VERSION_1);
+    let came_back = |answer: &&Vec<u8>| answer[8..] == [0; 1024];
+    assert_eq!(plain.iter().filter(came_back).count(), 2 * 4, "what holds whole pages, of reports alone");
+    for features in [VERSION_1 | EVENT_IDX, VERSION_1 | 1 << 28, VERSION_1 | 1 << 5, u64::MAX] {
+        assert_same(&plain, &answers(features));
+    }
+}
+
+#[test]
+fn a_balloon_ends_with_any_of_its_queues() {
+    for queue in [0, 1, 2] {
+        for index in [Some(65), Some(u16::MAX), None] {
+            let mut driven = over_mmio(Balloon::new(), VERSION_1, None);
+            assert_eq!(driven.break_ring(queue, &[], index), b"broken", "{queue} {index:?}");
+        }
     }
 }
