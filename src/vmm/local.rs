@@ -33,6 +33,7 @@ struct Served<D> {
     halted: Vec<Option<Ring>>,
     /// The driver is gone, and the device has to forget it: its own thread does that, which may do what that takes.
     forgets: bool,
+    has_interrupted: bool,
     lines: Option<Lines>,
 }
 
@@ -91,6 +92,7 @@ impl<D: Device<()> + 'static> Local<D> {
                 rings: Vec::new(),
                 halted: Vec::new(),
                 forgets: false,
+                has_interrupted: false,
                 lines: None,
             })),
         };
@@ -228,7 +230,8 @@ impl<D: Device<()>> Served<D> {
         Ok(outcome)
     }
 
-    fn interrupt(&self) {
+    fn interrupt(&mut self) {
+        self.has_interrupted = true;
         if let Some(lines) = &self.lines {
             // Only a full counter fails, and then the interrupt is up anyway.
             let _ = lines.interrupt.write(1);
@@ -239,6 +242,7 @@ impl<D: Device<()>> Served<D> {
     fn forget(&mut self) {
         if std::mem::take(&mut self.forgets) {
             self.device.reset();
+            self.has_interrupted = false;
         }
     }
 
@@ -310,7 +314,7 @@ impl<D: Device<()> + 'static> Target for Local<D> {
         let positions = served.rings.iter().map(|ring| ring.as_ref().map(position)).collect();
         let device = if served.device.can_freeze() { served.device.freeze()? } else { Vec::new() };
         served.rings.clear();
-        Ok(Frozen { positions, device })
+        Ok(Frozen { positions, device, has_interrupted: served.has_interrupted })
     }
 
     fn thaw(&mut self, features: u64, queues: &[Option<Queue>], frozen: &Frozen) -> io::Result<()> {
@@ -321,8 +325,11 @@ impl<D: Device<()> + 'static> Target for Local<D> {
             }
         }
         self.begin(features, queues, &frozen.positions)?;
-        // One that was raised when the machine was frozen may be lost; one too many does no harm.
-        lock(&self.served).interrupt();
+        // One that was raised when the machine was frozen may be lost; one too many does no harm. Of a device that never raised
+        // one none is lost, and its driver is spared a visit in each copy.
+        if frozen.has_interrupted {
+            lock(&self.served).interrupt();
+        }
         Ok(())
     }
 

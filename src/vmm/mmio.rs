@@ -31,6 +31,8 @@ pub struct Frozen {
     pub positions: Vec<Option<Position>>,
     /// What the device itself knows.
     pub device: Vec<u8>,
+    /// Its driver has been interrupted, perhaps just before.
+    pub has_interrupted: bool,
 }
 
 /// One queue as its driver laid it out: a size that is a power of two and not beyond the device's, rings that lie in memory.

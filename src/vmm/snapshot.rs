@@ -13,7 +13,7 @@ use crate::serial::ConsoleState;
 
 /// What a snapshot begins with: a word, and the format's version.
 const MAGIC: &[u8; 8] = b"KILNSNAP";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Then the SHA-256 of all that follows it.
 const DIGEST_BYTES: usize = 32;
 

@@ -52,7 +52,8 @@ impl Target for Noted {
     }
 
     fn freeze(&mut self) -> Result<Frozen, StateError> {
-        Ok(Frozen { positions: vec![None, Some(Position { available: 3, used: 2 })], device: vec![9] })
+        let positions = vec![None, Some(Position { available: 3, used: 2 })];
+        Ok(Frozen { positions, device: vec![9], has_interrupted: true })
     }
 
     fn thaw(&mut self, features: u64, queues: &[Option<Queue>], frozen: &Frozen) -> io::Result<()> {

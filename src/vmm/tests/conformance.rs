@@ -636,3 +636,51 @@ fn a_balloon_ends_with_any_of_its_queues() {
         }
     }
 }
+
+/// The device in `driven` as a machine that is frozen has it, taken over by `device` in the same memory. The guest does no more.
+fn thawed<D: Device<()> + 'static>(driven: &Driven, device: D) -> (Slot, Receiver<End>) {
+    let carried = driven.carried.as_ref().expect("over mmio");
+    let state = carried.lock().expect("a whole lock").freeze().expect("a state");
+    let (slot, ends) = slot(device, &driven.memory);
+    slot.device.lock().expect("a whole lock").thaw(&state).expect("its state");
+    (slot, ends)
+}
+
+#[test]
+fn a_copy_interrupts_a_driver_that_was_interrupted_before_and_spares_others() {
+    for was_served in [false, true] {
+        let mut driven = over_mmio(Balloon::new(), VERSION_1, None);
+        if was_served {
+            driven.ask(2, b"", 4096);
+        }
+        let (slot, _ends) = thawed(&driven, Balloon::new());
+        assert_eq!(slot.interrupt.read().is_ok(), was_served);
+    }
+}
+
+#[test]
+fn a_request_for_random_numbers_waits_for_a_copy() {
+    let mut driven = over_mmio(Rng::silent(), VERSION_1, None);
+    let room = driven.rings[0].answer();
+    driven.write(room, &[POISON; 1024]);
+    driven.rings[0].describe(&driven.memory, 0, (room, 64), WRITE, 0);
+    driven.rings[0].offer(&driven.memory, 0);
+    driven.notified[0].write(1).expect("a notification");
+    let before = driven.memory.clone();
+    let (_slot, _ends) = thawed(&driven, Rng::silent());
+    assert_eq!(driven.rings[0].used(&before), None);
+    assert_eq!(driven.read(room, 1024), [POISON; 1024]);
+    let mut driven = over_mmio(Rng::silent(), VERSION_1, None);
+    driven.rings[0].describe(&driven.memory, 0, (room, 64), WRITE, 0);
+    driven.rings[0].offer(&driven.memory, 0);
+    let (slot, _ends) = thawed(&driven, Rng::new());
+    assert_eq!(driven.used(0), Some((0, 64)));
+    let deadline = Instant::now() + PATIENCE;
+    while slot.interrupt.read().is_err() {
+        assert!(Instant::now() < deadline, "the driver is not told");
+        std::thread::yield_now();
+    }
+    // With numbers in its guest's memory, it is no template.
+    let state = slot.device.lock().expect("a whole lock").freeze();
+    assert!(state.is_err());
+}
