@@ -10,7 +10,9 @@ use kiln_wire::{Setup, Source, ToAgent};
 use super::host::Host;
 use super::prepare::Prepared;
 use crate::keeper::Registry;
-use crate::keeper::ready::{Backend as OrderedBackend, Order, order, take_failure, take_turn};
+use crate::keeper::ready::{
+    Backend as OrderedBackend, Order, is_in_succession, order, take_failure, take_turn,
+};
 use crate::machine::ready::{Lent, Readies as _};
 use crate::machine::{Machine, Spec, serial};
 
@@ -61,6 +63,8 @@ impl Readiness {
         }
         let disks = read_only.clone().map(|disk| disk.file.try_clone()).collect::<Result<_, _>>().ok()?;
         let store = host.settings.store.value.clone();
+        // A build knows how many it wants.
+        let is_pressed = series.alike == 1 && is_in_succession(&store);
         take_turn(&store, &series.turn).ok()?;
         let order = Order {
             turn: series.turn.clone(),
@@ -76,6 +80,7 @@ impl Readiness {
             disks: read_only.map(|disk| disk.serial.clone()).collect(),
             scratch_bytes: scratch.size().ok()?,
             rehearsal: rehearsal(setup)?.encode(),
+            is_pressed,
             idle_seconds: Duration::as_secs(&idle),
             at_once: series.at_once,
             alike: series.alike,
@@ -84,8 +89,10 @@ impl Readiness {
     }
 
     /// A machine that is ready for `spec`, with its shares.
-    pub fn borrow(&self, host: &Host, spec: &Spec) -> Option<Box<dyn Machine>> {
+    pub fn borrow(&mut self, host: &Host, spec: &Spec) -> Option<Box<dyn Machine>> {
         let loan = Registry::open(&host.store.run()).ok()?.borrow(&self.key)?;
+        // One that had the time to rehearse shows that there is time for the next too.
+        self.order.is_pressed &= !loan.has_rehearsed;
         let lent = Lent::new(loan.identity, loan.descriptors, loan.lender, &spec.shares).ok()?;
         Some(Box::new(lent))
     }
@@ -93,6 +100,11 @@ impl Readiness {
     /// Why the last keeper that was to hold such a machine could not; told once.
     pub fn failure(&self) -> Option<String> {
         take_failure(&self.order.store)
+    }
+
+    /// Whether the next run is expected to follow at once: its machine is made beside this one's step.
+    pub fn is_pressed(&self) -> bool {
+        self.order.is_pressed
     }
 
     /// Has another made for the next step. Where that fails, the next makes its own.

@@ -157,10 +157,15 @@ fn carry_through(
     let stopwatch = &mut stopwatch;
     let mut talk = Talk::new(step, host, &prepared, stopwatch);
     let mut session = None;
-    let mut ordered = None;
+    // Beside the command: to start a process takes as long as some commands.
+    let order = |readiness: Readiness| threads::start_small("order", || readiness.order()).ok();
+    let (early, late) = match readiness {
+        Some(readiness) if readiness.is_pressed() => (Some(readiness), None),
+        readiness => (None, readiness),
+    };
+    let mut ordered = early.and_then(order);
     let conversation = talk.open(wire, setup, events).and_then(|opened| {
-        // Beside the command: to start a process takes as long as some commands.
-        ordered = readiness.and_then(|readiness| threads::start_small("order", || readiness.order()).ok());
+        ordered = ordered.take().or_else(|| late.and_then(order));
         talk.work(session.insert(opened), exec, input, events)
     });
     let (doing, is_off) = (talk.doing, talk.is_off);
@@ -277,8 +282,8 @@ pub(super) fn start(
     let (setup, exec, spec) = describe(step, host, &mut prepared)?;
     let _ = events(Event::Phase(Phase::Prepare, stopwatch.lap()));
 
-    let readiness = series.and_then(|series| Readiness::of(host, series, &prepared, &spec, &setup));
-    let borrowed = readiness.as_ref().and_then(|readiness| readiness.borrow(host, &spec));
+    let mut readiness = series.and_then(|series| Readiness::of(host, series, &prepared, &spec, &setup));
+    let borrowed = readiness.as_mut().and_then(|readiness| readiness.borrow(host, &spec));
     let mut machine = match borrowed {
         Some(machine) => machine,
         None => {

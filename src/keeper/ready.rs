@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::Duration;
 
@@ -17,7 +17,6 @@ use rustix::event::{PollFd, PollFlags, poll};
 use serde::{Deserialize, Serialize};
 
 use super::entry::Entry;
-use super::registration::Registration;
 use super::registry::Registry;
 use super::talk::{Answer, hear, hear_descriptors, say, say_descriptors};
 use crate::machine::qemu::Qemu;
@@ -41,6 +40,12 @@ const COURTESY: Duration = Duration::from_millis(300);
 /// How long after a run none may have begun before a machine is made: runs that follow each other without a pause are
 /// faster where nothing is made beside them.
 const QUIET: Duration = Duration::from_millis(100);
+
+/// How long the machine of a [pressed](Order::is_pressed) order waits for a run before it rehearses after all.
+const PRESSURE: Duration = Duration::from_millis(200);
+
+/// Runs that begin within this time of one another follow each other at once.
+const SUCCESSION: Duration = Duration::from_secs(1);
 
 /// Most machines of a store that wait for a step, where no build has more steps at once.
 const MOST_READY: usize = 4;
@@ -80,6 +85,8 @@ pub struct Order {
     pub scratch_bytes: u64,
     /// What the agent is told to rehearse: the world of such a step, without its shares.
     pub rehearsal: Vec<u8>,
+    /// Whether the next run is expected to follow this one at once.
+    pub is_pressed: bool,
     /// How long the machine waits for a step.
     pub idle_seconds: u64,
     /// How many may be made at a time: as many as there are steps at once.
@@ -171,6 +178,12 @@ fn turn_file(store: &Path) -> PathBuf {
     store.join("run").join("keeper.turn")
 }
 
+/// Whether a run of the store at `store` began just now.
+pub fn is_in_succession(store: &Path) -> bool {
+    let began = fs::metadata(turn_file(store)).and_then(|meta| meta.modified());
+    began.is_ok_and(|began| began.elapsed().is_ok_and(|since| since < SUCCESSION))
+}
+
 /// Says that a run begins in the store at `store`: what others ordered before and is not begun is not made any more. Runs
 /// that belong together say the same.
 ///
@@ -218,12 +231,14 @@ fn hear_order() -> io::Result<(Order, Vec<OwnedFd>)> {
     caller.set_read_timeout(Some(ORDER_PATIENCE))?;
     let order: Order = hear(&caller)?;
     let files = hear_descriptors(&caller, order.disks.len())?;
-    caller.set_read_timeout(Some(COURTESY))?;
-    let over = hear::<()>(&caller).is_err_and(|error| error.kind() == io::ErrorKind::UnexpectedEof);
-    drop(caller);
-    if over {
-        thread::sleep(QUIET);
+    if !order.is_pressed {
+        caller.set_read_timeout(Some(COURTESY))?;
+        let over = hear::<()>(&caller).is_err_and(|error| error.kind() == io::ErrorKind::UnexpectedEof);
+        if over {
+            thread::sleep(QUIET);
+        }
     }
+    drop(caller);
     rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
     Ok((order, files))
 }
@@ -273,7 +288,9 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
         return Err("the machine would not be the one that was ordered".into());
     }
     let Some(mut ready) = backend.make_ready(&spec)? else { return Ok(()) };
-    ready.rehearse(&order.rehearsal)?;
+    if !order.is_pressed {
+        ready.rehearse(&order.rehearsal)?;
+    }
     let entry = Entry::ready(&spec, ready.identity(), &order.key, idle);
     let (sender, callers) = channel();
     watch(&ready, sender.clone())?;
@@ -283,7 +300,19 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
     if fs::read_to_string(turn_file(&order.store))? == CALLED_OFF {
         return Ok(());
     }
-    hold(ready, registration, &callers, idle)?;
+    let first = match order.is_pressed {
+        true => callers.recv_timeout(PRESSURE),
+        false => Err(RecvTimeoutError::Timeout),
+    };
+    let has_rehearsed = matches!(first, Err(RecvTimeoutError::Timeout));
+    if has_rehearsed && order.is_pressed {
+        // Whoever comes meanwhile waits for it.
+        ready.rehearse(&order.rehearsal)?;
+    }
+    let caller = if has_rehearsed { callers.recv_timeout(idle) } else { first };
+    let Ok(Caller::Borrower(stream)) = caller else { return Ok(()) };
+    drop(registration);
+    lend(ready, &stream, has_rehearsed)?;
     Ok(())
 }
 
@@ -306,33 +335,26 @@ fn watch(ready: &Ready, owner: Sender<Caller>) -> io::Result<()> {
     Ok(())
 }
 
-/// Holds `ready` until its step is over, or there is none within `idle`.
-fn hold(
-    mut ready: Ready,
-    registration: Registration,
-    callers: &Receiver<Caller>,
-    idle: Duration,
-) -> io::Result<()> {
-    let Ok(Caller::Borrower(stream)) = callers.recv_timeout(idle) else { return Ok(()) };
-    drop(registration);
+/// Lends `ready` to the borrower at the other end of `stream`, until its step is over.
+fn lend(mut ready: Ready, stream: &UnixStream, has_rehearsed: bool) -> io::Result<()> {
     if let Err(error) = ready.check() {
-        return say(&stream, &Answer::Refused(format!("it does not answer: {error}")));
+        return say(stream, &Answer::Refused(format!("it does not answer: {error}")));
     }
-    say(&stream, &Answer::Granted)?;
-    say(&stream, ready.identity())?;
-    say_descriptors(&stream, &ready.descriptors()?)?;
+    say(stream, &Answer::Granted)?;
+    say(stream, &(ready.identity(), has_rehearsed))?;
+    say_descriptors(stream, &ready.descriptors()?)?;
     stream.set_read_timeout(None)?;
     // Ends when the borrower does, whatever ended that.
-    while let Ok(wish) = hear(&stream) {
+    while let Ok(wish) = hear(stream) {
         match wish {
             Wish::Stop => {
                 ready.stop();
-                say(&stream, &())?;
+                say(stream, &())?;
             }
             Wish::Death { patience_ms } => {
-                say(&stream, &ready.machine().death(Duration::from_millis(patience_ms)))?;
+                say(stream, &ready.machine().death(Duration::from_millis(patience_ms)))?;
             }
-            Wish::Console => say(&stream, &ready.machine().console())?,
+            Wish::Console => say(stream, &ready.machine().console())?,
         }
     }
     Ok(())
@@ -368,6 +390,8 @@ impl Lender for Lifeline {
 pub struct Loan {
     /// What the machine is.
     pub identity: Identity,
+    /// Whether it has rehearsed.
+    pub has_rehearsed: bool,
     /// The wire, and the connection to the device process.
     pub descriptors: [OwnedFd; 2],
     /// Its keeper.
