@@ -168,10 +168,7 @@ impl Session {
                 if self.world.is_some() {
                     return Err(SessionError::Protocol("a disk to swap to after Setup"));
                 }
-                let swapping = swap::begin(&scratch);
-                swapping
-                    .and_then(|swapping| swapping.map_or(Ok(()), Beside::join))
-                    .map(|()| self.link.queue(&FromAgent::SetupDone))
+                swap::begin_empty(&scratch).map(|()| self.link.queue(&FromAgent::SetupDone))
             }
             ToAgent::Mount(mount) => match &mut self.world {
                 Some(world) => world.mount(&mount).map(|()| self.link.queue(&FromAgent::Mounted)),

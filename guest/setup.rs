@@ -94,7 +94,8 @@ pub fn make(setup: &Setup, shares: Option<OwnedFd>) -> Result<World, Failure> {
 
 /// The root of `setup` as a mount nobody sees; none where it is no disk, or cannot be mounted, which making the world says.
 pub fn mount_root(setup: &Setup) -> Option<OwnedFd> {
-    let Source::Disk { serial, filesystem, .. } = &setup.root else { return None };
+    // One that is mounted to be written to cannot be mounted twice.
+    let Source::Disk { serial, filesystem, read_only: true } = &setup.root else { return None };
     mounts::disk(&disk::find(serial).ok()?, filesystem, true).ok()
 }
 

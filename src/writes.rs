@@ -1,5 +1,5 @@
 //! The one door through which files of the store, of WORK and of what steps are shown are made, written, synced, renamed
-//! and removed.
+//! and removed; but for locks, what keepers leave word in, and scratch disks, which have no name.
 //!
 //! It does what is asked and nothing else. A test can stand in it ([`watch`]) and let the Nth operation fail, or kill
 //! the process before or after it; where nobody does, an operation costs one load more than without the door. It knows

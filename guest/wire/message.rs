@@ -1,7 +1,8 @@
 //! What host and agent say to each other. The order of a machine's life:
 //!
 //! 1. host → `Hello`; agent → `Ready`. Versions must be equal. Until `Setup` another host may say `Hello` in this one's
-//!    place, as it does to the copy of a frozen machine.
+//!    place, as it does to the copy of a frozen machine. Before a machine is frozen, host → `Swap`; of one that is to wait for a
+//!    step, host → `Rehearse`. Agent → `SetupDone` or `Failed`.
 //! 2. host → `Setup`; agent → `SetupDone` or `Failed`. Seed and clock come first inside it.
 //! 3. host → `Exec` (any number, also at once, `id` chosen by the host); agent → `Started`, `Output`…, `Exited`, or
 //!    `ExecFailed`. Meanwhile host → `Stdin`, `Signal`, `Resize`. Input and output of each command flow on a
@@ -203,7 +204,7 @@ pub enum ToAgent {
     /// Before `Setup`: prepare a world in a process of its own, start a program in it and drop both. The kernel has been
     /// through it all then, and an emulator has translated what it did.
     Rehearse(Setup),
-    /// Before `Setup`: swap to this disk. A `Setup` that names the same one finds that done.
+    /// Before `Setup`: swap to this disk, where nothing may be in use yet. A `Setup` that names the same one finds that done.
     Swap(Scratch),
     /// Mount another tree below the step's root. Commands started later see it.
     Mount(Mount),

@@ -157,7 +157,7 @@ fn carry_through(
     let stopwatch = &mut stopwatch;
     let mut talk = Talk::new(step, host, &prepared, stopwatch);
     let mut session = None;
-    // Beside the command: to start a process takes as long as some commands.
+    // Beside the command: to start a process takes as long as some commands. Where the run fails, nobody waits for it to be given.
     let order = |readiness: Readiness| threads::start_small("order", || readiness.order()).ok();
     let (early, late) = match readiness {
         Some(readiness) if readiness.is_pressed() => (Some(readiness), None),

@@ -48,8 +48,8 @@ fn of_status(text: &str) -> Option<Resident> {
     Some((field(text, "RssAnon:")?, field(text, "RssShmem:")?))
 }
 
-/// As [`of_status`], when it was most. The most of all that was resident counts pages of files too, of which a process only ever gets
-/// more: where all that were there last were there then, what is missing is its own.
+/// As [`of_status`], when it was most. The most of all that was resident counts pages of files too: where all that were there last
+/// were there then, what is missing is its own. Where the system took some of them meanwhile it is less than this.
 fn at_most(text: &str) -> Option<Resident> {
     let (private, shared) = of_status(text)?;
     let most = field(text, "VmHWM:")?.saturating_sub(field(text, "RssFile:")?);

@@ -2,7 +2,7 @@
 //!
 //! A template is frozen before a step is known, so it has an empty disk for each purpose, and a copy names a file in its
 //! place. The guest's driver keeps the size that it saw then, which is more than any file's: what reads a disk goes by
-//! what is written there. A machine that boots has the same slots, so that a step sees no difference.
+//! what is written there, and swapping by what the agent is told. A machine that boots has the same slots, so that a step sees no difference.
 //!
 //! Measured with QEMU 10.0.2 and Linux 6.12 under emulation, from the first order over QMP until the guest has read from the
 //! disk, three machines each: a virtio-blk device that is plugged into a root port 33 to 56 ms (28 to 51 until it is there),

@@ -66,17 +66,15 @@ impl Blobs {
         if !there.is_file() || there.len() != length_bytes {
             return false;
         }
-        let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
-        if whole.get(digest) == Some(&there.ino()) {
+        let found = || self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+        if found().get(digest) == Some(&there.ino()) {
             return true;
         }
-        drop(whole);
         let Ok(file) = File::open(path) else { return false };
         let is_same = file.metadata().is_ok_and(|meta| meta.ino() == there.ino());
         let is_whole = is_same && Digest::of_reader(file).is_ok_and(|(found, _)| found == *digest);
         if is_whole {
-            whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
-            whole.insert(*digest, there.ino());
+            found().insert(*digest, there.ino());
         }
         is_whole
     }

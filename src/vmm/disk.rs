@@ -62,6 +62,9 @@ const HOLE_SECTORS: u32 = 8;
 const SEGMENT_BYTES: usize = 16;
 const UNMAP: u32 = 1;
 
+/// A swap header is the first page.
+const SWAP_HEADER_SECTORS: u64 = 8;
+
 /// Hears of what the host could not read or write.
 type OnFailure = Box<dyn Fn(&io::Error) + Send>;
 
@@ -103,7 +106,7 @@ impl Disk {
     }
 
     /// A disk called `serial` that says it has `capacity_bytes`, whatever `file` has; without one it reads as
-    /// zeros, and what is written is lost. A driver that knows the one can go on with the other. `failed` is called when the host
+    /// zeros, and only a swap header can be written, which is lost. A driver that knows the one can go on with the other. `failed` is called when the host
     /// cannot read or write the file.
     ///
     /// # Errors
@@ -157,8 +160,10 @@ impl Disk {
             (FLUSH | DISCARD | WRITE_ZEROES, _) if self.read_only => return Ok(UNSUPPORTED),
             // A kernel looks for partitions when it finds a disk.
             (IN, None) => zeros(room),
-            // A machine that is frozen swaps to a disk that it does not have yet; what it wrote is in its memory.
-            (OUT | FLUSH, None) => !self.read_only,
+            // A machine that is frozen swaps to a disk that it does not have yet. The header stays in its memory; a page that it
+            // swapped out would not.
+            (FLUSH, None) => true,
+            (OUT, None) => !self.read_only && sector < SWAP_HEADER_SECTORS,
             (DISCARD | WRITE_ZEROES, None) => false,
             (IN, Some(file)) => match self.within(sector, room.remaining_bytes() as u64) {
                 Some(at) => read(file, at, room).map(|()| true)?,

@@ -56,12 +56,19 @@ fn a_copy_shows_a_step_what_a_machine_that_boots_does() {
         for i in /sys/block/vd*; do echo $i $(cat $i/serial $i/ro); done
         mkdir $WORK/out; seq 1 1000 > $WORK/out/numbers; ln -s numbers $WORK/out/link; chmod 600 $WORK/out/numbers
     "#;
+    for size in ["16G", "64M"] {
+        shows_the_same(script, &format!("--scratch={size}"));
+    }
+}
+
+/// Asserts that `script` shows the same in a machine that boots and in a copy, with a flag.
+fn shows_the_same(script: &str, flag: &str) {
     let told = ["--no-template", "--overwrite"].map(|how| {
         let host = Host::new();
         host.file("src/a", "source");
         host.file("src/sub/b", "deep");
         host.file("work/before", "from before");
-        let told = host.script(&["--json", "--src=src", "--out=out", how], script);
+        let told = host.script(&["--json", "--src=src", "--out=out", flag, how], script);
         told.ends(0, &[]);
         let events = told.events();
         let shown = events.iter().filter(|event| event["event"] == "output");

@@ -13,6 +13,8 @@ use crate::plan::StepId;
 
 /// How long a command may run at most before another step is got ready beside it.
 const MOST_COURTESY: Duration = Duration::from_millis(200);
+/// Who takes longer than this to get ready is waited for no more: it may be making a template, or wait for a kernel that never answers.
+const MOST_PREPARATION: Duration = Duration::from_secs(3);
 /// A shorter time than this is not waited for: to be woken again takes longer.
 const LEAST_COURTESY: Duration = Duration::from_millis(2);
 
@@ -138,14 +140,16 @@ impl Turns {
 impl State {
     /// How long nobody else is to be got ready; none where that is until something changes.
     fn courtesy_left(&self, jobs: usize, now: Instant) -> Option<Duration> {
-        let ready = self.preparing.len() + self.waiting.len();
+        let left = |since: &Instant| MOST_PREPARATION.checked_sub(now.saturating_duration_since(*since));
+        let preparing = self.preparing.values().filter_map(left).filter(|left| !left.is_zero());
+        let ready = preparing.clone().count() + self.waiting.len();
         let is_short = self.courtesy.is_some_and(|courtesy| courtesy < LEAST_COURTESY);
         if is_short || self.taken.len() + ready < jobs {
             return Some(Duration::ZERO);
         }
         if self.taken.len() < jobs {
-            // Those who are got ready take what turns there are.
-            return None;
+            // Those who are got ready take what turns there are, if they are in time.
+            return preparing.min();
         }
         let since = self.began.map_or(Duration::MAX, |began| now.saturating_duration_since(began));
         Some(self.courtesy.unwrap_or_default().saturating_sub(since))
@@ -197,10 +201,12 @@ mod tests {
             let state = turns.state();
             state.courtesy_left(2, state.began.unwrap_or_else(Instant::now) + later)
         };
-        assert_eq!(left(&turns, Duration::ZERO), None, "two are got ready for two turns");
+        let most = left(&turns, Duration::ZERO).expect("no longer than that");
+        assert!(!most.is_zero() && most <= MOST_PREPARATION, "two are got ready for two turns");
+        assert_eq!(left(&turns, MOST_PREPARATION), Some(Duration::ZERO), "they take too long");
         assert!(turns.take(StepId(0)));
         turns.state().courtesy = None;
-        assert_eq!(left(&turns, Duration::from_secs(9)), None, "one of them has not begun");
+        assert_ne!(left(&turns, Duration::ZERO), Some(Duration::ZERO), "one of them has not begun");
         assert!(turns.take(StepId(1)));
         turns.state().courtesy = Some(Duration::from_millis(100));
         assert_eq!(left(&turns, Duration::from_millis(30)), Some(Duration::from_millis(70)));
@@ -211,9 +217,31 @@ mod tests {
         turns.state().courtesy = Some(MOST_COURTESY);
         turns.give_back(StepId(1));
         assert!(turns.prepare(StepId(2)));
-        assert_eq!(left(&turns, Duration::ZERO), None);
+        assert_ne!(left(&turns, Duration::ZERO), Some(Duration::ZERO));
         turns.give_back(StepId(2));
         assert!(turns.prepare(StepId(3)));
+    }
+
+    #[test]
+    fn who_waits_to_be_got_ready_hears_of_whoever_makes_room_and_of_the_end() {
+        let one_of = |free: &dyn Fn(&Turns)| {
+            let turns = Turns::new(1);
+            assert!(turns.prepare(StepId(0)));
+            let began = Instant::now();
+            let is_prepared = thread::scope(|scope| {
+                let waiting = scope.spawn(|| turns.prepare(StepId(1)));
+                while turns.state().listening == 0 {
+                    thread::yield_now();
+                }
+                free(&turns);
+                waiting.join().expect("no panic")
+            });
+            assert!(began.elapsed() < MOST_PREPARATION, "it was not told");
+            is_prepared
+        };
+        assert!(one_of(&|turns| turns.give_back(StepId(0))));
+        assert!(one_of(&|turns| assert!(turns.take(StepId(0)))));
+        assert!(!one_of(&Turns::end));
     }
 
     #[test]

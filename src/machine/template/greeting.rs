@@ -1,4 +1,4 @@
-//! The one exchange with an agent that a machine has before it is anybody's: a hello, and its answer.
+//! What is said to an agent before its machine is anybody's, a message and its answer each: a hello, a disk to swap to, a rehearsal.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -38,7 +38,11 @@ pub fn exchange(
             match FromAgent::decode(&payload).map_err(|error| nonsense(error.to_string()))? {
                 answer if !ready && is_answer(&answer) => ready = true,
                 FromAgent::Log(text) => complaints.push(text),
-                _ => return Err(nonsense("not the answer to a hello".to_owned())),
+                FromAgent::Failed { what, errno } => {
+                    let why = io::Error::from_raw_os_error(errno.into());
+                    return Err(io::Error::other(format!("{what}: {why}")));
+                }
+                _ => return Err(nonsense("not the answer to what was asked".to_owned())),
             }
         }
         if ready && reader.pending_bytes() == 0 {

@@ -336,10 +336,12 @@ pub(super) fn copy<F: Freezer>(
 pub(super) fn settle(machine: &mut impl Lendable) -> Result<Vec<String>, TemplateError> {
     let mut complaints = answer(machine, BOOT_PATIENCE)?;
     let swap = ToAgent::Swap(Scratch { serial: serial::SCRATCH.to_owned(), bytes: scratch::USUAL_BYTES });
-    complaints.extend(asked(machine, |wire| {
-        exchange(wire, &swap.encode(), COPY_PATIENCE, |message| *message == FromAgent::SetupDone)
-    })?);
-    complaints.extend(answer(machine, COPY_PATIENCE)?);
+    // Twice: the second answer says that nothing was swapped out meanwhile.
+    for _ in 0..2 {
+        complaints.extend(asked(machine, |wire| {
+            exchange(wire, &swap.encode(), COPY_PATIENCE, |message| *message == FromAgent::SetupDone)
+        })?);
+    }
     Ok(complaints)
 }
 

@@ -282,6 +282,7 @@ fn a_disk_without_a_file_has_a_name_and_reads_as_zeros() {
     for kind in [DISCARD, WRITE_ZEROES] {
         assert_eq!(driver.ask_of(kind, &[(0, 1, 0)]), FAILED, "{kind}");
     }
+    assert_eq!(driver.ask(OUT, 8, 512), FAILED, "a page that is swapped out");
     let mut read_only = Driver::slot(None, true, 1 << 40);
     assert_ne!(read_only.ask(OUT, 0, 512), OK);
     assert_eq!(driver.ask(GET_ID, 0, 20), OK);
