@@ -42,7 +42,7 @@ const COURTESY: Duration = Duration::from_millis(300);
 const QUIET: Duration = Duration::from_millis(100);
 
 /// How long the machine of a [pressed](Order::is_pressed) order waits for a run before it rehearses after all.
-const PRESSURE: Duration = Duration::from_millis(200);
+const PRESSURE: Duration = Duration::from_millis(500);
 
 /// Runs that begin within this time of one another follow each other at once.
 const SUCCESSION: Duration = Duration::from_secs(1);

@@ -76,6 +76,27 @@ fn the_next_run_takes_a_machine_that_is_ready_and_sees_what_any_other_would() {
 }
 
 #[test]
+fn a_run_that_follows_another_at_once_has_a_machine_made_beside_it() {
+    let host = Host::new();
+    host.file("src/a", "source");
+    let script = "cat a; cut -d' ' -f2-4 /proc/mounts; cut -f1-4 /proc/swaps; echo $$; sleep 2";
+    let mut shown = BTreeSet::new();
+    // How soon a machine is there depends on the host; that the second run has one made, and what the third sees, does not.
+    for expected in [&["template"][..], &["template", "ready"], &["ready"]] {
+        let told = with_keeper(&host, &["--json", "--src=src"], script);
+        told.ends(0, &[]);
+        assert!(expected.contains(&origin(&told).as_str()), "{told:?}");
+        let events = told.events();
+        shown.insert(events.iter().filter_map(|event| event["text"].as_str()).collect::<String>());
+        if expected.len() == 2 {
+            keeper(&host);
+        }
+    }
+    assert_eq!(shown.len(), 1, "{shown:#?}");
+    end(&host);
+}
+
+#[test]
 fn machines_that_were_ready_share_no_random_number_and_no_boot_id() {
     let host = Host::new();
     let script = "cat /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid; mktemp; \
