@@ -106,6 +106,7 @@ fn make_folders_of(path: &Path, mode: u32) -> io::Result<()> {
     match make_folder(path, mode) {
         // Another process was quicker.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(rustix::io::Errno::NOTDIR.into()),
         made => made,
     }
 }

@@ -124,7 +124,8 @@ impl Store {
         if fs::metadata(path).is_ok_and(|meta| !meta.is_dir()) {
             return Err(StoreError::NotADirectory(path.to_owned()));
         }
-        for folder in ["", "blobs", "images", "records", "run", "tmp"] {
+        writes::make_private_folders(path).map_err(StoreError::at(path))?;
+        for folder in ["blobs", "images", "records", "run", "tmp"] {
             let folder = path.join(folder);
             writes::make_private_folders(&folder).map_err(StoreError::at(&folder))?;
         }
