@@ -14,7 +14,7 @@ use crate::{disk, sys};
 const PAGE_BYTES: u64 = 4096;
 
 /// Begins to swap to the disk. None where that is done already: a frozen machine swaps to a disk of the usual size, since
-/// the kernel makes a table of all its pages, which is a tenth of what else a short step touches.
+/// the kernel makes tables of all its pages, which are most of what a short step touches.
 ///
 /// # Errors
 /// There is no such disk, or there can be no process.
