@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::iter;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -34,6 +34,9 @@ const MESSAGES: usize = 256;
 
 /// Most steps that are checked as one task.
 const MOST_CHECKS: usize = 16;
+
+/// How many roots with their kernels are kept in mind while keys are made.
+const MOST_WORLDS: usize = 64;
 
 /// How long checks wait for more of them, while all jobs are taken.
 const GATHERING: Duration = Duration::from_millis(3);
@@ -96,27 +99,20 @@ impl<R: Runner> Build<'_, R> {
         }
         let hidden = lower::hidden(self.settings, &self.plan.ignore);
         let checker = Checker::new(self, hidden);
-        let keys = Keys::default();
-        let mut memory = BTreeMap::new();
-        for id in wanted {
-            let planned = self.plan.step(*id);
-            if planned.follows_outputs() {
-                let bytes = match &planned.command {
-                    Command::Boot(_) => boot_step::memory_bytes(planned),
-                    command if command.is_run() => lower::memory_bytes(planned),
-                    _ => 0,
-                };
-                memory.insert(*id, bytes);
-                continue;
-            }
-            let lowered = self.lower(*id, &mut |text| {
-                let _ = news(News::Event(&self.plan.step(*id).name, &Event::Progress(text)));
-            })?;
-            memory.insert(*id, lowered.step.memory_bytes);
-            keys.set(*id, Arc::new(lowered.key));
-        }
-        let jobs = self.options.jobs;
         let processors = thread::available_parallelism().map_or(1, usize::from);
+        let keys = Keys::new(self.plan.steps.len());
+        self.make_keys(wanted, &keys, processors, news)?;
+        let memory = wanted.iter().map(|id| {
+            let planned = self.plan.step(*id);
+            let bytes = match &planned.command {
+                Command::Boot(_) => boot_step::memory_bytes(planned),
+                command if command.is_run() => lower::memory_bytes(planned),
+                _ => 0,
+            };
+            (*id, bytes)
+        });
+        let memory = memory.collect();
+        let jobs = self.options.jobs;
         let mut schedule = Schedule::new(self, wanted, &memory, processors);
         let turns = Turns::new(jobs);
         let tasks = Tasks::default();
@@ -150,6 +146,47 @@ impl<R: Runner> Build<'_, R> {
         let outputs = schedule.outputs.iter().enumerate();
         schedule.summary.outputs = outputs.filter_map(|(id, out)| out.map(|out| (StepId(id), out))).collect();
         Ok(schedule.summary)
+    }
+
+    /// Makes the keys of those steps `wanted` that have one before anything else is done.
+    fn make_keys(
+        &self,
+        wanted: &BTreeSet<StepId>,
+        keys: &Keys,
+        processors: usize,
+        news: &mut dyn FnMut(News<'_>) -> io::Result<()>,
+    ) -> Result<(), BuildError> {
+        let make = |id: StepId, progress: &mut dyn FnMut(&str)| {
+            keys.set(id, Arc::new(self.lower(id, progress)?.key));
+            Ok(())
+        };
+        // Whatever takes long, and is told, is done for the first of each root and kernel.
+        let mut seen = Vec::new();
+        let mut rest = VecDeque::new();
+        for (id, planned) in wanted.iter().map(|id| (*id, self.plan.step(*id))) {
+            let world = (&planned.root, &planned.kernel, planned.untrusted);
+            if planned.follows_outputs() {
+            } else if seen.contains(&world) {
+                rest.push_back(id);
+            } else {
+                make(id, &mut |text| {
+                    let _ = news(News::Event(&planned.name, &Event::Progress(text)));
+                })?;
+                seen.truncate(MOST_WORLDS - 1);
+                seen.push(world);
+            }
+        }
+        let (rest, failure) = (Mutex::new(rest), Mutex::new(None));
+        let next = || rest.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        threads::share(processors, "keys", || {
+            while let Some(id) = next() {
+                if let Err(error) = make(id, &mut |_| {}) {
+                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    break;
+                }
+            }
+        });
+        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
     /// The step `id` as it is run, without its view, and its key.

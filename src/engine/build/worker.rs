@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use kiln_digest::Digest;
@@ -19,7 +19,6 @@ use crate::engine::event::{Event, Phase};
 use crate::machine::{Identity, PathBytes};
 use crate::plan::StepId;
 use crate::plan::graph::Command;
-use std::collections::BTreeMap;
 
 /// How long results of checks are kept back until others are there.
 const SOON: Duration = Duration::from_millis(3);
@@ -61,16 +60,21 @@ pub(super) struct Kept {
 }
 
 /// The keys of steps: of those that follow what others put out, once that is known.
-#[derive(Default)]
-pub(super) struct Keys(Mutex<BTreeMap<StepId, Arc<Key>>>);
+pub(super) struct Keys(Vec<OnceLock<Arc<Key>>>);
 
 impl Keys {
-    pub fn get(&self, id: StepId) -> Option<Arc<Key>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    /// Of so many steps, none of which is known yet.
+    pub fn new(count: usize) -> Self {
+        Self(vec![OnceLock::new(); count])
     }
 
+    pub fn get(&self, id: StepId) -> Option<Arc<Key>> {
+        self.0.get(id.0)?.get().cloned()
+    }
+
+    /// The first counts: a step has one key.
     pub fn set(&self, id: StepId, key: Arc<Key>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(id, key);
+        let _ = self.0.get(id.0).map(|place| place.set(key));
     }
 }
 
