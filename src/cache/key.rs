@@ -6,7 +6,7 @@ use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
 
 /// Counts up when a step of the same key would be shown something else by this kiln than by earlier ones.
-const CONTRACT: u32 = 1;
+const CONTRACT: u32 = 2;
 
 /// What a step is.
 #[derive(Debug, Clone, Serialize, Deserialize)]

@@ -57,6 +57,16 @@ pub struct Share {
 pub use kiln_virtio::fs::Attributes;
 pub use kiln_virtio::fs::record::PathBytes;
 
+/// What the kernel of every machine is told (Documentation/admin-guide/kernel-parameters.txt).
+///
+/// `panic=-1` turns a panic into a reset, which ends the machine at once. `init_on_alloc` keeps pages that a device process
+/// filled from holding stale translated code under emulation. `cryptomgr.notests` leaves out tests of the kernel's ciphers, 0.4 s
+/// of an emulated boot. Of the security modules only `landlock` is there, which a step can use on itself: the others guard
+/// users of one system from each other, and their hooks are in every system call; nor does a machine of one step need to know
+/// its pressure (`psi`). Both are a MiB of translated code in an emulator.
+const KERNEL_WORDS: &str = "console=ttyS0 quiet loglevel=4 panic=-1 init_on_alloc=1 cryptomgr.notests lsm=landlock psi=0 \
+                            random.trust_cpu=off tsc=nowatchdog rcupdate.rcu_expedited=1";
+
 /// Serials of the disks that have a purpose of their own.
 pub mod serial {
     /// The root's image.

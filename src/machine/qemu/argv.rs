@@ -1,7 +1,7 @@
 //! The command line of QEMU for a machine: a pure function of its spec. `{NAME}` stands for a descriptor or a file.
 
 use crate::machine::slots::{SLOT_BYTES, SLOTS};
-use crate::machine::{Accelerator, Carrier, Cpu};
+use crate::machine::{Accelerator, Carrier, Cpu, KERNEL_WORDS};
 
 /// The processor every step sees, whatever the host has: x86-64-v2 as QEMU can give it under emulation and under
 /// KVM alike, so that what a step does with its processor's features is the same everywhere.
@@ -46,15 +46,9 @@ pub(super) const STATE_SET: usize = 1000;
 
 /// The kernel's command line.
 ///
-/// `init_on_alloc` keeps pages that a device process filled from holding stale translated code under emulation;
-/// `panic=-1` turns a panic into a reset, which ends the machine at once. `cryptomgr.notests` leaves out tests of
-/// the kernel's ciphers, 0.4 s of an emulated boot. `no_timer_check`: on a busy host an emulated timer may starve
-/// while the kernel tests it, and the kernel panics.
+/// `no_timer_check`: on a busy host an emulated timer may starve while the kernel tests it, and the kernel panics.
 pub(super) fn kernel_command_line(shape: &Shape<'_>) -> String {
-    let mut line = String::from(
-        "console=ttyS0 quiet loglevel=4 panic=-1 init_on_alloc=1 cryptomgr.notests no_timer_check i8042.noaux i8042.nokbd \
-         random.trust_cpu=off tsc=nowatchdog rcupdate.rcu_expedited=1",
-    );
+    let mut line = format!("{KERNEL_WORDS} no_timer_check i8042.noaux i8042.nokbd");
     if shape.carrier == Carrier::Vsock {
         line.push_str(" kiln.wire=vsock");
     }

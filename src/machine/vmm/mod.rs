@@ -31,25 +31,24 @@ use super::template::{
 };
 use super::wire::Wire;
 use super::{
-    Accelerator, Backend, Carrier, Cpu, Death, Identity, Machine, MachineError, Origin, Share, Spec,
+    Accelerator, Backend, Carrier, Cpu, Death, Identity, KERNEL_WORDS, Machine, MachineError, Origin, Share,
+    Spec,
 };
 
 /// How often to look whether the VMM has said how its guest ended.
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
-/// The kernel's command line. As for QEMU: a panic is a reset, which ends the machine at once, and ciphers are not tested.
-/// There is no PCI to look for. Without `reboot=a` Linux 6.12 resets this machine by way of a BIOS in real mode, of which it
-/// has none, and hangs there.
-const COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 init_on_alloc=1 cryptomgr.notests \
-                            random.trust_cpu=off tsc=nowatchdog rcupdate.rcu_expedited=1 pci=off reboot=a";
+/// What the kernel is told beside [`KERNEL_WORDS`]. There is no PCI to look for. Without `reboot=a` Linux 6.12 resets this
+/// machine by way of a BIOS in real mode, of which it has none, and hangs there.
+const OWN_WORDS: &str = "pci=off reboot=a";
 
 /// Changes with what a machine of this backend is, beside what is in the key anyway.
 const FORMAT: u32 = 3;
 
 fn command_line(carrier: Carrier) -> String {
     match carrier {
-        Carrier::Serial => COMMAND_LINE.to_owned(),
-        Carrier::Vsock => format!("{COMMAND_LINE} kiln.wire=vsock"),
+        Carrier::Serial => format!("{KERNEL_WORDS} {OWN_WORDS}"),
+        Carrier::Vsock => format!("{KERNEL_WORDS} {OWN_WORDS} kiln.wire=vsock"),
     }
 }
 
