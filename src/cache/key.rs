@@ -39,6 +39,11 @@ impl Key {
         self.digest = OnceLock::new();
     }
 
+    /// The value of the part `name`.
+    pub fn value(&self, name: &str) -> Option<&String> {
+        self.parts.iter().find(|(part, _)| part == name).map(|(_, value)| value)
+    }
+
     /// The digest under which traces are kept.
     pub fn digest(&self) -> Digest {
         *self.digest.get_or_init(|| self.digest_of_parts())
@@ -56,20 +61,17 @@ impl Key {
 
     /// The first part in which this key differs from an `earlier` one, in words.
     pub fn difference(&self, earlier: &Self) -> Option<String> {
-        let value = |key: &Self, name: &str| {
-            key.parts.iter().find(|(part, _)| part == name).map(|(_, value)| value.clone())
-        };
-        let changed = self.parts.iter().find(|(name, now)| value(earlier, name).as_ref() != Some(now));
+        let changed = self.parts.iter().find(|(name, now)| earlier.value(name) != Some(now));
         if let Some((name, now)) = changed {
-            return Some(match value(earlier, name) {
+            return Some(match earlier.value(name) {
                 None => format!("{name} is new: {}", short(now)),
                 Some(was) if was.contains('\n') || now.contains('\n') => {
-                    format!("{name} changed{}", first_line(&was, now))
+                    format!("{name} changed{}", first_line(was, now))
                 }
-                Some(was) => format!("{name} was {} and is {}", short(&was), short(now)),
+                Some(was) => format!("{name} was {} and is {}", short(was), short(now)),
             });
         }
-        let gone = earlier.parts.iter().find(|(name, _)| value(self, name).is_none());
+        let gone = earlier.parts.iter().find(|(name, _)| self.value(name).is_none());
         gone.map(|(name, was)| format!("{name} is gone: it was {}", short(was)))
     }
 }

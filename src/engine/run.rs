@@ -81,6 +81,8 @@ pub struct Report {
     pub identity: Identity,
     /// Digest of the boot bundle.
     pub bundle: Digest,
+    /// Digest of the tree of its kernel's modules.
+    pub modules: Option<Digest>,
     /// The outputs; none where the command failed.
     pub collected: Option<Collected>,
     /// What was read. Contents have digests where they were asked for.
@@ -249,8 +251,8 @@ fn carry_through(
     };
     let _ = events(Event::Phase(Phase::Merge, stopwatch.lap()));
     drop(ordered.map(JoinHandle::join));
-    let bundle = prepared.bundle.digest();
-    Ok(Report { ended, identity, bundle, collected, reads, held_bytes, work })
+    let (bundle, modules) = (prepared.bundle.digest(), prepared.bundle.modules);
+    Ok(Report { ended, identity, bundle, modules, collected, reads, held_bytes, work })
 }
 
 /// A machine that was started for a step, before its agent's first word.

@@ -236,3 +236,29 @@ fn a_script_that_is_run_again_runs_only_what_has_something_new_to_read() {
     let told = host.end(host.kiln().args(["inputs", "link"]), &[]);
     assert!(told.ends(0, &[]).text().contains("/object"), "{told:?}");
 }
+
+#[test]
+fn a_result_is_not_kept_where_the_steps_root_changed_before_it_ran() {
+    let host = Host::new();
+    host.folder("own/bin");
+    fs::copy(busybox().join("bin/busybox"), host.path("own/bin/sh")).expect("room");
+    host.file("own/text", "one\n");
+    recipe(
+        &host,
+        "[roots.own]\nfrom = \"dir:own\"\n[steps.a]\nroot = \"b\"\nrun = \"echo begun; sleep 5\"\n\
+         [steps.o]\nroot = \"own\"\nneeds = [\"a\"]\nrun = \"read -r t < /text; echo \\\"$t\\\" > $WORK/o\"\noutputs = [\"o\"]\n",
+    );
+    host.file("src/x", "");
+    let mut command = host.kiln();
+    command.args(["build", "--json"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut running = Running::start(&mut command);
+    running.read_until("begun");
+    host.file("own/text", "two\n");
+    let told = running.end();
+    told.ends(0, &[]);
+    let said = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert!(said.contains("own` was modified before the step ran"), "{told:?}");
+    assert_eq!(host.read("work/o"), "two\n");
+    assert_eq!(ran(&build(&host, &["--json"])), ["o"]);
+    build(&host, &[]).ends(0, &["2 up to date"]);
+}

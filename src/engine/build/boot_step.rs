@@ -40,6 +40,8 @@ const MEMORY_BYTES: u64 = 1 << 30;
 const CPUS: u16 = 2;
 /// The private key for ssh below SECRETS.
 const SSH_KEY: &str = "root.key";
+/// What its key calls that.
+const SSH_KEY_PART: &str = "the key for ssh";
 /// Most of a file of statements.
 const SCRIPT_BYTES_MAX: u64 = 1 << 20;
 
@@ -136,6 +138,14 @@ struct Parts {
     ssh_key: PathBuf,
 }
 
+impl Parts {
+    /// What says that the key for ssh is another.
+    fn ssh_key_now(&self) -> String {
+        let read = fs::read(&self.ssh_key).map(|bytes| Digest::of(&bytes).to_string());
+        read.unwrap_or_else(|_| "none".to_owned())
+    }
+}
+
 impl<R: Runner> Checker<'_, R> {
     fn parts(
         &self,
@@ -169,7 +179,7 @@ impl<R: Runner> Checker<'_, R> {
         let statements = match &boot.expected {
             Expected::Statements(statements) => statements.clone(),
             Expected::File(path) => {
-                script::parse(path, &self.source_text(path)?).map_err(BootStepError::from)?
+                script::parse(path, &self.source_text(step, path)?).map_err(BootStepError::from)?
             }
         };
         let settings = self.build.settings;
@@ -182,9 +192,9 @@ impl<R: Runner> Checker<'_, R> {
         Ok(Parts { image, files, is_folder, keys, statements, ssh_key })
     }
 
-    fn source_text(&self, path: &str) -> Result<String, BuildError> {
+    fn source_text(&self, step: &PlannedStep, path: &str) -> Result<String, BuildError> {
         let none = || BootStepError::NoFile(path.to_owned());
-        let digest = self.source_file(path)?.ok_or_else(none)?;
+        let digest = self.source_file(step, path)?.ok_or_else(none)?;
         let file = self.build.store.blobs().file(&digest).map_err(|_| none())?;
         let mut text = String::new();
         std::io::Read::read_to_string(&mut std::io::Read::take(file, SCRIPT_BYTES_MAX), &mut text)
@@ -220,8 +230,7 @@ impl<R: Runner> Checker<'_, R> {
         }
         if wants_ssh(&parts.statements) {
             // What the key is must not be in a file; that it is another must.
-            let read = fs::read(&parts.ssh_key).map(|bytes| Digest::of(&bytes).to_string());
-            key.add("the key for ssh", read.unwrap_or_else(|_| "none".to_owned()));
+            key.add(SSH_KEY_PART, parts.ssh_key_now());
         }
         for (name, value) in self.build.runner.firmware(&boot.trust)? {
             key.add(name, value);
@@ -359,12 +368,20 @@ impl<R: Runner> Worker<'_, '_, R> {
             }
         }
         let outputs = self.manifest(&left)?;
+        // Its file was read when the guest was spoken to; the store has no copy that could have been.
+        let is_of_key = || {
+            let key = self.keys.get(id);
+            key.is_some_and(|key| key.value(SSH_KEY_PART) == Some(&parts.ssh_key_now()))
+        };
+        let spoiled = (wants_ssh(&parts.statements) && !is_of_key())
+            .then(|| format!("`{}` was modified while the step ran", parts.ssh_key.display()));
         let _passed = Passed::enter(self.gate, id);
         let changed = self.merge(id, &left)?;
         let is_met = matches!(verdict.outcome, Outcome::Met);
         let ran = Ran {
             ended: Ended::Ran(Exit::Exit(u8::from(!is_met)), Usage::default()),
             machine,
+            spoiled,
             ..ran(Some(outputs), changed, took)
         };
         self.keep(id, ran, Some(log), why, stamped_nanos)

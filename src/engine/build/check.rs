@@ -14,6 +14,7 @@ use kiln_virtio::fs::fingerprint_of;
 use kiln_virtio::fs::record::{Kind, Observed};
 use rustix::fs::AtFlags;
 
+use super::late::Taken;
 use super::runner::{Ran, failure};
 use super::{Build, BuildError, view};
 use crate::cache::verify::{Hashed, Verdict, verify};
@@ -71,6 +72,8 @@ pub(super) struct Checker<'a, R> {
     is_beside: OnceLock<bool>,
     // Protects the manifests that were read; held only to look one up or put one in.
     trees: Mutex<BTreeMap<Digest, Arc<Tree>>>,
+    // Protects what steps that are made here have taken, by their names; held only to look something up or put it in.
+    taken: Mutex<BTreeMap<String, Taken>>,
     // Protects what steps did before this build, as far as it was asked for; held only to look one up or put one in.
     before: Mutex<BTreeMap<String, Option<Arc<LastRun>>>>,
 }
@@ -91,6 +94,7 @@ impl<'a, R> Checker<'a, R> {
             leaks: OnceLock::new(),
             is_beside: OnceLock::new(),
             trees: Mutex::default(),
+            taken: Mutex::default(),
             before: Mutex::default(),
         }
     }
@@ -98,6 +102,17 @@ impl<'a, R> Checker<'a, R> {
     /// SRCDIR, where there is one.
     pub fn source(&self) -> Option<&OwnedFd> {
         self.source.as_ref()
+    }
+
+    /// Looks at what `step` has taken from outside WORK, or notes some of it.
+    pub fn taken<T>(&self, step: &str, look: impl FnOnce(&mut Taken) -> T) -> T {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        look(taken.entry(step.to_owned()).or_default())
+    }
+
+    /// Lets go of what `step` has taken: nothing more is made of it.
+    pub fn let_go(&self, step: &str) {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).remove(step);
     }
 
     /// What finds signing keys where no step may see them or make something of them.

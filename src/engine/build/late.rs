@@ -1,5 +1,6 @@
 //! Steps that are known only by what others put out: those that make artifacts of it, and those whose root or kernel it is.
 
+use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -31,6 +32,17 @@ const VERSION_OF_MACHINES: &str = "boot/version-virt";
 /// What a step of this build can make things of.
 struct Ingredients<'b, 'a, R> {
     checker: &'b Checker<'a, R>,
+    step: &'b str,
+}
+
+/// What a step takes from outside WORK, as it was when its key was made: what is made of it is what its key says, whatever
+/// becomes of the files meanwhile.
+#[derive(Debug, Default)]
+pub(super) struct Taken {
+    /// Files and folders of SRCDIR, by path.
+    sources: BTreeMap<String, Option<Source>>,
+    /// kiln's own programs.
+    programs: BTreeMap<String, (Digest, u64)>,
 }
 
 impl<R: Runner> Checker<'_, R> {
@@ -47,7 +59,7 @@ impl<R: Runner> Checker<'_, R> {
         work: impl FnOnce(&Bench<'_>) -> Result<T, MakeError>,
     ) -> Result<T, BuildError> {
         let view = self.view(step, needs)?;
-        let materials = Ingredients { checker: self };
+        let materials = Ingredients { checker: self, step: &step.name };
         let bench = Bench {
             store: self.build.store,
             materials: &materials,
@@ -72,9 +84,9 @@ impl<R: Runner> Checker<'_, R> {
         Ok(key)
     }
 
-    /// The file `path` of SRCDIR, in the store; none where there is none.
-    pub fn source_file(&self, path: &str) -> Result<Option<Digest>, BuildError> {
-        Ok(match (Ingredients { checker: self }).source(path)? {
+    /// The file `path` of SRCDIR as `step` has it, in the store; none where there is none.
+    pub fn source_file(&self, step: &PlannedStep, path: &str) -> Result<Option<Digest>, BuildError> {
+        Ok(match (Ingredients { checker: self, step: &step.name }).source(path)? {
             Some(Source::File(digest, ..)) => Some(digest),
             Some(Source::Folder(_)) | None => None,
         })
@@ -216,8 +228,9 @@ impl<R: Runner> Checker<'_, R> {
     }
 }
 
-impl<R: Runner> Materials for Ingredients<'_, '_, R> {
-    fn source(&self, path: &str) -> Result<Option<Source>, MakeError> {
+impl<R: Runner> Ingredients<'_, '_, R> {
+    /// The file or folder at `path` of SRCDIR, as it is now.
+    fn look(&self, path: &str) -> Result<Option<Source>, MakeError> {
         let (Some(top), hidden) = (self.checker.source(), &self.checker.hidden) else {
             return Err(MakeError::NoSource(path.to_owned()));
         };
@@ -258,6 +271,17 @@ impl<R: Runner> Materials for Ingredients<'_, '_, R> {
         let (digest, size) = store.blobs().put(file).map_err(MakeError::io("read a file of SRCDIR"))?;
         Ok(Some(Source::File(digest, size, mode)))
     }
+}
+
+impl<R: Runner> Materials for Ingredients<'_, '_, R> {
+    fn source(&self, path: &str) -> Result<Option<Source>, MakeError> {
+        if let Some(source) = self.checker.taken(self.step, |taken| taken.sources.get(path).cloned()) {
+            return Ok(source);
+        }
+        let source = self.look(path)?;
+        self.checker.taken(self.step, |taken| taken.sources.insert(path.to_owned(), source.clone()));
+        Ok(source)
+    }
 
     fn root(&self, spec: &RootSpec) -> Result<Arc<Tree>, MakeError> {
         let spec = lower::located(spec, &self.checker.build.folder);
@@ -265,9 +289,17 @@ impl<R: Runner> Materials for Ingredients<'_, '_, R> {
         tree.map_err(|error| MakeError::Root(Box::new(error)))
     }
 
-    fn program(&self, name: &str) -> Option<PathBuf> {
-        let agent = bundle::find_agent(self.checker.build.settings.agent.value.as_deref())?;
-        let path = agent.parent().unwrap_or(Path::new("/")).join(name);
-        path.is_file().then_some(path)
+    fn program(&self, name: &str) -> Result<(Digest, u64), MakeError> {
+        if let Some(program) = self.checker.taken(self.step, |taken| taken.programs.get(name).copied()) {
+            return Ok(program);
+        }
+        let build = self.checker.build;
+        let agent = bundle::find_agent(build.settings.agent.value.as_deref());
+        let path = agent.map(|agent| agent.parent().unwrap_or(Path::new("/")).join(name));
+        let path = path.filter(|path| path.is_file()).ok_or_else(|| MakeError::Program(name.to_owned()))?;
+        let file = std::fs::File::open(path).map_err(MakeError::io("read a program of kiln's"))?;
+        let program = build.store.blobs().put(file).map_err(MakeError::io("keep a program of kiln's"))?;
+        self.checker.taken(self.step, |taken| taken.programs.insert(name.to_owned(), program));
+        Ok(program)
     }
 }

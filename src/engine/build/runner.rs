@@ -18,7 +18,7 @@ use crate::engine::event::{Event, Listener};
 use crate::engine::host::{Boundary, Host, KernelChoice};
 use crate::engine::reads::ReadsReport;
 use crate::engine::ready::Series;
-use crate::engine::run::{Ended, run_among};
+use crate::engine::run::{Ended, Report, run_among};
 use crate::engine::step::{Keep, Step, View};
 use crate::keeper::{Keeper, Kept};
 use crate::machine::Carrier;
@@ -115,8 +115,10 @@ pub trait Runner: Sync {
 pub struct Machines<'a> {
     host: &'a Host,
     processors: usize,
-    // Protects what was found out of roots, kernels and firmware, each once: held while it is found out.
-    known: Mutex<BTreeMap<String, Vec<(String, String)>>>,
+    // Protects what was found out of roots and kernels, each once: held while it is found out.
+    known: Mutex<BTreeMap<String, Known>>,
+    // Protects what was found out of firmware, each once: held while it is found out.
+    firmware: Mutex<BTreeMap<String, Vec<(String, String)>>>,
     // Protects the files of roots that were asked for; held while they are found out.
     files: Mutex<BTreeMap<String, Arc<Tree>>>,
     /// All steps that it runs.
@@ -125,6 +127,29 @@ pub struct Machines<'a> {
     idle: Option<Duration>,
     // Protects the list; held only to put one in or to take all.
     kept: Mutex<Vec<KeptStep>>,
+}
+
+/// A root and a kernel, as the keys of steps have them.
+struct Known {
+    parts: Vec<(String, String)>,
+    root: Option<Digest>,
+    bundle: (Digest, Option<Digest>),
+}
+
+impl Known {
+    /// Why a step whose machine had this root, and booted this, is not the one that its key says, in words.
+    fn differs(&self, step: &Step, report: &Report) -> Option<String> {
+        if report.reads.beside.root != self.root {
+            return Some(format!("the root `{}` was modified before the step ran", step.root));
+        }
+        let is_other = (report.bundle, report.modules) != self.bundle;
+        is_other.then(|| "the kernel, its modules or kiln's agent changed before the step ran".to_owned())
+    }
+}
+
+/// What a step of this root and kernel is known by.
+fn name_of(step: &Step) -> String {
+    format!("{:?} {}", step.kernel, step.root)
 }
 
 /// The machine of a failed step, which can be entered.
@@ -149,6 +174,7 @@ impl<'a> Machines<'a> {
             host,
             processors,
             known: Mutex::default(),
+            firmware: Mutex::default(),
             files: Mutex::default(),
             series: Series::new(processors, processors.min(MOST_SPARE)),
             idle: None,
@@ -199,10 +225,10 @@ impl Runner for Machines<'_> {
         step: &Step,
         progress: &mut dyn FnMut(&str),
     ) -> Result<Vec<(String, String)>, RunError> {
-        let name = format!("{:?} {}", step.kernel, step.root);
+        let name = name_of(step);
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(parts) = known.get(&name) {
-            return Ok(parts.clone());
+        if let Some(known) = known.get(&name) {
+            return Ok(known.parts.clone());
         }
         let qemu = self.host.backend(&step.boundary)?;
         let bundle = self.host.bundle(&step.kernel, step.carrier, progress)?;
@@ -213,7 +239,8 @@ impl Runner for Machines<'_> {
             ("root".to_owned(), format!("{} {digest}", step.root)),
             ("kernel".to_owned(), format!("{} {} modules {modules}", bundle.release, bundle.kernel)),
         ];
-        known.insert(name, parts.clone());
+        let (root, bundle) = (root.digest(), (bundle.digest(), bundle.modules));
+        known.insert(name, Known { parts: parts.clone(), root, bundle });
         Ok(parts)
     }
 
@@ -239,8 +266,8 @@ impl Runner for Machines<'_> {
     fn firmware(&self, trust: &Trust) -> Result<Vec<(String, String)>, BuildError> {
         // Which keys it gets is the step's; its files are the same.
         let wanted = secure_boot(trust, None);
-        let name = format!("firmware, Secure Boot {wanted:?}");
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let name = format!("{wanted:?}");
+        let mut known = self.firmware.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(parts) = known.get(&name) {
             return Ok(parts.clone());
         }
@@ -280,6 +307,10 @@ impl Runner for Machines<'_> {
             Ended::Ran(_, usage) => Duration::from_micros(usage.wall_us),
             Ended::NotStarted { .. } => started.elapsed(),
         };
+        // A folder or a file is looked at again when its step's machine is made ready.
+        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let differs = known.get(&name_of(step)).and_then(|known| known.differs(step, &report));
+        drop(known);
         let unrecorded = report.reads.beside.unrecorded.first();
         let not_fixed = || {
             let shares = &mut report.reads.shares.iter();
@@ -294,7 +325,7 @@ impl Runner for Machines<'_> {
         Ok(Ran {
             ended: report.ended,
             outputs,
-            spoiled: report.reads.spoiled().or(unknown).or_else(not_fixed),
+            spoiled: report.reads.spoiled().or(differs).or(unknown).or_else(not_fixed),
             shares: shares(&report.reads),
             undeclared,
             changed,

@@ -113,6 +113,7 @@ impl<R: Runner> Worker<'_, '_, R> {
                     let is_here = !self.checker.build.plan.step(id).command.is_run();
                     let may = if is_here { self.turns.take(id) } else { self.turns.prepare(id) };
                     let kept = may.then(|| self.run(id, &needs, &why));
+                    self.checker.let_go(&self.checker.build.plan.step(id).name);
                     self.gate.leave(id);
                     match kept {
                         Some(kept) if !self.turns.has_refused(id) => {
@@ -136,6 +137,9 @@ impl<R: Runner> Worker<'_, '_, R> {
     fn checked(&self, id: StepId, needs: &[(StepId, Digest)]) -> Checked {
         let began = Instant::now();
         let standing = self.check(id, needs).inspect_err(|error| self.forget(error, needs));
+        if !matches!(standing, Ok(Standing::Must(_))) {
+            self.checker.let_go(&self.checker.build.plan.step(id).name);
+        }
         let took = match &standing {
             Ok(Standing::Must(_)) => self.checker.last_held_bytes(self.checker.build.plan.step(id)),
             _ => None,

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::io::Read;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use kiln_artifact::tree::{Kind, Node, Tree, TreePath};
@@ -20,6 +19,7 @@ const MOST_LINKS: usize = 40;
 const BUILTIN: &[u8] = b"modules.builtin";
 
 /// Something in SRCDIR.
+#[derive(Debug, Clone)]
 pub enum Source {
     /// A folder as a tree; contents are in the store.
     Folder(Tree),
@@ -41,8 +41,11 @@ pub trait Materials {
     /// [`MakeError`].
     fn root(&self, spec: &RootSpec) -> Result<Arc<Tree>, MakeError>;
 
-    /// Where a program that comes with kiln lies.
-    fn program(&self, name: &str) -> Option<PathBuf>;
+    /// A program that comes with kiln, in the store: its digest and its length in bytes.
+    ///
+    /// # Errors
+    /// [`MakeError::Program`] where there is none.
+    fn program(&self, name: &str) -> Result<(Digest, u64), MakeError>;
 }
 
 impl Bench<'_> {
@@ -116,10 +119,8 @@ impl Bench<'_> {
                 None => return Err(missing("SRCDIR")),
             },
             Origin::Program(name) => {
-                let place = self.materials.program(name).ok_or_else(|| MakeError::Program(name.clone()))?;
-                let file = std::fs::File::open(place).map_err(MakeError::io("read a program of kiln's"))?;
-                let put = self.store.blobs().put(file).map_err(MakeError::io("keep a program of kiln's"))?;
-                self.single(name, put.0, put.1, 0o755)?
+                let (digest, size) = self.materials.program(name)?;
+                self.single(name, digest, size, 0o755)?
             }
             Origin::Text(text) => {
                 let text = fill(text, star);

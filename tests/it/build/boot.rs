@@ -110,3 +110,38 @@ fn what_cannot_be_booted_or_changed_is_named() {
         assert!(hint.is_none_or(|hint| given.is_some_and(|given| given.contains(hint))));
     }
 }
+
+#[test]
+fn what_is_booted_is_judged_by_the_script_that_its_key_names() {
+    let mut world = world();
+    world.options.jobs = 1;
+    world.source("asked", "reject iello\nexpect hello\n");
+    settle(&world);
+    let waits = "wait\\n".repeat(10);
+    let recipe = format!(
+        "[steps.image]\nrun = \"copy esp/says says\"\noutputs = [\"esp\"]\n\
+         [steps.a]\nneeds = [\"image\"]\nrun = \"{waits}change asked\"\n\
+         [steps.b]\nneeds = [\"image\"]\nboot = {{ image = \"esp\", script = \"asked\" }}\n"
+    );
+    // What stands in the file when it is booted is no script.
+    let built = world.build(&recipe);
+    assert!(matches!(built.outcome("b"), Outcome::Ran { not_kept: None, .. }), "{:?}", built.summary.outcomes);
+    let built = world.build(&recipe);
+    assert!(matches!(built.outcome("b"), Outcome::Failed(_)), "{:?}", built.summary.outcomes);
+    world.source("asked", "reject iello\nexpect hello\n");
+    assert!(matches!(world.build(&recipe).outcome("b"), Outcome::UpToDate { .. }));
+}
+
+#[test]
+fn a_boot_is_not_kept_where_the_key_for_ssh_changed_meanwhile() {
+    let world = world();
+    world.source("key", "first");
+    let recipe = "[steps.image]\nrun = \"copy esp/says says\"\noutputs = [\"esp\"]\n\
+         [steps.b]\nneeds = [\"image\"]\nboot = { image = \"esp\", expect = \"expect hello\\nssh second\", ssh-key = \"key\" }\n";
+    let built = world.build(recipe);
+    let Outcome::Ran { not_kept: Some(why), .. } = built.outcome("b") else { panic!("{:?}", built.outcome("b")) };
+    assert!(why.ends_with("src/key` was modified while the step ran"), "{why}");
+    assert!(matches!(world.build(recipe).outcome("b"), Outcome::Ran { not_kept: None, .. }));
+    world.source("key", "first");
+    assert!(matches!(world.build(recipe).outcome("b"), Outcome::Ran { .. }));
+}

@@ -205,3 +205,22 @@ fn what_is_made_waits_for_its_turn_as_commands_do() {
     // Its turn comes when the other has failed, and nothing begins any more.
     assert!(matches!(built.outcome("m"), Outcome::Skipped), "{:?}", built.summary.outcomes);
 }
+
+#[test]
+fn what_is_made_is_of_the_sources_that_its_key_names_whatever_becomes_of_them_meanwhile() {
+    let mut world = world();
+    world.options.jobs = 1;
+    let waits = "wait\\n".repeat(10);
+    let recipe = format!(
+        "[steps.a]\nrun = \"{waits}change etc/passwd\"\n\
+         [steps.m]\nmake = {{ files = 'm', from = [{{ src = 'etc', exclude = ['secret'] }}] }}\n"
+    );
+    // It waits for its turn while a file changes.
+    world.build(&recipe);
+    assert_eq!(world.work("m/passwd").as_deref(), Some("root"));
+    assert!(world.build(&recipe).reasons.contains_key("m"));
+    assert_eq!(world.work("m/passwd").as_deref(), Some("changed meanwhile"));
+    world.source("etc/passwd", "root");
+    assert!(matches!(world.build(&recipe).outcome("m"), Outcome::UpToDate { .. }));
+    assert_eq!(world.work("m/passwd").as_deref(), Some("root"));
+}
