@@ -188,6 +188,9 @@ pub(super) fn prepare(
     };
     let root = host.root(&step.root, &qemu, &root_bundle, cpus, &mut progress)?;
     let toolbox = find_toolbox(step, host, events)?;
+    for text in host.store.take_damage() {
+        let _ = events(Event::Warning(&text));
+    }
     let directory = match (&step.directory, &settings.srcdir.value) {
         (Some(directory), _) => directory.clone(),
         (None, Some(_)) => source_target,

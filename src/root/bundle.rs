@@ -20,7 +20,7 @@ use crate::machine::Carrier;
 use crate::root::debian::{KernelError as PackageError, KernelTree, module_infos};
 use crate::root::directory::{self, DirectoryError};
 use crate::root::file;
-use crate::root::image::{self, ImageError};
+use crate::root::image::{self, Filesystem, Image, ImageError};
 use crate::root::modules::{Modules, ModulesError};
 use crate::root::stat::Stat;
 use crate::store::{Store, StoreError};
@@ -124,6 +124,9 @@ pub struct Bundle {
     pub release: String,
     /// The image of the module tree, by its tree's digest.
     pub modules: Option<Digest>,
+    /// The files of the kernel and the initramfs when they were read last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    read: Option<[Stat; 2]>,
 }
 
 impl Bundle {
@@ -135,10 +138,24 @@ impl Bundle {
         hasher.finish().0
     }
 
-    fn is_whole(&self, store: &Store) -> bool {
-        store.blobs().contains(&self.kernel)
-            && store.blobs().contains(&self.initramfs)
-            && self.modules.is_none_or(|digest| image::path(store, &digest).is_file())
+    /// The files that have the kernel and the initramfs now; none where one is not there. They are not dated, which would
+    /// make them others: the record of the bundle is, and keeps them.
+    fn files(&self, store: &Store) -> Option<[Stat; 2]> {
+        let stat = |digest| Some(Stat::of(&fs::metadata(store.blobs().path(digest)).ok()?));
+        Some([stat(&self.kernel)?, stat(&self.initramfs)?])
+    }
+
+    /// Whether the store has the kernel and the initramfs as they should be. What it does not is taken away.
+    fn is_sound(&self, store: &Store) -> bool {
+        [self.kernel, self.initramfs].iter().all(|digest| {
+            let path = store.blobs().path(digest);
+            let is_sound =
+                File::open(path).and_then(Digest::of_reader).is_ok_and(|(found, _)| found == *digest);
+            if !is_sound {
+                store.blobs().discard_damaged(digest);
+            }
+            is_sound
+        })
     }
 }
 
@@ -176,8 +193,21 @@ pub fn find_agent(named: Option<&Path>) -> Option<PathBuf> {
 
 /// The remembered bundle made from the kernel `key`, if all of it is still there.
 pub fn remembered(store: &Store, key: &Digest, agent: &Digest, carrier: Carrier) -> Option<Bundle> {
-    let bundle: Bundle = store.records("bundle").get(&record_key(key, agent, carrier))?;
-    bundle.is_whole(store).then_some(bundle)
+    let (records, key) = (store.records("bundle"), record_key(key, agent, carrier));
+    let mut bundle: Bundle = records.get(&key)?;
+    let files = bundle.files(store)?;
+    if bundle.read.as_ref() != Some(&files) {
+        if !bundle.is_sound(store) {
+            return None;
+        }
+        bundle.read = Some(files);
+        // Without it, they are read again.
+        let _ = records.put(&key, &bundle);
+    }
+    if let Some(modules) = &bundle.modules {
+        Image::open(store, modules, Filesystem::Erofs).ok()??;
+    }
+    Some(bundle)
 }
 
 fn record_key(key: &Digest, agent: &Digest, carrier: Carrier) -> Digest {
@@ -208,7 +238,7 @@ pub fn from_package(
             release: package.release.clone(),
         });
     };
-    let kernel = read_kernel(&store.blobs().path(digest), &package.image.to_string())?;
+    let kernel = read_kernel(&store.blobs().path(digest), digest, &package.image.to_string())?;
     let folder = ModuleFolder {
         modules: package.modules.clone(),
         tree: &package.tree,
@@ -290,7 +320,7 @@ fn of_parts(
     if let Some(bundle) = remembered(store, &key, agent, carrier) {
         return Ok(bundle);
     }
-    let kernel = read_kernel(kernel, &kernel.display().to_string())?;
+    let kernel = read_kernel(kernel, digest, &kernel.display().to_string())?;
     let Some((path, tree)) = tree else {
         return make(store, &key, &kernel, None, agent, carrier);
     };
@@ -298,20 +328,19 @@ fn of_parts(
     let none = || BundleError::NoModules { path: path.to_owned(), release: release.clone() };
     let folder = folder_of_modules(tree, &release).ok_or_else(none)?;
     // Of a folder without these lists only less is known: no order among alternatives, nothing built in.
-    let bytes = |name: &str| -> Vec<u8> {
+    let bytes = |name: &str| -> Result<Vec<u8>, BundleError> {
         let node = folder.join(name.as_bytes()).ok().and_then(|path| tree.get(&path));
-        match node.map(|node| &node.kind) {
-            Some(Kind::File { digest, .. }) => fs::read(store.blobs().path(digest)).unwrap_or_default(),
-            _ => Vec::new(),
-        }
+        let Some(Kind::File { digest, .. }) = node.map(|node| &node.kind) else { return Ok(Vec::new()) };
+        let failed = |source| BundleError::Io { what: "read the modules in", path: path.to_owned(), source };
+        store.blobs().read(digest).map_err(failed)
     };
-    let text = |name: &str| String::from_utf8_lossy(&bytes(name)).into_owned();
+    let text = |name: &str| bytes(name).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     let infos = module_infos(store.blobs(), tree, &folder)?;
     let modules = Modules::from_infos(
         infos,
-        &text("modules.order"),
-        &text("modules.builtin"),
-        &bytes("modules.builtin.modinfo"),
+        &text("modules.order")?,
+        &text("modules.builtin")?,
+        &bytes("modules.builtin.modinfo")?,
     );
     let mut whole = tree.clone();
     for (name, bytes) in modules.depmod_files()? {
@@ -334,12 +363,13 @@ fn folder_of_modules(tree: &Tree, release: &str) -> Option<TreePath> {
     named.or(if found.len() == 1 { found.first() } else { None }).cloned()
 }
 
-fn read_kernel(path: &Path, name: &str) -> Result<kernel::Kernel, BundleError> {
-    let bytes = fs::read(path).map_err(|source| BundleError::Io {
-        what: READ_KERNEL,
-        path: path.to_owned(),
-        source,
-    })?;
+/// The kernel at `path`, a file with this digest.
+fn read_kernel(path: &Path, digest: &Digest, name: &str) -> Result<kernel::Kernel, BundleError> {
+    let failed = |source| BundleError::Io { what: READ_KERNEL, path: path.to_owned(), source };
+    let bytes = fs::read(path).map_err(failed)?;
+    if Digest::of(&bytes) != *digest {
+        return Err(failed(io::ErrorKind::InvalidData.into()));
+    }
     kernel::read(&bytes).map_err(|source| BundleError::Kernel { path: name.into(), source })
 }
 
@@ -411,7 +441,7 @@ fn make(
     cpio::write(&tree, store.blobs(), &mut archive, cpio::Options::default())?;
     let (initramfs, _) = archive.finish().map_err(io)?;
     let release = kernel.release.clone().unwrap_or_default();
-    let bundle = Bundle { kernel: kernel_digest, initramfs, release, modules: modules_image };
+    let bundle = Bundle { kernel: kernel_digest, initramfs, release, modules: modules_image, read: None };
     store.sync()?;
     store.records("bundle").put(&record_key(key, agent, carrier), &bundle).map_err(io)?;
     Ok(bundle)

@@ -181,19 +181,31 @@ pub(super) fn remember(store: &Store, path: &Path, meta: &Metadata, digest: Dige
     store.records("file").put(&key(path), &Seen { stat, digest })
 }
 
+/// The digest of the file at `path`, which is read where it is not as it was when it was read last.
+///
+/// # Errors
+/// [`RootError`] where it is no file that can be read.
+pub fn digest_of_file(store: &Store, path: &Path) -> Result<Digest, RootError> {
+    let (file, meta) = open(path)?;
+    hashed(store, path, &file, &meta)
+}
+
+fn hashed(store: &Store, path: &Path, file: &File, meta: &Metadata) -> Result<Digest, RootError> {
+    if let Some(digest) = remembered(store, path, meta) {
+        return Ok(digest);
+    }
+    let fail = |source| RootError::Read { path: path.to_owned(), source };
+    let (digest, _) = Digest::of_reader(file).map_err(fail)?;
+    unchanged(path, file, meta)?;
+    remember(store, path, meta, digest)
+        .map_err(|source| RootError::Io { what: "remember a file", source })?;
+    Ok(digest)
+}
+
 /// The tree in an archive. One that was read before is remembered by its manifest.
 fn read_archive(store: &Store, path: &Path, mut file: File, meta: &Metadata) -> Result<Tree, RootError> {
     let fail = |source| RootError::Read { path: path.to_owned(), source };
-    let digest = match remembered(store, path, meta) {
-        Some(digest) => digest,
-        None => {
-            let (digest, _) = Digest::of_reader(&file).map_err(fail)?;
-            unchanged(path, &file, meta)?;
-            remember(store, path, meta, digest)
-                .map_err(|source| RootError::Io { what: "remember a file", source })?;
-            digest
-        }
-    };
+    let digest = hashed(store, path, &file, meta)?;
     let key = Digest::of(format!("archive 1 {digest}").as_bytes());
     if let Some(manifest) = store.records("archive").get::<Digest>(&key)
         && let Ok(bytes) = std::fs::read(store.blobs().path(&manifest))

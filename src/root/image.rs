@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Seek as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -17,6 +17,7 @@ use kiln_digest::Digest;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::stat::Stat;
 use crate::store::Store;
 use crate::writes::{self, Unfinished};
 
@@ -45,6 +46,41 @@ const LOCK_PATIENCE: Duration = Duration::from_millis(300);
 
 /// The family of records that say which bytes an image has.
 pub const SUMS: &str = "image";
+
+/// What is on record of an image's bytes.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum OnRecord {
+    /// Their digest.
+    Sum(Digest),
+    /// The same, and the file that had them when it was read last.
+    Read(Digest, Stat),
+}
+
+/// The digest of the bytes that the image `digest` has, where that is on record.
+pub fn sum(store: &Store, digest: &Digest) -> Option<Digest> {
+    Some(match store.records(SUMS).peek(digest)? {
+        OnRecord::Sum(sum) | OnRecord::Read(sum, _) => sum,
+    })
+}
+
+/// Whether the image `digest`, open as `file`, is what was written. It is read only where it is not the file that was read
+/// last, by its times.
+fn is_whole(store: &Store, digest: &Digest, mut file: &File) -> io::Result<bool> {
+    let stat = Stat::of(&file.metadata()?);
+    let sum = match store.records(SUMS).peek(digest) {
+        Some(OnRecord::Read(_, seen)) if seen == stat => return Ok(true),
+        Some(OnRecord::Sum(sum) | OnRecord::Read(sum, _)) => sum,
+        None => return Ok(false),
+    };
+    let (found, _) = Digest::of_reader(file)?;
+    file.rewind()?;
+    if found == sum {
+        // Without it, it is read again.
+        let _ = store.records(SUMS).put(digest, &OnRecord::Read(sum, stat));
+    }
+    Ok(found == sum)
+}
 
 /// What is on an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -95,20 +131,28 @@ pub(super) enum Removal {
 }
 
 impl Image {
-    /// Opens the image and holds it; none where the store has none.
+    /// Opens the image and holds it; none where the store has none. One that is not what was written is taken away.
     ///
     /// # Errors
     /// What opening and locking say.
     pub fn open(store: &Store, digest: &Digest, filesystem: Filesystem) -> io::Result<Option<Self>> {
-        let file = match File::open(image_path(store, digest, filesystem)) {
+        let path = image_path(store, digest, filesystem);
+        let file = match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             file => file?,
         };
         // Whoever removes it holds the lock for a moment.
         file.lock_shared()?;
         // It may have been removed between the two.
-        let is_there = file.metadata()?.nlink() > 0;
-        Ok(is_there.then(|| Self { digest: *digest, filesystem, file: Arc::new(file) }))
+        if file.metadata()?.nlink() == 0 {
+            return Ok(None);
+        }
+        if !is_whole(store, digest, &file)? {
+            writes::remove(&path)?;
+            store.note_damage(path);
+            return Ok(None);
+        }
+        Ok(Some(Self { digest: *digest, filesystem, file: Arc::new(file) }))
     }
 
     /// Writes the image of `tree` unless it is there, and holds it.
@@ -201,13 +245,13 @@ pub(super) fn image_path(store: &Store, digest: &Digest, filesystem: Filesystem)
 pub fn make(store: &Store, tree: &Tree) -> Result<Digest, ImageError> {
     let digest = tree.digest();
     let path = path(store, &digest);
-    if path.is_file() {
-        return Ok(digest);
-    }
     let at = |path: &Path| {
         let path = path.to_owned();
         move |source| ImageError::Io { path, source }
     };
+    if Image::open(store, &digest, Filesystem::Erofs).map_err(at(&path))?.is_some() {
+        return Ok(digest);
+    }
     let sizes = tree.iter().map(|(_, node)| match node.kind {
         Kind::File { size, .. } => size,
         _ => 0,
@@ -226,7 +270,7 @@ pub(super) fn keep(store: &Store, file: Unfinished, digest: &Digest, path: &Path
     // An image is believed by its name: whatever a power failure takes, none has one that is not whole and on record.
     file.sync()?;
     let sums = store.records(SUMS);
-    sums.put(digest, &sum)?;
+    sums.put(digest, &OnRecord::Sum(sum))?;
     sums.sync()?;
     file.persist(path)
 }
@@ -260,5 +304,40 @@ mod tests {
         assert!(matches!(remove(&digest), Removal::Done));
         assert!(matches!(remove(&digest), Removal::Missing));
         assert!(Image::open(&store, &digest, filesystem).expect("a store").is_none());
+    }
+
+    #[test]
+    fn an_image_that_is_not_what_was_written_is_taken_away_and_made_anew() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path()).expect("a store");
+        let (content, size) = store.blobs().put(&b"content"[..]).expect("room");
+        let mut tree = Tree::new();
+        let node = |kind| kiln_artifact::tree::Node { kind, meta: Default::default() };
+        tree.insert(kiln_artifact::tree::TreePath::root(), node(Kind::Directory));
+        let path = kiln_artifact::tree::TreePath::new(b"file").expect("a path");
+        tree.insert(path, node(Kind::File { digest: content, size }));
+        let image = Image::of_tree(&store, &tree).expect("room");
+        let place = path_of(&store, &image);
+        let whole = fs::read(&place).expect("there");
+        let open = || Image::open(&store, &image.digest, image.filesystem).expect("a store");
+        assert!(open().is_some() && store.take_damage().is_empty());
+        // Touched, it is what it was.
+        File::open(&place).and_then(|file| file.set_modified(std::time::UNIX_EPOCH)).expect("ours");
+        assert!(open().is_some());
+        // Nothing but the stamp is looked at where that is the same.
+        let record = store.records(SUMS).path(&image.digest);
+        assert!(fs::read_to_string(record).expect("there").contains('['));
+        fs::remove_file(&place).expect("there");
+        let mut flipped = whole.clone();
+        flipped[5000] ^= 1;
+        fs::write(&place, flipped).expect("room");
+        assert!(open().is_none() && !place.exists());
+        assert_eq!(store.take_damage().len(), 1);
+        assert_eq!(make(&store, &tree).expect("room"), image.digest);
+        assert!(fs::read(&place).expect("there") == whole && open().is_some());
+    }
+
+    fn path_of(store: &Store, image: &Image) -> PathBuf {
+        image_path(store, &image.digest, image.filesystem)
     }
 }

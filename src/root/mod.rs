@@ -27,6 +27,7 @@ use kiln_artifact::tree::{Tree, TreeError};
 use kiln_digest::Digest;
 
 pub use configure::Workshop;
+pub use file::digest_of_file;
 pub use files::{of_files, tree};
 pub use image::{Filesystem, Image, ImageError};
 

@@ -12,7 +12,7 @@ use kiln_digest::Digest;
 
 use super::debian::{Archive, ArchiveError, DebianSpec, SpecError};
 use super::directory::{self, DirectoryError};
-use super::image::{self, ImageError};
+use super::image::{self, Filesystem, Image, ImageError};
 use crate::fetch::lock::LockedRoot;
 use crate::store::{Store, StoreError};
 
@@ -225,10 +225,9 @@ pub fn of_packages(
 ) -> Result<PathBuf, ToolboxError> {
     let key = key(locked);
     if let Some(tree) = store.records("toolbox").get::<Digest>(&key)
-        && let path = image::path(store, &tree)
-        && path.is_file()
+        && Image::open(store, &tree, Filesystem::Erofs)?.is_some()
     {
-        return Ok(path);
+        return Ok(image::path(store, &tree));
     }
     progress("fetching the toolbox");
     archive.fetch(locked, &|_| {})?;

@@ -19,6 +19,23 @@ use crate::writes::{self, Unfinished};
 /// The longest blob that is in memory until it is finished.
 const SHORT_BYTES: usize = 64 << 10;
 
+/// What was found not to be as it was written, and taken away, until somebody tells of it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Damage {
+    // Protects the paths; held only to put one in or to take all.
+    paths: Arc<Mutex<Vec<PathBuf>>>,
+}
+
+impl Damage {
+    pub fn note(&self, path: PathBuf) {
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner).push(path);
+    }
+
+    pub fn take(&self) -> Vec<PathBuf> {
+        std::mem::take(&mut self.paths.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
 /// The blobs of a store.
 #[derive(Debug, Clone)]
 pub struct Blobs {
@@ -26,13 +43,20 @@ pub struct Blobs {
     lease: Lease,
     limit: Arc<Limit>,
     durable: Arc<Durable>,
+    damage: Damage,
     // Protects what this process has found to be whole, and which file that was; held only to look and to put something in.
     whole: Arc<Mutex<BTreeMap<Digest, u64>>>,
 }
 
 impl Blobs {
-    pub(super) fn new(path: PathBuf, lease: Lease, limit: Arc<Limit>, durable: Arc<Durable>) -> Self {
-        Self { path, lease, limit, durable, whole: Arc::default() }
+    pub(super) fn new(
+        path: PathBuf,
+        lease: Lease,
+        limit: Arc<Limit>,
+        durable: Arc<Durable>,
+        damage: Damage,
+    ) -> Self {
+        Self { path, lease, limit, durable, damage, whole: Arc::default() }
     }
 
     /// Where the blob `digest` lies if it is there.
@@ -56,6 +80,31 @@ impl Blobs {
         match Digest::of(&bytes) == *digest {
             true => Ok(bytes),
             false => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    /// Whether the blob is there, `length_bytes` long, and what its name says: read whole, once in this process. What stands
+    /// in its place and is something else is taken away, so that it can be had anew.
+    pub fn holds(&self, digest: &Digest, length_bytes: u64) -> bool {
+        let path = self.path(digest);
+        let Some(there) = self.lease.marked(&path) else { return false };
+        let is_whole = self.is_whole(&path, &there, digest, length_bytes);
+        if !is_whole {
+            self.discard_damaged(digest);
+        }
+        is_whole
+    }
+
+    /// Whether the blob is there and what its name says: read whole.
+    pub fn is_sound(&self, digest: &Digest) -> bool {
+        self.file(digest).and_then(Digest::of_reader).is_ok_and(|(found, _)| found == *digest)
+    }
+
+    /// Takes a blob away that is not what its name says, for [`Store::take_damage`](super::Store::take_damage) to tell of.
+    pub fn discard_damaged(&self, digest: &Digest) {
+        let path = self.path(digest);
+        if path.exists() && self.discard(digest).is_ok() {
+            self.damage.note(path);
         }
     }
 

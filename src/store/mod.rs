@@ -23,6 +23,7 @@ use std::time::SystemTime;
 use kiln_digest::Digest;
 
 use crate::writes::{self, Unfinished};
+use blob::Damage;
 pub use blob::{BlobWriter, Blobs};
 use durable::Durable;
 use lease::Lease;
@@ -111,6 +112,7 @@ pub struct Store {
     lease: Lease,
     limit: Arc<Limit>,
     durable: Arc<Durable>,
+    damage: Damage,
     blobs: Blobs,
 }
 
@@ -146,8 +148,15 @@ impl Store {
         })?;
         let limit = Arc::new(Limit::default());
         let durable = Arc::<Durable>::default();
-        let blobs = Blobs::new(path.join("blobs"), lease.clone(), Arc::clone(&limit), Arc::clone(&durable));
-        let store = Self { path: path.to_owned(), lease, limit, durable, blobs };
+        let damage = Damage::default();
+        let blobs = Blobs::new(
+            path.join("blobs"),
+            lease.clone(),
+            Arc::clone(&limit),
+            Arc::clone(&durable),
+            damage.clone(),
+        );
+        let store = Self { path: path.to_owned(), lease, limit, durable, damage, blobs };
         store.check_version()?;
         Ok(store)
     }
@@ -233,6 +242,20 @@ impl Store {
     /// The records of one `family`: a short folder name.
     pub fn records(&self, family: &'static str) -> Records {
         Records::new(family, self.path.join("records").join(family), self.lease.clone())
+    }
+
+    /// Notes that the file at `path` in the store was not what was written, and was taken away.
+    pub fn note_damage(&self, path: PathBuf) {
+        self.damage.note(path);
+    }
+
+    /// What was found damaged and taken away since this was asked last, in words for people.
+    pub fn take_damage(&self) -> Vec<String> {
+        let said = |path: PathBuf| {
+            let path = path.strip_prefix(&self.path).unwrap_or(&path).display();
+            format!("`{path}` in the store was damaged: it was taken away, to be made or fetched anew")
+        };
+        self.damage.take().into_iter().map(said).collect()
     }
 
     /// Where disk images lie, named by whoever makes them after what they hold.

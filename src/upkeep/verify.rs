@@ -14,7 +14,7 @@ use super::collect::remove_template;
 use crate::cache::stock::{Content, Kept, Stored, files, reread, rewrite, stock};
 use crate::machine::template;
 use crate::root::catalog;
-use crate::root::image::{Filesystem, SUMS};
+use crate::root::image::{self, Filesystem};
 use crate::store::{Store, unseal};
 use crate::writes;
 
@@ -120,9 +120,9 @@ impl Verifier<'_> {
                 self.bad(&path, "has no name that an image has", Place::File(path.clone()));
                 continue;
             };
-            let sums = self.store.records(SUMS);
             let judge =
-                || match (sums.peek::<Digest>(&digest), fs::File::open(&path).and_then(Digest::of_reader)) {
+                || match (image::sum(self.store, &digest), fs::File::open(&path).and_then(Digest::of_reader))
+                {
                     (Some(sum), Ok((found, _))) if sum == found => None,
                     (Some(_), Ok(_)) => Some("is not what was written".to_owned()),
                     (None, Ok(_)) => Some("has no digest of its bytes on record".to_owned()),

@@ -133,7 +133,8 @@ struct Parts {
     /// The folder with all in it; a file alone where the image is one.
     files: Tree,
     is_folder: bool,
-    keys: Option<Tree>,
+    /// With the folder that they lie in.
+    keys: Option<(TreePath, Tree)>,
     statements: Vec<Statement>,
     ssh_key: PathBuf,
 }
@@ -171,9 +172,10 @@ impl<R: Runner> Checker<'_, R> {
             Trust::Keys(folder) | Trust::Enroll(folder) => {
                 let none =
                     || BootStepError::NoKeys { step: step.name.clone(), path: folder.text().to_owned() };
-                let mut keys = view.below(&one(step, &view, folder).map_err(|_| none())?);
+                let at = one(step, &view, folder).map_err(|_| none())?;
+                let mut keys = view.below(&at);
                 plain(&step.name, &mut keys)?;
-                Some(keys)
+                Some((at, keys))
             }
         };
         let statements = match &boot.expected {
@@ -225,7 +227,7 @@ impl<R: Runner> Checker<'_, R> {
         key.add("the report", format!("{report:?}"));
         let lines: Vec<&str> = parts.statements.iter().map(|statement| statement.text.as_str()).collect();
         key.add("what is expected", lines.join("\n"));
-        if let Some(keys) = &parts.keys {
+        if let Some((_, keys)) = &parts.keys {
             key.add("the keys", keys.digest().to_string());
         }
         if wants_ssh(&parts.statements) {
@@ -238,12 +240,26 @@ impl<R: Runner> Checker<'_, R> {
         Ok(key)
     }
 
+    /// Writes `files`, which lie in the folder `at` of what the steps `needs` put out.
+    fn write_below(
+        &self,
+        at: &TreePath,
+        files: &Tree,
+        needs: &[(StepId, Digest)],
+    ) -> Result<Folder, BuildError> {
+        view::write(files, self.build.store, |path| {
+            let whole = [at.as_bytes(), b"/", path.as_bytes()].concat();
+            TreePath::new(&whole).map_or_else(|_| String::new(), |whole| self.owner(needs, &whole))
+        })
+    }
+
     /// The parts in files, changed as the recipe says.
     fn lay_out(
         &self,
         step: &PlannedStep,
         boot: &Boot,
         parts: &Parts,
+        needs: &[(StepId, Digest)],
         scratch: &Path,
     ) -> Result<(Folder, PathBuf), BuildError> {
         let mut files = parts.files.clone();
@@ -255,8 +271,10 @@ impl<R: Runner> Checker<'_, R> {
                 files.insert(name.clone(), node.clone());
             }
         }
-        let owner = |_: &TreePath| step.name.clone();
-        let folder = view::write(&files, self.build.store, owner)?;
+        let folder = match parts.is_folder {
+            true => self.write_below(&parts.image, &files, needs)?,
+            false => view::write(&files, self.build.store, |_| self.owner(needs, &parts.image))?,
+        };
         let place = |path: &TreePath| folder.join(std::ffi::OsStr::from_bytes(path.as_bytes()));
         for change in &boot.changes {
             let file = match parts.is_folder {
@@ -293,9 +311,9 @@ impl<R: Runner> Worker<'_, '_, R> {
         };
         let parts = self.checker.parts(step, planned, needs)?;
         let scratch = Folder::new_in(&area, "boot-").map_err(io("make a folder in"))?;
-        let (_files, image) = self.checker.lay_out(step, planned, &parts, &scratch)?;
-        let owner = |_: &TreePath| step.name.clone();
-        let keys = parts.keys.as_ref().map(|keys| view::write(keys, build.store, owner)).transpose()?;
+        let (_files, image) = self.checker.lay_out(step, planned, &parts, needs, &scratch)?;
+        let keys = parts.keys.as_ref().map(|(at, keys)| self.checker.write_below(at, keys, needs));
+        let keys = keys.transpose()?;
         let report = scratch.join("report");
         let mut wanted = boot::Boot {
             disks: vec![DiskChoice {

@@ -295,10 +295,9 @@ impl<'a, R> Checker<'a, R> {
         }
         for (path, node) in tree.iter() {
             let NodeKind::File { digest, .. } = &node.kind else { continue };
-            let whole = self.build.store.blobs().file(digest).and_then(Digest::of_reader);
-            if !whole.is_ok_and(|(found, _)| found == *digest) {
+            if !self.build.store.blobs().is_sound(digest) {
                 // It would stand in the way of the blob as it should be.
-                let _ = self.build.store.blobs().discard(digest);
+                self.build.store.blobs().discard_damaged(digest);
                 return Err(lost(path.to_string(), *digest));
             }
         }

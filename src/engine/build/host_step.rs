@@ -42,6 +42,9 @@ impl<R: Runner> Worker<'_, '_, R> {
         let step = build.plan.step(id);
         let made =
             self.checker.at_bench(step, needs, |bench| bench.make(makes, &mut |text| self.tell(id, text)))?;
+        for text in build.store.take_damage() {
+            let _ = self.messages.send(Message::Event(id, Told::Warning(text)));
+        }
         let manifest = self.manifest(&made)?;
         let _passed = Passed::enter(self.gate, id);
         let changed = self.merge(id, &made)?;

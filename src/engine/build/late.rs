@@ -19,9 +19,9 @@ use crate::engine::error::RunError;
 use crate::engine::host::KernelChoice;
 use crate::engine::make::{Bench, MakeError, Materials, Source};
 use crate::plan::graph::{Command, Kernel, Output, Root};
-use crate::plan::make::Make;
+use crate::plan::make::{Make, Origin};
 use crate::plan::{PlannedStep, RootSpec, StepId};
-use crate::root::{bundle, directory, image};
+use crate::root::{self, bundle, directory, image};
 
 /// Names of kernels among outputs, and where their modules may lie.
 const KERNELS: &str = "vmlinuz-";
@@ -67,7 +67,44 @@ impl<R: Runner> Checker<'_, R> {
             epoch: self.epoch(),
             leaks: self.leaks(),
         };
-        Ok(work(&bench)?)
+        work(&bench).map_err(|error| match error.may_be_of_contents() {
+            true => self.lost_of(needs).or_else(|| self.lost_elsewhere(step, &bench)).unwrap_or(error.into()),
+            false => error.into(),
+        })
+    }
+
+    /// The first of what `step` takes from SRCDIR and roots that the store does not have as it was. All of that is taken away
+    /// there, so that the next build takes it in anew.
+    fn lost_elsewhere(&self, step: &PlannedStep, bench: &Bench<'_>) -> Option<BuildError> {
+        let mut trees: Vec<(String, Tree)> = self.taken(&step.name, |taken| {
+            let folders = taken.sources.iter().filter_map(|(path, source)| match source {
+                Some(Source::Folder(tree)) => Some((format!("`{path}` in SRCDIR"), tree.clone())),
+                Some(Source::File(..)) | None => None,
+            });
+            folders.collect()
+        });
+        if let Command::Make(makes) = &step.command {
+            for from in makes.iter().flat_map(Make::parts) {
+                if let Origin::Root { spec, .. } = &from.origin
+                    && let Ok(tree) = bench.materials.root(spec)
+                {
+                    trees.push((format!("root {spec}"), Tree::clone(&tree)));
+                }
+            }
+        }
+        let blobs = self.build.store.blobs();
+        let mut lost = None;
+        for (place, tree) in trees {
+            for (path, node) in tree.iter() {
+                let Kind::File { digest, .. } = &node.kind else { continue };
+                if !blobs.is_sound(digest) {
+                    blobs.discard_damaged(digest);
+                    let (place, path, digest) = (place.clone(), path.to_string(), *digest);
+                    lost.get_or_insert(BuildError::LostOf { place, path, digest });
+                }
+            }
+        }
+        lost
     }
 
     /// The key of a step that makes `makes`.
@@ -114,7 +151,10 @@ impl<R: Runner> Checker<'_, R> {
             found.kernel = Some(self.kernel_of(step, output, needs)?);
         }
         let lowered = lower::lower(step, build.settings, &build.folder, build.options.overwrite, &found);
-        let mut host = build.runner.identify(&lowered, &mut |_| {})?;
+        let mut host = build.runner.identify(&lowered, &mut |_| {}).map_err(|error| {
+            // What cannot be read, and what is no root or kernel, may be so because it is damaged.
+            self.lost_of(needs).unwrap_or(error.into())
+        })?;
         for (name, value) in &mut host {
             // Where the store keeps it is no part of what it is.
             if let (Root::Step(output), "root") = (&step.root, name.as_str()) {
@@ -153,7 +193,16 @@ impl<R: Runner> Checker<'_, R> {
         };
         let at = TreePath::new(output.path.as_bytes()).map_err(|_| none("root"))?;
         match tree.shown(&at).map(|node| &node.kind) {
-            Some(Kind::File { digest, .. }) => Ok(RootSpec::File(self.build.store.blobs().path(digest))),
+            Some(Kind::File { digest, .. }) => {
+                let path = self.build.store.blobs().path(digest);
+                match root::digest_of_file(self.build.store, &path).is_ok_and(|found| found == *digest) {
+                    true => Ok(RootSpec::File(path)),
+                    false => {
+                        let (step, path) = (self.build.plan.step(output.step).name.clone(), at.to_string());
+                        Err(BuildError::Lost { step, path, digest: *digest })
+                    }
+                }
+            }
             Some(Kind::Directory) => {
                 // The folder's own mode and times are not the root's.
                 let mut root = tree.below(&at);

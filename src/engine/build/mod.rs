@@ -126,6 +126,16 @@ pub enum BuildError {
         /// Its digest.
         digest: Digest,
     },
+    /// What a step takes from elsewhere is damaged or gone in the store.
+    #[error("the store has lost `{path}` of {place} ({digest})")]
+    LostOf {
+        /// Where that is.
+        place: String,
+        /// Its path there.
+        path: String,
+        /// Its digest.
+        digest: Digest,
+    },
     /// The store or a view cannot be written.
     #[error("cannot {what} `{path}`")]
     Io {
@@ -188,6 +198,7 @@ impl BuildError {
             }
             Self::SamePath { .. } => Some("give their outputs names or folders of their own".to_owned()),
             Self::Lost { .. } => Some("build again: the step runs anew, and puts it back".to_owned()),
+            Self::LostOf { .. } => Some("build again: it is taken in anew".to_owned()),
             Self::Io { .. } => None,
         }
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::OnceLock;
 
-use kiln_artifact::tree::TreePath;
+use kiln_artifact::tree::{Kind as NodeKind, Tree, TreePath};
 use kiln_digest::Digest;
 use kiln_virtio::fs::record::Kind;
 use kiln_virtio::fs::{Open, list_directory, open_beneath};
@@ -58,14 +58,7 @@ impl<R: Runner> Checker<'_, R> {
         let names = planned.sources.iter().map(|source| source.name.as_str());
         let (all, client) = (&build.sources, &build.permission.client);
         sources::fetch(names, all, build.settings, build.store, client, || self.leaks())?;
-        let owner = |path: &TreePath| {
-            let puts_out = |(_, manifest): &&(StepId, Digest)| {
-                self.tree(manifest).is_some_and(|tree| tree.get(path).is_some())
-            };
-            let need = needs.iter().find(puts_out);
-            need.map_or_else(String::new, |(need, _)| build.plan.step(*need).name.clone())
-        };
-        let work = self.directory(&*self.view(planned, needs)?, owner)?;
+        let work = self.directory(&*self.view(planned, needs)?, |path| self.owner(needs, path))?;
         let sources = match planned.sources.is_empty() {
             true => None,
             false => Some(self.directory(&self.sources(planned), TreePath::to_string)?),
@@ -84,6 +77,38 @@ impl<R: Runner> Checker<'_, R> {
         Ok(step)
     }
 
+    /// The name of the one of the steps `needs` that put out `path`.
+    pub fn owner(&self, needs: &[(StepId, Digest)], path: &TreePath) -> String {
+        let puts_out = |(_, manifest): &&(StepId, Digest)| {
+            self.tree(manifest).is_some_and(|tree| tree.get(path).is_some())
+        };
+        let need = needs.iter().find(puts_out);
+        need.map_or_else(String::new, |(need, _)| self.build.plan.step(*need).name.clone())
+    }
+
+    /// The first of what the steps `needs` put out that the store does not have as it was: all of it is read.
+    pub fn lost_of(&self, needs: &[(StepId, Digest)]) -> Option<BuildError> {
+        needs.iter().find_map(|(need, manifest)| {
+            let step = || self.build.plan.step(*need).name.clone();
+            let Some(tree) = self.tree(manifest) else {
+                let path = "the manifest of its outputs".to_owned();
+                return Some(BuildError::Lost { step: step(), path, digest: *manifest });
+            };
+            let (path, digest) = self.lost_in(&tree)?;
+            Some(BuildError::Lost { step: step(), path, digest })
+        })
+    }
+
+    /// The first file of `tree` whose content the store does not have as it was.
+    pub fn lost_in(&self, tree: &Tree) -> Option<(String, Digest)> {
+        tree.iter().find_map(|(path, node)| match &node.kind {
+            NodeKind::File { digest, .. } if !self.build.store.blobs().is_sound(digest) => {
+                Some((path.to_string(), *digest))
+            }
+            _ => None,
+        })
+    }
+
     /// Where outputs of a needed step are lost, that step, whose key `key` gives, runs again next time, and puts them
     /// back.
     pub fn forget(
@@ -93,7 +118,7 @@ impl<R: Runner> Checker<'_, R> {
         key: impl Fn(StepId) -> Option<Digest>,
     ) {
         let BuildError::Lost { step, digest, .. } = error else { return };
-        let _ = self.build.store.blobs().discard(digest);
+        self.build.store.blobs().discard_damaged(digest);
         for (need, manifest) in needs.iter().filter(|(need, _)| self.build.plan.step(*need).name == *step) {
             if let Some(key) = key(*need) {
                 let _ = self.index.forget(&key, manifest);

@@ -164,6 +164,21 @@ impl MakeError {
         move |source| Self::Io { what, source }
     }
 
+    /// Whether it may be that the store has lost something of what it was made of.
+    pub fn may_be_of_contents(&self) -> bool {
+        matches!(
+            self,
+            Self::Squashfs { .. }
+                | Self::Erofs { .. }
+                | Self::Cpio { .. }
+                | Self::Fat { .. }
+                | Self::Verity { .. }
+                | Self::Kernel(_)
+                | Self::Record(_)
+                | Self::Io { .. }
+        )
+    }
+
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
         Some(match self {

@@ -271,6 +271,9 @@ impl Bench<'_> {
         let Some(from) = from.first() else { return Err(MakeError::Empty(path.to_owned())) };
         let (digest, name) = self.file(from, star, made)?;
         let data = self.store.blobs().file(&digest).map_err(MakeError::io("read an image"))?;
+        if Digest::of_reader(&data).map_err(MakeError::io("read an image"))?.0 != digest {
+            return Err(MakeError::io("read an image")(io::ErrorKind::InvalidData.into()));
+        }
         let mut out = tempfile::tempfile_in(self.store.temporary())
             .map_err(MakeError::io("make a file in the store"))?;
         let root = verity::write(&data, &verity::Parameters::derived(&digest), &mut out)

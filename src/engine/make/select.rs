@@ -1,11 +1,11 @@
 //! Taking files out of WORK, SRCDIR, roots and kiln's own programs.
 
 use std::collections::BTreeSet;
-use std::io::Read;
+use std::io;
 use std::sync::Arc;
 
 use kiln_artifact::tree::{Kind, Node, Tree, TreePath};
-use kiln_digest::Digest;
+use kiln_digest::{Digest, HashingReader};
 
 use super::{Bench, MakeError};
 use crate::plan::RootSpec;
@@ -201,10 +201,12 @@ impl Bench<'_> {
         let mut is_empty = true;
         for (path, node) in tree.iter() {
             if let Kind::File { digest, .. } = &tree.shown(path).unwrap_or(node).kind {
-                let mut file =
-                    self.store.blobs().file(digest).map_err(MakeError::io("read what is joined"))?;
-                std::io::copy(&mut Read::by_ref(&mut file), &mut writer)
-                    .map_err(MakeError::io("keep what was joined"))?;
+                let file = self.store.blobs().file(digest).map_err(MakeError::io("read what is joined"))?;
+                let mut file = HashingReader::new(file);
+                std::io::copy(&mut file, &mut writer).map_err(MakeError::io("keep what was joined"))?;
+                if file.finish().0 != *digest {
+                    return Err(MakeError::io("read what is joined")(io::ErrorKind::InvalidData.into()));
+                }
                 is_empty = false;
             }
         }

@@ -13,7 +13,7 @@ mod error;
 #[cfg(test)]
 mod tests;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -161,12 +161,13 @@ impl Client {
         self.offline
     }
 
-    /// Whether the blob `digest` needs no URL, or may have none: what it is fetched from need not be known then.
+    /// Whether the blob `expected` needs no URL, or may have none: what it is fetched from need not be known then.
     ///
     /// # Errors
     /// [`FetchError::Vendor`].
-    pub fn needs_no_url(&self, what: &str, digest: &Digest, blobs: &Blobs) -> Result<bool, FetchError> {
-        Ok(self.offline || blobs.contains(digest) || self.vendored(what, digest)?.is_some())
+    pub fn needs_no_url(&self, what: &str, expected: Expected, blobs: &Blobs) -> Result<bool, FetchError> {
+        let Expected { size, sha256 } = expected;
+        Ok(self.offline || blobs.holds(&sha256, size) || self.vendored(what, &sha256)?.is_some())
     }
 
     fn vendored(&self, what: &str, digest: &Digest) -> Result<Option<Box<dyn Read + Send>>, FetchError> {
@@ -259,13 +260,10 @@ impl Client {
         blobs: &Blobs,
         progress: Progress<'_>,
     ) -> Result<(), FetchError> {
-        if blobs.contains(&expected.sha256) {
-            // One that a power failure cut short is fetched again: nothing waited for it to be synced.
-            if fs::metadata(blobs.path(&expected.sha256)).is_ok_and(|meta| meta.len() == expected.size) {
-                progress(expected.size);
-                return Ok(());
-            }
-            let _ = blobs.discard(&expected.sha256);
+        // One that a power failure cut short, or that is damaged, is fetched again.
+        if blobs.holds(&expected.sha256, expected.size) {
+            progress(expected.size);
+            return Ok(());
         }
         if self.take(what, expected, blobs)? {
             progress(expected.size);

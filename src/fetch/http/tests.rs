@@ -99,6 +99,23 @@ fn a_blob_with_the_right_digest_is_stored_once() {
 }
 
 #[test]
+fn a_blob_that_is_damaged_is_fetched_again_at_once() {
+    let place = place();
+    let body = b"the whole thing".to_vec();
+    let (url, asked) = serve(vec![ok(&body)]);
+    let wanted = expected(&body);
+    place.store.blobs().put(&body[..]).expect("room");
+    let path = place.store.blobs().path(&wanted.sha256);
+    std::fs::remove_file(&path).expect("there");
+    // As long as it was.
+    std::fs::write(&path, b"the whole thin!").expect("room");
+    place.fetch(&url, wanted).expect("fetched");
+    assert_eq!(std::fs::read(&path).expect("there"), body);
+    assert_eq!(place.store.take_damage().len(), 1);
+    assert_eq!(asked.join().expect("no panic").len(), 1);
+}
+
+#[test]
 fn other_bytes_are_refused_and_nothing_of_them_stays() {
     let place = place();
     let (url, server) = serve(vec![ok(b"evil"), ok(b"evil and more"), ok(b"ev")]);

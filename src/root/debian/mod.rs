@@ -327,7 +327,8 @@ impl Archive {
         for package in packages {
             // Where nothing is fetched, no mirror has to be known.
             let blobs = self.store.blobs();
-            let urls = match self.client.needs_no_url(&package.to_string(), &package.sha256, blobs)? {
+            let expected = Expected { size: package.size, sha256: package.sha256 };
+            let urls = match self.client.needs_no_url(&package.to_string(), expected, blobs)? {
                 true => Vec::new(),
                 false => self.urls(package, indexes)?,
             };

@@ -291,6 +291,33 @@ fn a_flipped_byte_in_an_index_or_a_package_is_noticed_and_not_kept() {
 }
 
 #[test]
+fn a_package_that_is_damaged_in_the_store_is_not_unpacked_and_is_fetched_again() {
+    let test = archive();
+    test.publish();
+    let archive = test.open();
+    let locked = archive.resolve(&spec("+shell"), None).expect("resolved");
+    archive.fetch(&locked, &|_| {}).expect("fetched");
+    let shell = locked.packages.iter().find(|package| package.name == "shell").expect("there");
+    let path = test.store().blobs().path(&shell.sha256);
+    let whole = fs::read(&path).expect("there");
+    let damage = || {
+        let mut bytes = whole.clone();
+        // Behind what is read of it.
+        bytes.extend([0; 9]);
+        fs::remove_file(&path).expect("there");
+        fs::write(&path, bytes).expect("room");
+    };
+    damage();
+    let error = archive.unpack(&locked).expect_err("damaged");
+    assert!(matches!(error, ArchiveError::Unpack(UnpackError::Missing { .. })) && !path.exists(), "{error}");
+    archive.fetch(&locked, &|_| {}).expect("fetched");
+    damage();
+    archive.fetch(&locked, &|_| {}).expect("fetched");
+    assert_eq!(fs::read(&path).expect("there"), whole);
+    archive.unpack(&locked).expect("unpacked");
+}
+
+#[test]
 fn a_package_that_is_another_than_its_index_says_is_refused() {
     let mut test = archive();
     let bytes = deb("Package: evil\nVersion: 1-1\nArchitecture: amd64\n", &[], &[ROOT]);

@@ -13,6 +13,7 @@ use std::thread;
 
 use kiln_artifact::archive::tar::TarError;
 use kiln_artifact::tree::{Builder, Kind, Meta, Node, PathError, Timestamp, Tree, TreeError, TreePath};
+use kiln_digest::HashingReader;
 
 use super::database::{self, Unpacked};
 use super::deb::{Deb, DebError};
@@ -127,8 +128,16 @@ pub fn read(locked: &LockedPackage, blobs: &Blobs) -> Result<Deb, UnpackError> {
     let file: File = blobs
         .file(&locked.sha256)
         .map_err(|source| UnpackError::Missing { package: locked.name.clone(), source })?;
+    let missing = |source| UnpackError::Missing { package: locked.name.clone(), source };
     let failed = |source| UnpackError::Deb { package: locked.name.clone(), source };
-    let deb = Deb::read(file, &mut { blobs }).map_err(failed)?;
+    let mut file = HashingReader::new(file);
+    let read = Deb::read(&mut file, &mut { blobs });
+    io::copy(&mut file, &mut io::sink()).map_err(missing)?;
+    if file.finish().0 != locked.sha256 {
+        blobs.discard_damaged(&locked.sha256);
+        return Err(missing(io::ErrorKind::InvalidData.into()));
+    }
+    let deb = read.map_err(failed)?;
     for (field, expected) in
         [("Package", &locked.name), ("Version", &locked.version), ("Architecture", &locked.architecture)]
     {

@@ -125,7 +125,11 @@ fn what_is_booted_is_judged_by_the_script_that_its_key_names() {
     );
     // What stands in the file when it is booted is no script.
     let built = world.build(&recipe);
-    assert!(matches!(built.outcome("b"), Outcome::Ran { not_kept: None, .. }), "{:?}", built.summary.outcomes);
+    assert!(
+        matches!(built.outcome("b"), Outcome::Ran { not_kept: None, .. }),
+        "{:?}",
+        built.summary.outcomes
+    );
     let built = world.build(&recipe);
     assert!(matches!(built.outcome("b"), Outcome::Failed(_)), "{:?}", built.summary.outcomes);
     world.source("asked", "reject iello\nexpect hello\n");
@@ -139,9 +143,34 @@ fn a_boot_is_not_kept_where_the_key_for_ssh_changed_meanwhile() {
     let recipe = "[steps.image]\nrun = \"copy esp/says says\"\noutputs = [\"esp\"]\n\
          [steps.b]\nneeds = [\"image\"]\nboot = { image = \"esp\", expect = \"expect hello\\nssh second\", ssh-key = \"key\" }\n";
     let built = world.build(recipe);
-    let Outcome::Ran { not_kept: Some(why), .. } = built.outcome("b") else { panic!("{:?}", built.outcome("b")) };
+    let Outcome::Ran { not_kept: Some(why), .. } = built.outcome("b") else {
+        panic!("{:?}", built.outcome("b"))
+    };
     assert!(why.ends_with("src/key` was modified while the step ran"), "{why}");
     assert!(matches!(world.build(recipe).outcome("b"), Outcome::Ran { not_kept: None, .. }));
     world.source("key", "first");
     assert!(matches!(world.build(recipe).outcome("b"), Outcome::Ran { .. }));
+}
+
+#[test]
+fn what_the_store_has_lost_of_what_is_booted_comes_back_with_the_next_build() {
+    let world = world();
+    world.source("PK.auth", "a key");
+    let first = "[steps.image]\nrun = \"copy esp/says says\\ncopy keys/PK.auth PK.auth\"\noutputs = [\"esp\", \"keys\"]\n";
+    assert_eq!(done(&world, first), ["image"]);
+    for (text, boot) in [
+        ("hello\n", "image = \"esp\""),
+        ("hello\n", "image = \"esp/says\""),
+        ("a key", "image = \"esp\", secure-boot = \"keys\", keys = \"keys\""),
+    ] {
+        let path = world.store.blobs().path(&kiln_digest::Digest::of(text.as_bytes()));
+        std::fs::remove_file(&path).expect("there");
+        std::fs::write(&path, "jello\n").expect("room");
+        let recipe =
+            format!("{first}[steps.b]\nneeds = [\"image\"]\nboot = {{ {boot}, expect = \"reboot\" }}\n");
+        let built = world.build(&recipe);
+        let Outcome::Failed(error) = built.outcome("b") else { panic!("{boot}: {:?}", built.outcome("b")) };
+        assert!(error.to_string().contains("which step `image` put out"), "{boot}: {error}");
+        assert_eq!(world.build(&recipe).ran, ["image"], "{boot}");
+    }
 }

@@ -224,3 +224,37 @@ fn what_is_made_is_of_the_sources_that_its_key_names_whatever_becomes_of_them_me
     assert!(matches!(world.build(&recipe).outcome("m"), Outcome::UpToDate { .. }));
     assert_eq!(world.work("m/passwd").as_deref(), Some("root"));
 }
+
+#[test]
+fn what_is_made_of_a_damaged_or_lost_output_waits_for_the_next_build_which_has_it_anew() {
+    let disk = "d".repeat(4096);
+    for make in [
+        "{ squashfs = 'x', from = ['disk'] }",
+        "{ erofs = 'x', from = ['disk'] }",
+        "{ cpio = 'x', from = ['disk'] }",
+        "{ fat = 'x', from = ['disk'], label = 'BOOTA' }",
+        "{ verity = 'x', from = ['disk'] }",
+        "{ files = 'x', from = [{ work = 'd*', join = true, at = 'y' }] }",
+    ] {
+        for damaged in [None, Some("e".repeat(4096))] {
+            let world = world();
+            world.source("disk", &disk);
+            let first = "[steps.a]\nrun = \"copy disk disk\"\noutputs = [\"disk\"]\n";
+            assert_eq!(done(&world, first), ["a"]);
+            let path = world.store.blobs().path(&Digest::of(disk.as_bytes()));
+            fs::remove_file(&path).expect("there");
+            if let Some(text) = damaged {
+                fs::write(&path, text).expect("room");
+            }
+            let recipe = format!("{first}[steps.m]\nneeds = [\"a\"]\nmake = {make}\n");
+            let built = world.build(&recipe);
+            let Outcome::Failed(error) = built.outcome("m") else {
+                panic!("{make}: {:?}", built.outcome("m"))
+            };
+            let said = error.to_string();
+            assert!(said.contains("the store has lost `disk`, which step `a` put out"), "{make}: {said}");
+            assert_eq!(done(&world, &recipe), ["a", "m"], "{make}");
+            assert!(world.build(&recipe).reasons.is_empty());
+        }
+    }
+}
