@@ -56,6 +56,11 @@ pub fn work_name(work: &Path) -> Vec<u8> {
     std::fs::canonicalize(work).as_deref().unwrap_or(work).as_os_str().as_bytes().to_vec()
 }
 
+/// Whether the folder at `path` has nothing in it.
+fn is_empty_folder(tree: &Tree, path: &TreePath) -> bool {
+    !path.is_root() && tree.subtree(path).nth(1).is_none()
+}
+
 /// What all checks of a build share.
 pub(super) struct Checker<'a, R> {
     pub build: &'a Build<'a, R>,
@@ -313,18 +318,23 @@ impl<'a, R> Checker<'a, R> {
         let stamped_nanos = now_nanos();
         let Ok(work) = File::open(&self.build.settings.work.value) else { return };
         let entry = |path: &TreePath| {
-            let (kind, content) = match &tree.shown(path)?.kind {
-                NodeKind::File { digest, .. } => (Kind::Regular, *digest),
-                NodeKind::Symlink(text) => (Kind::Link, Digest::of(text)),
+            let read = Observed::METADATA | Observed::CONTENT;
+            let (kind, observed, content) = match &tree.shown(path)?.kind {
+                NodeKind::File { digest, .. } => (Kind::Regular, read, Some(*digest)),
+                NodeKind::Symlink(text) => (Kind::Link, read, Some(Digest::of(text))),
+                // That one is there with nothing in it says no other entry; more of it is a person's to change.
+                NodeKind::Directory if is_empty_folder(tree, path) => {
+                    (Kind::Directory, Observed::empty(), None)
+                }
                 _ => return None,
             };
             let stat = rustix::fs::statat(&work, path.as_bytes(), AtFlags::SYMLINK_NOFOLLOW).ok()?;
             Some(Entry {
                 path: path.as_bytes().to_vec(),
                 kind,
-                observed: Observed::METADATA | Observed::CONTENT,
+                observed,
                 fingerprint: fingerprint_of(&stat),
-                content: Some(content),
+                content,
                 listing: None,
                 xattrs: None,
             })

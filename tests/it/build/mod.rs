@@ -196,6 +196,24 @@ fn work_gets_back_what_it_lacks_and_keeps_what_a_person_changed() {
 }
 
 #[test]
+fn work_gets_back_an_empty_folder_that_is_an_output() {
+    let world = world();
+    world.source("tree/full/file", "x");
+    fs::create_dir(world.path("src/tree/empty")).expect("room");
+    let recipe = "[steps.s]\nmake = { files = 'out', from = [{ src = 'tree' }] }\n";
+    world.build(recipe);
+    let (empty, full) = (world.path("work/out/empty"), world.path("work/out/full"));
+    assert!(empty.is_dir() && full.is_dir());
+    // A person may put something into it.
+    fs::write(empty.join("mine"), "x").expect("room");
+    assert!(matches!(world.build(recipe).outcome("s"), Outcome::UpToDate { restored: 0, .. }));
+    fs::remove_dir_all(&empty).expect("there");
+    assert!(matches!(world.build(recipe).outcome("s"), Outcome::UpToDate { .. }));
+    assert!(empty.is_dir() && full.is_dir());
+    assert!(world.build(recipe).reasons.is_empty());
+}
+
+#[test]
 fn a_step_sees_in_work_what_the_steps_it_needs_put_out_and_nothing_else() {
     let world = world();
     fs::write(world.path("work/stray"), "a person's").expect("room");
