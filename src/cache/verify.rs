@@ -234,7 +234,9 @@ impl Live<'_> {
         if entry.observed.contains(Observed::LISTING) && Some(self.listing(&entry.path)?) != entry.listing {
             return Err(What::Listing);
         }
-        if entry.observed.contains(Observed::XATTRS) {
+        // The fs device gives files and folders theirs, and says of all else that it has none.
+        let can_have = matches!(kind, Kind::Regular | Kind::Directory);
+        if can_have && entry.observed.contains(Observed::XATTRS) {
             let how = if kind == Kind::Directory { Open::Directory } else { Open::Regular };
             let file = open_beneath(self.directory, &entry.path, how).map_err(unreadable)?;
             let (_, _, digest) = xattrs_of(&file, b"").map_err(unreadable)?;

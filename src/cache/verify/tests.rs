@@ -260,3 +260,14 @@ fn outputs_of_other_steps_are_held_against_their_manifest() {
     assert!(matches!(found, Some((path, What::Appeared)) if path == "bin"));
     assert!(matches!(difference(&Tree::new()), Some((_, What::Vanished))));
 }
+
+#[test]
+fn attributes_that_a_link_was_asked_for_are_no_difference() {
+    let world = World::new();
+    let mut trace = world.trace(0);
+    let asked = Observed::METADATA | Observed::CONTENT | Observed::XATTRS;
+    // As the fs device says it of what has none.
+    let link = Entry { xattrs: Some(Digest::of(b"")), ..world.entry("link", asked) };
+    trace.shares[0].entries = vec![link];
+    assert!(matches!(world.verify(&trace), Verdict::Holds(Some(_))));
+}
