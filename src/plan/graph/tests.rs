@@ -51,6 +51,8 @@ fn what_contradicts_itself_is_refused_where_it_stands() {
         (two("outputs = [\"bin\"]", "outputs = [\"bin/x\"]"), 6, "both put out"),
         (two("outputs = [\"*.o\"]", "outputs = [\"x.o\"]"), 6, "both put out"),
         (two("outputs = [\"x.o\"]", "outputs = [\"?.o\"]"), 6, "both put out"),
+        (two("outputs = [\"{x,y}.o\"]", "outputs = [\"x.o\"]"), 6, "both put out"),
+        (two("outputs = [\"[a-z].o\"]", "outputs = [\"x.o\"]"), 6, "both put out"),
         (two("outputs = [\"lib/x\"]", "inputs = [\"lib/*\"]"), 6, "does not need that step"),
         (step("outputs = [\"x\"]\ninputs = [\"x\"]"), 4, "its own input"),
         (step("outputs = [\"../x\"]"), 3, "escapes WORK"),

@@ -10,6 +10,8 @@ use super::{Fault, Recipe, StepTable, Text, nearest};
 
 /// Most steps that one matrix may make.
 const MOST: usize = 1000;
+/// Most that all of a recipe may: each is held in memory, and held against all others.
+const MOST_IN_ALL: usize = 20_000;
 
 /// What names of steps are like.
 pub const NAMES: &str = "names are letters, digits and `.`, `_`, `-`, `+`, and start with a letter or digit";
@@ -83,6 +85,11 @@ pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Steps, Fault> {
         if count > MOST {
             let message = format!("the matrix of step `{}` makes {count} steps", name.get_ref());
             return Err(fault(name.span(), message).hint(format!("{MOST} are the most")));
+        }
+        if steps.len() + left_out.len() + count > MOST_IN_ALL {
+            let message =
+                format!("with step `{}` the recipe has more than {MOST_IN_ALL} steps", name.get_ref());
+            return Err(fault(name.span(), message).hint("build a part of them by a recipe of its own"));
         }
         let mut is_wanted = true;
         for (variable, value) in &table.when {

@@ -81,3 +81,17 @@ fn names_that_are_none_and_names_that_meet_are_refused() {
         assert!(expand(&recipe, text, "kiln.toml").is_err(), "{text}");
     }
 }
+
+#[test]
+fn matrices_together_make_no_more_steps_than_a_recipe_may_have() {
+    let values: Vec<String> = (0..1000).map(|value| format!("\"{value}\"")).collect();
+    let values = values.join(",");
+    let step = |name: u32| format!("[steps.s{name:02}]\nrun = \"x\"\nmatrix = {{ v = [{values}] }}\n");
+    let text: String = (0..21).map(step).collect();
+    let recipe = Recipe::parse(&text, "kiln.toml").expect("it parses");
+    let fault = expand(&recipe, &text, "kiln.toml").expect_err("it is refused");
+    assert_eq!(
+        (fault.line, fault.message.as_str()),
+        (61, "with step `s20` the recipe has more than 20000 steps")
+    );
+}
