@@ -94,13 +94,62 @@ impl Opened {
 
     /// What the step did last here.
     fn last_run(&self, index: &Index, step: &str) -> Result<LastRun, Failure> {
-        let work = &self.host.settings.work.value;
-        index.last_run(&work_name(work), step).ok_or_else(|| Failure {
-            text: format!("step `{step}` never ran with WORK `{}`", work.display()),
+        self.ran(index, step).ok_or_else(|| self.never_ran(step))
+    }
+
+    fn ran(&self, index: &Index, step: &str) -> Option<LastRun> {
+        index.last_run(&work_name(&self.host.settings.work.value), step)
+    }
+
+    fn never_ran(&self, step: &str) -> Failure {
+        Failure {
+            text: format!("step `{step}` never ran with WORK `{}`", self.host.settings.work.value.display()),
             hint: Some(format!("`kiln build {step}` runs it")),
             code: FAILED,
-        })
+        }
     }
+
+    /// What a build of the step would do.
+    fn foresee(&self, id: StepId, scopes: &ScopeFlags) -> Result<Foreseen, Failure> {
+        let wanted = self.plan.wanted(std::slice::from_ref(&self.plan.step(id).name))?;
+        let steps = wanted.iter().flat_map(|id| &self.plan.step(*id).sources);
+        let (settings, store) = (&self.host.settings, &self.host.store);
+        let permission = self.host.permission();
+        let locked = sources::lock(steps, settings, store, &permission, &mut |text| show::note(text))?;
+        let machines = Machines::new(&self.host);
+        let build = self.build(&machines, locked, permission, looking(scopes)?);
+        let mut reasons = BTreeMap::new();
+        let summary = build.run(&wanted, &Gate::default(), &mut Timeline::default(), &mut |news| {
+            if let News::Starts(step, why) = news {
+                reasons.insert(step.to_owned(), why.to_owned());
+            }
+            Ok(())
+        })?;
+        for (name, outcome) in summary.outcomes {
+            if let Outcome::Failed(error) = outcome {
+                return Err(Failure::from(*error).about(&format!("check step `{name}`")));
+            }
+        }
+        let trace = build.trace(id, &summary.outputs)?;
+        Ok(Foreseen { wanted, reasons, trace })
+    }
+}
+
+/// What a build of a step would do.
+struct Foreseen {
+    /// It and all that it needs.
+    wanted: BTreeSet<StepId>,
+    /// Why steps of these would run.
+    reasons: BTreeMap<String, String>,
+    /// By what it would not run itself.
+    trace: Option<Trace>,
+}
+
+/// Why a step ran last, and how that ended where nothing came of it.
+fn last(last: LastRun) -> String {
+    let ended = last.failure.or(last.not_kept.map(|why| format!("was not kept: {why}")));
+    let ended = ended.map_or_else(String::new, |how| format!("; it {how}"));
+    format!("it ran last because {}{ended}", last.why)
 }
 
 /// `kiln why`.
@@ -109,31 +158,11 @@ pub(super) fn why(arguments: &WhyArguments, flags: Flags) -> Result<ExitCode, Fa
     let index = opened.index(&arguments.scopes)?;
     let Some(id) = opened.step_or_script(&index, &arguments.step)? else {
         // Only the script knows what the step is now.
-        let last = opened.last_run(&index, &arguments.step)?;
-        let ended = last.failure.or(last.not_kept.map(|why| format!("was not kept: {why}")));
-        let ended = ended.map_or_else(String::new, |how| format!("; it {how}"));
-        line(&harmless(format!("{}: it ran last because {}{ended}", arguments.step, last.why).as_bytes()));
+        let ran = opened.last_run(&index, &arguments.step)?;
+        line(&harmless(format!("{}: {}", arguments.step, last(ran)).as_bytes()));
         return Ok(ExitCode::SUCCESS);
     };
-    let wanted = opened.plan.wanted(std::slice::from_ref(&arguments.step))?;
-    let steps = wanted.iter().flat_map(|id| &opened.plan.step(*id).sources);
-    let (settings, store) = (&opened.host.settings, &opened.host.store);
-    let permission = opened.host.permission();
-    let locked = sources::lock(steps, settings, store, &permission, &mut |text| show::note(text))?;
-    let machines = Machines::new(&opened.host);
-    let build = opened.build(&machines, locked, permission, looking(&arguments.scopes)?);
-    let mut reasons = BTreeMap::new();
-    let summary = build.run(&wanted, &Gate::default(), &mut Timeline::default(), &mut |news| {
-        if let News::Starts(step, why) = news {
-            reasons.insert(step.to_owned(), why.to_owned());
-        }
-        Ok(())
-    })?;
-    for (name, outcome) in summary.outcomes {
-        if let Outcome::Failed(error) = outcome {
-            return Err(Failure::from(*error).about(&format!("check step `{name}`")));
-        }
-    }
+    let Foreseen { wanted, reasons, .. } = opened.foresee(id, &arguments.scopes)?;
     // What has to run before comes before.
     let plan = &opened.plan;
     let mut needed: Vec<StepId> = wanted.into_iter().filter(|other| *other != id).collect();
@@ -147,7 +176,9 @@ pub(super) fn why(arguments: &WhyArguments, flags: Flags) -> Result<ExitCode, Fa
         }
     }
     if !any {
-        line(&format!("{}: up to date", arguments.step));
+        let before = opened.ran(&index, &arguments.step).map(|ran| format!("; {}", last(ran)));
+        let said = format!("{}: up to date{}", arguments.step, before.unwrap_or_default());
+        line(&harmless(said.as_bytes()));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -155,15 +186,24 @@ pub(super) fn why(arguments: &WhyArguments, flags: Flags) -> Result<ExitCode, Fa
 /// `kiln log`.
 pub(super) fn log(arguments: &LogArguments, flags: Flags) -> Result<ExitCode, Failure> {
     let opened = open_for_scripts(flags)?;
-    let index = opened.index(&ScopeFlags::trusted())?;
-    opened.step_or_script(&index, &arguments.step)?;
-    let last = opened.last_run(&index, &arguments.step)?;
+    let scopes = ScopeFlags::trusted();
+    let index = opened.index(&scopes)?;
+    let id = opened.step_or_script(&index, &arguments.step)?;
+    let (log, failed) = match (opened.ran(&index, &arguments.step), id) {
+        (Some(ran), _) => (ran.log, ran.failure),
+        // It may have run elsewhere, with another WORK.
+        (None, Some(id)) => match opened.foresee(id, &scopes)?.trace {
+            Some(trace) => (trace.log, None),
+            None => return Err(opened.never_ran(&arguments.step)),
+        },
+        (None, None) => return Err(opened.never_ran(&arguments.step)),
+    };
     let failure = |error: io::Error| Failure {
         text: format!("the log of step `{}` cannot be read: {error}", arguments.step),
         hint: None,
         code: FAILED,
     };
-    if let Some(log) = last.log {
+    if let Some(log) = log {
         let mut file = opened.host.store.blobs().file(&log).map_err(failure)?;
         let mut output = show::GuestOutput::new(None);
         let mut buffer = vec![0; 64 << 10];
@@ -175,7 +215,7 @@ pub(super) fn log(arguments: &LogArguments, flags: Flags) -> Result<ExitCode, Fa
         }
         output.finish().map_err(failure)?;
     }
-    if let Some(how) = last.failure {
+    if let Some(how) = failed {
         show::note(&format!("step `{}` {how}", arguments.step));
     }
     Ok(ExitCode::SUCCESS)
@@ -186,13 +226,22 @@ pub(super) fn inputs(arguments: &InputsArguments, flags: Flags) -> Result<ExitCo
     let opened = open_for_scripts(flags)?;
     let index = opened.index(&arguments.scopes)?;
     let id = opened.step_or_script(&index, &arguments.step)?;
-    let last = opened.last_run(&index, &arguments.step)?;
-    let trace = index.traces(&last.key.digest()).into_iter().map(|found| found.trace).next();
-    let trace = trace.ok_or_else(|| Failure {
-        text: format!("nothing is kept of what step `{}` read", arguments.step),
-        hint: last.not_kept.or(last.failure),
-        code: FAILED,
-    })?;
+    let trace = match (opened.ran(&index, &arguments.step), id) {
+        (Some(last), _) => {
+            let trace = index.traces(&last.key.digest()).into_iter().map(|found| found.trace).next();
+            trace.ok_or_else(|| Failure {
+                text: format!("nothing is kept of what step `{}` read", arguments.step),
+                hint: last.not_kept.or(last.failure),
+                code: FAILED,
+            })?
+        }
+        // It may have run elsewhere, with another WORK.
+        (None, Some(id)) => {
+            let trace = opened.foresee(id, &arguments.scopes)?.trace;
+            trace.ok_or_else(|| opened.never_ran(&arguments.step))?
+        }
+        (None, None) => return Err(opened.never_ran(&arguments.step)),
+    };
     let mut out = io::stdout().lock();
     let printed = print_inputs(&mut out, &trace, arguments).and_then(|()| out.flush());
     if printed.is_err() {

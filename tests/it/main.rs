@@ -6,6 +6,7 @@
 
 #[path = "../acceptance/held.rs"]
 mod acceptance;
+mod ask;
 mod boot;
 mod boundary;
 mod build;

@@ -9,10 +9,10 @@ use kiln_digest::Digest;
 use kiln_virtio::fs::record::Kind;
 use kiln_virtio::fs::{Open, list_directory, open_beneath};
 
-use super::check::Checker;
+use super::check::{Checker, Standing};
 use super::runner::Runner;
 use super::{Build, BuildError, lower, sources};
-use crate::cache::Hidden;
+use crate::cache::{Hidden, Trace};
 use crate::engine::step::{Keep, Step, View};
 use crate::machine::PathBytes;
 use crate::plan::StepId;
@@ -41,6 +41,28 @@ impl<R: Runner> Build<'_, R> {
         })?;
         step.keep = Keep::Always;
         Ok(step)
+    }
+}
+
+impl<R: Runner> Build<'_, R> {
+    /// The trace by which the step `id` need not run; none where it must. `outputs` are those of the steps it needs, as
+    /// [`super::Summary::outputs`] has them.
+    ///
+    /// # Errors
+    /// [`BuildError`] where its key cannot be had.
+    pub fn trace(&self, id: StepId, outputs: &BTreeMap<StepId, Digest>) -> Result<Option<Trace>, BuildError> {
+        let planned = self.plan.step(id);
+        let needs = planned.needs.iter().map(|need| Some((*need, *outputs.get(need)?)));
+        let Some(needs) = needs.collect::<Option<Vec<_>>>() else { return Ok(None) };
+        let checker = Checker::new(self, lower::hidden(self.settings, &self.plan.ignore));
+        let key = match planned.follows_outputs() {
+            true => checker.late_key(id, &needs)?,
+            false => self.lower(id, &mut |_| {})?.key,
+        };
+        Ok(match checker.check(planned, &key, &needs, &|| ())? {
+            Standing::Holds { trace, .. } => Some(*trace),
+            Standing::Must(_) => None,
+        })
     }
 }
 
