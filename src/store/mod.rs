@@ -123,18 +123,21 @@ impl Store {
     /// [`StoreError::Io`] when it cannot be made or written, [`StoreError::NotADirectory`] when something else lies
     /// there, [`StoreError::Owner`] when it is another user's.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        if fs::metadata(path).is_ok_and(|meta| !meta.is_dir()) {
-            return Err(StoreError::NotADirectory(path.to_owned()));
+        if let Ok(meta) = fs::metadata(path) {
+            let (owner, user) = (meta.uid(), rustix::process::geteuid().as_raw());
+            if !meta.is_dir() {
+                return Err(StoreError::NotADirectory(path.to_owned()));
+            }
+            if owner != user {
+                return Err(StoreError::Owner { path: path.to_owned(), owner, user });
+            }
         }
+        // Before anything is made or swept there: what a newer kiln has is for it to say.
+        Self::check_version(path)?;
         writes::make_private_folders(path).map_err(StoreError::at(path))?;
         for folder in ["blobs", "images", "records", "run", "tmp"] {
             let folder = path.join(folder);
             writes::make_private_folders(&folder).map_err(StoreError::at(&folder))?;
-        }
-        let owner = fs::metadata(path).map_err(StoreError::at(path))?.uid();
-        let user = rustix::process::geteuid().as_raw();
-        if owner != user {
-            return Err(StoreError::Owner { path: path.to_owned(), owner, user });
         }
         let area = path.join("tmp");
         let lease = Lease::begin(path, &area).map_err(|source| {
@@ -157,30 +160,40 @@ impl Store {
             damage.clone(),
         );
         let store = Self { path: path.to_owned(), lease, limit, durable, damage, blobs };
-        store.check_version()?;
+        store.note_version()?;
         Ok(store)
     }
 
-    /// Says what form the store has, where nothing does yet.
-    fn check_version(&self) -> Result<(), StoreError> {
-        let file = self.path.join(VERSION_FILE);
+    /// Refuses a store of another form, in which nothing is touched; whether anything says which form the one at `path` has.
+    fn check_version(path: &Path) -> Result<bool, StoreError> {
+        let file = path.join(VERSION_FILE);
         match fs::read(&file) {
-            Ok(found) if found == VERSION.as_bytes() => Ok(()),
+            Ok(found) if found == VERSION.as_bytes() => Ok(true),
             Ok(found) => {
                 let found = String::from_utf8_lossy(&found[..found.len().min(LONGEST_VERSION)]).into_owned();
-                Err(StoreError::Version { path: self.path.clone(), version: found.trim_end().to_owned() })
+                Err(StoreError::Version { path: path.to_owned(), version: found.trim_end().to_owned() })
             }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::at(&file)(error)),
-            Err(_) => {
-                // Synced before it has its name: half of it would be another version's.
-                let written = Unfinished::new_in(self.lease.temporary()).and_then(|mut version| {
-                    version.write_all(VERSION.as_bytes())?;
-                    version.sync()?;
-                    version.persist(&file)
-                });
-                written.map_err(StoreError::at(&file))
-            }
+            Err(error) => match error.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Ok(false),
+                _ => Err(StoreError::at(&file)(error)),
+            },
         }
+    }
+
+    /// Says what form the store has, where nothing does yet.
+    fn note_version(&self) -> Result<(), StoreError> {
+        // Another kiln may have made it since it was looked at first.
+        if Self::check_version(&self.path)? {
+            return Ok(());
+        }
+        let file = self.path.join(VERSION_FILE);
+        // Synced before it has its name: half of it would be another version's.
+        let written = Unfinished::new_in(self.lease.temporary()).and_then(|mut version| {
+            version.write_all(VERSION.as_bytes())?;
+            version.sync()?;
+            version.persist(&file)
+        });
+        written.map_err(StoreError::at(&file))
     }
 
     /// Sets how much the store may hold. Before a write would go beyond that, `make_room` is asked to.

@@ -160,7 +160,11 @@ fn a_store_of_a_newer_kiln_is_refused() {
     let folder = tempfile::tempdir().expect("a folder");
     drop(Store::open(folder.path()).expect("a store"));
     fs::write(folder.path().join("version"), "kiln store 2\n").expect("room");
+    // What this kiln would make or sweep.
+    fs::remove_dir(folder.path().join("blobs")).expect("empty");
+    fs::create_dir(folder.path().join("tmp/other")).expect("room");
     let error = Store::open(folder.path()).expect_err("another form");
+    assert!(!folder.path().join("blobs").exists() && folder.path().join("tmp/other").exists());
     assert!(matches!(&error, StoreError::Version { version, .. } if version == "kiln store 2"), "{error}");
 }
 
