@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::plan::recipe::{Fault, GivenError, Recipe, RecipeDebian};
+use crate::plan::recipe::{Fault, GivenError, Recipe, RecipeDebian, Text};
 use crate::plan::{parse_bytes, parse_duration};
 pub use recipe::RecipeFile;
 
@@ -369,21 +369,30 @@ impl Settings {
         let recipe_folder = recipe_path.as_deref().and_then(Path::parent);
         let beside_recipe = |path: PathBuf| recipe_folder.unwrap_or(&directory).join(path);
         let file = &recipe.settings;
+        let plain = |text: &Option<Text>| text.as_ref().map(|text| text.get_ref().clone());
+        // What the recipe says is shown where it stands.
+        let wrong = |name, setting: Setting<String>, text: &Option<Text>, wanted| {
+            let Setting { value, origin } = setting;
+            match (&origin, &recipe_file, text) {
+                (Origin::Recipe, Some(file), Some(text)) => {
+                    let message = format!("setting `{name}` is `{}`: {wanted}", value.escape_debug());
+                    let fault = Fault::at(&file.text, &file.name, text.span(), message);
+                    SettingsError::Recipe(Box::new(fault))
+                }
+                _ => SettingsError::Value { name, origin, value, wanted },
+            }
+        };
         let home = variable_text("HOME").map(PathBuf::from);
         let project = pick(
             flags.project,
             "PROJECT",
             |text| text,
-            recipe.project.clone(),
+            plain(&recipe.project),
             || DEFAULT_PROJECT.to_owned(),
         );
         if !is_project_name(&project.value) {
-            return Err(SettingsError::Value {
-                name: "project",
-                origin: project.origin,
-                value: project.value,
-                wanted: "it takes letters, digits, `.`, `_` and `-`, and starts with a letter or digit",
-            });
+            let wanted = "it takes letters, digits, `.`, `_` and `-`, and starts with a letter or digit";
+            return Err(wrong("project", project, &recipe.project, wanted));
         }
         let name = project.value.clone();
         let cache = variable_text("XDG_CACHE_HOME")
@@ -429,11 +438,11 @@ impl Settings {
             flags.store_limit,
             "KILN_STORE_LIMIT",
             |text| text,
-            file.store_limit.clone(),
+            plain(&file.store_limit),
             || "none".to_owned(),
         );
         let backend =
-            pick(flags.backend, "KILN_BACKEND", |text| text, file.backend.clone(), || "auto".to_owned());
+            pick(flags.backend, "KILN_BACKEND", |text| text, plain(&file.backend), || "auto".to_owned());
         let on = |on: bool| if on { "on" } else { "off" }.to_owned();
         let template = flags.no_template.then(|| on(false));
         let template = pick(template, "KILN_TEMPLATE", |text| text, file.template.map(on), || on(true));
@@ -443,7 +452,7 @@ impl Settings {
             flags.keeper_idle,
             "KILN_KEEPER_IDLE",
             |text| text,
-            file.keeper_idle.clone(),
+            plain(&file.keeper_idle),
             || "60s".to_owned(),
         );
         let locked = pick(
@@ -480,24 +489,16 @@ impl Settings {
             backend: match BackendChoice::parse(&backend.value) {
                 Some(value) => Setting { value, origin: backend.origin },
                 None => {
-                    return Err(SettingsError::Value {
-                        name: "backend",
-                        origin: backend.origin,
-                        value: backend.value,
-                        wanted: "it takes auto, kvm, qemu or tcg",
-                    });
+                    let wanted = "it takes auto, kvm, qemu, tcg or vmm";
+                    return Err(wrong("backend", backend, &file.backend, wanted));
                 }
             },
             store_limit: match (store_limit.value.as_str(), parse_bytes(&store_limit.value)) {
                 ("none", _) => Setting { value: None, origin: store_limit.origin },
                 (_, Ok(value)) => Setting { value: Some(value), origin: store_limit.origin },
                 (_, Err(_)) => {
-                    return Err(SettingsError::Value {
-                        name: "store-limit",
-                        origin: store_limit.origin,
-                        value: store_limit.value,
-                        wanted: "it takes a size such as 20G, or none",
-                    });
+                    let wanted = "it takes a size such as 20G, or none";
+                    return Err(wrong("store-limit", store_limit, &file.store_limit, wanted));
                 }
             },
             template: on_or_off("template", template)?,
@@ -505,12 +506,8 @@ impl Settings {
             keeper_idle: match parse_duration(&keeper_idle.value) {
                 Ok(value) => Setting { value, origin: keeper_idle.origin },
                 Err(_) => {
-                    return Err(SettingsError::Value {
-                        name: "keeper-idle",
-                        origin: keeper_idle.origin,
-                        value: keeper_idle.value,
-                        wanted: "it takes a time such as 60s or 5m",
-                    });
+                    let wanted = "it takes a time such as 60s or 5m";
+                    return Err(wrong("keeper-idle", keeper_idle, &file.keeper_idle, wanted));
                 }
             },
             work: absolute(work, &directory),

@@ -118,3 +118,23 @@ fn a_store_that_cannot_be_made_is_named() {
     let told = host.run(&["run", "--store", "store/below", "--", "true"]);
     told.fails(125, &["store/below", "cannot be used", "Not a directory"]).hints(&["--store"]);
 }
+
+#[test]
+fn a_value_in_the_recipe_that_its_setting_does_not_take_is_shown_where_it_stands() {
+    let host = Host::new();
+    for (text, words) in [
+        ("project = \"a/b\"\n", ["kiln.toml:1:11", "`project` is `a/b`", "letters"]),
+        (
+            "[settings]\nbackend = \"moon\"\n",
+            ["kiln.toml:2:11", "`backend` is `moon`", "kvm, qemu, tcg or vmm"],
+        ),
+        ("[settings]\nstore-limit = \"much\"\n", ["kiln.toml:2:15", "`store-limit` is `much`", "20G"]),
+        ("[settings]\nkeeper-idle = \"soon\"\n", ["kiln.toml:2:15", "`keeper-idle` is `soon`", "60s"]),
+    ] {
+        host.file("kiln.toml", text);
+        Told::by(host.kiln().env_remove("KILN_BACKEND").arg("config")).fails(2, &words);
+    }
+    // Set elsewhere, it is not the recipe's.
+    let told = Told::by(host.kiln().env("KILN_KEEPER_IDLE", "soon").arg("config"));
+    told.fails(2, &["`keeper-idle` (environment KILN_KEEPER_IDLE) is `soon`"]);
+}

@@ -35,7 +35,8 @@ pub type Text = Spanned<String>;
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Recipe {
     /// The name in /ws/PROJECT and /x/PROJECT, where a step sees SRCDIR and WORK.
-    pub project: Option<String>,
+    #[schemars(with = "Option<String>")]
+    pub project: Option<Text>,
     /// Settings; flags and the environment come before them.
     pub settings: RecipeSettings,
     /// Globs of what no step sees of SRCDIR.
@@ -75,9 +76,11 @@ pub struct RecipeSettings {
     /// kiln's store.
     pub store: Option<PathBuf>,
     /// How much the store may hold, such as `20G`; `none`: as much as the disk has.
-    pub store_limit: Option<String>,
-    /// `auto`, `kvm`, `qemu` or `tcg`.
-    pub backend: Option<String>,
+    #[schemars(with = "Option<String>")]
+    pub store_limit: Option<Text>,
+    /// `auto`, `kvm`, `qemu`, `tcg` or `vmm`.
+    #[schemars(with = "Option<String>")]
+    pub backend: Option<Text>,
     /// QEMU's program.
     pub qemu: Option<String>,
     /// Whether machines may be copies of templates.
@@ -85,7 +88,8 @@ pub struct RecipeSettings {
     /// Whether a machine is kept ready for the next run.
     pub keeper: Option<bool>,
     /// How long a ready machine waits for a run.
-    pub keeper_idle: Option<String>,
+    #[schemars(with = "Option<String>")]
+    pub keeper_idle: Option<Text>,
     /// Refuse what kiln.lock does not name.
     pub locked: Option<bool>,
     /// Fetch nothing.
