@@ -23,8 +23,10 @@ mod jail;
 #[path = "../judge/mod.rs"]
 mod judge;
 mod keep;
+mod killed;
 mod leftovers;
 mod made;
+mod meet;
 mod names;
 mod offline;
 mod outputs;
