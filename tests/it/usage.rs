@@ -144,7 +144,8 @@ fn words_that_an_option_does_not_know_are_refused_with_those_it_does() {
 #[test]
 fn an_unknown_backend_is_refused_with_its_origin() {
     let host = Host::new();
-    run(&host, &["--backend", "moon"]).fails(2, &["backend", "flag", "`moon`", "auto, kvm, qemu, tcg or vmm"]);
+    run(&host, &["--backend", "moon"])
+        .fails(2, &["backend", "flag", "`moon`", "auto, kvm, qemu, tcg or vmm"]);
     let told = Told::by(host.kiln().env("KILN_BACKEND", "moon").args(["run", "--", "true"]));
     told.fails(2, &["environment KILN_BACKEND", "`moon`"]);
 }
