@@ -155,7 +155,7 @@ const DRIVER_OK: u32 = 4;
 const NEEDS_RESET: u32 = 0x40;
 const FAILED: u32 = 0x80;
 /// Bits of the interrupt status: a used buffer, and a change of the configuration.
-const USED_BUFFER: u32 = 1;
+pub(crate) const USED_BUFFER: u32 = 1;
 const CONFIGURATION: u32 = 2;
 /// VIRTIO_F_VERSION_1, without which a driver is none for us.
 const VERSION_1: u64 = 1 << 32;

@@ -30,7 +30,7 @@ use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError};
 use crate::cpu::{self, CpuError, Model, kvm};
 use crate::memory::{GENERATION_ID, MemoryError, WINDOW_BYTES};
-use crate::mmio::{Carried, DeviceState};
+use crate::mmio::{Carried, DeviceState, USED_BUFFER};
 use crate::processor::Processor;
 use crate::serial::{self, Console, Port, Power};
 use crate::snapshot::{Snapshot, SnapshotError};
@@ -62,6 +62,8 @@ pub struct Slot {
 
 /// The register that a driver writes a queue's number to (virtio 1.3 §4.2.2).
 const QUEUE_NOTIFY: u64 = 0x50;
+/// The register that a driver writes the reasons of an interrupt to which it has dealt with.
+const INTERRUPT_ACKNOWLEDGE: u64 = 0x64;
 
 /// What a machine is made of.
 pub struct Parts {
@@ -493,6 +495,7 @@ fn attach(
     let mut placed = buses.ports.insert(serial::PORT.into(), serial::PORTS.into(), Arc::clone(console) as _)
         && buses.ports.insert(serial::POWER_PORT.into(), serial::POWER_PORTS.into(), power);
     let count = devices.len();
+    let ignored = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(io("make an event"))?;
     for (index, slot) in devices.into_iter().enumerate() {
         let (start, interrupt) = acpi::place(index).ok_or(AcpiError::TooManyDevices(count))?;
         vm.register_irqfd(&slot.interrupt, interrupt).map_err(kvm("take an interrupt"))?;
@@ -500,6 +503,10 @@ fn attach(
             let address = IoEventAddress::Mmio(start.0 + QUEUE_NOTIFY);
             vm.register_ioevent(notified, &address, queue).map_err(kvm("take a notification"))?;
         }
+        // That a used buffer was seen changes nothing (`mmio`), and is said after every interrupt: it ends in KVM, in a counter that
+        // nobody reads. Any other acknowledgement comes to the registers.
+        let address = IoEventAddress::Mmio(start.0 + INTERRUPT_ACKNOWLEDGE);
+        vm.register_ioevent(&ignored, &address, USED_BUFFER).map_err(kvm("take an acknowledgement"))?;
         placed &= buses.memory.insert(start.0, WINDOW_BYTES, slot.device);
     }
     debug_assert!(placed, "the places of devices are constants that do not overlap");

@@ -7,6 +7,7 @@ use std::sync::{PoisonError, mpsc};
 use vm_memory::GuestAddress;
 
 use super::*;
+use crate::bus::{Effect, Window};
 use crate::memory::{LEAST_BYTES, make_file, map, map_private};
 
 /// Where the guest's code is put and entered.
@@ -120,6 +121,50 @@ fn what_no_device_has_reads_as_ones() {
         b"\xbb\x00\x00\x00\xd0\x8b\x03\xff\xc0\x66\xba\xf8\x03\x04a\xee\x66\xba\x00\x06\xb0\x34\xee\xeb\xfe";
     let Some((end, printed)) = run(code) else { return };
     assert_eq!((end, &printed[..]), (End::PoweredOff, &b"a"[..]));
+}
+
+/// A device that keeps what is written to it.
+struct Kept(mpsc::Sender<(u64, Vec<u8>)>);
+
+impl Window for Kept {
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        self.0.send((offset, data.to_vec())).expect("somebody listens");
+        Effect::Nothing
+    }
+}
+
+impl Carried for Kept {
+    fn freeze(&mut self) -> Result<DeviceState, StateError> {
+        Err(StateError::Unsupported)
+    }
+
+    fn thaw(&mut self, _state: &DeviceState) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn halt(&mut self) {}
+
+    fn finish(&mut self) {}
+}
+
+#[test]
+fn of_acknowledgements_only_those_that_change_something_come_to_the_registers() {
+    // mov ebx, 0xd0000064; mov dword [rbx], 1; the same with 2, 3 and 1; mov byte [rbx], 1, and off.
+    let code =
+        b"\xbb\x64\x00\x00\xd0\xc7\x03\x01\x00\x00\x00\xc7\x03\x02\x00\x00\x00\xc7\x03\x03\x00\x00\x00\
+        \xc7\x03\x01\x00\x00\x00\xc6\x03\x01\x66\xba\x00\x06\xb0\x34\xee\xeb\xfe";
+    let Some(device) = device() else { return };
+    let (mut parts, _) = parts(device, code);
+    let (sender, written) = mpsc::channel();
+    let interrupt = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("an event");
+    parts.devices.push(Slot { device: Arc::new(Mutex::new(Kept(sender))), interrupt, notified: Vec::new() });
+    assert_eq!(end_of(parts, || Ok(())), End::PoweredOff);
+    let written: Vec<_> = written.try_iter().collect();
+    assert_eq!(written, [(0x64, vec![2, 0, 0, 0]), (0x64, vec![3, 0, 0, 0]), (0x64, vec![1])]);
 }
 
 #[test]
