@@ -1,16 +1,19 @@
 //! The block device (virtio 1.3 §5.2): a file's raw bytes, read and written where they are.
 //!
+//! What is available is taken first and answered then, in its order, so that the host can begin with all that is to be read at once.
 //! What can be wrong with a request is answered. What the host cannot read or write is not: whoever made the disk is told, to
 //! end the machine. A disk can say that it is larger than its file, or have none, and be a template's place for one that
 //! comes later: what lies behind the file's end is answered as not readable.
 
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use kiln_virtio::device::{COMMON_FEATURES, Device, Outcome, StateError, Wake};
-use kiln_virtio::ring::{Chain, Limits, QueueError, Readable, Writable};
+use kiln_virtio::ring::{Chain, Limits, QueueError, Readable, Taken, Writable};
+use rustix::fs::{Advice, fadvise};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::fallocate::{FallocateMode, fallocate};
@@ -35,8 +38,10 @@ const LIMITS: Limits =
 /// How many zeroes are written at a time.
 const PIECE_BYTES: usize = 128 << 10;
 /// After how many requests, or bytes of them, a driver that wants to stop the device has its turn.
-const ROUND_REQUESTS: u16 = 32;
+const ROUND_REQUESTS: usize = 32;
 const ROUND_BYTES: usize = 4 << 20;
+/// After a round of so many bytes at most, it is worth to look out for the next one.
+const BRIEF_BYTES: usize = 64 << 10;
 
 /// Types of requests, and their ends.
 const IN: u32 = 0;
@@ -81,6 +86,43 @@ pub struct Disk {
     /// Bytes that can be reached: whole sectors of the file within the capacity.
     bytes: u64,
     config: Vec<u8>,
+}
+
+/// A request that was taken from the queue.
+struct Request<'m> {
+    /// Of its chain.
+    head: u16,
+    /// What is asked for, where there is room to say how it ended; else there is nobody to tell.
+    asked: Option<Asked<'m>>,
+}
+
+/// What a request asks for.
+struct Asked<'m> {
+    /// Its type and its first sector, where it has as much.
+    header: Option<(u32, u64)>,
+    /// What is behind the header.
+    readable: Readable<'m, ()>,
+    room: Writable<'m, ()>,
+    /// The last byte of the room, for how it ended.
+    status: Writable<'m, ()>,
+}
+
+impl<'m> Request<'m> {
+    fn new(taken: Taken<'m, ()>) -> Self {
+        let asked = taken.chain.ok().and_then(|Chain { mut readable, writable: mut room }| {
+            let behind = room.remaining_bytes().checked_sub(1)?;
+            let status = room.split_off(behind)?;
+            // Type, a field that is reserved, and sector.
+            let header = readable.read_array::<16>().map(|header| (word(&header, 0), long(&header, 8)));
+            Some(Asked { header, readable, room, status })
+        });
+        Self { head: taken.head, asked }
+    }
+
+    /// Bytes of data, either way.
+    fn bytes(&self) -> usize {
+        self.asked.as_ref().map_or(0, |asked| asked.readable.remaining_bytes() + asked.room.remaining_bytes())
+    }
 }
 
 /// A part of a disk that is to be discarded or zeroed.
@@ -147,14 +189,31 @@ impl Disk {
         self
     }
 
+    /// Has the host begin with all that `requests` are to read, of which each would otherwise wait for the one before it. A page that is
+    /// in the host's memory costs next to nothing, and what the host makes of the advice is its own affair.
+    fn read_ahead(&self, requests: &[Request<'_>]) {
+        let Some(file) = &self.file else { return };
+        let reads = requests.iter().filter_map(|request| {
+            let asked = request.asked.as_ref()?;
+            let (_, sector) = asked.header.filter(|(kind, _)| *kind == IN)?;
+            let bytes = asked.room.remaining_bytes() as u64;
+            Some((self.within(sector, bytes)?, NonZeroU64::new(bytes)?))
+        });
+        let reads: Vec<_> = reads.collect();
+        if reads.len() > 1 {
+            for (at, bytes) in reads {
+                let _ = fadvise(file, at, Some(bytes), Advice::WillNeed);
+            }
+        }
+    }
+
     /// Does one request, and gives how it ended.
     ///
     /// # Errors
     /// What the host says of its file.
-    fn answer(&self, readable: &mut Readable<'_, ()>, room: &mut Writable<'_, ()>) -> io::Result<u8> {
-        let Some(header) = readable.read_array::<16>() else { return Ok(FAILED) };
-        // Type, a field that is reserved, and sector.
-        let (kind, sector) = (word(&header, 0), long(&header, 8));
+    fn answer(&self, asked: &mut Asked<'_>) -> io::Result<u8> {
+        let Asked { header: Some((kind, sector)), readable, room, .. } = asked else { return Ok(FAILED) };
+        let (kind, sector) = (*kind, *sector);
         let done = match (kind, &self.file) {
             (GET_ID, _) => room.remaining_bytes() >= ID_BYTES && room.write(&self.id),
             (FLUSH | DISCARD | WRITE_ZEROES, _) if self.read_only => return Ok(UNSUPPORTED),
@@ -362,43 +421,49 @@ impl Disk {
         memory: &GuestMemoryMmap,
         outcome: &mut Outcome,
     ) -> Result<(), virtio_queue::Error> {
-        let (mut taken, mut bytes) = (0, 0_usize);
+        let (mut requests, mut bytes) = (Vec::new(), 0_usize);
         queue.disable_notification(memory)?;
         loop {
-            if taken == ROUND_REQUESTS || bytes >= ROUND_BYTES {
+            if requests.len() == ROUND_REQUESTS || bytes >= ROUND_BYTES {
                 outcome.again = true;
                 break;
             }
-            let Some(next) = Chain::next_of(queue, memory, LIMITS)? else {
+            let Some(taken) = Chain::next_of(queue, memory, LIMITS)? else {
+                if !requests.is_empty() {
+                    // A driver that waited for one of these asks its next thing at once.
+                    outcome.again = true;
+                    outcome.lingers = bytes <= BRIEF_BYTES;
+                    break;
+                }
                 if queue.enable_notification(memory)? {
                     queue.disable_notification(memory)?;
                     continue;
                 }
-                break;
+                return Ok(());
             };
-            taken += 1;
+            let request = Request::new(taken);
+            bytes = bytes.saturating_add(request.bytes());
+            requests.push(request);
+        }
+        self.read_ahead(&requests);
+        for Request { head, asked } in requests {
             let mut written = 0;
-            if let Ok(Chain { mut readable, mut writable }) = next.chain {
-                bytes = bytes.saturating_add(readable.remaining_bytes() + writable.remaining_bytes());
-                // The last byte of the room is for how it ended; without one there is nobody to tell.
-                let behind = writable.remaining_bytes().checked_sub(1);
-                if let Some(mut status) = behind.and_then(|at| writable.split_off(at)) {
-                    let ended = match self.answer(&mut readable, &mut writable) {
-                        Ok(ended) => ended,
-                        Err(error) => {
-                            self.is_dead = true;
-                            (self.failed)(&error);
-                            return Ok(());
-                        }
-                    };
-                    if status.write(&[ended]) {
-                        written = writable.written_bytes() + 1;
+            if let Some(mut asked) = asked {
+                let ended = match self.answer(&mut asked) {
+                    Ok(ended) => ended,
+                    Err(error) => {
+                        self.is_dead = true;
+                        (self.failed)(&error);
+                        return Ok(());
                     }
+                };
+                if asked.status.write(&[ended]) {
+                    written = asked.room.written_bytes() + 1;
                 }
             }
-            queue.add_used(memory, next.head, u32::try_from(written).unwrap_or(u32::MAX))?;
+            queue.add_used(memory, head, u32::try_from(written).unwrap_or(u32::MAX))?;
         }
-        if taken > 0 && queue.needs_notification(memory)? {
+        if queue.needs_notification(memory)? {
             outcome.interrupt_for(0);
         }
         Ok(())

@@ -216,6 +216,7 @@ const DISK: &[Allowed] = &[
     (libc::SYS_pread64, Any),
     (libc::SYS_pwrite64, Any),
     (libc::SYS_pwritev, Any),
+    (libc::SYS_fadvise64, Any),
     (libc::SYS_fallocate, Any),
     (libc::SYS_fdatasync, Any),
     (libc::SYS_fcntl, Any),

@@ -53,7 +53,7 @@ impl Driver {
         driver.set(0x24, 1);
         driver.set(0x20, 1);
         driver.set(0x70, 11);
-        driver.set(0x38, 16);
+        driver.set(0x38, 32);
         for (register, address) in [(0x80, TABLE), (0x90, AVAILABLE), (0xa0, USED)] {
             driver.set(register, u32::try_from(address).expect("low"));
         }
@@ -91,7 +91,7 @@ impl Driver {
         self.descriptor(1, DATA, length, data, 2);
         self.descriptor(2, STATUS, 1, WRITE, 0);
         self.memory
-            .write_obj(0_u16, GuestAddress(AVAILABLE + 4 + u64::from(self.asked % 16) * 2))
+            .write_obj(0_u16, GuestAddress(AVAILABLE + 4 + u64::from(self.asked % 32) * 2))
             .expect("memory");
         self.asked += 1;
         self.memory.write_obj(self.asked, GuestAddress(AVAILABLE + 2)).expect("memory");
@@ -139,6 +139,42 @@ fn what_is_written_is_in_the_file_and_is_read_again() {
     assert_eq!(sector, [9; 512]);
     assert_eq!(driver.ask(GET_ID, 0, 20), OK);
     assert_eq!(&driver.data(5), b"root\0");
+}
+
+#[test]
+fn requests_that_are_there_at_once_are_answered_in_their_order() {
+    let file = file();
+    let mut driver = Driver::new(file.try_clone().expect("a file"), false);
+    driver.memory.write_slice(&[9; 512], GuestAddress(DATA)).expect("memory");
+    // Sector 1 as it was, as the second request leaves it and as the fourth does; and what no sector is.
+    let asked = [(IN, 1, 1), (OUT, 1, 0), (IN, 1, 2), (DISCARD, 0, 3), (IN, 1, 4), (IN, 4, 5)];
+    driver.memory.write_obj([1_u64, 1], GuestAddress(DATA + 3 * 512)).expect("memory");
+    for (number, (kind, sector, place)) in (0..).zip(asked) {
+        let (header, status) = (HEADER + number * 16, STATUS + number);
+        driver.memory.write_obj([kind, 0], GuestAddress(header)).expect("memory");
+        driver.memory.write_obj::<u64>(sector, GuestAddress(header + 8)).expect("memory");
+        driver.memory.write_obj(0xee_u8, GuestAddress(status)).expect("memory");
+        let first = u16::try_from(number * 3).expect("few");
+        let (length, data) = match kind {
+            DISCARD => (16, NEXT),
+            OUT => (512, NEXT),
+            _ => (512, NEXT | WRITE),
+        };
+        driver.descriptor(number * 3, header, 16, NEXT, first + 1);
+        driver.descriptor(number * 3 + 1, DATA + place * 512, length, data, first + 2);
+        driver.descriptor(number * 3 + 2, status, 1, WRITE, 0);
+        driver.memory.write_obj(first, GuestAddress(AVAILABLE + 4 + number * 2)).expect("memory");
+    }
+    driver.memory.write_obj(6_u16, GuestAddress(AVAILABLE + 2)).expect("memory");
+    driver.slot.notified[0].write(1).expect("a notification");
+    while driver.memory.read_obj::<u16>(GuestAddress(USED + 2)).expect("memory") != 6 {
+        std::thread::yield_now();
+    }
+    let statuses: [u8; 6] = driver.memory.read_obj(GuestAddress(STATUS)).expect("memory");
+    assert_eq!(statuses, [OK, OK, OK, OK, OK, FAILED]);
+    let data = driver.data(5 * 512);
+    let sector = |place: usize| data[place * 512..][..512].to_vec();
+    assert_eq!([sector(1), sector(2), sector(4)], [[1; 512], [9; 512], [0; 512]]);
 }
 
 #[test]
