@@ -1,10 +1,11 @@
-//! The guest's side of `ci/bench fs`: does the same work on several mounts by turns, and prints what it took.
+//! The guest's side of `ci/bench fs` and `ci/bench machine fs`: does the same work on one mount, or on several by turns, and prints
+//! what it took.
 //!
 //! ```text
-//! load ROUNDS ROWS NAME=DIRECTORY...
+//! load ROUNDS ROWS [DIRECTORIES,MEBIBYTES,READS] NAME=DIRECTORY...
 //! ```
-//! ROWS are names with commas between them, or `all`.
-//! A directory holds what `ci/bench` lays out: `many` (directories of files), `big`, `git`, `lua`. Each line
+//! ROWS are names with commas between them, or `all`. A directory holds what `ci/bench` lays out: `many` (so many DIRECTORIES, 200
+//! unless said, of 100 files each), `big` (of so many MEBIBYTES, 512), `git`, `lua`. READS (4000) are small and random ones. Each line
 //! printed is a row, a mount's name and nanoseconds of the monotonic clock. Before each row but the warm one
 //! the guest's caches are dropped, and programs that the row runs are read from their disk again. Which mount is
 //! first changes with every round.
@@ -24,7 +25,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 type Result<T = ()> = std::result::Result<T, Box<dyn Error>>;
 
 /// A row: its name, whether caches are dropped before it, the program it runs, what it does.
-type Row = (&'static str, bool, &'static [&'static str], fn(&Path) -> Result);
+type Row = (&'static str, bool, &'static [&'static str], fn(&Path, Sizes) -> Result);
 
 const ROWS: [Row; 9] = [
     ("stat-cold", true, &[], stat_walk),
@@ -39,13 +40,33 @@ const ROWS: [Row; 9] = [
 ];
 
 const PAGE: usize = 4096;
+/// How many files a directory in `many` has.
+const FILES: usize = 100;
+
+/// How much there is to work on.
+#[derive(Clone, Copy)]
+struct Sizes {
+    directories: usize,
+    mebibytes: usize,
+    reads: usize,
+}
+
+impl Sizes {
+    fn parse(text: &str) -> Result<Self> {
+        let numbers = text.split(',').map(str::parse).collect::<std::result::Result<Vec<_>, _>>()?;
+        let [directories, mebibytes, reads] = numbers[..] else { return Err("three sizes".into()) };
+        Ok(Self { directories, mebibytes, reads })
+    }
+}
 
 fn main() -> Result {
-    let mut arguments = std::env::args().skip(1);
+    let mut arguments = std::env::args().skip(1).peekable();
     let rounds: usize = arguments.next().ok_or("rounds")?.parse()?;
     let wanted = arguments.next().ok_or("rows")?;
     let wanted: Vec<&str> = wanted.split(',').collect();
     let rows = ROWS.iter().filter(|(row, ..)| wanted.contains(row) || wanted == ["all"]);
+    let sizes = arguments.next_if(|argument| !argument.contains('='));
+    let sizes = Sizes::parse(sizes.as_deref().unwrap_or("200,512,4000"))?;
     let mounts: Vec<String> = arguments.collect();
     touch_memory()?;
     std::fs::write("/tmp/warm.c", "#include <stdio.h>\nint main(void) { return puts(\"\"); }\n")?;
@@ -61,11 +82,11 @@ fn main() -> Result {
                     }
                 } else {
                     // A build goes on for longer than a second or two.
-                    work(Path::new(directory))?;
+                    work(Path::new(directory), sizes)?;
                     std::thread::sleep(std::time::Duration::from_secs(2));
                 }
                 let began = Instant::now();
-                work(Path::new(directory)).map_err(|error| format!("{row} on {name}: {error}"))?;
+                work(Path::new(directory), sizes).map_err(|error| format!("{row} on {name}: {error}"))?;
                 println!("row {row} {name} {}", began.elapsed().as_nanos());
             }
         }
@@ -119,7 +140,7 @@ fn expect(found: usize, wanted: usize) -> Result {
 
 /// What `du`, `tar` and `git status` do: lists a directory, asks for the metadata of all in it, and goes on to those
 /// that are directories.
-fn stat_walk(share: &Path) -> Result {
+fn stat_walk(share: &Path, sizes: Sizes) -> Result {
     let (mut files, mut waiting) = (0, vec![share.join("many")]);
     while let Some(directory) = waiting.pop() {
         let entries: Vec<_> = std::fs::read_dir(directory)?.collect::<std::io::Result<_>>()?;
@@ -131,11 +152,11 @@ fn stat_walk(share: &Path) -> Result {
             }
         }
     }
-    expect(files, 20_000)
+    expect(files, sizes.directories * FILES)
 }
 
 /// What compilers do with their search paths: asks for names that are not there, and the second compiler for the same.
-fn find_missed(share: &Path) -> Result {
+fn find_missed(share: &Path, sizes: Sizes) -> Result {
     let mut files = files(&share.join("many"))?;
     let mut missed = 0;
     for _ in 0..2 {
@@ -144,13 +165,14 @@ fn find_missed(share: &Path) -> Result {
             missed += usize::from(std::fs::symlink_metadata(file).is_err());
         }
     }
-    expect(missed, 40_000)
+    expect(missed, sizes.directories * FILES * 2)
 }
 
-fn small_reads(share: &Path) -> Result {
+fn small_reads(share: &Path, sizes: Sizes) -> Result {
     let mut bytes = Vec::new();
-    for at in 0..4000 {
-        let file = share.join(format!("many/d{}/f{}", at % 200, at / 200));
+    for at in 0..sizes.reads {
+        let file =
+            share.join(format!("many/d{}/f{}", at % sizes.directories, at / sizes.directories % FILES));
         bytes.clear();
         File::open(file)?.read_to_end(&mut bytes)?;
         expect(bytes.len(), 2048)?;
@@ -158,23 +180,23 @@ fn small_reads(share: &Path) -> Result {
     Ok(())
 }
 
-fn sequential(share: &Path) -> Result {
+fn sequential(share: &Path, sizes: Sizes) -> Result {
     let mut big = File::open(share.join("big"))?;
     let (mut buffer, mut total) = (vec![0; 1 << 20], 0);
     loop {
         match big.read(&mut buffer)? {
-            0 => return expect(total, 512 << 20),
+            0 => return expect(total, sizes.mebibytes << 20),
             count => total += count,
         }
     }
 }
 
-fn random(share: &Path) -> Result {
+fn random(share: &Path, sizes: Sizes) -> Result {
     let big = File::open(share.join("big"))?;
     let mut buffer = [0; PAGE];
     let pages = big.metadata()?.len() / 4096;
     let mut state = 88_172_645_463_325_252_u64;
-    for _ in 0..4000 {
+    for _ in 0..sizes.reads {
         // xorshift64
         state ^= state << 13;
         state ^= state >> 7;
@@ -184,7 +206,7 @@ fn random(share: &Path) -> Result {
     Ok(())
 }
 
-fn mapped(share: &Path) -> Result {
+fn mapped(share: &Path, _: Sizes) -> Result {
     let big = File::open(share.join("big"))?;
     let length = usize::try_from(big.metadata()?.len())?;
     // SAFETY: a new mapping at a place the kernel chooses aliases nothing of this process.
@@ -201,13 +223,13 @@ fn mapped(share: &Path) -> Result {
     if sum == 0 { Err("the file is all zeroes".into()) } else { Ok(()) }
 }
 
-fn git_status(share: &Path) -> Result {
+fn git_status(share: &Path, _: Sizes) -> Result {
     let git = ["--no-optional-locks", "-c", "safe.directory=*", "status", "--porcelain"];
     run(Command::new("git").arg("-C").arg(share.join("git")).args(git))
 }
 
 /// lua's own Makefile builds beside its sources; this compiles the same files elsewhere, two at a time.
-fn compile(share: &Path) -> Result {
+fn compile(share: &Path, _: Sizes) -> Result {
     let build = Path::new("/tmp/build");
     std::fs::create_dir(build)?;
     let script =

@@ -6,7 +6,8 @@
 //! ```
 //! What follows `--` goes to QEMU. Guest output and the record come on standard output, memory and time on
 //! standard error. With `--vsock CID`, guest port 5000 is connected to and echoes are compared, and the guest
-//! may connect to port 5001, which echoes.
+//! may connect to port 5001, which echoes; with `--echo CID`, only that. With `--serial`, QEMU's virtio-serial
+//! port `bench` echoes too. With `--kvm`, the guest runs on KVM with one processor.
 #![expect(unsafe_code, reason = "takes inherited descriptors")]
 #![expect(clippy::disallowed_methods, reason = "a program for trying things")]
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for people")]
@@ -59,13 +60,17 @@ fn device(arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
 fn drive(arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
     let mut shares = Vec::new();
     let mut cid = 0_u64;
+    let (mut connects, mut serial, mut kvm) = (false, false, false);
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
         match argument.to_str() {
             Some("--share") => shares.push(rest.next().ok_or("--share NAME=DIRECTORY")?),
-            Some("--vsock") => {
-                cid = rest.next().and_then(|text| text.to_str()).ok_or("--vsock CID")?.parse()?
+            Some(option @ ("--vsock" | "--echo")) => {
+                connects = option == "--vsock";
+                cid = rest.next().and_then(|text| text.to_str()).ok_or("--vsock CID")?.parse()?;
             }
+            Some("--serial") => serial = true,
+            Some("--kvm") => kvm = true,
             Some("--") => break,
             _ => return Err(format!("unknown argument {argument:?}").into()),
         }
@@ -97,9 +102,8 @@ fn drive(arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
     }
     let began = Instant::now();
     let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(
-        "-M q35,memory-backend=m -accel tcg,thread=multi -smp 2 -m 1G -nographic -no-reboot".split(' '),
-    );
+    qemu.args("-M q35,memory-backend=m -m 1G -nographic -no-reboot".split(' '));
+    qemu.args(if kvm { "-accel kvm -cpu host -smp 1" } else { "-accel tcg,thread=multi -smp 2" }.split(' '));
     qemu.args(["-nodefaults", "-serial", "stdio", "-object", "memory-backend-memfd,id=m,size=1G,share=on"]);
     qemu.arg("-chardev").arg(format!("socket,id=fs,path={}", fs_path.display()));
     qemu.args(["-device", "vhost-user-fs-pci,chardev=fs,tag=kiln,queue-size=1024"]);
@@ -107,9 +111,20 @@ fn drive(arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
         qemu.arg("-chardev").arg(format!("socket,id=vs,path={}", vsock_path.display()));
         qemu.args(["-device", "vhost-user-vsock-pci,chardev=vs"]);
     }
-    let mut qemu = qemu.args(rest).spawn()?;
+    if serial {
+        let path = directory.path().join("serial");
+        let listener = UnixListener::bind(&path)?;
+        std::thread::spawn(move || listener.incoming().flatten().for_each(|stream| give_back(&stream)));
+        qemu.arg("-chardev").arg(format!("socket,id=serial,path={}", path.display()));
+        qemu.args(["-device", "virtio-serial-pci", "-device", "virtserialport,chardev=serial,name=bench"]);
+    }
     if cid != 0 {
-        echo(&client)?;
+        let incoming = client.listen(5001)?;
+        std::thread::spawn(move || incoming.iter().for_each(|stream| give_back(&stream)));
+    }
+    let mut qemu = qemu.args(rest).spawn()?;
+    if connects {
+        compare(&client)?;
     }
     qemu.wait()?;
     eprintln!("guest ran for {:.2} s", began.elapsed().as_secs_f64());
@@ -127,19 +142,19 @@ fn drive(arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Echoes what the guest sends to port 5001, and sends a pattern to the guest's port 5000, whose echo is
-/// compared. The guest may take its time to listen.
-fn echo(client: &Client) -> Result<(), Box<dyn Error>> {
-    let incoming = client.listen(5001)?;
-    std::thread::spawn(move || {
-        for stream in incoming {
-            std::thread::spawn(move || {
-                let bytes = std::io::copy(&mut &stream, &mut &stream);
-                eprintln!("echoed {bytes:?} to the guest");
-                let _ = stream.shutdown(std::net::Shutdown::Write);
-            });
+/// Gives back what comes, until no more does.
+fn give_back(mut stream: &UnixStream) {
+    let mut buffer = vec![0; 64 << 10];
+    while let Ok(count @ 1..) = stream.read(&mut buffer) {
+        if stream.write_all(&buffer[..count]).is_err() {
+            break;
         }
-    });
+    }
+    let _ = stream.shutdown(std::net::Shutdown::Write);
+}
+
+/// Sends a pattern to the guest's port 5000, whose echo is compared. The guest may take its time to listen.
+fn compare(client: &Client) -> Result<(), Box<dyn Error>> {
     let stream = loop {
         match client.connect(5000, Duration::from_secs(60)) {
             Err(ClientError::Refused(_)) => std::thread::sleep(Duration::from_millis(100)),
