@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln_wire::{Access, Exec, Mount, Scratch, Setup, Source};
+use kiln_wire::{Access, Exec, Mount, Scratch, Setup, Source, ToAgent};
 
 use super::error::RunError;
 use super::event::{Event, Listener};
@@ -376,8 +376,18 @@ pub(super) fn describe(
         carrier: step.carrier,
         cpu: step.cpu,
         network: step.network,
+        rehearsal: rehearsal(&setup),
     };
     Ok((setup, exec, spec))
+}
+
+/// What a machine for such a step can rehearse; none where its root is a share.
+fn rehearsal(setup: &Setup) -> Option<Vec<u8>> {
+    let Source::Disk { .. } = setup.root else { return None };
+    let mut seed = [0; 64];
+    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).ok()?;
+    let rehearsed = Setup { seed, mounts: Vec::new(), load_modules: Vec::new(), ..setup.clone() };
+    Some(ToAgent::Rehearse(rehearsed).encode())
 }
 
 /// SOURCE_DATE_EPOCH as file systems count.

@@ -5,7 +5,6 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use kiln_digest::Digest;
-use kiln_wire::{Setup, Source, ToAgent};
 
 use super::host::Host;
 use super::prepare::Prepared;
@@ -44,7 +43,7 @@ pub(super) struct Readiness {
 
 impl Readiness {
     /// For machines of `spec`; none where they have to be made for their step.
-    pub fn of(host: &Host, series: &Series, prepared: &Prepared, spec: &Spec, setup: &Setup) -> Option<Self> {
+    pub fn of(host: &Host, series: &Series, prepared: &Prepared, spec: &Spec) -> Option<Self> {
         let idle = host.keeper_idle()?;
         let (key, backend) = match &prepared.vmm {
             Some(vmm) => (vmm.ready_key(spec), OrderedBackend::Vmm),
@@ -79,7 +78,7 @@ impl Readiness {
             cpu: spec.cpu,
             disks: read_only.map(|disk| disk.serial.clone()).collect(),
             scratch_bytes: scratch.size().ok()?,
-            rehearsal: rehearsal(setup)?.encode(),
+            rehearsal: spec.rehearsal.clone()?,
             is_pressed,
             idle_seconds: Duration::as_secs(&idle),
             at_once: series.at_once,
@@ -111,12 +110,4 @@ impl Readiness {
     pub fn order(self) -> Option<UnixStream> {
         order(&self.order, &self.disks).ok()
     }
-}
-
-/// What a machine for such a step can rehearse; none where its root is a share.
-fn rehearsal(setup: &Setup) -> Option<ToAgent> {
-    let Source::Disk { .. } = setup.root else { return None };
-    let mut seed = [0; 64];
-    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).ok()?;
-    Some(ToAgent::Rehearse(Setup { seed, mounts: Vec::new(), load_modules: Vec::new(), ..setup.clone() }))
 }

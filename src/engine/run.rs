@@ -284,7 +284,7 @@ pub(super) fn start(
     let (setup, exec, spec) = describe(step, host, &mut prepared)?;
     let _ = events(Event::Phase(Phase::Prepare, stopwatch.lap()));
 
-    let mut readiness = series.and_then(|series| Readiness::of(host, series, &prepared, &spec, &setup));
+    let mut readiness = series.and_then(|series| Readiness::of(host, series, &prepared, &spec));
     let borrowed = readiness.as_mut().and_then(|readiness| readiness.borrow(host, &spec));
     let mut machine = match borrowed {
         Some(machine) => machine,

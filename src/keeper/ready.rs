@@ -281,6 +281,7 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
         carrier: Carrier::Serial,
         cpu: order.cpu,
         network: false,
+        rehearsal: Some(order.rehearsal.clone()),
     };
     let backend = order.backend.open(Templates::new(store.templates(), store.temporary()))?;
     // The files may have changed since they were named.

@@ -105,7 +105,7 @@ pub fn main() -> ExitCode {
 fn launch() -> Result<(), Box<dyn std::error::Error>> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     jail::close_inherited()?;
-    let (request, descriptors) = receive()?;
+    let (request, mut descriptors) = receive()?;
     if rustix::process::getppid().map(Pid::as_raw_pid) != Some(request.parent) {
         return Err("the process that asked for this one is gone".into());
     }
@@ -144,6 +144,7 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             serve_devices(descriptors, vsock_cid)
         }
         Become::Vmm(vmm) => {
+            vmm.open_own(&mut descriptors)?;
             enter_with_shares(&Profile::Vmm)?;
             vmm.run(descriptors)
         }

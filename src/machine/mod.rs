@@ -146,6 +146,8 @@ pub struct Spec {
     pub cpu: Cpu,
     /// Whether it reaches the host's network.
     pub network: bool,
+    /// What the agent of a machine like it can rehearse, a message: the world of such a step, without its shares.
+    pub rehearsal: Option<Vec<u8>>,
 }
 
 /// How strong the boundary around a machine is.

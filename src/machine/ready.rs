@@ -17,7 +17,7 @@ use kiln_virtio::fs::record::Record;
 
 use super::server::give;
 use super::slots::Places;
-use super::template::greeting::{exchange, greet};
+use super::template::greeting::{greet, rehearse};
 use super::template::{Freezer, suits};
 use super::{Death, Disk, Identity, Machine, MachineError, Origin, Share, Spec};
 
@@ -88,8 +88,7 @@ impl Ready {
     /// # Errors
     /// It cannot.
     pub fn rehearse(&mut self, message: &[u8]) -> io::Result<()> {
-        let is_answer = |answer: &_| matches!(answer, kiln_wire::FromAgent::SetupDone);
-        exchange(self.wire()?, message, REHEARSAL_PATIENCE, is_answer).map(drop)
+        rehearse(self.wire()?, message, REHEARSAL_PATIENCE)
     }
 
     fn wire(&self) -> io::Result<&UnixStream> {

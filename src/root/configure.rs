@@ -129,6 +129,7 @@ impl Workshop<'_> {
             carrier: Carrier::Serial,
             cpu: Cpu::Fixed,
             network: false,
+            rehearsal: None,
         })
     }
 

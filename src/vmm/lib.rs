@@ -19,6 +19,7 @@
 //! | [`vcpu`] | the loop that runs a virtual processor |
 //! | [`processor`] | all that one holds |
 //! | [`snapshot`] | all of a frozen machine but its memory |
+//! | [`working_set`] | the pages of it that its copies touch first |
 //! | [`vm`] | all of it put together |
 //!
 //! What it is not: it opens no path, starts no process and locks nothing in. Its caller hands it descriptors, and is
@@ -39,6 +40,7 @@ pub mod serial;
 pub mod snapshot;
 pub mod vcpu;
 pub mod vm;
+pub mod working_set;
 
 pub use vcpu::End;
 pub use vm::{Machine, Origin, Parts, VmError};

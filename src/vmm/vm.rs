@@ -20,7 +20,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use kiln_virtio::device::StateError;
-use kvm_bindings::{kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CAP_PRE_FAULT_MEMORY, kvm_clock_data, kvm_cpuid_entry2, kvm_irqchip, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -35,6 +37,7 @@ use crate::processor::Processor;
 use crate::serial::{self, Console, Port, Power};
 use crate::snapshot::{Snapshot, SnapshotError};
 use crate::vcpu::{self, Buses, End};
+use crate::working_set::WorkingSet;
 
 /// What KVM must be able to do for a machine of ours.
 const NEEDED: [(Cap, &str); 5] = [
@@ -75,6 +78,8 @@ pub struct Parts {
     pub generation: [u8; 16],
     /// Guest memory, as [`crate::memory`] maps it.
     pub memory: GuestMemoryMmap,
+    /// What of it is to be there before the guest runs, where it goes on and that is known.
+    pub working_set: Option<WorkingSet>,
     /// Virtual processors.
     pub cpus: u8,
     /// Which processor the guest sees.
@@ -258,6 +263,13 @@ impl Machine {
                 }
             }
             Origin::Frozen(snapshot) => rest.thaw(&vcpus, &snapshot)?,
+        }
+        if let (Some(set), Some(first)) = (&parts.working_set, vcpus.first()) {
+            set.populate(&rest.memory);
+            // Last: what is mapped for a guest may go with what its processors are told to be.
+            if kvm_device.check_extension_raw(KVM_CAP_PRE_FAULT_MEMORY.into()) > 0 {
+                set.map_into_guest(first);
+            }
         }
         Ok(Self { vcpus, on_end: parts.on_end, rest })
     }

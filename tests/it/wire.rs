@@ -68,6 +68,7 @@ pub fn spec() -> Spec {
         carrier: Carrier::Serial,
         cpu: Cpu::Fixed,
         network: false,
+        rehearsal: None,
     }
 }
 

@@ -204,6 +204,8 @@ const KVM: Allowed = (
             0x5000_aea5,
             0x8188_aea6,
             0x4188_aea7,
+            // Memory that is mapped for it before it runs.
+            0xc040_aed5,
             FIONBIO,
         ],
     ),

@@ -51,6 +51,7 @@ mod tests {
             carrier: Carrier::Serial,
             cpu: Cpu::Fixed,
             network: false,
+            rehearsal: None,
         }
     }
 

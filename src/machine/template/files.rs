@@ -1,4 +1,5 @@
-//! A template in its folder: `ram`, `state`, and `about.json`, which has the digests of both.
+//! A template in its folder: `ram`, `state`, and `about.json`, which has the digests of both; and `working-set`, which comes later,
+//! has a digest of its own, and may be missing.
 //!
 //! The state is read and verified whole each time, and what was verified is what QEMU gets. The memory is two hundred
 //! times as large: it is trusted as long as its file is the one that was written, by device, inode, size and times, and
@@ -11,6 +12,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use kiln_digest::Digest;
+use kiln_vmm::working_set::{self, WorkingSet};
 use rustix::fs::{Mode, OFlags, Timespec, Timestamps, UTIME_NOW, openat};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -22,6 +24,7 @@ use crate::writes::{self, Act, Through};
 const ABOUT: &str = "about.json";
 const STATE: &str = "state";
 const RAM: &str = "ram";
+const WORKING_SET: &str = "working-set";
 
 /// Longest files that are read: a state has a third of a mebibyte.
 const MOST_ABOUT_BYTES: u64 = 64 << 10;
@@ -82,6 +85,8 @@ pub struct Template {
     pub state: Vec<u8>,
     /// The guest's memory, with holes.
     pub ram: File,
+    /// What of it copies touch first, where that is known.
+    pub working_set: Option<WorkingSet>,
 }
 
 /// Opens the template at `path`, and notes that it is used; none where there is none.
@@ -119,7 +124,35 @@ pub fn open(path: &Path, memory_bytes: u64) -> Result<Option<Template>, Template
     }
     // Not being able to note it makes it go earlier.
     let _ = touch(&about);
-    Ok(Some(Template { version: known.version, state, ram }))
+    // One that is damaged is as good as none.
+    let working_set = working_set(&folder, memory_bytes).ok().flatten();
+    Ok(Some(Template { version: known.version, state, ram, working_set }))
+}
+
+/// The working set in the template's `folder`, if it is there.
+///
+/// # Errors
+/// It is not what was written.
+fn working_set(folder: &File, memory_bytes: u64) -> Result<Option<WorkingSet>, TemplateError> {
+    let damaged = TemplateError::Damaged("its working set is damaged");
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let bytes = match openat(folder, WORKING_SET, flags, Mode::empty()) {
+        Ok(file) => read(&file.into(), working_set::MOST_BYTES + 1)?,
+        Err(Errno::NOENT) => return Ok(None),
+        Err(_) => return Err(damaged),
+    };
+    WorkingSet::decode(&bytes, memory_bytes).map(Some).map_err(|_| damaged)
+}
+
+/// Keeps `set` as the working set of the template at `path`.
+///
+/// # Errors
+/// What writing says.
+pub fn keep_working_set(path: &Path, set: &WorkingSet) -> io::Result<()> {
+    let (new, place) = (path.join(format!("{WORKING_SET}.new")), path.join(WORKING_SET));
+    let file = writes::create(&new)?;
+    Through::new(&file, &new).write_all(&set.encode())?;
+    writes::rename(&new, &place)
 }
 
 /// Holds all of the template at `path` against its digests, its memory too.
@@ -136,6 +169,8 @@ pub fn verify(path: &Path) -> Result<(), TemplateError> {
     let same = serde_json::to_vec_pretty(&known).is_ok_and(|again| again == text);
     let sum = About::sum(&name_of(path), &known.version, &known.state, &known.ram);
     let ram = file(&folder, RAM)?;
+    let memory_bytes = ram.metadata().map_err(TemplateError::io("look at a template"))?.len();
+    working_set(&folder, memory_bytes)?;
     if !same || sum != known.sum {
         return Err(Damaged("its description is damaged"));
     }
@@ -256,5 +291,32 @@ pub fn collect(folder: &Path, temporary: &Path, latest: &Digest) {
                 let _ = writes::remove(&folder.join(format!("{name}.{kind}")));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MEMORY_BYTES: u64 = 1 << 30;
+
+    #[test]
+    fn a_working_set_is_what_was_kept_or_none() {
+        let template = tempfile::tempdir().expect("a folder");
+        let path = template.path().join(WORKING_SET);
+        let found = || working_set(&File::open(template.path()).expect("a folder"), MEMORY_BYTES);
+        assert!(found().is_ok_and(|set| set.is_none()), "there is none yet");
+        let set = WorkingSet::empty(MEMORY_BYTES);
+        for _ in 0..2 {
+            keep_working_set(template.path(), &set).expect("room");
+            assert!(found().is_ok_and(|found| found == Some(WorkingSet::empty(MEMORY_BYTES))));
+        }
+        for damaged in [&b"damaged"[..], &[], &[set.encode(), vec![0]].concat(), &[0; 1 << 20]] {
+            fs::write(&path, damaged).expect("room");
+            assert!(found().is_err(), "{} bytes", damaged.len());
+        }
+        fs::remove_file(&path).expect("a file");
+        std::os::unix::fs::symlink("/etc/hostname", &path).expect("a link");
+        assert!(found().is_err(), "a link is none of ours");
     }
 }

@@ -16,6 +16,15 @@ pub fn greet(wire: &UnixStream, patience: Duration) -> io::Result<Vec<String>> {
     exchange(wire, &ToAgent::Hello { version: VERSION }.encode(), patience, is_answer)
 }
 
+/// Lets the agent on `wire` rehearse a step: `message` says which.
+///
+/// # Errors
+/// Those of [`greet`]; it cannot.
+pub fn rehearse(wire: &UnixStream, message: &[u8], patience: Duration) -> io::Result<()> {
+    let is_answer = |answer: &FromAgent| *answer == FromAgent::SetupDone;
+    exchange(wire, message, patience, is_answer).map(drop)
+}
+
 /// Sends one message, and waits for its answer, as [`greet`] does; complaints meanwhile are returned.
 ///
 /// # Errors

@@ -7,6 +7,9 @@
 //!            └──▶ make, under a lock ◀─────┘ once, with a note; after that the machine boots
 //! ```
 //!
+//! Where copies map the template's memory, one that is nobody's goes their way first, as far as a rehearsal goes, and the pages that
+//! it touched are kept as the template's working set ([`kiln_vmm::working_set`]).
+//!
 //! This is the same for every backend whose machines can be frozen ([`Freezer`]). A template's memory is a sparse file: a copy by
 //! QEMU has its own in memory, and those by kiln's VMM share what they only read. Its state is what the backend knows
 //! beside. What every copy has from its template was drawn before there was a step: layout of the kernel
@@ -27,13 +30,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kiln_digest::Digest;
+use kiln_vmm::working_set::WorkingSet;
 use kiln_wire::{FromAgent, Scratch, ToAgent};
 
 pub(super) use self::files::Template;
 use self::greeting::{exchange, greet};
 use super::ready::Lendable;
 use super::slots::Places;
-use super::{Carrier, Cpu, Death, MachineError, Spec, in_full, scratch, serial};
+use super::{Carrier, Cpu, Death, Disk, MachineError, Spec, in_full, scratch, serial};
 use crate::shortage::Shortage;
 use crate::writes;
 
@@ -62,6 +66,9 @@ pub(super) trait Freezer {
     /// Its machines.
     type Machine: Lendable;
 
+    /// Whether its copies have a use for their template's working set.
+    const HAS_WORKING_SETS: bool = false;
+
     /// Where its templates are, if it has any.
     fn templates(&self) -> Option<&Templates>;
 
@@ -83,6 +90,19 @@ pub(super) trait Freezer {
     /// # Errors
     /// See [`TemplateError`].
     fn thaw(&self, template: &Template, spec: &Spec) -> Result<Self::Machine, TemplateError>;
+
+    /// What a copy of `template` for `spec` touches until it has carried out `rehearsal`. It is made for that and thrown away.
+    ///
+    /// # Errors
+    /// See [`TemplateError`]; that there is none.
+    fn find_working_set(
+        &self,
+        _template: &Template,
+        _spec: &Spec,
+        _rehearsal: &[u8],
+    ) -> Result<WorkingSet, TemplateError> {
+        Err(TemplateError::Damaged("its copies have no use for a working set"))
+    }
 }
 
 /// A machine that was frozen.
@@ -165,7 +185,25 @@ fn blank(spec: &Spec) -> Spec {
         carrier: spec.carrier,
         cpu: spec.cpu,
         network: spec.network,
+        rehearsal: None,
     }
+}
+
+/// The machine of `spec` without its shares, and with a scratch disk of its own in `temporary`; none where it would write to
+/// another disk.
+fn stand_in(spec: &Spec, temporary: &Path) -> io::Result<Option<Spec>> {
+    let mut disks = Vec::new();
+    for disk in &spec.disks {
+        if disk.read_only {
+            let (serial, file) = (disk.serial.clone(), disk.file.try_clone()?);
+            disks.push(Disk { serial, file, read_only: true });
+        } else if disk.serial == serial::SCRATCH {
+            disks.push(scratch::disk(temporary, disk.size()?)?);
+        } else {
+            return Ok(None);
+        }
+    }
+    Ok(Some(Spec { disks, ..blank(spec) }))
 }
 
 impl Templates {
@@ -180,7 +218,7 @@ impl Templates {
         let mut notes = Vec::new();
         let Ok(key) = freezer.key(spec) else { return Err(notes) };
         for _ in 0..2 {
-            let template = match self.find_or_make(freezer, spec, &key, &mut notes) {
+            let mut template = match self.find_or_make(freezer, spec, &key, &mut notes) {
                 Ok(template) => template,
                 Err(TemplateError::Barren) => return Err(notes),
                 Err(error) => {
@@ -188,6 +226,9 @@ impl Templates {
                     return Err(notes);
                 }
             };
+            if F::HAS_WORKING_SETS && template.working_set.is_none() {
+                template.working_set = self.find_working_set(freezer, spec, &key, &template);
+            }
             match freezer.thaw(&template, spec) {
                 Ok(mut machine) => {
                     machine.note(notes);
@@ -206,6 +247,27 @@ impl Templates {
             }
         }
         Err(notes)
+    }
+
+    /// The working set of `template`, which is kept then; none where nobody says what is to be rehearsed, or another kiln is at it.
+    /// Where it cannot be found it is one without pages, and nobody looks for it again.
+    fn find_working_set<F: Freezer>(
+        &self,
+        freezer: &F,
+        spec: &Spec,
+        key: &Digest,
+        template: &Template,
+    ) -> Option<WorkingSet> {
+        let rehearsal = spec.rehearsal.as_ref()?;
+        let stand_in = stand_in(spec, &self.temporary).ok()??;
+        let lock = writes::create(&self.lock_path(key)).ok()?;
+        lock.try_lock().ok()?;
+        let path = self.folder.join(key.to_string());
+        let found = freezer.find_working_set(template, &stand_in, rehearsal);
+        let set = found.unwrap_or_else(|_| WorkingSet::empty(spec.memory_bytes));
+        // Where it cannot be kept, the next looks for it again.
+        let _ = files::keep_working_set(&path, &set);
+        Some(set)
     }
 
     fn find_or_make<F: Freezer>(
@@ -259,11 +321,14 @@ impl Templates {
         }
     }
 
+    fn lock_path(&self, key: &Digest) -> PathBuf {
+        self.folder.join(format!("{key}.lock"))
+    }
+
     /// The lock under which the template `key` is made and thrown away; its file was written to just now.
     fn lock(&self, key: &Digest) -> Result<File, TemplateError> {
         let io = TemplateError::io;
-        let path = self.folder.join(format!("{key}.lock"));
-        let lock = writes::create(&path).map_err(io("lock a template"))?;
+        let lock = writes::create(&self.lock_path(key)).map_err(io("lock a template"))?;
         let give_up = Instant::now() + MAKING_PATIENCE;
         loop {
             match lock.try_lock() {
@@ -348,6 +413,11 @@ pub(super) fn settle(machine: &mut impl Lendable) -> Result<Vec<String>, Templat
 /// Waits for the machine's agent to answer, and returns what it complained of.
 pub(super) fn answer(machine: &mut impl Lendable, patience: Duration) -> Result<Vec<String>, TemplateError> {
     asked(machine, |wire| greet(wire, patience))
+}
+
+/// Lets the machine's agent carry out `rehearsal`, a message.
+pub(super) fn rehearse(machine: &mut impl Lendable, rehearsal: &[u8]) -> Result<(), TemplateError> {
+    asked(machine, |wire| greeting::rehearse(wire, rehearsal, COPY_PATIENCE).map(|()| Vec::new())).map(drop)
 }
 
 fn asked(

@@ -10,16 +10,18 @@ mod process;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use kiln_digest::Digest;
 use kiln_virtio::fs::record::Record;
+use kiln_vmm::working_set::{self, WorkingSet};
 use kiln_vmm::{End, memory};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 pub(super) use self::process::Vmm;
-use self::process::{DiskOf, Origin as Begin};
+use self::process::{DiskOf, Origin as Begin, WORKING_SET};
 use super::launch::{Become, RAM};
 use super::ready::Lendable;
 use super::server::{Server, pair};
@@ -27,7 +29,7 @@ use super::slots::{Places, SLOT_BYTES, SLOTS};
 use super::spawn::in_words;
 use super::tail::Tail;
 use super::template::{
-    self, COPY_PATIENCE, Freezer, Frozen, Template, TemplateError, Templates, answer, settle,
+    self, COPY_PATIENCE, Freezer, Frozen, Template, TemplateError, Templates, answer, rehearse, settle,
 };
 use super::wire::Wire;
 use super::{
@@ -85,11 +87,16 @@ impl KilnVmm {
                 add(RAM, ram);
                 (Origin::Boot, Begin::Boot { command_line: command_line(spec.carrier), becomes_template })
             }
-            Begins::Thaw(template) => {
+            Begins::Thaw { template, shows_working_set } => {
                 let ram = template.ram.try_clone().map_err(MachineError::io("hold a template's memory"))?;
                 add(RAM, ram);
                 add("state", held(&template.state).map_err(MachineError::io("hold a template's state"))?);
-                (Origin::Template, Begin::Frozen)
+                // What is put in place ahead would show as touched.
+                if let (Some(set), false) = (&template.working_set, shows_working_set) {
+                    let held = held(&set.encode()).map_err(MachineError::io("hold a working set"))?;
+                    add(WORKING_SET, held);
+                }
+                (Origin::Template, Begin::Frozen { shows_working_set })
             }
         };
         let mut wire = None;
@@ -103,7 +110,7 @@ impl KilnVmm {
         for (slot, disk) in SLOTS.iter().zip(places.slots) {
             let (serial, read_only) = (slot.serial.to_owned(), slot.read_only);
             // A copy's driver keeps the size that it saw when the slot was empty.
-            let capacity = (disk.is_none() || matches!(begin, Begin::Frozen)).then_some(SLOT_BYTES);
+            let capacity = (disk.is_none() || matches!(begin, Begin::Frozen { .. })).then_some(SLOT_BYTES);
             disks.push(DiskOf { serial, read_only, capacity, is_there: disk.is_some() });
         }
         for disk in &places.others {
@@ -150,13 +157,13 @@ enum Begins<'a> {
     /// At its kernel, in this memory.
     Boot { ram: File, becomes_template: bool },
     /// Where another was frozen.
-    Thaw(&'a Template),
+    Thaw { template: &'a Template, shows_working_set: bool },
 }
 
 /// `bytes` as a file for another process to read.
 fn held(bytes: &[u8]) -> io::Result<File> {
     let file = File::from(memfd_create("state", MemfdFlags::CLOEXEC)?);
-    std::os::unix::fs::FileExt::write_all_at(&file, bytes, 0)?;
+    file.write_all_at(bytes, 0)?;
     Ok(file)
 }
 
@@ -176,6 +183,8 @@ impl Backend for KilnVmm {
 
 impl Freezer for KilnVmm {
     type Machine = VmmMachine;
+
+    const HAS_WORKING_SETS: bool = true;
 
     fn templates(&self) -> Option<&Templates> {
         self.templates.as_ref()
@@ -205,9 +214,28 @@ impl Freezer for KilnVmm {
     }
 
     fn thaw(&self, template: &Template, spec: &Spec) -> Result<VmmMachine, TemplateError> {
-        let mut machine = self.bring_up(spec, Begins::Thaw(template))?;
+        let mut machine = self.bring_up(spec, Begins::Thaw { template, shows_working_set: false })?;
         answer(&mut machine, COPY_PATIENCE)?;
         Ok(machine)
+    }
+
+    fn find_working_set(
+        &self,
+        template: &Template,
+        spec: &Spec,
+        rehearsal: &[u8],
+    ) -> Result<WorkingSet, TemplateError> {
+        let mut machine = self.bring_up(spec, Begins::Thaw { template, shows_working_set: true })?;
+        answer(&mut machine, COPY_PATIENCE)?;
+        rehearse(&mut machine, rehearsal)?;
+        let file = held(&[]).map_err(TemplateError::io("hold a working set"))?;
+        let server = &machine.server;
+        let written = server.control()?.write_working_set(file.as_fd());
+        written.map_err(|error| server.failure(&error))?;
+        let mut bytes = vec![0; usize::try_from(working_set::MOST_BYTES).unwrap_or(usize::MAX)];
+        let length = file.read_at(&mut bytes, 0).map_err(TemplateError::io("read a working set"))?;
+        WorkingSet::decode(&bytes[..length], spec.memory_bytes)
+            .map_err(|_| TemplateError::Damaged("its working set is damaged"))
     }
 }
 

@@ -23,6 +23,7 @@ use kiln_vmm::local::{Local, Thread};
 use kiln_vmm::mmio::Registers;
 use kiln_vmm::snapshot::Snapshot;
 use kiln_vmm::vm::{OnEnd, Running, Slot};
+use kiln_vmm::working_set::{self, WorkingSet};
 use kiln_vmm::{End, Machine, Parts, memory};
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
@@ -33,7 +34,7 @@ use crate::machine::server::GUEST_CID;
 use crate::threads;
 
 /// What its machine is to be, beside the descriptors `kvm`, `console`, `control`, `ram`, `kernel` and `initramfs` or `state`,
-/// `wire` where no vsock carries it, and `disk0` and so on.
+/// [`WORKING_SET`] or [`PAGEMAP`], `wire` where no vsock carries it, and `disk0` and so on.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Vmm {
     /// Where it begins.
@@ -50,6 +51,11 @@ pub struct Vmm {
     pub disks: Vec<DiskOf>,
 }
 
+/// The working set of the machine's template, where it is known.
+pub const WORKING_SET: &str = "working-set";
+/// What tells the process about its own pages, in a machine that is there to show its working set.
+pub const PAGEMAP: &str = "pagemap";
+
 /// Where a machine begins.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Origin {
@@ -61,7 +67,10 @@ pub enum Origin {
         becomes_template: bool,
     },
     /// Where it was frozen, as `state` says.
-    Frozen,
+    Frozen {
+        /// Whether it is there to show what it touches, and for nothing else.
+        shows_working_set: bool,
+    },
 }
 
 /// A disk of a machine.
@@ -85,6 +94,8 @@ enum Word {
     Stop(Sender<Result<(), String>>),
     /// The machine is to be frozen into this file.
     Freeze(File, Sender<Result<(), String>>),
+    /// What the guest has touched is to be said into this file.
+    WorkingSet(File, Sender<Result<(), String>>),
     /// The parent is gone.
     Left,
 }
@@ -109,6 +120,10 @@ impl Guest for Owner {
     fn freeze(&mut self, state: File) -> Result<(), String> {
         self.ask(|answer| Word::Freeze(state, answer))
     }
+
+    fn working_set(&mut self, to: File) -> Result<(), String> {
+        self.ask(|answer| Word::WorkingSet(to, answer))
+    }
 }
 
 /// Descriptors by name.
@@ -121,6 +136,18 @@ impl Descriptors {
 }
 
 impl Vmm {
+    /// Adds what it needs and can open for itself only, before it is locked in: what tells the process about its own pages, where
+    /// that is what its machine is there for.
+    ///
+    /// # Errors
+    /// What open(2) says.
+    pub fn open_own(&self, descriptors: &mut BTreeMap<String, OwnedFd>) -> io::Result<()> {
+        if let Origin::Frozen { shows_working_set: true } = self.origin {
+            descriptors.insert(PAGEMAP.to_owned(), File::open("/proc/self/pagemap")?.into());
+        }
+        Ok(())
+    }
+
     /// Runs the machine until the parent hangs up. How the guest ended is said on standard error.
     ///
     /// # Errors
@@ -136,7 +163,7 @@ impl Vmm {
         let (words, inbox) = mpsc::channel();
         let memory = match self.origin {
             Origin::Boot { .. } => memory::map(&ram, self.memory_bytes)?,
-            Origin::Frozen => memory::map_private(&ram, self.memory_bytes)?,
+            Origin::Frozen { .. } => memory::map_private(&ram, self.memory_bytes)?,
         };
         let control = UnixStream::from(descriptors.take("control")?);
         let cid = self.has_vsock.then_some(GUEST_CID);
@@ -161,7 +188,7 @@ impl Vmm {
         }
         let rng = match self.origin {
             Origin::Boot { becomes_template: true, .. } => Rng::silent(),
-            Origin::Boot { .. } | Origin::Frozen => Rng::new(),
+            Origin::Boot { .. } | Origin::Frozen { .. } => Rng::new(),
         };
         let plain = |name| Thread { name, confine: jail::enter_plain_device, narrowing: None };
         slots.push(devices.slot(plain("rng"), rng)?);
@@ -188,13 +215,19 @@ impl Vmm {
                 initramfs: descriptors.take("initramfs")?.into(),
                 command_line,
             },
-            Origin::Frozen => {
+            Origin::Frozen { .. } => {
                 let mut bytes = Vec::new();
                 File::from(descriptors.take("state")?).read_to_end(&mut bytes)?;
                 kiln_vmm::Origin::Frozen(Box::new(Snapshot::decode(&bytes)?))
             }
         };
         let console = File::from(descriptors.take("console")?);
+        let working_set = descriptors.take(WORKING_SET).ok().and_then(|file| {
+            let mut bytes = Vec::new();
+            File::from(file).take(working_set::MOST_BYTES).read_to_end(&mut bytes).ok()?;
+            WorkingSet::decode(&bytes, self.memory_bytes).ok()
+        });
+        let pages = Pages { map: descriptors.take(PAGEMAP).ok().map(File::from), memory: memory.clone() };
         let mut generation = [0; 16];
         rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty())?;
         let machine = Machine::new(Parts {
@@ -202,6 +235,7 @@ impl Vmm {
             origin,
             generation,
             memory: memory.clone(),
+            working_set,
             cpus: self.cpus,
             model: if self.host_cpu { Model::Host } else { Model::Fixed },
             console: Box::new(console),
@@ -218,7 +252,7 @@ impl Vmm {
         threads::start_small("control", serve)?;
         let running = machine.start(jail::enter_processor)?;
         jail::enter_owner()?;
-        own(running, &inbox)
+        own(running, &inbox, &pages)
     }
 }
 
@@ -238,13 +272,31 @@ impl Devices<'_> {
     }
 }
 
+/// The guest's memory in this process.
+struct Pages {
+    /// What tells which of its pages there are.
+    map: Option<File>,
+    memory: GuestMemoryMmap,
+}
+
+impl Pages {
+    fn write_working_set(&self, mut to: File) -> io::Result<()> {
+        let map = self.map.as_ref().ok_or_else(|| io::Error::other("this machine is not there for that"))?;
+        to.write_all(&WorkingSet::of(map, &self.memory)?.encode())
+    }
+}
+
 /// Says `what` to the parent, on standard error and at once: it believes a whole line.
 fn say(what: &dyn std::fmt::Display) {
     let _ = io::stderr().write_all(format!("kiln: {what}\n").as_bytes());
 }
 
 /// Does with the machine what it is told to, until the parent leaves.
-fn own(mut running: Running, inbox: &Receiver<Word>) -> Result<(), Box<dyn std::error::Error>> {
+fn own(
+    mut running: Running,
+    inbox: &Receiver<Word>,
+    pages: &Pages,
+) -> Result<(), Box<dyn std::error::Error>> {
     let mut has_ended = false;
     while let Ok(word) = inbox.recv() {
         match word {
@@ -255,6 +307,9 @@ fn own(mut running: Running, inbox: &Receiver<Word>) -> Result<(), Box<dyn std::
             }
             Word::Freeze(state, answer) => {
                 let _ = answer.send(freeze(&mut running, state).map_err(|error| error.to_string()));
+            }
+            Word::WorkingSet(to, answer) => {
+                let _ = answer.send(pages.write_working_set(to).map_err(|error| error.to_string()));
             }
             // Several may say so, of which the first is why.
             Word::Ended(_) if has_ended => {}

@@ -187,6 +187,15 @@ impl Client {
         self.ask(Ask::Freeze, Some(state), PATIENCE).map(drop)
     }
 
+    /// Has it say into `to` which pages of its memory the guest has touched, where it runs in that process and the machine is
+    /// there for that.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn write_working_set(&self, to: BorrowedFd<'_>) -> Result<(), ClientError> {
+        self.ask(Ask::WorkingSet, Some(to), PATIENCE).map(drop)
+    }
+
     /// The record of everything the guest has asked so far. To be called when its run is over; calling it
     /// earlier gives what was asked until then.
     ///

@@ -16,6 +16,7 @@
 //! | `Connect` | one end of a stream | the guest has accepted or refused |
 //! | `Stop` | | the guest, where it runs in that process, does no more |
 //! | `Freeze` | a file | the guest has stopped, and its machine without the memory is in the file |
+//! | `WorkingSet` | a file | which pages of its memory the guest has touched is in the file |
 //! | `Finish` | | the record has been sent, as `Event::Record` parts |
 
 mod client;
@@ -79,6 +80,8 @@ pub enum Ask {
     Stop,
     /// Freeze it into the file that comes along.
     Freeze,
+    /// Say into the file that comes along which pages of its memory the guest has touched.
+    WorkingSet,
     /// Look once more at what was read, and send the record.
     Finish,
 }

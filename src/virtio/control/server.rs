@@ -31,6 +31,12 @@ pub trait Guest: Send {
     /// # Errors
     /// Why not, in words.
     fn freeze(&mut self, state: File) -> Result<(), String>;
+
+    /// Writes down which pages of its memory it has touched, in a machine that is there for that.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    fn working_set(&mut self, to: File) -> Result<(), String>;
 }
 
 /// The sending half of the connection to the parent.
@@ -193,6 +199,7 @@ impl Server {
             }
             (Ask::Stop, None, _) => self.guest().and_then(|guest| guest.stop()),
             (Ask::Freeze, Some(state), _) => self.guest().and_then(|guest| guest.freeze(state.into())),
+            (Ask::WorkingSet, Some(to), _) => self.guest().and_then(|guest| guest.working_set(to.into())),
             (Ask::Listen { port }, None, Some((_, listening))) => {
                 listening.lock().unwrap_or_else(PoisonError::into_inner).insert(port);
                 Ok(())

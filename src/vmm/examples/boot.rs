@@ -75,6 +75,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         },
         generation: [0; 16],
         memory,
+        working_set: None,
         cpus,
         model: Model::Fixed,
         console: Box::new(std::io::stdout()),

@@ -59,6 +59,7 @@ fn parts(kvm: impl Into<OwnedFd>, code: &[u8]) -> (Parts, Printed) {
         },
         generation: [7; 16],
         memory: map(&make_file(LEAST_BYTES).expect("memory"), LEAST_BYTES).expect("a mapping"),
+        working_set: None,
         cpus: 1,
         model: Model::Fixed,
         console: Box::new(printed.clone()),
@@ -228,6 +229,36 @@ fn copies_of_a_frozen_machine_go_on_where_it_was_each_for_itself() {
         let end = end_of(Parts { origin, memory, cpus: 2, ..parts }, || Ok(()));
         assert_eq!((end, &printed.0.lock().expect("a whole lock")[..]), (End::PoweredOff, &[mark][..]));
     }
+}
+
+#[test]
+fn a_copy_that_has_its_working_set_ahead_goes_on_as_any_other() {
+    let Some(device) = device() else { return };
+    let (snapshot, ram) = frozen(&device, 2);
+    let bytes = snapshot.encode().expect("text");
+    let pagemap = File::open("/proc/self/pagemap").expect("/proc");
+    let run = |working_set| {
+        let memory = map_private(&ram, LEAST_BYTES).expect("a mapping");
+        let (parts, printed) = parts(device.try_clone().expect("a descriptor"), WAITS);
+        let origin = Origin::Frozen(Box::new(Snapshot::decode(&bytes).expect("a snapshot")));
+        let (sender, ends) = mpsc::channel();
+        let on_end: OnEnd = Arc::new(move |end| drop(sender.send(end)));
+        let parts = Parts { origin, memory: memory.clone(), working_set, cpus: 2, on_end, ..parts };
+        let machine = Machine::new(parts).expect("a machine");
+        let before = WorkingSet::of(&pagemap, &memory).expect("few pages");
+        memory.write_obj(b'z', MARK).expect("memory");
+        let running = machine.start(|| Ok(())).expect("threads");
+        let end = ends.recv().expect("an end");
+        drop(running);
+        assert_eq!((end, &printed.0.lock().expect("a whole lock")[..]), (End::PoweredOff, &b"z"[..]));
+        (before, WorkingSet::of(&pagemap, &memory).expect("few pages"))
+    };
+    let (before, touched) = run(None);
+    assert!(before.written_pages() < touched.written_pages());
+    let (before, after) =
+        run(Some(WorkingSet::decode(&touched.encode(), LEAST_BYTES).expect("a working set")));
+    assert_eq!(before.written_pages(), touched.written_pages(), "they are there before it runs");
+    assert_eq!(after.written_pages(), touched.written_pages());
 }
 
 #[test]
