@@ -51,8 +51,8 @@ const OF_A_FILE: u64 = 1 << 61;
 const ENTRIES: usize = 8192;
 
 /// KVM_PRE_FAULT_MEMORY (linux/kvm.h, since Linux 6.11).
-const PRE_FAULT_MEMORY: libc::c_ulong =
-    ioctl_expr(_IOC_READ | _IOC_WRITE, KVMIO, 0xd5, size_of::<kvm_pre_fault_memory>() as u32);
+const PRE_FAULT_MEMORY: libc::c_ulong = ioctl_expr(_IOC_READ | _IOC_WRITE, KVMIO, 0xd5, 64);
+const _: () = assert!(size_of::<kvm_pre_fault_memory>() == 64, "the number has the size");
 /// How often KVM is asked again that did nothing and said to.
 const MOST_VAIN: u32 = 8;
 
@@ -164,7 +164,7 @@ impl WorkingSet {
         let mut body = self.memory_bytes.to_le_bytes().to_vec();
         for range in &self.ranges {
             body.extend(range.first.to_le_bytes());
-            body.extend((range.pages << 1 | u64::from(range.access == Access::Write)).to_le_bytes());
+            body.extend(((range.pages << 1) | u64::from(range.access == Access::Write)).to_le_bytes());
         }
         [&MAGIC[..], &VERSION.to_le_bytes(), Digest::of(&body).as_bytes(), &body].concat()
     }

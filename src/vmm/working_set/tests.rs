@@ -121,9 +121,8 @@ fn a_copy_shows_what_it_touched_and_another_has_it_before_it_touches_anything() 
     };
     assert_eq!(written(&touched), [(3, 2), (700, 1)]);
     let reads_of = |set: &WorkingSet, page: u64| {
-        let reads =
-            |range: &&Range| range.access == Access::Read && (range.first..range.end()).contains(&page);
-        set.ranges.iter().find(reads).is_some()
+        let mut read = set.ranges.iter().filter(|range| range.access == Access::Read);
+        read.any(|range| (range.first..range.end()).contains(&page))
     };
     assert!(reads_of(&touched, 2000) && !reads_of(&touched, 1900), "{touched:?}");
 
