@@ -144,7 +144,7 @@ fn what_is_written_is_in_the_file_and_is_read_again() {
 #[test]
 fn requests_that_are_there_at_once_are_answered_in_their_order() {
     let file = file();
-    let mut driver = Driver::new(file.try_clone().expect("a file"), false);
+    let driver = Driver::new(file.try_clone().expect("a file"), false);
     driver.memory.write_slice(&[9; 512], GuestAddress(DATA)).expect("memory");
     // Sector 1 as it was, as the second request leaves it and as the fourth does; and what no sector is.
     let asked = [(IN, 1, 1), (OUT, 1, 0), (IN, 1, 2), (DISCARD, 0, 3), (IN, 1, 4), (IN, 4, 5)];
