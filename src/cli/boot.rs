@@ -16,7 +16,7 @@ use crate::boot::{Boot, BootError, DiskChoice, SshChoice, Told, boot, check, fin
 use crate::engine::{Boundary, Host};
 use crate::machine::qemu::firmware::{Bus, Format};
 use crate::plan::script::{self, ScriptError, Statement};
-use crate::plan::{harmless, parse_bytes, show_duration, without_commands};
+use crate::plan::{MEMORY_BYTES, harmless, parse_bytes, show_duration, without_commands};
 
 /// How a disk may be attached.
 const BUSES: [(&str, Bus); 4] =
@@ -164,8 +164,11 @@ pub(super) fn read(arguments: &BootArguments) -> Result<Boot, Failure> {
     }
     let memory_bytes = parse_bytes(&arguments.memory)
         .map_err(|_| usage(format!("--memory is a size such as 512M, not `{}`", arguments.memory)))?;
-    if memory_bytes < 128 << 20 {
-        return Err(usage(format!("--memory is at least 128M, and not `{}`", arguments.memory)));
+    if !MEMORY_BYTES.contains(&memory_bytes) {
+        return Err(usage(format!(
+            "--memory is at least 128M and at most 16T, and not `{}`",
+            arguments.memory
+        )));
     }
     let secure_boot = match (arguments.secure_boot.as_str(), &arguments.enroll) {
         ("off" | "setup", Some(folder)) => SecureBoot::Enrol(folder.clone()),

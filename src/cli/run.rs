@@ -28,7 +28,9 @@ use crate::engine::{
 use crate::keeper::Kept;
 use crate::keeper::background::Caller;
 use crate::machine::{Carrier, Cpu};
-use crate::plan::{Outputs, RootSpec, parse_bytes, parse_duration, show_bytes, show_duration};
+use crate::plan::{
+    MEMORY_BYTES, Outputs, RootSpec, SCRATCH_BYTES, parse_bytes, parse_duration, show_bytes, show_duration,
+};
 use crate::root::debian::DebianSpec;
 use crate::settings::{Flags, Settings};
 
@@ -255,14 +257,20 @@ pub(super) fn step(arguments: &RunArguments) -> Result<Step, Failure> {
     let mut globs: Vec<&str> = outputs.globs().collect();
     globs.sort_unstable();
     let memory_bytes = bytes("--memory", &arguments.memory)?;
-    if memory_bytes < 128 << 20 {
+    let wrong = |text: String| Failure { text, hint: None, code: USAGE };
+    if memory_bytes < *MEMORY_BYTES.start() {
         let text = format!("--memory {} is too little: a machine needs 128M to boot", arguments.memory);
-        return Err(Failure { text, hint: None, code: USAGE });
+        return Err(wrong(text));
+    }
+    if memory_bytes > *MEMORY_BYTES.end() {
+        return Err(wrong(format!("--memory {} is too much: 16T is the most", arguments.memory)));
     }
     let scratch_bytes = bytes("--scratch", &arguments.scratch)?;
-    if scratch_bytes < 1 << 20 {
-        let text = format!("--scratch {} is too little: 1M is the least", arguments.scratch);
-        return Err(Failure { text, hint: None, code: USAGE });
+    if scratch_bytes < *SCRATCH_BYTES.start() {
+        return Err(wrong(format!("--scratch {} is too little: 1M is the least", arguments.scratch)));
+    }
+    if scratch_bytes > *SCRATCH_BYTES.end() {
+        return Err(wrong(format!("--scratch {} is too much: 8T is the most", arguments.scratch)));
     }
     let timeout = arguments.timeout.as_deref().map(|text| duration("--timeout", text)).transpose()?;
     let cpus = arguments.cpus.unwrap_or(0);

@@ -17,7 +17,10 @@ pub use environment::{DEFAULT_SOURCE_DATE_EPOCH, EnvError, Environment, FIXED_PA
 pub use graph::{Plan, PlannedStep, StepId, is_commit};
 pub use output::{OutputError, Outputs};
 pub use overlap::globs_meet;
-pub use quantity::{ParseQuantityError, parse_bytes, parse_duration, show_age, show_bytes, show_duration};
+pub use quantity::{
+    MEMORY_BYTES, ParseQuantityError, SCRATCH_BYTES, parse_bytes, parse_duration, show_age, show_bytes,
+    show_duration,
+};
 pub use recipe::nearest;
 pub use root::{ParseRootError, RootSpec};
 pub use shell::quote;

@@ -1,6 +1,12 @@
 //! Sizes and durations as people write them.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
+
+/// Memory that a machine may have, in bytes: Linux does not come up in less, nor every processor address more.
+pub const MEMORY_BYTES: RangeInclusive<u64> = 128 << 20..=1 << 44;
+/// How large a scratch disk may be, in bytes: files of more than twice the most are beyond ext4.
+pub const SCRATCH_BYTES: RangeInclusive<u64> = 1 << 20..=1 << 43;
 
 /// Text that is no size or duration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -1,13 +1,13 @@
 //! From the tables of a recipe to steps: names resolved, quantities and globs read, an order found.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use globset::{GlobBuilder, GlobSetBuilder};
 
 use super::{Command, DEFAULT_ROOT, Ignore, Kernel, Limits, Output, PlannedStep, Root, StepId};
 use crate::plan::recipe::{Expanded, Fault, LimitsTable, Recipe, RootTable, StepTable, Text, nearest};
-use crate::plan::{Outputs, RootSpec, parse_bytes, parse_duration, show_bytes};
+use crate::plan::{MEMORY_BYTES, Outputs, RootSpec, SCRATCH_BYTES, parse_bytes, parse_duration, show_bytes};
 
 /// What names something that a step puts out begins with.
 const STEP: &str = "step:";
@@ -241,15 +241,17 @@ impl Reader<'_> {
     }
 
     fn limits(&self, table: &LimitsTable) -> Result<Limits, Fault> {
-        let bytes = |text: &Option<Text>, least: u64| {
+        let bytes = |text: &Option<Text>, bounds: RangeInclusive<u64>| {
             let Some(text) = text else { return Ok(None) };
             let bytes =
                 parse_bytes(text.get_ref()).map_err(|error| self.fault(text.span(), error.to_string()))?;
-            if bytes < least {
-                let message = format!("{} is too little: {} is the least", text.get_ref(), show_bytes(least));
-                return Err(self.fault(text.span(), message));
-            }
-            Ok(Some(bytes))
+            let (what, bound, which) = match bytes {
+                bytes if bytes < *bounds.start() => ("too little", *bounds.start(), "least"),
+                bytes if bytes > *bounds.end() => ("too much", *bounds.end(), "most"),
+                bytes => return Ok(Some(bytes)),
+            };
+            let message = format!("{} is {what}: {} is the {which}", text.get_ref(), show_bytes(bound));
+            Err(self.fault(text.span(), message))
         };
         let timeout = table.timeout.as_ref().map(|text| {
             let time = parse_duration(text.get_ref()).map_err(|error| error.to_string());
@@ -263,12 +265,12 @@ impl Reader<'_> {
             return Err(self.fault(cpus.span(), "cpus takes 1 to 64".to_owned()));
         }
         Ok(Limits {
-            memory_bytes: bytes(&table.memory, 128 << 20)?,
+            memory_bytes: bytes(&table.memory, MEMORY_BYTES)?,
             cpus: table.cpus.as_ref().map(|cpus| *cpus.get_ref()),
-            scratch_bytes: bytes(&table.scratch, 1 << 20)?,
+            scratch_bytes: bytes(&table.scratch, SCRATCH_BYTES)?,
             timeout: timeout.transpose()?,
-            printed_bytes: bytes(&table.printed, 0)?,
-            outputs_bytes: bytes(&table.outputs, 0)?,
+            printed_bytes: bytes(&table.printed, 0..=u64::MAX)?,
+            outputs_bytes: bytes(&table.outputs, 0..=u64::MAX)?,
             files: table.files,
             processes: table.processes.filter(|count| *count > 0),
         })
