@@ -11,7 +11,6 @@ use super::show::{chain, line};
 use crate::engine::{Boundary, Host, HostError, jail_of};
 use crate::machine::jail::attempt::{Attempt, Outcome, Targets};
 use crate::machine::jail::{Layer, Profile};
-use crate::machine::probe::Verdict;
 use crate::machine::qemu::{OLDEST, Qemu};
 use crate::machine::{Accelerator, MachineError};
 use crate::root::bundle;
@@ -85,20 +84,9 @@ pub(super) fn doctor(host: &Host, arguments: &DoctorArguments) -> Result<ExitCod
         }
         Err(error) => check("debian", Err((error.to_string(), error.hint().unwrap_or_default()))),
     }
-    match &verdict {
-        Verdict::Usable { .. } => line(&format!("ok       kvm        {verdict}")),
-        Verdict::Slow { .. } => {
-            line(&format!("note     kvm        {verdict}"));
-            line(
-                "                    fix: run on hardware with virtualisation, or ask your host for nested virtualisation",
-            );
-        }
-        Verdict::Absent { .. } => {
-            line(&format!("note     kvm        {verdict}"));
-            line(
-                "                    fix: load kvm_intel or kvm_amd, and let your user open /dev/kvm (group kvm)",
-            );
-        }
+    line(&format!("{:<8} kvm        {verdict}", if verdict.is_usable() { "ok" } else { "note" }));
+    if let Some(fix) = verdict.fix() {
+        line(&format!("                    fix: {fix}"));
     }
     let backend = host.backend(&Boundary::default());
     if let Ok(qemu) = &backend {

@@ -2,6 +2,8 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use kiln_digest::Digest;
@@ -16,7 +18,7 @@ use crate::fetch::lock::{Lock, LockError, LockedRoot, VERSION as LOCK_VERSION};
 use crate::keeper::Registry;
 use crate::machine::jail::attempt::Targets;
 use crate::machine::jail::{Held, Profile};
-use crate::machine::probe::{self, Verdict};
+use crate::machine::probe::{self, Cause, Verdict};
 use crate::machine::qemu::Qemu;
 use crate::machine::template::Templates;
 use crate::machine::vmm::KilnVmm;
@@ -101,6 +103,8 @@ pub enum HostError {
         demand: &'static str,
         /// What is missing.
         why: String,
+        /// How to get it, where that is known.
+        fix: Option<&'static str>,
     },
 }
 
@@ -118,6 +122,9 @@ impl HostError {
             Self::Machine(error) => error.hint(),
             Self::NoAgent { .. } => {
                 Some("build it with ci/build, which puts kiln and its agent into target/dist".to_owned())
+            }
+            Self::Boundary { fix: Some(fix), .. } => {
+                Some(format!("{fix}; `kiln doctor` says whether it is there then"))
             }
             Self::Boundary { .. } => Some("`kiln doctor` says what is missing and how to get it".to_owned()),
             Self::Lock(error) => error.hint(),
@@ -185,6 +192,10 @@ pub struct Host {
     pub store: Store,
     client: Client,
     archive: Archive,
+    /// Why KVM cannot be used, where it could be since this host booted.
+    lost_kvm: OnceLock<String>,
+    /// Whether the user was told.
+    has_said_so: AtomicBool,
 }
 
 /// The probe's verdict is good for one boot of the host and one kiln.
@@ -238,16 +249,31 @@ impl Host {
             &store,
             crate::clock::timestamp(),
         );
-        Ok(Self { settings, store, client, archive })
+        Ok(Self {
+            settings,
+            store,
+            client,
+            archive,
+            lost_kvm: OnceLock::new(),
+            has_said_so: AtomicBool::new(false),
+        })
     }
 
-    /// What the code-running probe says about KVM, remembered until the host boots again.
+    /// What the code-running probe says about KVM, remembered until the host boots again. That it can be used is believed
+    /// only as long as its device can be opened.
     pub fn kvm(&self, afresh: bool) -> Verdict {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let key = Digest::of(format!("kvm-probe 1 {boot} {}", env!("CARGO_PKG_VERSION")).as_bytes());
+        let key = Digest::of(format!("kvm-probe 2 {boot} {}", env!("CARGO_PKG_VERSION")).as_bytes());
         let records = self.store.records("probe");
         if !afresh && let Some(Remembered { verdict }) = records.get(&key) {
-            return verdict;
+            if !verdict.is_usable() || probe::open().is_ok() {
+                return verdict;
+            }
+            let now = probe::probe();
+            if !now.is_usable() {
+                let _ = self.lost_kvm.set(now.to_string());
+            }
+            return now;
         }
         let verdict = probe::probe();
         // A device that could not be opened may be granted in a minute; figures stay.
@@ -257,17 +283,25 @@ impl Host {
         verdict
     }
 
+    /// What the user should know, once, where KVM could be used since this host booted and was found not to be now.
+    pub fn lost_kvm(&self) -> Option<String> {
+        let why = self.lost_kvm.get().filter(|_| !self.has_said_so.swap(true, Ordering::Relaxed))?;
+        Some(format!("this host had KVM that can be used, and has none now: {why}"))
+    }
+
     /// Chooses accelerator and program by the settings, and holds them against what `boundary` demands.
     ///
     /// # Errors
     /// [`HostError::Boundary`] before anything is started; [`HostError::Machine`] without QEMU.
     pub fn backend(&self, boundary: &Boundary) -> Result<Qemu, HostError> {
         let verdict = match self.settings.backend.value {
-            BackendChoice::Tcg => Verdict::Absent { why: "the backend is set to tcg".to_owned() },
+            BackendChoice::Tcg => {
+                Verdict::Absent { cause: Cause::Unwanted, why: "the backend is set to tcg".to_owned() }
+            }
             _ => self.kvm(false),
         };
         let accelerator = if verdict.is_usable() { Accelerator::Kvm } else { Accelerator::Tcg };
-        let no_kvm = |demand| HostError::Boundary { demand, why: verdict.to_string() };
+        let no_kvm = |demand| HostError::Boundary { demand, why: verdict.to_string(), fix: verdict.fix() };
         if accelerator == Accelerator::Tcg {
             match self.settings.backend.value {
                 BackendChoice::Kvm => return Err(no_kvm("the backend kvm")),
@@ -281,6 +315,7 @@ impl Host {
                 return Err(HostError::Boundary {
                     demand: "--untrusted",
                     why: format!("{verdict}, and emulation is no security boundary"),
+                    fix: verdict.fix(),
                 });
             }
         }
@@ -298,7 +333,7 @@ impl Host {
                 Ok(held) => held.what_is_missing(),
                 Err(error) => format!("no process can be locked in: {error}"),
             };
-            return Err(HostError::Boundary { demand, why });
+            return Err(HostError::Boundary { demand, why, fix: None });
         }
         Ok(qemu)
     }

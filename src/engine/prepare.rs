@@ -172,6 +172,9 @@ pub(super) fn prepare(
     host.refuse_secrets_in_root(&step.root)?;
 
     let qemu = host.backend(&step.boundary)?;
+    if let Some(text) = host.lost_kvm() {
+        let _ = events(Event::Warning(&text));
+    }
     let cpus = match step.cpus {
         0 => std::thread::available_parallelism().ok().and_then(|n| u16::try_from(n.get()).ok()).unwrap_or(1),
         cpus => cpus,

@@ -14,6 +14,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
+use kiln_vmm::memory::MemoryError;
+use kiln_vmm::vm::VmError;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::FdFlags;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags};
@@ -21,10 +23,10 @@ use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 
 use super::fetcher::Fetcher;
-use super::in_full;
 use super::jail::attempt::Trial;
 use super::jail::{self, Held, Profile};
 use super::vmm::Vmm;
+use super::{Failure, in_full};
 
 /// The name of the guest's memory among the descriptors.
 pub(super) const RAM: &str = "ram";
@@ -94,12 +96,23 @@ pub fn main() -> ExitCode {
     match launch() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // The parent reads this pipe and shows it as what the program said.
-            let said = format!("kiln: {}\n", in_full(error.as_ref()));
-            let _ = io::Write::write_all(&mut io::stderr(), said.as_bytes());
+            // The parent reads this pipe, and shows it as what the program said.
+            let _ = io::Write::write_all(&mut io::stderr(), failure(error.as_ref()).line().as_bytes());
             ExitCode::from(125)
         }
     }
+}
+
+/// What the parent is told of `error`.
+fn failure(error: &(dyn std::error::Error + 'static)) -> Failure {
+    let (hint, is_hosts) = if let Some(error) = error.downcast_ref::<VmError>() {
+        (error.hint(), error.is_hosts())
+    } else if let Some(error) = error.downcast_ref::<MemoryError>() {
+        (error.hint(), error.is_hosts())
+    } else {
+        (None, error.is::<io::Error>())
+    };
+    Failure { said: in_full(error), hint, is_hosts }
 }
 
 fn launch() -> Result<(), Box<dyn std::error::Error>> {
@@ -155,8 +168,8 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             Err(command.current_dir(&fetcher.place).stdin(Stdio::null()).exec().into())
         }
         Become::KvmProbe => {
-            let speed = super::probe::measure_here()?;
-            io::Write::write_all(&mut io::stdout(), format!("{speed}\n").as_bytes())?;
+            let verdict = serde_json::to_vec(&super::probe::judge_here())?;
+            io::Write::write_all(&mut io::stdout(), &verdict)?;
             Ok(())
         }
         Become::Attempt(trial) => {
@@ -252,4 +265,31 @@ fn receive() -> Result<(Request, BTreeMap<String, OwnedFd>), Box<dyn std::error:
     }
     let descriptors = request.descriptors.iter().cloned().zip(received).collect();
     Ok((request, descriptors))
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_vmm::boot::BootError;
+
+    use super::*;
+    use crate::machine::Death;
+
+    #[test]
+    fn a_child_that_fails_tells_its_parent_the_way_out_and_whether_the_host_is_to_blame() {
+        let told = |error: VmError| {
+            let line = failure(&error).line();
+            Failure::of_line(line.trim_end()).unwrap_or_else(|| panic!("no failure: {line}"))
+        };
+        let boot = told(VmError::Boot(BootError::NoKernel));
+        assert!(!boot.is_hosts);
+        let death = Death::Failed(boot);
+        assert!(death.hint().is_some_and(|hint| hint.contains("bzImage")), "{death}");
+        let lacks = told(VmError::Lacks("a clock that can be set"));
+        assert!(lacks.is_hosts && lacks.hint().is_some_and(|hint| hint.contains("--backend tcg")), "{lacks}");
+        let most = told(VmError::Cpus { asked: 9, most: 4 });
+        assert!(most.hint().is_some_and(|hint| hint.contains("at most 4")), "{most}");
+        let none = io::Error::from(rustix::io::Errno::NOMEM);
+        assert!(failure(&none).hint().is_some_and(|hint| hint.contains("memory")));
+        assert_eq!(Failure::of_line("kiln: the guest asked for a reset"), None);
+    }
 }

@@ -203,6 +203,42 @@ impl std::fmt::Display for Identity {
     }
 }
 
+/// What a child of kiln's own says before it ends because it cannot be what it was to be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// What failed, and why.
+    pub said: String,
+    /// What the user can do about it.
+    pub hint: Option<String>,
+    /// Whether the host was in the way, and not what the child was given.
+    pub is_hosts: bool,
+}
+
+impl Failure {
+    const MARK: &str = "kiln failed: ";
+
+    /// As the child writes it: a line.
+    fn line(&self) -> String {
+        format!("{}{}\n", Self::MARK, serde_json::to_string(self).unwrap_or_default())
+    }
+
+    /// What a line of a child's standard error says, if it is that.
+    fn of_line(line: &str) -> Option<Self> {
+        serde_json::from_str(line.strip_prefix(Self::MARK)?).ok()
+    }
+
+    /// What the user can do about it.
+    pub fn hint(&self) -> Option<String> {
+        self.hint.clone().or_else(|| Some(Shortage::in_words(&self.said)?.hint().to_owned()))
+    }
+}
+
+impl std::fmt::Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.said)
+    }
+}
+
 /// How a machine that stopped by itself went.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Death {
@@ -226,6 +262,8 @@ pub enum Death {
         /// The end of its standard error.
         said: String,
     },
+    /// kiln's own program that runs the machine could not run it, or not any more.
+    Failed(Failure),
 }
 
 impl Death {
@@ -237,12 +275,16 @@ impl Death {
                 Shortage::in_words(said).or((status == spawn::KILLED).then_some(Shortage::Memory))
             }
             Self::Disk { why, .. } => Shortage::in_words(why),
+            Self::Failed(failure) => Shortage::in_words(&failure.said),
             Self::Panicked(_) | Self::Stopped(_) => None,
         }
     }
 
     /// What the user can do about it.
     pub fn hint(&self) -> Option<String> {
+        if let Self::Failed(failure) = self {
+            return failure.hint();
+        }
         let lack = self.shortage()?.hint();
         Some(match self {
             Self::Killed { status, .. } if status == spawn::KILLED => {
@@ -266,6 +308,7 @@ impl std::fmt::Display for Death {
                 write!(f, "{program} ended ({status})")
             }
             Self::Killed { program, status, said } => write!(f, "{program} ended ({status}): {said}"),
+            Self::Failed(failure) => write!(f, "kiln's VMM cannot run it: {failure}"),
         }
     }
 }
@@ -297,6 +340,9 @@ pub enum MachineError {
         #[source]
         source: std::io::Error,
     },
+    /// KVM's device.
+    #[error("cannot open {}", probe::DEVICE)]
+    Kvm(#[source] std::io::Error),
     /// The guest's memory.
     #[error(transparent)]
     Memory(#[from] kiln_vmm::memory::MemoryError),
@@ -306,6 +352,9 @@ pub enum MachineError {
     /// The fs device's process did not do what it was told.
     #[error("the process that serves the machine's shares failed: {0}")]
     Device(String),
+    /// The process of the machine could not be it.
+    #[error("the machine cannot be run: {0}")]
+    Failed(Failure),
 }
 
 impl MachineError {
@@ -317,7 +366,9 @@ impl MachineError {
                  bookworm-backports), or name it with KILN_QEMU",
                 qemu::OLDEST
             )),
+            Self::Kvm(error) => probe::Cause::of(error).fix().map(str::to_owned),
             Self::Memory(error) => error.hint(),
+            Self::Failed(failure) => failure.hint(),
             Self::Processors(_) => Some(format!("give it at most {}", u8::MAX - 1)),
             Self::DiedAtStart(death) => death.hint(),
             Self::Device(said) => Shortage::in_words(said).map(|lack| lack.hint().to_owned()),

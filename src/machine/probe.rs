@@ -7,14 +7,20 @@
 #![expect(unsafe_code, reason = "KVM maps memory of this process into the guest")]
 
 use std::fmt;
-use std::io::Read;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{FromRawFd as _, IntoRawFd as _};
 use std::time::{Duration, Instant};
 
+use kiln_vmm::cpu::CpuError;
+use kiln_vmm::vm::{self, VmError};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::in_full;
 use super::launch::Become;
 use super::spawn::spawn;
 
@@ -25,6 +31,72 @@ const ROUNDS: u64 = 100_000;
 const SLOWEST_MIPS: f64 = 20.0;
 /// How long the child may take.
 const PATIENCE: Duration = Duration::from_secs(3);
+
+/// KVM's device.
+pub const DEVICE: &str = "/dev/kvm";
+
+/// Opens KVM's device, which is little proof that it can be used.
+///
+/// # Errors
+/// What open(2) says.
+pub fn open() -> io::Result<File> {
+    File::options().read(true).write(true).open(DEVICE)
+}
+
+/// Why KVM cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cause {
+    /// There is no device.
+    Missing,
+    /// The device is there, and not for this user.
+    Forbidden,
+    /// What has its name is not KVM's.
+    Stranger,
+    /// It cannot do all that is needed.
+    TooOld,
+    /// Another hypervisor has the processors.
+    Busy,
+    /// It is not to be.
+    Unwanted,
+    /// Something else.
+    Other,
+}
+
+impl Cause {
+    /// Why a call on the device failed with `error`.
+    pub fn of(error: &io::Error) -> Self {
+        match Errno::from_io_error(error) {
+            Some(Errno::NOENT | Errno::NODEV | Errno::NXIO) => Self::Missing,
+            Some(Errno::ACCESS | Errno::PERM) => Self::Forbidden,
+            Some(Errno::BUSY) => Self::Busy,
+            _ => Self::Other,
+        }
+    }
+
+    /// What the user can do about it.
+    pub fn fix(self) -> Option<&'static str> {
+        match self {
+            Self::Missing => Some(
+                "load kvm_intel or kvm_amd, with virtualisation switched on in the firmware; a container has to be given \
+                 /dev/kvm (`--device /dev/kvm`)",
+            ),
+            Self::Forbidden => Some(
+                "let your user open /dev/kvm: `sudo usermod -aG kvm $USER` and a new login; a container has to be given \
+                 the device and the group",
+            ),
+            Self::Stranger => {
+                Some("remove what lies at /dev/kvm, and load kvm_intel or kvm_amd, which make it anew")
+            }
+            Self::TooOld => Some("boot a kernel of 5.10 or newer on this host"),
+            Self::Busy => {
+                Some("end the other hypervisor on this host (VirtualBox, VMware), or unload its modules")
+            }
+            Self::Unwanted => Some("let kiln choose (`--backend auto`)"),
+            Self::Other => None,
+        }
+    }
+}
 
 /// What the probe found.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,6 +114,8 @@ pub enum Verdict {
     },
     /// There is no /dev/kvm, or it cannot be used.
     Absent {
+        /// What is to be done about it.
+        cause: Cause,
         /// Why.
         why: String,
     },
@@ -51,6 +125,21 @@ impl Verdict {
     /// Whether machines may run on KVM.
     pub fn is_usable(&self) -> bool {
         matches!(self, Self::Usable { .. })
+    }
+
+    /// What the user can do to have KVM.
+    pub fn fix(&self) -> Option<&'static str> {
+        match self {
+            Self::Usable { .. } => None,
+            Self::Slow { .. } => {
+                Some("run on hardware with virtualisation, or ask your host for nested virtualisation")
+            }
+            Self::Absent { cause, .. } => cause.fix(),
+        }
+    }
+
+    fn absent(cause: Cause, why: impl fmt::Display) -> Self {
+        Self::Absent { cause, why: why.to_string() }
     }
 }
 
@@ -68,34 +157,55 @@ impl fmt::Display for Verdict {
             Self::Slow { mips } => {
                 write!(f, "KVM is present but emulates guest instructions ({mips:.1} MIPS): not usable")
             }
-            Self::Absent { why } => write!(f, "KVM cannot be used: {why}"),
+            Self::Absent { why, .. } => write!(f, "KVM cannot be used: {why}"),
         }
     }
 }
 
 /// Runs the probe in a child.
 pub fn probe() -> Verdict {
-    let absent = |why: String| Verdict::Absent { why };
-    if let Err(error) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        return absent(format!("/dev/kvm: {error}"));
+    if let Err(error) = open() {
+        return Verdict::absent(Cause::of(&error), format!("{DEVICE}: {error}"));
     }
     let mut child = match spawn(Become::KvmProbe, &[]) {
         Ok(child) => child,
-        Err(error) => return absent(format!("the probe could not be started: {error}")),
+        Err(error) => {
+            return Verdict::absent(Cause::Other, format!("the probe could not be started: {error}"));
+        }
     };
     let stdout = child.take_stdout();
     match child.wait(PATIENCE) {
         None => Verdict::Slow { mips: 0.0 },
-        Some(status) if status.success() => {
+        Some(_) => {
             let mut text = String::new();
-            let read = stdout.map(|stdout| stdout.take(64).read_to_string(&mut text));
-            match (read, text.trim().parse::<f64>()) {
-                (Some(Ok(_)), Ok(mips)) if mips >= SLOWEST_MIPS => Verdict::Usable { mips },
-                (Some(Ok(_)), Ok(mips)) => Verdict::Slow { mips },
-                _ => absent("the probe gave no figure".to_owned()),
+            let read = stdout.map(|stdout| stdout.take(MOST_VERDICT_BYTES).read_to_string(&mut text));
+            match (read, serde_json::from_str(&text)) {
+                (Some(Ok(_)), Ok(verdict)) => verdict,
+                _ => Verdict::absent(Cause::Other, format!("the probe gave no verdict: {}", child.said())),
             }
         }
-        Some(_) => absent(child.said().trim_start_matches("kiln: ").to_owned()),
+    }
+}
+
+/// Most bytes of what the child says.
+const MOST_VERDICT_BYTES: u64 = 4 << 10;
+
+/// What this process finds.
+pub(super) fn judge_here() -> Verdict {
+    match measure_here() {
+        Ok(mips) if mips >= SLOWEST_MIPS => Verdict::Usable { mips },
+        Ok(mips) => Verdict::Slow { mips },
+        Err(error) => {
+            let cause = error.downcast_ref().map_or(Cause::Other, |error| match error {
+                VmError::Version(_) => Cause::Stranger,
+                VmError::Lacks(_) => Cause::TooOld,
+                VmError::Cpu(CpuError::Kvm { source, .. }) => {
+                    Cause::of(&io::Error::from_raw_os_error(source.errno()))
+                }
+                _ => Cause::Other,
+            });
+            Verdict::absent(cause, in_full(error.as_ref()))
+        }
     }
 }
 
@@ -109,9 +219,12 @@ const CODE: u64 = 0x8000;
 ///
 /// # Errors
 /// What KVM says, or that the guest did something else than halt.
-pub(super) fn measure_here() -> Result<f64, Box<dyn std::error::Error>> {
-    let kvm = Kvm::new()?;
-    let vm = kvm.create_vm()?;
+fn measure_here() -> Result<f64, Box<dyn std::error::Error>> {
+    // SAFETY: the descriptor is owned, and its ownership goes over to `Kvm`. That it is KVM's is checked next, by what it
+    // answers; another file answers no such question.
+    let kvm = unsafe { Kvm::from_raw_fd(open()?.into_raw_fd()) };
+    vm::check(&kvm)?;
+    let vm = vm::create(&kvm)?;
     let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)])?;
     let region = kvm_userspace_memory_region {
         slot: 0,

@@ -65,6 +65,9 @@ impl Server {
         if matches!(error, control::ClientError::Closed | control::ClientError::Send(_)) {
             self.process.has_said_all();
         }
+        if let Some(failure) = self.process.failure() {
+            return MachineError::Failed(failure);
+        }
         let said = self.process.said();
         MachineError::Device(if said.is_empty() { error.to_string() } else { format!("{error}: {said}") })
     }

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
+use super::Failure;
 use super::jail::Held;
 use super::launch::{Become, MAX_DESCRIPTORS, MAX_REQUEST_BYTES, Request, SUBCOMMAND, machine_name};
 use super::tail::Tail;
@@ -38,7 +39,15 @@ impl Process {
 
     /// The end of its standard error, on one line.
     pub fn said(&self) -> String {
-        self.stderr.text().trim().replace('\n', "; ")
+        match self.failure() {
+            Some(failure) => failure.said,
+            None => self.stderr.text().trim().replace('\n', "; "),
+        }
+    }
+
+    /// Why it could not become what it was to be, or not be it any more, if it is a kiln and said so.
+    pub fn failure(&self) -> Option<Failure> {
+        self.stderr.text().lines().find_map(Failure::of_line)
     }
 
     /// Waits until all is read that it said, where it has ended or is about to; not for long.

@@ -89,6 +89,13 @@ pub enum CpuError {
     TooManyLeaves,
 }
 
+impl CpuError {
+    /// Whether the host is in the way: what KVM does not take for what it is, it calls invalid or too much.
+    pub fn is_hosts(&self) -> bool {
+        matches!(self, Self::Kvm { source, .. } if !matches!(source.errno(), libc::EINVAL | libc::E2BIG))
+    }
+}
+
 pub(crate) fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> CpuError {
     move |source| CpuError::Kvm { what, source }
 }

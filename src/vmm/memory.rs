@@ -68,6 +68,11 @@ impl MemoryError {
             Self::Make(_) | Self::Map(_) => Some("give the machine less memory".to_owned()),
         }
     }
+
+    /// Whether the host is in the way, and not what was asked for.
+    pub fn is_hosts(&self) -> bool {
+        !matches!(self, Self::Size { .. })
+    }
 }
 
 /// The parts of `bytes` of memory: where each starts, and its length in bytes.

@@ -40,13 +40,25 @@ use crate::vcpu::{self, Buses, End};
 use crate::working_set::WorkingSet;
 
 /// What KVM must be able to do for a machine of ours.
-const NEEDED: [(Cap, &str); 5] = [
+const NEEDED: [(Cap, &str); 15] = [
     (Cap::Irqchip, "interrupt controllers"),
     (Cap::Irqfd, "interrupts by descriptor"),
     (Cap::Ioeventfd, "notifications by descriptor"),
     (Cap::UserMemory, "memory of a process's"),
+    (Cap::SetTssAddr, "a place for its task state"),
+    (Cap::SetIdentityMapAddr, "a place for its page table"),
+    (Cap::ExtCpuid, "a list of features"),
     (Cap::TscDeadlineTimer, "the deadline timer"),
+    (Cap::GetTscKhz, "the rate of the time-stamp counter"),
+    (Cap::AdjustClock, "a clock that can be set"),
+    (Cap::MpState, "the state of waiting processors"),
+    (Cap::VcpuEvents, "the state of pending events"),
+    (Cap::Xsave, "the state of extended registers"),
+    (Cap::Debugregs, "the state of debug registers"),
+    (Cap::ImmediateExit, "an end to an instruction"),
 ];
+/// How often a machine is asked for where a signal comes in between.
+const TRIES: u32 = 100;
 /// Three pages and one that KVM needs on Intel's processors, in the hole where nothing else is.
 const IDENTITY_MAP: u64 = 0xfffb_c000;
 const TASK_STATE: usize = 0xfffb_d000;
@@ -178,6 +190,16 @@ impl VmError {
             _ => None,
         }
     }
+
+    /// Whether the host is in the way, not what the machine is or was: KVM is busy or withdrawn, say.
+    pub fn is_hosts(&self) -> bool {
+        match self {
+            Self::Lacks(_) | Self::Version(_) | Self::Cpus { .. } | Self::Io { .. } => true,
+            Self::Memory(error) => error.is_hosts(),
+            Self::Cpu(error) => error.is_hosts(),
+            _ => false,
+        }
+    }
 }
 
 fn io(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
@@ -220,8 +242,9 @@ impl Machine {
         // SAFETY: the descriptor is owned, and its ownership goes over to `Kvm`. That it is KVM's is checked below, by what
         // it answers; another file answers no such question.
         let kvm_device = unsafe { Kvm::from_raw_fd(parts.kvm.into_raw_fd()) };
-        check(&kvm_device, parts.cpus)?;
-        let vm = kvm_device.create_vm().map_err(kvm("make a machine"))?;
+        check(&kvm_device)?;
+        check_cpus(&kvm_device, parts.cpus)?;
+        let vm = create(&kvm_device)?;
         set_memory(&vm, &parts.memory)?;
         vm.set_identity_map_address(IDENTITY_MAP).map_err(kvm("take a place for its page table"))?;
         vm.set_tss_address(TASK_STATE).map_err(kvm("take a place for its task state"))?;
@@ -457,7 +480,11 @@ impl Drop for Threads {
     }
 }
 
-fn check(device: &Kvm, cpus: u8) -> Result<(), VmError> {
+/// Whether `device` is KVM's, and this KVM can do all that a machine needs.
+///
+/// # Errors
+/// [`VmError::Version`], [`VmError::Lacks`].
+pub fn check(device: &Kvm) -> Result<(), VmError> {
     const VERSION: i32 = 12;
     match device.get_api_version() {
         VERSION => {}
@@ -466,6 +493,26 @@ fn check(device: &Kvm, cpus: u8) -> Result<(), VmError> {
     if let Some((_, what)) = NEEDED.iter().find(|(capability, _)| !device.check_extension(*capability)) {
         return Err(VmError::Lacks(what));
     }
+    Ok(())
+}
+
+/// KVM's machine, with nothing in it.
+///
+/// # Errors
+/// [`VmError::Cpu`]: another hypervisor has the processors, say.
+pub fn create(device: &Kvm) -> Result<VmFd, VmError> {
+    let mut made = device.create_vm();
+    for _ in 1..TRIES {
+        // It waits for locks that every thread of a process is stopped for, and gives up at a signal.
+        match &made {
+            Err(error) if error.errno() == libc::EINTR => made = device.create_vm(),
+            _ => break,
+        }
+    }
+    Ok(made.map_err(kvm("make a machine"))?)
+}
+
+fn check_cpus(device: &Kvm, cpus: u8) -> Result<(), VmError> {
     // The I/O APIC's number comes after the processors', and the last is everybody's.
     let most = device.get_max_vcpus().min(254);
     if cpus == 0 || usize::from(cpus) > most {

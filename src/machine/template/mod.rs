@@ -54,6 +54,10 @@ const DEATH_PATIENCE: Duration = Duration::from_secs(2);
 /// How long no template is tried again after it could not be made.
 const BARREN: Duration = Duration::from_secs(600);
 
+/// In these words QEMU says that KVM does not serve it (accel/kvm/kvm-all.c, system/vl.c).
+const KVM_REFUSED: [&str; 3] =
+    ["Could not access KVM", "ioctl(KVM_CREATE_VM) failed", "failed to initialize kvm"];
+
 /// A place for templates.
 #[derive(Debug, Clone)]
 pub struct Templates {
@@ -146,18 +150,33 @@ pub(super) enum TemplateError {
 }
 
 impl TemplateError {
-    /// Whether the host lacked something: that says nothing about a template.
-    fn is_shortage(&self) -> bool {
-        let lack = match self {
-            Self::Died(death) | Self::Machine(MachineError::DiedAtStart(death)) => death.shortage(),
+    /// Whether the host lacked something or was in the way: that says nothing about a template.
+    fn is_hosts(&self) -> bool {
+        let of_death = |death: &Death| match death {
+            Death::Failed(failure) => (death.shortage(), failure.is_hosts),
+            // QEMU's, where KVM does not serve it.
+            Death::Killed { said, .. } => {
+                (death.shortage(), KVM_REFUSED.iter().any(|words| said.contains(words)))
+            }
+            _ => (death.shortage(), false),
+        };
+        let (lack, is_hosts) = match self {
+            Self::Died(death) | Self::Machine(MachineError::DiedAtStart(death)) => of_death(death),
             error => {
                 let mut chain =
                     std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
-                chain.find_map(|error| Shortage::in_words(&error.to_string()))
+                let lack = chain.find_map(|error| Shortage::in_words(&error.to_string()));
+                let is_hosts = match error {
+                    Self::Machine(MachineError::Failed(failure)) => failure.is_hosts,
+                    // What is done before the machine is there, and takes nothing from the template.
+                    Self::Machine(error) => !matches!(error, MachineError::Device(_)),
+                    _ => false,
+                };
+                (lack, is_hosts)
             }
         };
         // Room is different: what wrote a gibibyte in vain need not do so again at once.
-        lack.is_some_and(|lack| lack != Shortage::Room)
+        lack.map_or(is_hosts, |lack| lack != Shortage::Room)
     }
 
     pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
@@ -234,7 +253,7 @@ impl Templates {
                     machine.note(notes);
                     return Ok(machine);
                 }
-                Err(error) if error.is_shortage() => {
+                Err(error) if error.is_hosts() => {
                     let why = in_full(&error);
                     notes.push(format!("no copy of a template came up, so the machine booted: {why}"));
                     return Err(notes);
@@ -291,7 +310,7 @@ impl Templates {
         match files::open(&path, spec.memory_bytes) {
             Ok(Some(template)) => return Ok(template),
             Ok(None) => {}
-            Err(error) if error.is_shortage() => return Err(error),
+            Err(error) if error.is_hosts() => return Err(error),
             Err(error) => {
                 notes.push(format!("a template was thrown away and made anew: {error}"));
                 files::remove(&path, &self.temporary);
@@ -309,7 +328,7 @@ impl Templates {
             made = self.make(freezer, spec, key, false);
         }
         if let Err(error) = made {
-            if !error.is_shortage() {
+            if !error.is_hosts() {
                 let _ = writes::create(&barren);
             }
             return Err(error);
@@ -438,18 +457,150 @@ fn asked(
 
 #[cfg(test)]
 mod tests {
+    use kiln_virtio::fs::record::Record;
+
     use super::*;
+    use crate::machine::{Failure, Identity, Machine, Share};
+
+    /// A machine that there is none of.
+    enum Never {}
+
+    impl Machine for Never {
+        fn identity(&self) -> &Identity {
+            match *self {}
+        }
+
+        fn wire(&mut self) -> Result<UnixStream, MachineError> {
+            match *self {}
+        }
+
+        fn observed(&mut self) -> Result<Record, MachineError> {
+            match *self {}
+        }
+
+        fn observed_so_far(&mut self) -> Result<Record, MachineError> {
+            match *self {}
+        }
+
+        fn death(&mut self, _: Duration) -> Death {
+            match *self {}
+        }
+
+        fn console(&self) -> String {
+            match *self {}
+        }
+    }
+
+    impl Lendable for Never {
+        fn wire_held(&self) -> Option<&UnixStream> {
+            match *self {}
+        }
+
+        fn control_socket(&self) -> Option<&UnixStream> {
+            match *self {}
+        }
+
+        fn stop(&mut self) {
+            match *self {}
+        }
+
+        fn note(&mut self, _: Vec<String>) {
+            match *self {}
+        }
+
+        fn give(&mut self, _: &[Share]) -> Result<(), MachineError> {
+            match *self {}
+        }
+    }
+
+    /// Machines that can be frozen unless there is an error for it, and whose copies fail with another.
+    struct Failing {
+        freezing: Option<fn() -> TemplateError>,
+        thawing: fn() -> TemplateError,
+    }
+
+    impl Freezer for Failing {
+        type Machine = Never;
+
+        fn templates(&self) -> Option<&Templates> {
+            None
+        }
+
+        fn key(&self, _: &Spec) -> io::Result<Digest> {
+            Ok(Digest::of(b"a template"))
+        }
+
+        fn freeze(&self, spec: &Spec, mut state: File) -> Result<Frozen, TemplateError> {
+            if let Some(error) = self.freezing {
+                return Err(error());
+            }
+            io::Write::write_all(&mut state, b"state").map_err(TemplateError::io("write"))?;
+            let ram = kiln_virtio::ram::new(spec.memory_bytes).map_err(TemplateError::io("make"))?;
+            Ok(Frozen { ram, version: "1".to_owned(), complaints: Vec::new() })
+        }
+
+        fn thaw(&self, _: &Template, _: &Spec) -> Result<Never, TemplateError> {
+            Err((self.thawing)())
+        }
+    }
+
+    /// Which of the template and the word that there can be none are left after a copy was wanted, in this order.
+    fn left_by(freezing: Option<fn() -> TemplateError>, thawing: fn() -> TemplateError) -> [bool; 2] {
+        let place = tempfile::tempdir().expect("a folder");
+        let templates = Templates::new(place.path().join("templates"), place.path().to_owned());
+        let spec = Spec {
+            kernel: PathBuf::new(),
+            initramfs: PathBuf::new(),
+            bundle: Digest::of(b"a bundle"),
+            memory_bytes: 1 << 20,
+            cpus: 1,
+            shares: Vec::new(),
+            disks: Vec::new(),
+            carrier: Carrier::Serial,
+            cpu: Cpu::Fixed,
+            network: false,
+        };
+        let notes = templates.copy(&Failing { freezing, thawing }, &spec).err().expect("no copy");
+        assert!(!notes.is_empty());
+        let path = place.path().join("templates").join(Digest::of(b"a template").to_string());
+        [path.is_dir(), path.with_extension("barren").exists()]
+    }
+
+    fn refused() -> TemplateError {
+        MachineError::Kvm(rustix::io::Errno::ACCESS.into()).into()
+    }
+
+    fn busy() -> TemplateError {
+        let said = "KVM does not make a machine: Device or resource busy (os error 16)".to_owned();
+        TemplateError::Died(Death::Failed(Failure { said, hint: None, is_hosts: true }))
+    }
+
+    fn damaged() -> TemplateError {
+        let said = "KVM does not take all of a processor's state: Invalid argument (os error 22)".to_owned();
+        TemplateError::Died(Death::Failed(Failure { said, hint: None, is_hosts: false }))
+    }
+
+    #[test]
+    fn a_host_that_lost_kvm_keeps_its_templates_and_makes_them_when_it_is_back() {
+        for error in [refused, busy] {
+            assert_eq!(left_by(None, error), [true, false], "{}", error());
+            assert_eq!(left_by(Some(error), damaged), [false, false], "{}", error());
+        }
+        assert_eq!(left_by(None, damaged), [false, false]);
+        assert_eq!(left_by(Some(damaged), damaged), [false, true]);
+    }
 
     #[test]
     fn what_the_host_lacks_says_nothing_about_a_template() {
         let of_ours = io::Error::from_raw_os_error(rustix::io::Errno::NOMEM.raw_os_error());
-        assert!(TemplateError::from(MachineError::io("start QEMU")(of_ours)).is_shortage());
+        assert!(TemplateError::from(MachineError::io("start QEMU")(of_ours)).is_hosts());
         let killed = |said: &str| {
             let (program, status) = ("qemu-system-x86_64".into(), "exit status: 1".to_owned());
             TemplateError::Died(Death::Killed { program, status, said: said.to_owned() })
         };
-        assert!(killed("cannot set up guest memory 'ram': Cannot allocate memory").is_shortage());
-        assert!(!killed("Unknown savevm section").is_shortage());
-        assert!(!TemplateError::Damaged("its state is damaged").is_shortage());
+        assert!(killed("cannot set up guest memory 'ram': Cannot allocate memory").is_hosts());
+        assert!(killed("ioctl(KVM_CREATE_VM) failed: 16 Device or resource busy").is_hosts());
+        assert!(!killed("Unknown savevm section").is_hosts());
+        assert!(!TemplateError::Damaged("its state is damaged").is_hosts());
     }
 }

@@ -7,7 +7,7 @@
 
 mod process;
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt as _;
@@ -34,7 +34,7 @@ use super::template::{
 use super::wire::Wire;
 use super::{
     Accelerator, Backend, Carrier, Cpu, Death, Identity, KERNEL_WORDS, Machine, MachineError, Origin, Share,
-    Spec,
+    Spec, probe,
 };
 
 /// How often to look whether the VMM has said how its guest ended.
@@ -69,8 +69,7 @@ impl KilnVmm {
 
     /// Starts a machine of `spec` without its shares.
     fn bring_up(&self, spec: &Spec, begins: Begins<'_>) -> Result<VmmMachine, MachineError> {
-        let device = OpenOptions::new().read(true).write(true).open("/dev/kvm");
-        let device = device.map_err(MachineError::io("open /dev/kvm"))?;
+        let device = probe::open().map_err(MachineError::Kvm)?;
         let cpus = u8::try_from(spec.cpus).map_err(|_| MachineError::Processors(spec.cpus))?;
         let (console, theirs) = io::pipe().map_err(MachineError::io("make a pipe"))?;
         // Where nobody reads, what the guest prints is lost, and the guest runs on.
@@ -292,6 +291,9 @@ impl Machine for VmmMachine {
 
     fn death(&mut self, patience: Duration) -> Death {
         let said = self.last_words(patience);
+        if let Some(failure) = self.server.process.failure() {
+            return Death::Failed(failure);
+        }
         let status = self.server.process.wait(Duration::ZERO);
         // What a guest prints counts only where the machine went as such a guest's does.
         let console = self.console.text();
