@@ -10,7 +10,7 @@ use super::Failure;
 use super::show::{chain, line};
 use crate::engine::{Boundary, Host, HostError, jail_of};
 use crate::machine::jail::attempt::{Attempt, Outcome, Targets};
-use crate::machine::jail::{Layer, Profile};
+use crate::machine::jail::{Layer, Profile, ThreadKind};
 use crate::machine::qemu::{OLDEST, Qemu};
 use crate::machine::{Accelerator, MachineError};
 use crate::root::bundle;
@@ -168,6 +168,23 @@ fn try_jail(qemu: &Qemu) -> io::Result<ExitCode> {
             good &= verdict != " NOT HELD";
             line(&format!("{text}{whole}{verdict}"));
         }
+    }
+    let columns = ThreadKind::OF_VMM.map(|kind| format!("{:<11}", kind.name())).concat();
+    line(&format!("{:<33}{:<10}{}", "threads of kiln's VMM", "process", columns.trim_end()));
+    for attempt in Attempt::OF_THREADS {
+        let process = targets.attempt_as(attempt, None)?;
+        // What the process may not do either shows nothing of its threads.
+        good &= process == Outcome::Allowed;
+        let mut text = format!("  {:<31}{:<10}", attempt.name(), process.to_string());
+        let mut verdict = "";
+        for kind in ThreadKind::OF_VMM {
+            let outcome = targets.attempt_as(attempt, Some(kind))?;
+            if (outcome == Outcome::Allowed) != attempt.is_needed_by_thread(kind) {
+                (good, verdict) = (false, " NOT AS NEEDED");
+            }
+            text.push_str(&format!("{:<11}", outcome.to_string()));
+        }
+        line(&format!("{}{verdict}", text.trim_end()));
     }
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::from(super::CANNOT) })
 }

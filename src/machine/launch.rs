@@ -158,6 +158,7 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
         }
         Become::Vmm(vmm) => {
             vmm.open_own(&mut descriptors)?;
+            jail::limit_files(vmm.most_file_bytes(&descriptors)?)?;
             enter_with_shares(&Profile::Vmm)?;
             vmm.run(descriptors)
         }

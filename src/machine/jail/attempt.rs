@@ -8,17 +8,23 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::net::{SocketAddr as UnixAddress, UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
+use rustix::buffer::spare_capacity;
+use rustix::event::{Timespec, epoll};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvFlags, SocketFlags, SocketType, socket_with};
 use rustix::process::Pid;
 use rustix::thread::UnshareFlags;
 use serde::{Deserialize, Serialize};
 
-use super::{Held, Layer, Profile, sys};
+use super::{Held, Layer, Profile, ThreadKind, sys};
 use crate::machine::launch::Become;
 use crate::machine::spawn::{Process, spawn_jailed};
 
@@ -51,11 +57,37 @@ pub enum Attempt {
     UserNamespace,
     /// Outlive the kiln that started it.
     Outlive,
+    /// Trace the kiln that started it.
+    Trace,
+    /// Make a process.
+    Fork,
+    /// Change the mode of a file of the user's.
+    ChangeMode,
+    /// Make a socket of the internet's.
+    InternetSocket,
+    /// Make a socket for machines of the host's.
+    VsockSocket,
+    /// Make a device of KVM's, which no machine of kiln's has.
+    KvmDevice,
+    /// Make a machine of KVM's.
+    KvmMachine,
+    /// Open a file by openat2(2), as those of shares are.
+    OpenBeneath,
+    /// Write a file that it holds at some place.
+    WriteAt,
+    /// Receive what may come with a descriptor.
+    Receive,
+    /// Make a pair of sockets.
+    Pair,
+    /// Wait for several descriptors.
+    Wait,
+    /// Start a thread.
+    StartThread,
 }
 
 impl Attempt {
-    /// All of them.
-    pub const ALL: [Self; 13] = [
+    /// Those that no process of a machine's has a use for.
+    pub const ALL: [Self; 19] = [
         Self::ReadFile,
         Self::WriteFile,
         Self::ListFolder,
@@ -69,6 +101,23 @@ impl Attempt {
         Self::ExecutableMemory,
         Self::UserNamespace,
         Self::Outlive,
+        Self::Trace,
+        Self::Fork,
+        Self::ChangeMode,
+        Self::InternetSocket,
+        Self::VsockSocket,
+        Self::KvmDevice,
+    ];
+
+    /// Those that a VMM needs, and few of its threads.
+    pub const OF_THREADS: [Self; 7] = [
+        Self::KvmMachine,
+        Self::OpenBeneath,
+        Self::WriteAt,
+        Self::Receive,
+        Self::Pair,
+        Self::Wait,
+        Self::StartThread,
     ];
 
     /// What it is, in words.
@@ -87,12 +136,43 @@ impl Attempt {
             Self::ExecutableMemory => "make memory executable",
             Self::UserNamespace => "make a user namespace",
             Self::Outlive => "outlive kiln",
+            Self::Trace => "trace kiln",
+            Self::Fork => "make a process",
+            Self::ChangeMode => "change a file's mode",
+            Self::InternetSocket => "make an internet socket",
+            Self::VsockSocket => "make a vsock socket",
+            Self::KvmDevice => "make a device of KVM's",
+            Self::KvmMachine => "make a machine of KVM's",
+            Self::OpenBeneath => "open a file beneath a share",
+            Self::WriteAt => "write a file at a place",
+            Self::Receive => "receive a message",
+            Self::Pair => "make a pair of sockets",
+            Self::Wait => "wait for several descriptors",
+            Self::StartThread => "start a thread",
         }
     }
 
-    /// Whether `profile` has to let it happen: an emulator writes the code it runs, and QEMU has to be started.
+    /// Whether `profile` has to let it happen: an emulator writes the code it runs, and a QEMU with KVM asks that for what its
+    /// version needs.
     pub fn is_needed_by(self, profile: &Profile) -> bool {
-        matches!((self, profile), (Self::ExecutableMemory, Profile::Qemu { .. }))
+        matches!(
+            (self, profile),
+            (Self::ExecutableMemory, Profile::Qemu { .. })
+                | (Self::KvmDevice, Profile::Qemu { kvm: true, .. })
+        )
+    }
+
+    /// Whether a thread of this kind, of a VMM, has to be let do it.
+    pub fn is_needed_by_thread(self, kind: ThreadKind) -> bool {
+        use ThreadKind::{Control, Disk, Files, Owner, Processor, Streams};
+        match self {
+            Self::OpenBeneath => matches!(kind, Files | Control),
+            Self::WriteAt => matches!(kind, Disk | Owner),
+            Self::Receive => matches!(kind, Streams | Control | Owner),
+            Self::Pair => matches!(kind, Streams | Owner),
+            Self::Wait => kind != Processor,
+            _ => false,
+        }
     }
 }
 
@@ -122,6 +202,7 @@ impl fmt::Display for Outcome {
 pub(in crate::machine) struct Trial {
     pub profile: Profile,
     pub without: Vec<Layer>,
+    thread: Option<ThreadKind>,
     attempt: Attempt,
     folder: PathBuf,
     tcp: SocketAddr,
@@ -163,7 +244,28 @@ impl Targets {
     /// The jail cannot be entered, or the attempt does not end; the layers that this host does not grant are not
     /// an error.
     pub fn attempt(&self, attempt: Attempt, profile: &Profile, without: &[Layer]) -> io::Result<Outcome> {
-        let (mut process, _) = self.start(attempt, profile, without)?;
+        self.outcome(attempt, profile, without, None)
+    }
+
+    /// Makes `attempt` as a thread of a VMM's, with what its process may do and, where `kind` says so, with the thread's own
+    /// filter too.
+    ///
+    /// # Errors
+    /// As [`Targets::attempt`].
+    pub fn attempt_as(&self, attempt: Attempt, kind: Option<ThreadKind>) -> io::Result<Outcome> {
+        // The other layers are the process's alone.
+        let without: Vec<Layer> = Layer::ALL.into_iter().filter(|layer| *layer != Layer::Seccomp).collect();
+        self.outcome(attempt, &Profile::Vmm, &without, kind)
+    }
+
+    fn outcome(
+        &self,
+        attempt: Attempt,
+        profile: &Profile,
+        without: &[Layer],
+        thread: Option<ThreadKind>,
+    ) -> io::Result<Outcome> {
+        let (mut process, _) = self.start(attempt, profile, without, thread)?;
         let stdout = process.take_stdout();
         let Some(status) = process.wait(PATIENCE) else {
             return Err(io::Error::other(format!("the attempt to {} does not end", attempt.name())));
@@ -185,18 +287,26 @@ impl Targets {
             ))),
         }
     }
+
     /// What of the jail of `profile` this host grants.
     ///
     /// # Errors
     /// No process could be locked in.
     pub fn held(&self, profile: &Profile) -> io::Result<Held> {
-        self.start(Attempt::ReadFile, profile, &[]).map(|(_, held)| held)
+        self.start(Attempt::ReadFile, profile, &[], None).map(|(_, held)| held)
     }
 
-    fn start(&self, attempt: Attempt, profile: &Profile, without: &[Layer]) -> io::Result<(Process, Held)> {
+    fn start(
+        &self,
+        attempt: Attempt,
+        profile: &Profile,
+        without: &[Layer],
+        thread: Option<ThreadKind>,
+    ) -> io::Result<(Process, Held)> {
         let trial = Trial {
             profile: profile.clone(),
             without: without.to_vec(),
+            thread,
             attempt,
             folder: self.folder.path().to_owned(),
             tcp: self.tcp.local_addr()?,
@@ -210,6 +320,9 @@ impl Targets {
 impl Trial {
     /// Makes the attempt, and says on standard output how it went.
     pub(in crate::machine) fn carry_out(&self) -> Result<(), Box<dyn std::error::Error>> {
+        if let Some(kind) = self.thread {
+            kind.enter()?;
+        }
         let line = match self.attempt() {
             Ok(()) => "allowed\n".to_owned(),
             Err(error) => format!("refused {error}\n"),
@@ -244,6 +357,55 @@ impl Trial {
             Attempt::ExecutableMemory => sys::map_executable(),
             Attempt::UserNamespace => sys::unshare(UnshareFlags::NEWUSER),
             Attempt::Outlive => Ok(rustix::process::set_parent_process_death_signal(None)?),
+            Attempt::Trace => sys::trace(self.parent),
+            Attempt::Fork => sys::fork(),
+            Attempt::ChangeMode => fs::set_permissions(file, fs::Permissions::from_mode(0o644)),
+            Attempt::InternetSocket => make_socket(AddressFamily::INET),
+            Attempt::VsockSocket => make_socket(AddressFamily::VSOCK),
+            Attempt::KvmDevice => sys::ask_kvm(KVM_CREATE_DEVICE),
+            Attempt::KvmMachine => sys::ask_kvm(KVM_CREATE_VM),
+            Attempt::OpenBeneath => {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+                Ok(openat2(CWD, "/", flags, Mode::empty(), ResolveFlags::empty()).map(drop)?)
+            }
+            // Of a socket the kernel says that it has no places.
+            Attempt::WriteAt => reached(rustix::io::pwrite(io::stdin(), b"", 0).map(drop), Errno::SPIPE),
+            Attempt::Receive => {
+                let flags = RecvFlags::DONTWAIT;
+                let received =
+                    rustix::net::recvmsg(io::stdin(), &mut [], &mut RecvAncillaryBuffer::default(), flags);
+                reached(received.map(drop), Errno::AGAIN)
+            }
+            Attempt::Pair => UnixStream::pair().map(drop),
+            // Nor does it wait for others.
+            Attempt::Wait => {
+                let mut events = Vec::with_capacity(1);
+                let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+                let waited = epoll::wait(io::stdin(), spare_capacity(&mut events), Some(&now));
+                reached(waited.map(drop), Errno::INVAL)
+            }
+            Attempt::StartThread => {
+                let thread = std::thread::Builder::new().spawn(|| {})?;
+                thread.join().map_err(|_| io::Error::other("it was started and failed"))
+            }
         }
+    }
+}
+
+/// The requests of these names (linux/kvm.h).
+const KVM_CREATE_VM: u32 = 0xae01;
+const KVM_CREATE_DEVICE: u32 = 0xc00c_aee0;
+
+fn make_socket(family: AddressFamily) -> io::Result<()> {
+    let made = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+    // Where the kernel knows no such sockets, it was asked all the same.
+    reached(made.map(drop), Errno::AFNOSUPPORT)
+}
+
+/// A call that the kernel carried out, or answered as it does what it was asked of.
+fn reached(result: rustix::io::Result<()>, answer: Errno) -> io::Result<()> {
+    match result {
+        Err(errno) if errno != answer => Err(errno.into()),
+        _ => Ok(()),
     }
 }

@@ -13,6 +13,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     TargetArch,
 };
+use serde::{Deserialize, Serialize};
 
 use super::Profile;
 
@@ -59,7 +60,37 @@ const PRCTL: Arguments = OneOf(
     ],
 );
 
-/// What any Rust thread does: memory, locks, time, its end.
+/// What a thread does that only computes, locks, and reads and writes descriptors that it holds, to its end.
+const BARE: &[Allowed] = &[
+    (libc::SYS_read, Any),
+    (libc::SYS_write, Any),
+    (libc::SYS_close, Any),
+    (libc::SYS_futex, Any),
+    (libc::SYS_mmap, Without(2, EXECUTABLE)),
+    (libc::SYS_mprotect, Without(2, EXECUTABLE)),
+    (libc::SYS_munmap, Any),
+    (libc::SYS_mremap, Any),
+    (libc::SYS_madvise, Any),
+    (libc::SYS_brk, Any),
+    (libc::SYS_clock_gettime, Any),
+    (libc::SYS_restart_syscall, Any),
+    (libc::SYS_sched_yield, Any),
+    // The allocator asks how many processors there are, and for a file of the kernel's, which a filter of the process's says
+    // is not there.
+    (libc::SYS_sched_getaffinity, Any),
+    (libc::SYS_openat, Any),
+    // An abort signals its own thread, and a thread that ends gives back the stack that signals had.
+    (libc::SYS_getpid, Any),
+    (libc::SYS_gettid, Any),
+    (libc::SYS_tgkill, OwnProcess(0)),
+    (libc::SYS_rt_sigprocmask, Any),
+    (libc::SYS_rt_sigreturn, Any),
+    (libc::SYS_sigaltstack, Any),
+    (libc::SYS_exit, Any),
+    (libc::SYS_exit_group, Any),
+];
+
+/// What any Rust thread does: memory, locks, time, waiting, its end.
 const COMMON: &[Allowed] = &[
     (libc::SYS_read, Any),
     (libc::SYS_write, Any),
@@ -211,6 +242,30 @@ const KVM: Allowed = (
     ),
 );
 const KVM_RUN: u32 = 0xae80;
+
+/// Of [`KVM`], what is asked of a machine that is being frozen: to finish an instruction, and its state.
+const KVM_TOLD: Allowed = (
+    libc::SYS_ioctl,
+    OneOf(
+        1,
+        &[
+            KVM_RUN,
+            0xc208_ae62,
+            0x8030_ae7c,
+            0x8090_ae81,
+            0x8138_ae83,
+            0xc008_ae88,
+            0x8400_ae8e,
+            0x8004_ae98,
+            0x8040_ae9f,
+            0x8080_aea1,
+            0xaea3,
+            0x9000_aea4,
+            0x8188_aea6,
+            FIONBIO,
+        ],
+    ),
+);
 
 /// What is done to a disk's file.
 const DISK: &[Allowed] = &[
@@ -429,13 +484,78 @@ fn refuse(call: libc::c_long, errno: libc::c_int) -> io::Result<()> {
 /// # Errors
 /// As [`enter`].
 pub fn enter_thread(thread: Thread) -> io::Result<()> {
-    let list = match thread {
-        Thread::Control => [COMMON, STREAMS, FILES, LANDLOCK].concat(),
-        Thread::Messages => [COMMON, THREADS, STREAMS, DOOR].concat(),
-        Thread::FsQueues => [COMMON, FILES, LANDLOCK].concat(),
-        Thread::StreamQueues => [COMMON, STREAMS, PAIRS].concat(),
-    };
-    install(&program(&list, SeccompAction::Allow, SeccompAction::KillProcess)?)
+    ThreadKind::from(thread).enter()
+}
+
+/// The threads that have a filter of their own: of a VMM, of a device process or of both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ThreadKind {
+    /// Runs a guest's processor.
+    Processor,
+    /// Owns the machine.
+    Owner,
+    /// Serves a disk.
+    Disk,
+    /// Serves a device that takes the kernel's random numbers or gives memory back.
+    Plain,
+    /// Serves the shares.
+    Files,
+    /// Serves a device that is streams.
+    Streams,
+    /// Does what the parent asks.
+    Control,
+    /// Takes QEMU's messages.
+    Messages,
+}
+
+impl From<Thread> for ThreadKind {
+    fn from(thread: Thread) -> Self {
+        match thread {
+            Thread::Control => Self::Control,
+            Thread::Messages => Self::Messages,
+            Thread::FsQueues => Self::Files,
+            Thread::StreamQueues => Self::Streams,
+        }
+    }
+}
+
+impl ThreadKind {
+    /// Those of a VMM.
+    pub const OF_VMM: [Self; 7] =
+        [Self::Processor, Self::Owner, Self::Disk, Self::Plain, Self::Files, Self::Streams, Self::Control];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Processor => "processor",
+            Self::Owner => "owner",
+            Self::Disk => "disk",
+            Self::Plain => "plain",
+            Self::Files => "files",
+            Self::Streams => "streams",
+            Self::Control => "control",
+            Self::Messages => "messages",
+        }
+    }
+
+    fn list(self) -> Vec<Allowed> {
+        // The last entry of a call counts.
+        match self {
+            Self::Processor => [BARE, &[(libc::SYS_ioctl, OneOf(1, &[KVM_RUN]))]].concat(),
+            Self::Owner => [COMMON, STREAMS, PAIRS, DISK, &[KVM_TOLD]].concat(),
+            Self::Disk => [COMMON, DISK].concat(),
+            Self::Plain => COMMON.to_vec(),
+            Self::Files => [COMMON, FILES, LANDLOCK].concat(),
+            Self::Streams => [COMMON, STREAMS, PAIRS].concat(),
+            Self::Control => [COMMON, STREAMS, FILES, LANDLOCK].concat(),
+            Self::Messages => [COMMON, THREADS, STREAMS, DOOR].concat(),
+        }
+    }
+
+    /// Filters the calling thread, in addition to the process's filter.
+    pub(super) fn enter(self) -> io::Result<()> {
+        install(&program(&self.list(), SeccompAction::Allow, SeccompAction::KillProcess)?)
+    }
 }
 
 /// Filters the calling thread of a VMM, which is to run a guest's processor: it may do no more than that, ring for the devices
@@ -444,8 +564,7 @@ pub fn enter_thread(thread: Thread) -> io::Result<()> {
 /// # Errors
 /// As [`enter`].
 pub fn enter_processor() -> io::Result<()> {
-    let list = [COMMON, &[(libc::SYS_ioctl, OneOf(1, &[KVM_RUN]))]].concat();
-    install(&program(&list, SeccompAction::Allow, SeccompAction::KillProcess)?)
+    ThreadKind::Processor.enter()
 }
 
 /// Filters the calling thread of a VMM, which owns the machine: it freezes it or passes on what it left, and opens nothing.
@@ -453,9 +572,7 @@ pub fn enter_processor() -> io::Result<()> {
 /// # Errors
 /// As [`enter`].
 pub fn enter_owner() -> io::Result<()> {
-    // The last entry of a call counts.
-    let list = [COMMON, STREAMS, PAIRS, DISK, &[KVM]].concat();
-    install(&program(&list, SeccompAction::Allow, SeccompAction::KillProcess)?)
+    ThreadKind::Owner.enter()
 }
 
 /// Filters the calling thread of a VMM, which is to serve a disk.
@@ -463,7 +580,7 @@ pub fn enter_owner() -> io::Result<()> {
 /// # Errors
 /// As [`enter`].
 pub fn enter_disk() -> io::Result<()> {
-    install(&program(&[COMMON, DISK].concat(), SeccompAction::Allow, SeccompAction::KillProcess)?)
+    ThreadKind::Disk.enter()
 }
 
 /// Filters the calling thread of a VMM, which is to serve a device that takes the kernel's random numbers or gives memory back.
@@ -471,7 +588,7 @@ pub fn enter_disk() -> io::Result<()> {
 /// # Errors
 /// As [`enter`].
 pub fn enter_plain_device() -> io::Result<()> {
-    install(&program(COMMON, SeccompAction::Allow, SeccompAction::KillProcess)?)
+    ThreadKind::Plain.enter()
 }
 
 /// A filter that answers `listed` to the calls on `list`, and `other` to all else.
@@ -505,4 +622,64 @@ fn conditions(arguments: Arguments) -> io::Result<Vec<SeccompRule>> {
 
 fn install(program: &BpfProgram) -> io::Result<()> {
     seccompiler::apply_filter(program).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn calls(list: &[Allowed]) -> BTreeSet<libc::c_long> {
+        list.iter().map(|(call, _)| *call).collect()
+    }
+
+    fn requests(list: &[Allowed]) -> BTreeSet<u32> {
+        let ioctl = list.iter().rev().find(|(call, _)| *call == libc::SYS_ioctl);
+        match ioctl {
+            Some((_, OneOf(1, requests))) => requests.iter().copied().collect(),
+            other => panic!("what may be asked is listed: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_thread_may_do_what_its_process_may_and_mostly_less() {
+        let process = calls(&[COMMON, THREADS, STREAMS, FILES, LANDLOCK, PAIRS, DISK, &[KVM]].concat());
+        for kind in ThreadKind::OF_VMM {
+            let own = calls(&kind.list());
+            assert!(own.is_subset(&process) && own.len() + 10 < process.len(), "{}", kind.name());
+        }
+        let processor = calls(&ThreadKind::Processor.list());
+        assert!(processor.is_subset(&calls(&[COMMON, &[KVM]].concat())));
+        for call in [libc::SYS_poll, libc::SYS_prctl, libc::SYS_epoll_ctl, libc::SYS_rt_sigaction] {
+            assert!(!processor.contains(&call), "{call}");
+        }
+        let told = requests(&ThreadKind::Owner.list());
+        assert!(told.is_subset(&requests(&[KVM])));
+        // KVM_CREATE_VM, KVM_CREATE_VCPU, KVM_SET_USER_MEMORY_REGION, KVM_IRQFD, KVM_IOEVENTFD.
+        for request in [0xae01, 0xae41, 0x4020_ae46, 0x4020_ae76, 0x4040_ae79] {
+            assert!(requests(&[KVM]).contains(&request) && !told.contains(&request), "{request:#x}");
+        }
+    }
+
+    #[test]
+    fn the_threat_model_counts_what_is_left() {
+        const TEXT: &str = include_str!("../../../SECURITY.md");
+        let count = |kind: ThreadKind| calls(&kind.list()).len();
+        let of_devices =
+            [ThreadKind::Control, ThreadKind::Messages, ThreadKind::Files, ThreadKind::Streams].map(count);
+        let (least, most) = (of_devices.iter().min().expect("some"), of_devices.iter().max().expect("some"));
+        let of_vmm = format!(
+            "{} calls for a processor, {} for the sources of numbers and of memory, {} for a disk, {} for the owner, and {} to {} for the others",
+            count(ThreadKind::Processor),
+            count(ThreadKind::Plain),
+            count(ThreadKind::Disk),
+            count(ThreadKind::Owner),
+            count(ThreadKind::Streams),
+            count(ThreadKind::Control),
+        );
+        for words in [format!("{least} to {most} calls for each thread"), of_vmm] {
+            assert!(TEXT.contains(&words), "no `{words}` in SECURITY.md");
+        }
+    }
 }

@@ -5,7 +5,7 @@
 //!
 //! | layer | takes away | where the host does not grant it |
 //! | --- | --- | --- |
-//! | descriptors, limits | what kiln's parent left open, core dumps, growing files (device process) | always held |
+//! | descriptors, limits | what kiln's parent left open, core dumps, growing files (QEMU may) | always held |
 //! | capabilities | all of root's powers; the device process keeps reading what it was given, when kiln is root | always held |
 //! | namespaces | the host's file system, network, IPC and host name | reported missing |
 //! | landlock | files but those named, TCP, signals and abstract sockets of others | reported missing |
@@ -31,7 +31,7 @@ use kiln_virtio::process::LockIn;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use serde::{Deserialize, Serialize};
 
-pub use self::filter::enter_thread;
+pub use self::filter::{ThreadKind, enter_thread};
 pub(super) use self::filter::{enter_disk, enter_owner, enter_plain_device, enter_processor};
 
 /// Makes what narrows the threads of a device process to `directories`, which are all that it will be given.
@@ -344,6 +344,15 @@ pub(super) fn enter(profile: &Profile, beneath: &[&OwnedFd], without: &[Layer]) 
     Ok(held)
 }
 
+/// Lets no file grow beyond `bytes` that the calling process writes.
+///
+/// # Errors
+/// What setrlimit(2) says.
+pub(super) fn limit_files(bytes: u64) -> io::Result<()> {
+    rustix::process::setrlimit(Resource::Fsize, Rlimit { current: Some(bytes), maximum: Some(bytes) })?;
+    Ok(())
+}
+
 /// Closes what was inherited. The first thing a child does.
 pub(super) fn close_inherited() -> io::Result<()> {
     sys::close_inherited()
@@ -366,7 +375,7 @@ fn limit(profile: &Profile) -> io::Result<()> {
     // Guest memory may hold secrets.
     rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     if *profile == Profile::Devices {
-        rustix::process::setrlimit(Resource::Fsize, Rlimit { current: Some(0), maximum: Some(0) })?;
+        limit_files(0)?;
     }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     // Away from the terminal of whoever called kiln.

@@ -2,7 +2,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "descriptors closed by number, unshare, mount_setattr and mmap have no safe wrapper"
+    reason = "descriptors closed by number, unshare, mount_setattr, ptrace, fork, ioctl and mmap have no safe wrapper"
 )]
 
 use std::ffi::CStr;
@@ -68,6 +68,50 @@ pub(super) fn seal_mount(tree: impl AsFd, devices: bool) -> io::Result<()> {
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Becomes the tracer of the process `number`, which runs on, until this one ends.
+///
+/// # Errors
+/// What ptrace(2) says.
+pub(super) fn trace(number: i32) -> io::Result<()> {
+    // SAFETY: no memory is handed over; a process that is seized and not stopped does what it did.
+    let result = unsafe { libc::ptrace(libc::PTRACE_SEIZE, number, 0, 0) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Makes a process, which ends at once.
+///
+/// # Errors
+/// What fork(2) says.
+pub(super) fn fork() -> io::Result<()> {
+    // SAFETY: the child does nothing but end, by a call that runs nothing of this program's.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: as above.
+        unsafe { libc::_exit(0) };
+    }
+    if child < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let child = rustix::process::Pid::from_raw(child);
+    rustix::process::waitpid(child, rustix::process::WaitOptions::empty())?;
+    Ok(())
+}
+
+/// Asks standard input `request`, an ioctl of KVM's that takes nothing from this program's memory. That it is not KVM's is an
+/// answer of the kernel's, to which the request has come then.
+///
+/// # Errors
+/// Another answer.
+pub(super) fn ask_kvm(request: u32) -> io::Result<()> {
+    // SAFETY: standard input is a socket, which knows no such request; nothing is read or written at the address of zero.
+    let result = unsafe { libc::ioctl(0, request.into(), 0) };
+    match io::Error::last_os_error() {
+        _ if result == 0 => Ok(()),
+        error if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => Ok(()),
+        error => Err(error),
+    }
 }
 
 /// Maps a page that may be executed, and unmaps it.

@@ -135,6 +135,9 @@ impl Descriptors {
     }
 }
 
+/// More than the state of a frozen machine ever has.
+const MOST_STATE_BYTES: u64 = 64 << 20;
+
 impl Vmm {
     /// Adds what it needs and can open for itself only, before it is locked in: what tells the process about its own pages, where
     /// that is what its machine is there for.
@@ -146,6 +149,24 @@ impl Vmm {
             descriptors.insert(PAGEMAP.to_owned(), File::open("/proc/self/pagemap")?.into());
         }
         Ok(())
+    }
+
+    /// How large a file may be that it writes: its disks do not grow, and where it is frozen there is its state, or where it is there for that, its working set.
+    ///
+    /// # Errors
+    /// What fstat(2) says.
+    pub fn most_file_bytes(&self, descriptors: &BTreeMap<String, OwnedFd>) -> io::Result<u64> {
+        let mut most = match self.origin {
+            Origin::Boot { becomes_template: true, .. } => MOST_STATE_BYTES,
+            Origin::Frozen { shows_working_set: true } => working_set::MOST_BYTES,
+            Origin::Boot { .. } | Origin::Frozen { .. } => 0,
+        };
+        for (name, file) in descriptors.iter().filter(|(name, _)| name.starts_with("disk")) {
+            let size = rustix::fs::fstat(file)?.st_size;
+            most =
+                most.max(u64::try_from(size).map_err(|_| io::Error::other(format!("{name} has no size")))?);
+        }
+        Ok(most)
     }
 
     /// Runs the machine until the parent hangs up. How the guest ended is said on standard error.
