@@ -1,17 +1,16 @@
 //! Guests of a few instructions, on whatever KVM there is: what they do needs none that is quick.
 
-use std::fs::OpenOptions;
-use std::io::Write as _;
 use std::sync::{PoisonError, mpsc};
 
 use vm_memory::GuestAddress;
 
+use self::testkit::{CODE, device, kernel};
 use super::*;
 use crate::bus::{Effect, Window};
 use crate::memory::{LEAST_BYTES, make_file, map, map_private};
 
-/// Where the guest's code is put and entered.
-const CODE: u64 = 0x0100_0000;
+#[path = "../testkit.rs"]
+mod testkit;
 
 /// What a guest printed.
 #[derive(Clone, Default)]
@@ -26,26 +25,6 @@ impl Write for Printed {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// A vmlinux of this code alone.
-fn kernel(code: &[u8]) -> File {
-    let mut file = vec![0; 120];
-    file[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
-    file[24..32].copy_from_slice(&CODE.to_le_bytes());
-    file[32] = 64;
-    file[54] = 56;
-    file[56] = 1;
-    file[64] = 1;
-    file[72] = 120;
-    file[88..96].copy_from_slice(&CODE.to_le_bytes());
-    for at in [96, 104] {
-        file[at..at + 8].copy_from_slice(&(code.len() as u64).to_le_bytes());
-    }
-    file.extend_from_slice(code);
-    let mut kernel = tempfile::tempfile().expect("a file");
-    kernel.write_all(&file).expect("room");
-    kernel
 }
 
 fn parts(kvm: impl Into<OwnedFd>, code: &[u8]) -> (Parts, Printed) {
@@ -75,15 +54,6 @@ fn end_of(mut parts: Parts, confine: Confine) -> End {
     parts.on_end = Arc::new(move |end| drop(sender.send(end)));
     let _running = Machine::new(parts).expect("a machine").start(confine).expect("threads");
     ends.recv().expect("an end")
-}
-
-/// /dev/kvm, or word that there is none.
-fn device() -> Option<File> {
-    let device = OpenOptions::new().read(true).write(true).open("/dev/kvm");
-    if let Err(error) = &device {
-        let _ = writeln!(io::stderr(), "skipped: /dev/kvm cannot be opened here: {error}");
-    }
-    device.ok()
 }
 
 fn run(code: &[u8]) -> Option<(End, Vec<u8>)> {
