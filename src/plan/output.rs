@@ -1,6 +1,6 @@
 //! Output globs: which paths below WORK a step declares as its outputs.
 
-use globset::{GlobBuilder, GlobMatcher};
+use globset::{Glob, GlobBuilder, GlobMatcher};
 use kiln_artifact::tree::TreePath;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -19,6 +19,33 @@ pub enum OutputError {
         /// What is wrong.
         why: String,
     },
+}
+
+/// Longest glob, bytes: no path is longer (PATH_MAX).
+const MOST_GLOB_BYTES: usize = 4096;
+/// Most alternatives within each other. What compiles globs fails with some hundred, and with some thousand has no stack.
+const MOST_NESTED: usize = 8;
+
+/// Reads a glob of paths, in which only `**` crosses a `/`.
+///
+/// # Errors
+/// What is wrong with it.
+pub(super) fn glob(text: &str) -> Result<Glob, String> {
+    if text.len() > MOST_GLOB_BYTES {
+        return Err(format!("it is longer than {MOST_GLOB_BYTES} bytes"));
+    }
+    let mut open = 0_usize;
+    for byte in text.bytes() {
+        match byte {
+            b'{' => open += 1,
+            b'}' => open = open.saturating_sub(1),
+            _ => {}
+        }
+        if open > MOST_NESTED {
+            return Err(format!("more than {MOST_NESTED} alternatives within each other"));
+        }
+    }
+    GlobBuilder::new(text).literal_separator(true).build().map_err(|error| error.kind().to_string())
 }
 
 /// The declared outputs of a step. A glob that matches a folder takes all that is in it; `*` does not cross a `/`,
@@ -52,10 +79,7 @@ impl Outputs {
             if trimmed.is_empty() || trimmed.split('/').any(|part| part.is_empty()) {
                 return Err(malformed("it has an empty part".to_owned()));
             }
-            let glob = GlobBuilder::new(trimmed)
-                .literal_separator(true)
-                .build()
-                .map_err(|error| malformed(error.kind().to_string()))?;
+            let glob = glob(trimmed).map_err(malformed)?;
             outputs.globs.push((text.to_owned(), glob.compile_matcher()));
         }
         Ok(outputs)
@@ -136,7 +160,8 @@ mod tests {
         for bad in ["/etc/passwd", "../x", "a/../../x", "a/.."] {
             assert_eq!(Outputs::parse([bad]).err(), Some(OutputError::Escapes(bad.to_owned())));
         }
-        for bad in ["", "a//b", "a[", "{a"] {
+        let (deep, long) = ("{".repeat(3000) + "a" + &"}".repeat(3000), "a".repeat(5000));
+        for bad in ["", "a//b", "a[", "{a", &deep[2900..3101], &deep, &long] {
             assert!(matches!(Outputs::parse([bad]), Err(OutputError::Malformed { .. })), "{bad}");
         }
     }

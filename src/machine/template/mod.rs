@@ -559,6 +559,7 @@ mod tests {
             carrier: Carrier::Serial,
             cpu: Cpu::Fixed,
             network: false,
+            rehearsal: None,
         };
         let notes = templates.copy(&Failing { freezing, thawing }, &spec).err().expect("no copy");
         assert!(!notes.is_empty());

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::ops::{Range, RangeInclusive};
 
-use globset::{GlobBuilder, GlobSetBuilder};
+use globset::GlobSetBuilder;
 
 use super::{Command, DEFAULT_ROOT, Ignore, Kernel, Limits, Output, PlannedStep, Root, StepId};
+use crate::plan::output::glob;
 use crate::plan::recipe::{Expanded, Fault, LimitsTable, Recipe, RootTable, StepTable, Text, nearest};
 use crate::plan::{MEMORY_BYTES, Outputs, RootSpec, SCRATCH_BYTES, parse_bytes, parse_duration, show_bytes};
 
@@ -148,8 +149,7 @@ impl Reader<'_> {
             if trimmed.trim_start_matches('/').is_empty() || trimmed.split('/').any(|part| part == "..") {
                 return Err(bad("it leaves SRCDIR, or is all of it".to_owned()));
             }
-            let glob = GlobBuilder::new(&anywhere).literal_separator(true).build();
-            set.add(glob.map_err(|error| bad(error.kind().to_string()))?);
+            set.add(glob(&anywhere).map_err(bad)?);
             globs.push(text.get_ref().clone());
         }
         let set = set.build().map_err(|error| self.fault(0..0, error.to_string()))?;

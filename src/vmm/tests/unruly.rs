@@ -6,6 +6,10 @@
 //! `KILN_UNRULY_SECONDS` says for how long, `KILN_UNRULY_SEED` with which first seed.
 
 #![allow(clippy::disallowed_methods, reason = "a test's own environment, and it fails by panicking")]
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "random words lose bits, and addresses of the program are low"
+)]
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -124,7 +128,7 @@ impl Dice {
             1 => 0xfec0_0000 + self.one_of(&[0, 0x10, 0x20, 0x40]),
             2 => 0xd000_0000 + device + self.word() % 0x1000,
             3 => 0xd000_0000 + device + (self.word() & 0xffc),
-            _ => 0xd000_0000 + device + (self.word() % 0x110 & !3),
+            _ => 0xd000_0000 + device + ((self.word() % 0x110) & !3),
         }
     }
 
@@ -352,6 +356,7 @@ fn a_machine_of_its_own() {
         },
         generation: [7; 16],
         memory,
+        working_set: None,
         cpus: CPUS,
         model: if seed.is_multiple_of(2) { Model::Fixed } else { Model::Host },
         console: Box::new(io::sink()),
