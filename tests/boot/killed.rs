@@ -14,7 +14,7 @@ use super::build::recipe;
 use super::host::{Host, Running, members, soon};
 
 /// How often, where nobody says.
-const KILLS: u32 = 10;
+const KILLS: u32 = 4;
 
 const STEPS: &str = r#"
 [steps.one]
