@@ -90,43 +90,19 @@ const BARE: &[Allowed] = &[
     (libc::SYS_exit_group, Any),
 ];
 
-/// What any Rust thread does: memory, locks, time, waiting, its end.
-const COMMON: &[Allowed] = &[
-    (libc::SYS_read, Any),
-    (libc::SYS_write, Any),
+/// What any other thread does beside [`BARE`]: it waits for several things, draws numbers, and has a name and handlers.
+const WAITS: &[Allowed] = &[
     (libc::SYS_writev, Any),
-    (libc::SYS_close, Any),
     (libc::SYS_fcntl, OneOf(1, &[libc::F_GETFD as u32])),
-    (libc::SYS_futex, Any),
-    (libc::SYS_mmap, Without(2, EXECUTABLE)),
-    (libc::SYS_mprotect, Without(2, EXECUTABLE)),
-    (libc::SYS_munmap, Any),
-    (libc::SYS_mremap, Any),
-    (libc::SYS_madvise, Any),
-    (libc::SYS_brk, Any),
-    (libc::SYS_clock_gettime, Any),
     (libc::SYS_clock_nanosleep, Any),
-    (libc::SYS_restart_syscall, Any),
-    (libc::SYS_sched_yield, Any),
-    // The allocator asks how many processors there are, and for a file of the kernel's that it can do without.
-    (libc::SYS_sched_getaffinity, Any),
-    (libc::SYS_openat, Any),
     (libc::SYS_getrandom, Any),
     (libc::SYS_prctl, PRCTL),
-    (libc::SYS_getpid, Any),
-    (libc::SYS_gettid, Any),
-    (libc::SYS_tgkill, OwnProcess(0)),
-    (libc::SYS_rt_sigprocmask, Any),
     (libc::SYS_rt_sigaction, Any),
-    (libc::SYS_rt_sigreturn, Any),
-    (libc::SYS_sigaltstack, Any),
     (libc::SYS_epoll_wait, Any),
     (libc::SYS_epoll_pwait, Any),
     (libc::SYS_epoll_ctl, Any),
     (libc::SYS_poll, Any),
     (libc::SYS_ppoll, Any),
-    (libc::SYS_exit, Any),
-    (libc::SYS_exit_group, Any),
 ];
 
 /// To start threads, and for them to enter their own filter.
@@ -451,23 +427,23 @@ pub(super) fn enter(profile: &Profile) -> io::Result<()> {
         Profile::Devices => {
             // Files are opened beneath a share, with openat2, and nowhere else.
             refuse(libc::SYS_openat, libc::ENOENT)?;
-            let all = [COMMON, THREADS, STREAMS, FILES, LANDLOCK, DOOR, PAIRS].concat();
+            let all = [BARE, WAITS, THREADS, STREAMS, FILES, LANDLOCK, DOOR, PAIRS].concat();
             install(&program(&all, SeccompAction::Allow, SeccompAction::KillProcess)?)
         }
         Profile::Vmm => {
             // As a device process, which it is too.
             refuse(libc::SYS_openat, libc::ENOENT)?;
-            let all = [COMMON, THREADS, STREAMS, FILES, LANDLOCK, PAIRS, DISK, &[KVM]].concat();
+            let all = [BARE, WAITS, THREADS, STREAMS, FILES, LANDLOCK, PAIRS, DISK, &[KVM]].concat();
             install(&program(&all, SeccompAction::Allow, SeccompAction::KillProcess)?)
         }
         Profile::Tpm { .. } => {
-            let mut all = [COMMON, QEMU, TPM].concat();
+            let mut all = [BARE, WAITS, QEMU, TPM].concat();
             all.push(QEMU_IOCTL);
             install(&program(&all, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?)
         }
         Profile::Qemu { kvm, network, .. } => {
             let ioctl = if *kvm { (libc::SYS_ioctl, Any) } else { QEMU_IOCTL };
-            let mut all = [COMMON, QEMU, if *network { NETWORK } else { &[] }].concat();
+            let mut all = [BARE, WAITS, QEMU, if *network { NETWORK } else { &[] }].concat();
             all.push(ioctl);
             install(&program(&all, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?)
         }
@@ -542,13 +518,13 @@ impl ThreadKind {
         // The last entry of a call counts.
         match self {
             Self::Processor => [BARE, &[(libc::SYS_ioctl, OneOf(1, &[KVM_RUN]))]].concat(),
-            Self::Owner => [COMMON, STREAMS, PAIRS, DISK, &[KVM_TOLD]].concat(),
-            Self::Disk => [COMMON, DISK].concat(),
-            Self::Plain => COMMON.to_vec(),
-            Self::Files => [COMMON, FILES, LANDLOCK].concat(),
-            Self::Streams => [COMMON, STREAMS, PAIRS].concat(),
-            Self::Control => [COMMON, STREAMS, FILES, LANDLOCK].concat(),
-            Self::Messages => [COMMON, THREADS, STREAMS, DOOR].concat(),
+            Self::Owner => [BARE, WAITS, STREAMS, PAIRS, DISK, &[KVM_TOLD]].concat(),
+            Self::Disk => [BARE, WAITS, DISK].concat(),
+            Self::Plain => [BARE, WAITS].concat(),
+            Self::Files => [BARE, WAITS, FILES, LANDLOCK].concat(),
+            Self::Streams => [BARE, WAITS, STREAMS, PAIRS].concat(),
+            Self::Control => [BARE, WAITS, STREAMS, FILES, LANDLOCK].concat(),
+            Self::Messages => [BARE, WAITS, THREADS, STREAMS, DOOR].concat(),
         }
     }
 
@@ -644,13 +620,13 @@ mod tests {
 
     #[test]
     fn a_thread_may_do_what_its_process_may_and_mostly_less() {
-        let process = calls(&[COMMON, THREADS, STREAMS, FILES, LANDLOCK, PAIRS, DISK, &[KVM]].concat());
+        let process = calls(&[BARE, WAITS, THREADS, STREAMS, FILES, LANDLOCK, PAIRS, DISK, &[KVM]].concat());
         for kind in ThreadKind::OF_VMM {
             let own = calls(&kind.list());
             assert!(own.is_subset(&process) && own.len() + 10 < process.len(), "{}", kind.name());
         }
         let processor = calls(&ThreadKind::Processor.list());
-        assert!(processor.is_subset(&calls(&[COMMON, &[KVM]].concat())));
+        assert!(processor.is_subset(&calls(&[BARE, WAITS, &[KVM]].concat())));
         for call in [libc::SYS_poll, libc::SYS_prctl, libc::SYS_epoll_ctl, libc::SYS_rt_sigaction] {
             assert!(!processor.contains(&call), "{call}");
         }
