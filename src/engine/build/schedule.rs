@@ -163,10 +163,10 @@ impl<R: Runner> Build<'_, R> {
         // Whatever takes long, and is told, is done for the first of each root and kernel.
         let mut seen = Vec::new();
         let mut rest = VecDeque::new();
-        for (id, planned) in wanted.iter().map(|id| (*id, self.plan.step(*id))) {
+        let known = wanted.iter().map(|id| (*id, self.plan.step(*id)));
+        for (id, planned) in known.filter(|(_, planned)| !planned.follows_outputs()) {
             let world = (&planned.root, &planned.kernel, planned.untrusted);
-            if planned.follows_outputs() {
-            } else if seen.contains(&world) {
+            if seen.contains(&world) {
                 rest.push_back(id);
             } else {
                 make(id, &mut |text| {

@@ -42,9 +42,7 @@ impl<R: Runner> Build<'_, R> {
         step.keep = Keep::Always;
         Ok(step)
     }
-}
 
-impl<R: Runner> Build<'_, R> {
     /// The trace by which the step `id` need not run; none where it must. `outputs` are those of the steps it needs, as
     /// [`super::Summary::outputs`] has them.
     ///

@@ -264,13 +264,9 @@ fn module_info(blobs: &Blobs, path: &TreePath, digest: &Digest) -> Result<Module
     let failed = |source| KernelError::Read { path: path.clone(), source };
     let name = String::from_utf8_lossy(path.name());
     let (compression, _) = Compression::of_name(&name);
-    let mut file = blobs.file(digest).map_err(failed)?;
-    if Digest::of_reader(&file).map_err(failed)?.0 != *digest {
-        return Err(failed(std::io::ErrorKind::InvalidData.into()));
-    }
-    std::io::Seek::rewind(&mut file).map_err(failed)?;
+    let packed = blobs.read(digest).map_err(failed)?;
     let mut elf = Vec::new();
-    let reader = compression.reader(file).map_err(failed)?;
+    let reader = compression.reader(&packed[..]).map_err(failed)?;
     Limited::new(reader, MAX_MODULE_BYTES).read_to_end(&mut elf).map_err(failed)?;
     ModuleInfo::parse(&elf).map_err(|source| KernelError::Info { path: path.clone(), source })
 }
