@@ -245,4 +245,6 @@ impl<B: Bitmap + 'static> Device<B> for Vsock {
 }
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;

@@ -75,6 +75,12 @@ impl Muxer {
         self.resets.clear();
     }
 
+    /// How many connections there are.
+    #[cfg(test)]
+    pub fn connections(&self) -> usize {
+        self.connections.len()
+    }
+
     /// Bytes that wait in the buffer of connection number `id`.
     #[cfg(test)]
     pub fn buffered(&self, id: u64) -> usize {

@@ -12,7 +12,7 @@ use super::*;
 use crate::testkit::{Ring, WRITE, memory};
 
 const CID: u64 = 77;
-const OPEN_PORT: u32 = 5000;
+pub const OPEN_PORT: u32 = 5000;
 
 /// Accepts at one port, and hands out the host's ends.
 struct OnePort(Sender<UnixStream>);
@@ -25,13 +25,13 @@ impl Backend for OnePort {
     }
 }
 
-struct Guest {
+pub struct Guest {
     memory: GuestMemoryMmap,
     receive: Ring,
     transmit: Ring,
-    device: Vsock,
-    connector: Connector,
-    accepted: Receiver<UnixStream>,
+    pub device: Vsock,
+    pub connector: Connector,
+    pub accepted: Receiver<UnixStream>,
     posted: u16,
 }
 
@@ -42,14 +42,14 @@ impl Guest {
         Self::with_most(usize::MAX)
     }
 
-    fn with_most(connections: usize) -> Self {
+    pub fn with_most(connections: usize) -> Self {
         let (sender, accepted) = channel();
         let (device, connector) = Vsock::new(CID, connections, Box::new(OnePort(sender))).expect("device");
         let (receive, transmit) = (Ring::new(0, 64), Ring::new(1, 64));
         Self { memory: memory(), receive, transmit, device, connector, accepted, posted: 0 }
     }
 
-    fn process(&mut self, wake: Wake) {
+    pub fn process(&mut self, wake: Wake) {
         let mut queues = [Some(&mut self.receive.queue), Some(&mut self.transmit.queue), None];
         let mut rounds = 0;
         while Device::<()>::process(&mut self.device, wake, &mut queues, &self.memory).expect("rings").again {
@@ -77,7 +77,7 @@ impl Guest {
         assert_eq!(self.transmit.used(&self.memory), Some((0, 0)));
     }
 
-    fn send(&mut self, header: Header, data: &[u8]) {
+    pub fn send(&mut self, header: Header, data: &[u8]) {
         self.send_raw(&[header.as_bytes(), data].concat());
     }
 
@@ -94,7 +94,7 @@ impl Guest {
     }
 
     /// Lets the device look at its streams, gives it a buffer, and takes the packet it sends.
-    fn take(&mut self) -> Option<(Header, Vec<u8>)> {
+    pub fn take(&mut self) -> Option<(Header, Vec<u8>)> {
         self.process(Wake::Events);
         if let Some(packet) = self.next() {
             return Some(packet);
@@ -121,7 +121,7 @@ impl Guest {
 }
 
 /// A packet from the guest's `port` to the open port, with 64 KiB of credit.
-fn packet(op: u16, port: u32, length: u32) -> Header {
+pub fn packet(op: u16, port: u32, length: u32) -> Header {
     Header {
         src_cid: CID.into(),
         dst_cid: HOST_CID.into(),
