@@ -12,9 +12,6 @@ use rustix::process::{Resource, Rlimit, setrlimit, umask};
 use crate::failure::{Doing, Failure};
 use crate::{modules, mounts, sys};
 
-/// Where the initramfs keeps the modules that are loaded at start.
-const MODULES: &str = "/modules";
-
 /// The virtio devices that the kernel has found.
 const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
 
@@ -56,7 +53,7 @@ pub fn prepare() -> Result<Booted, Failure> {
     let files = Rlimit { current: Some(1024), maximum: Some(524_288) };
     setrlimit(Resource::Nofile, files).doing(|| "setting the limit of open files")?;
     sys::loopback_up().doing(|| "bringing up the loopback interface")?;
-    let complaints = modules::load_folder(Path::new(MODULES));
+    let complaints = modules::load_folder(Path::new(mounts::MODULES));
     // Now, so that a frozen machine has it.
     Ok(Booted { shares: mounts::shares().ok(), complaints })
 }

@@ -15,6 +15,9 @@ use rustix::mount::{
 use crate::failure::{Doing, Failure};
 use crate::{modules, sys};
 
+/// Where the initramfs keeps the modules that are loaded at start.
+pub const MODULES: &str = "/modules";
+
 /// Mounts are read-only, and devices on them are dead, for whatever comes from outside the machine.
 pub const READ_ONLY_SHARE: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV;
 /// For sysfs: nothing in it is to be executed either.
@@ -33,7 +36,8 @@ pub fn filesystem(
         Some((_, source)) => format!("mounting {source} as {kind}"),
         None => format!("mounting {kind}"),
     };
-    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).doing(what)?;
+    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)
+        .map_err(|errno| Failure::new(format!("{}{}", what(), kernel_state(kind)), errno))?;
     let configure = || -> Result<OwnedFd, Errno> {
         for (name, value) in options {
             if value.is_empty() {
@@ -46,6 +50,18 @@ pub fn filesystem(
         fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
     };
     configure().map_err(|errno| Failure::new(format!("{}{}", what(), kernel_words(&context)), errno))
+}
+
+/// What the kernel says of a file system that it does not open: whether it lists it, and the state of its module.
+fn kernel_state(kind: &str) -> String {
+    let line_of = |path: &str, has: &dyn Fn(&str) -> bool| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        text.lines().find(|line| has(line)).map(str::to_owned)
+    };
+    let listed = line_of("/proc/filesystems", &|line| line.split_whitespace().last() == Some(kind)).is_some();
+    let module = line_of("/proc/modules", &|line| line.split(' ').next() == Some(kind));
+    let listed = if listed { "listed" } else { "not listed" };
+    format!(": {listed} among the kernel's, its module {}", module.as_deref().unwrap_or("not loaded"))
 }
 
 /// What the kernel has to say about a failed mount: messages wait in the context, one a read.
@@ -114,7 +130,17 @@ pub fn disk(device: &str, kind: &str, read_only: bool) -> Result<OwnedFd, Failur
 /// # Errors
 /// Those of [`filesystem`].
 pub fn overlay(lower: &str, upper: &str, work: &str) -> Result<OwnedFd, Failure> {
-    filesystem("overlay", &overlay_options(lower, upper, work), MountAttrFlags::empty())
+    let mount = || filesystem("overlay", &overlay_options(lower, upper, work), MountAttrFlags::empty());
+    match mount() {
+        // Seen in one of some thousand emulated machines, all of whose modules had been loaded without an error.
+        Err(Failure { errno: Errno::NODEV, .. }) => {
+            match modules::load_folder(Path::new(MODULES)).into_iter().next() {
+                Some(complaint) => Err(complaint),
+                None => mount(),
+            }
+        }
+        mounted => mounted,
+    }
 }
 
 fn overlay_options<'a>(lower: &'a str, upper: &'a str, work: &'a str) -> [(&'a str, &'a str); 8] {
