@@ -21,7 +21,7 @@ use crate::engine::build::sources::{Locked, Permission};
 use crate::engine::build::{Build, Gate, Machines, News, Outcome, Timeline, work_name};
 use crate::engine::{Clock, Host, KernelChoice, Step};
 use crate::plan::graph::{Command, Kernel, Limits, Root};
-use crate::plan::recipe::{ClockWord, NAMES, is_name};
+use crate::plan::recipe::{ClockWord, NAMES, NetworkWord, is_name};
 use crate::plan::{Plan, PlannedStep, RootSpec, StepId};
 use crate::settings::{Flags, Settings};
 
@@ -207,6 +207,7 @@ fn plan_step(name: &str, step: &Step) -> Result<PlannedStep, Failure> {
         env: step.env.clone(),
         directory: step.directory.clone(),
         writable_source: step.source_layer,
+        network: if step.network { NetworkWord::Full } else { NetworkWord::None },
         clock: match step.clock {
             Clock::Host => ClockWord::Host,
             Clock::Fixed => ClockWord::Fixed,

@@ -22,8 +22,8 @@ use super::{CANNOT, Failure, USAGE, verdict};
 use crate::agent::{Limits, SessionError};
 use crate::engine::RunError;
 use crate::engine::{
-    Boundary, Clock, DiskArgument, Event, Host, MountArgument, Phase, ReadsError, ReadsReport, Report,
-    Require, Step, run as run_step,
+    Boundary, Clock, DiskArgument, Event, Host, MountArgument, OPEN_NETWORK, Phase, ReadsError, ReadsReport,
+    Report, Require, Step, run as run_step,
 };
 use crate::keeper::Kept;
 use crate::keeper::background::Caller;
@@ -182,9 +182,6 @@ impl RunArguments {
     }
 }
 
-/// What is said of a run that has the network.
-const OPEN_NETWORK: &str = "the network is open to this command (--net full): what it does is no longer decided by what \
-                            kiln records, and QEMU keeps this host's network";
 /// 128 + SIGPIPE.
 const SIGPIPE_STATUS: u8 = 128 + 13;
 /// kiln failed where the command should have run.
@@ -250,6 +247,15 @@ pub(super) fn step(arguments: &RunArguments) -> Result<Step, Failure> {
     };
     let bytes = |flag, text: &str| parse_bytes(text).map_err(|error| about(flag, &error));
     let duration = |flag, text: &str| parse_duration(text).map_err(|error| about(flag, &error));
+    let network = one_of("net", &arguments.net, &[("none", false), ("full", true)])?;
+    if network && arguments.untrusted {
+        return Err(Failure {
+            text: "--untrusted and --net full contradict each other: QEMU would keep this host's network"
+                .to_owned(),
+            hint: None,
+            code: USAGE,
+        });
+    }
     let outputs = match arguments.layout {
         true => Outputs::everything(),
         false => Outputs::parse(arguments.out.iter().map(String::as_str)).map_err(|error| usage(&error))?,
@@ -329,7 +335,7 @@ pub(super) fn step(arguments: &RunArguments) -> Result<Step, Failure> {
             true => Cpu::Nested,
             false => one_of("cpu", &arguments.cpu, &[("fixed", Cpu::Fixed), ("host", Cpu::Host)])?,
         },
-        network: one_of("net", &arguments.net, &[("none", false), ("full", true)])?,
+        network,
         real_attributes: one_of("attributes", &arguments.attributes, &[("fixed", false), ("real", true)])?,
         boundary: Boundary {
             require: arguments

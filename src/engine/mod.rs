@@ -25,4 +25,4 @@ pub use host::{Boundary, Host, HostError, KernelChoice, Require, jail_of};
 pub use inputs::{DiskArgument, InputError, MountArgument};
 pub use reads::{ReadsError, ReadsReport, ShareReads};
 pub use run::{Collected, Ended, Report, Run, run};
-pub use step::{Clock, Keep, Step, View};
+pub use step::{Clock, Keep, OPEN_NETWORK, Step, View};

@@ -10,6 +10,10 @@ use crate::machine::{Carrier, Cpu, PathBytes};
 use crate::plan::{FIXED_PATH, Outputs, RootSpec};
 use crate::writes::Folder;
 
+/// What is said of a step that has the network.
+pub const OPEN_NETWORK: &str = "the network is open to this command: what it does is no longer decided by what kiln records, and \
+                                QEMU keeps this host's network";
+
 /// The clock a step sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Clock {

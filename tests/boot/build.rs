@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
-use super::host::{Host, Running, Told, busybox};
+use super::host::{Host, Running, Told, busybox, greeter};
 use super::judge;
 
 /// A recipe in the host's folder, with SRCDIR and WORK below it.
@@ -261,4 +261,32 @@ fn a_result_is_not_kept_where_the_steps_root_changed_before_it_ran() {
     assert_eq!(host.read("work/o"), "two\n");
     assert_eq!(ran(&build(&host, &["--json"])), ["o"]);
     build(&host, &[]).ends(0, &["2 up to date"]);
+}
+
+#[test]
+fn a_step_with_the_network_runs_each_time_and_what_needs_it_only_where_it_gave_something_else() {
+    let host = Host::new();
+    host.file("src/script", "x");
+    let fetched = |words: &str| {
+        let port = greeter();
+        let get = format!("nc -w 10 10.0.2.2 {port} </dev/null >$WORK/got; echo {words} >>$WORK/got");
+        recipe(
+            &host,
+            &format!(
+                "[steps.fetch]\nrun = '{get}'\nnetwork = \"full\"\noutputs = [\"got\"]\n\
+                 [steps.use]\nneeds = [\"fetch\"]\nrun = 'cat $WORK/got >$WORK/used'\noutputs = [\"used\"]\n"
+            ),
+        );
+    };
+    fetched("once");
+    let told = build(&host, &["--json"]);
+    assert_eq!(ran(&told), ["fetch", "use"]);
+    assert!(told.text().contains("the network is open to this command"), "{told:?}");
+    assert_eq!(host.read("work/used"), "from the host\nonce\n");
+    assert_eq!(ran(&build(&host, &["--json"])), ["fetch"]);
+    let told = host.end(host.kiln().args(["why", "fetch"]), &[]);
+    assert!(told.ends(0, &[]).text().contains("the network"), "{told:?}");
+    fetched("twice");
+    assert_eq!(ran(&build(&host, &["--json"])), ["fetch", "use"]);
+    assert_eq!(host.read("work/used"), "from the host\ntwice\n");
 }

@@ -1,13 +1,10 @@
 //! `kiln drun`: steps by their names, and commands in the layout of initOS's scripts, whose every write arrives or none.
 
 use std::fs;
-use std::io::Write;
-use std::net::TcpListener;
 use std::process::Command;
-use std::thread;
 
 use super::acceptance::held;
-use super::host::{Host, Told, busybox};
+use super::host::{Host, Told, busybox, greeter};
 
 /// A host with a recipe of initOS's name, whose root is busybox.
 fn host() -> Host {
@@ -97,13 +94,7 @@ fn a_name_of_a_step_is_built_and_any_other_word_is_a_command() {
 #[test]
 fn net_full_reaches_a_server_of_this_host_and_says_so_and_without_it_there_is_none() {
     let host = host();
-    let server = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let port = server.local_addr().expect("its address").port();
-    thread::spawn(move || {
-        for stream in server.incoming() {
-            let _ = stream.and_then(|mut stream| stream.write_all(b"from the host\n"));
-        }
-    });
+    let port = greeter();
     let script = format!("nc -w 10 10.0.2.2 {port} </dev/null >/x/initos/said && cat /etc/resolv.conf");
     let told = drun(&host, &["--net", "full", "--reads", "reads.json", "sh", "-c", &script]);
     told.ends(0, &["warning: the network is open"]);

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
@@ -341,6 +342,18 @@ impl Drop for Running {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// A server of this host's that says `from the host` to whoever connects: its port.
+pub fn greeter() -> u16 {
+    let server = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = server.local_addr().expect("its address").port();
+    std::thread::spawn(move || {
+        for stream in server.incoming() {
+            let _ = stream.and_then(|mut stream| stream.write_all(b"from the host\n"));
+        }
+    });
+    port
 }
 
 impl Told {

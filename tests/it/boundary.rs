@@ -102,7 +102,13 @@ fn untrusted_work_is_told_that_emulation_is_no_boundary() {
 
 #[test]
 fn bad_usage_comes_before_a_boundary_that_is_missing() {
-    Host::new().run(&["run", "--untrusted", "--out", "../x", "--", "true"]).fails(2, &["escapes WORK"]);
+    for (flags, words) in [
+        (["--out", "../x"], "escapes WORK"),
+        (["--net", "full"], "--untrusted and --net full contradict each other"),
+    ] {
+        let arguments = [&["run", "--untrusted"][..], &flags, &["--", "true"]].concat();
+        Host::new().run(&arguments).fails(2, &[words]);
+    }
 }
 
 /// kiln in a user namespace in which nobody may make mount namespaces.

@@ -16,7 +16,7 @@ use crate::engine::prepare::{environment, guest_places};
 use crate::engine::step::{Clock, Keep, Step};
 use crate::machine::{Carrier, Cpu, scratch};
 use crate::plan::graph::{Command, Ignore, Kernel, Root};
-use crate::plan::recipe::ClockWord;
+use crate::plan::recipe::{ClockWord, NetworkWord};
 use crate::plan::{EnvError, PlannedStep, RootSpec};
 use crate::root::debian::DEFAULT_KERNEL_SUITE;
 use crate::settings::Settings;
@@ -114,7 +114,7 @@ pub(super) fn lower(
         modules: Vec::new(),
         module_tree: false,
         cpu: Cpu::Fixed,
-        network: false,
+        network: planned.network == NetworkWord::Full,
         real_attributes: false,
         toolbox: false,
         keep: Keep::Never,
@@ -173,7 +173,7 @@ pub(super) fn key(
     key.add("the working directory", step.directory.clone().unwrap_or_default());
     key.add("writable-source", step.source_layer.to_string());
     key.add("the clock", if step.clock == Clock::Fixed { "fixed" } else { "host" });
-    key.add("the network", "none");
+    key.add("the network", if step.network { "full" } else { "none" });
     key.add("what is ignored", ignore.globs().join("\n"));
     key.add("the declared outputs", step.outputs.globs().collect::<Vec<_>>().join("\n"));
     key.add("the declared inputs", planned.inputs.globs().collect::<Vec<_>>().join("\n"));

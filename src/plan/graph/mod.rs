@@ -16,7 +16,7 @@ use kiln_digest::Digest;
 
 use super::boot::Boot;
 use super::make::{Make, Origin};
-use super::recipe::{ClockWord, Fault, Recipe, Steps, expand, nearest};
+use super::recipe::{ClockWord, Fault, NetworkWord, Recipe, Steps, expand, nearest};
 use super::{Outputs, RootSpec};
 use reader::Reader;
 
@@ -204,6 +204,8 @@ pub struct PlannedStep {
     pub directory: Option<String>,
     /// Whether its view of SRCDIR has a writable layer.
     pub writable_source: bool,
+    /// Its network.
+    pub network: NetworkWord,
     /// Its clock.
     pub clock: ClockWord,
     /// What it may use.

@@ -7,7 +7,9 @@ use globset::GlobSetBuilder;
 
 use super::{Command, DEFAULT_ROOT, Ignore, Kernel, Limits, Output, PlannedStep, Root, StepId};
 use crate::plan::output::glob;
-use crate::plan::recipe::{Expanded, Fault, LimitsTable, Recipe, RootTable, StepTable, Text, nearest};
+use crate::plan::recipe::{
+    Expanded, Fault, LimitsTable, NetworkWord, Recipe, RootTable, StepTable, Text, nearest,
+};
 use crate::plan::{MEMORY_BYTES, Outputs, RootSpec, SCRATCH_BYTES, parse_bytes, parse_duration, show_bytes};
 
 /// What names something that a step puts out begins with.
@@ -358,6 +360,17 @@ impl Reader<'_> {
         Err(self.fault(step.span.clone(), message).hint("say what with run, script, make or boot"))
     }
 
+    /// What a step that is not trusted runs on must not have this host's network.
+    fn network(&self, step: &Expanded) -> Result<NetworkWord, Fault> {
+        match (step.table.network, step.table.untrusted) {
+            (NetworkWord::Full, true) => {
+                let message = "`untrusted` and `network = \"full\"` contradict each other: QEMU would keep this host's network";
+                Err(self.fault(step.span.clone(), message.to_owned()))
+            }
+            (network, _) => Ok(network),
+        }
+    }
+
     /// The step; `names` are those of all steps, in their order.
     pub fn step(&self, step: &Expanded, needs: Vec<StepId>, names: &[&str]) -> Result<PlannedStep, Fault> {
         let table = &step.table;
@@ -396,6 +409,7 @@ impl Reader<'_> {
             env: named.chain(table.pass_env.iter().cloned()).collect(),
             directory: table.directory.clone(),
             writable_source: table.writable_source,
+            network: self.network(step)?,
             clock: table.clock,
             limits: self.limits(&table.limits)?,
             untrusted: table.untrusted,

@@ -48,6 +48,7 @@ fn what_contradicts_itself_is_refused_where_it_stands() {
         |one: &str, other: &str| format!("[steps.a]\nrun = \"x\"\n{one}\n[steps.b]\nrun = \"x\"\n{other}\n");
     let boot = |more: &str| format!("[steps.a.boot]\nimage = \"x\"\n{more}\n");
     for (text, line, words) in [
+        (step("untrusted = true\nnetwork = \"full\""), 1, "contradict each other"),
         (two("outputs = [\"bin\"]", "outputs = [\"bin/x\"]"), 6, "both put out"),
         (two("outputs = [\"*.o\"]", "outputs = [\"x.o\"]"), 6, "both put out"),
         (two("outputs = [\"x.o\"]", "outputs = [\"?.o\"]"), 6, "both put out"),

@@ -172,6 +172,8 @@ pub enum NetworkWord {
     /// None.
     #[default]
     None,
+    /// Where the host reaches, and the host itself: QEMU's user network. Nothing of such a step is kept, so that it runs each time.
+    Full,
 }
 
 /// `limits` of a step: sizes are bytes or a number with K, M, G, T; times seconds, or numbers with h, m, s, ms (1m30s).
@@ -264,7 +266,7 @@ pub struct StepTable {
     /// Give its view of SRCDIR a private writable layer, dropped at the end.
     #[serde(default)]
     pub writable_source: bool,
-    /// Its network.
+    /// Its network; with one it runs each time.
     #[serde(default)]
     pub network: NetworkWord,
     /// Its clock.
