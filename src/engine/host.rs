@@ -340,7 +340,10 @@ impl Host {
 
     /// Where templates are, if they are to be used.
     fn templates(&self) -> Option<Templates> {
-        let place = || Templates::new(self.store.templates(), self.store.temporary());
+        let store = self.store.clone();
+        let place = || {
+            Templates::new(store.templates(), store.temporary()).with_room(move |bytes| store.reserve(bytes))
+        };
         self.settings.template.value.then(place)
     }
 

@@ -127,6 +127,7 @@ fn copy(store: &Store, digest: &Digest, place: &Path, mode: u32) -> io::Result<b
         // What was cloned is what is read here, and nobody can write it any more.
         Digest::of_reader(File::open(place)?)?.0 == *digest
     } else {
+        store.reserve(source.metadata()?.len())?;
         let mut reader = HashingReader::new(source);
         io::copy(&mut reader, &mut Through::new(&target, place))?;
         reader.finish().0 == *digest

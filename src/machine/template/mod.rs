@@ -21,11 +21,13 @@ pub(super) mod greeting;
 pub(super) mod key;
 pub(super) mod ram;
 
+use std::fmt;
 use std::fs::{self, File, TryLockError};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -58,11 +60,21 @@ const BARREN: Duration = Duration::from_secs(600);
 const KVM_REFUSED: [&str; 3] =
     ["Could not access KVM", "ioctl(KVM_CREATE_VM) failed", "failed to initialize kvm"];
 
+/// Asked for room for so many bytes before they are written.
+type Reserve = Arc<dyn Fn(u64) -> io::Result<()> + Send + Sync>;
+
 /// A place for templates.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Templates {
     folder: PathBuf,
     temporary: PathBuf,
+    reserve: Reserve,
+}
+
+impl fmt::Debug for Templates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Templates").field("folder", &self.folder).finish_non_exhaustive()
+    }
 }
 
 /// A backend whose machines can be frozen, and go on as copies.
@@ -228,7 +240,13 @@ fn stand_in(spec: &Spec, temporary: &Path) -> io::Result<Option<Spec>> {
 impl Templates {
     /// Templates that are kept in `folder`, and made in `temporary`, a folder on the same file system.
     pub fn new(folder: PathBuf, temporary: PathBuf) -> Self {
-        Self { folder, temporary }
+        Self { folder, temporary, reserve: Arc::new(|_| Ok(())) }
+    }
+
+    /// The same, where `reserve` is asked for room for a template, in bytes, before it is written. What that refuses is not kept.
+    #[must_use]
+    pub fn with_room(self, reserve: impl Fn(u64) -> io::Result<()> + Send + Sync + 'static) -> Self {
+        Self { reserve: Arc::new(reserve), ..self }
     }
 
     /// A copy of the template for `spec`, which is made where there is none; it has no shares yet. Where there can be no
@@ -379,6 +397,9 @@ impl Templates {
         if whole && !complaints.is_empty() {
             return Err(TemplateError::Complained(complaints.join("; ")));
         }
+        // What of its memory is not zero, and its state, which is small.
+        let bytes = ram.metadata().map_err(io("keep a template"))?.blocks() * 512;
+        (self.reserve)(bytes).map_err(io("keep a template"))?;
         files::write(folder.path(), &key.to_string(), &ram, &version).map_err(io("keep a template"))?;
         files::publish(folder, &self.folder.join(key.to_string())).map_err(io("keep a template"))
     }
@@ -544,11 +565,19 @@ mod tests {
         }
     }
 
-    /// Which of the template and the word that there can be none are left after a copy was wanted, in this order.
-    fn left_by(freezing: Option<fn() -> TemplateError>, thawing: fn() -> TemplateError) -> [bool; 2] {
+    #[test]
+    fn a_template_that_there_is_no_room_for_is_not_written() {
         let place = tempfile::tempdir().expect("a folder");
-        let templates = Templates::new(place.path().join("templates"), place.path().to_owned());
-        let spec = Spec {
+        let templates = Templates::new(place.path().join("templates"), place.path().to_owned())
+            .with_room(|bytes| Err(io::Error::other(format!("no room for {bytes} bytes"))));
+        let freezer = Failing { freezing: None, thawing: damaged };
+        let notes = templates.copy(&freezer, &nobodys()).err().expect("no copy");
+        assert!(notes.iter().any(|note| note.contains("no room for 0 bytes")), "{notes:?}");
+        assert!(!place.path().join("templates").join(Digest::of(b"a template").to_string()).exists());
+    }
+
+    fn nobodys() -> Spec {
+        Spec {
             kernel: PathBuf::new(),
             initramfs: PathBuf::new(),
             bundle: Digest::of(b"a bundle"),
@@ -560,8 +589,14 @@ mod tests {
             cpu: Cpu::Fixed,
             network: false,
             rehearsal: None,
-        };
-        let notes = templates.copy(&Failing { freezing, thawing }, &spec).err().expect("no copy");
+        }
+    }
+
+    /// Which of the template and the word that there can be none are left after a copy was wanted, in this order.
+    fn left_by(freezing: Option<fn() -> TemplateError>, thawing: fn() -> TemplateError) -> [bool; 2] {
+        let place = tempfile::tempdir().expect("a folder");
+        let templates = Templates::new(place.path().join("templates"), place.path().to_owned());
+        let notes = templates.copy(&Failing { freezing, thawing }, &nobodys()).err().expect("no copy");
         assert!(!notes.is_empty());
         let path = place.path().join("templates").join(Digest::of(b"a template").to_string());
         [path.is_dir(), path.with_extension("barren").exists()]

@@ -138,6 +138,8 @@ fn what_is_used_by_another_kiln_stays_when_it_was_old() {
 fn a_store_that_is_full_of_what_is_in_use_says_so_with_numbers() {
     let world = world();
     set_limit(&world.store, 4096);
+    let error = world.store.reserve(100_000).expect_err("no room").to_string();
+    assert!(error.contains("4096") && error.contains("store-limit"), "{error}");
     let built = world.store.blobs().put(&[0; 100_000][..]);
     let error = built.expect_err("no room").to_string();
     assert!(error.contains("4096") && error.contains("store-limit"), "{error}");
