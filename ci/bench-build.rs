@@ -2,7 +2,8 @@
 //! time that planning and scheduling take without machines.
 //!
 //! `prepare DIR STEPS FILES` writes kiln.toml, the files and the traces: `kiln build` there has nothing to do.
-//! `overhead STEPS` builds a graph of so many steps that do nothing, twice, and prints microseconds for each step.
+//! `overhead DIR STEPS` builds a graph of so many steps that do nothing: all, none, and one that nothing needs; and prints
+//! microseconds for each step.
 
 #![allow(clippy::print_stdout, clippy::panic, reason = "it prints figures, and fails by panicking")]
 
@@ -188,14 +189,24 @@ fn main() -> Result<(), Box<dyn Error>> {
         ["overhead", folder, steps] => {
             let steps = steps.parse::<u32>()?;
             // Rows of a hundred, each step needing the one before it.
-            let step = |n: u32| {
-                let needs =
-                    if n.is_multiple_of(100) { String::new() } else { format!("needs = [\"s{}\"]\n", n - 1) };
-                format!("[steps.s{n}]\nrun = \"true {n}\"\n{needs}")
+            let text = |last: &str| -> String {
+                let step = |n: u32| {
+                    let needs = if n.is_multiple_of(100) {
+                        String::new()
+                    } else {
+                        format!("needs = [\"s{}\"]\n", n - 1)
+                    };
+                    let does = if n + 1 == steps { last } else { "true" };
+                    format!("[steps.s{n}]\nrun = \"{does} {n}\"\n{needs}")
+                };
+                (0..steps).map(step).collect()
             };
-            let text: String = (0..steps).map(step).collect();
-            for what in ["steps that run (played), with their traces written", "steps that are up to date"] {
-                let (time, ran) = build(&text, Path::new(folder), false)?;
+            for (what, last) in [
+                ("steps that run (played), with their traces written", "true"),
+                ("steps that are up to date", "true"),
+                ("steps of which one, that nothing needs, has changed", "false"),
+            ] {
+                let (time, ran) = build(&text(last), Path::new(folder), false)?;
                 let each = time.as_secs_f64() * 1e6 / f64::from(steps);
                 println!("{steps} {what}: {:.2} s, {each:.0} us each ({ran} ran)", time.as_secs_f64());
             }
