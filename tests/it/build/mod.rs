@@ -24,6 +24,12 @@ use world::{World, settle};
 
 use crate::acceptance::held;
 
+/// A number that whoever runs a test may set.
+#[expect(clippy::disallowed_methods, reason = "a test takes its order from whoever runs it")]
+fn ordered(name: &str, usual: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(usual)
+}
+
 /// Two objects, a program of both, and a step that reads nothing of SRCDIR.
 const RECIPE: &str = r#"
 [steps.a]
