@@ -25,6 +25,8 @@ pub enum Subject {
     Balloon,
     /// A device behind the registers of kiln's own VMM.
     Mmio,
+    /// The same, of which a guest's processor does what the case says of registers.
+    Guest,
     /// The whole device process, by a front end that speaks vhost-user.
     Process,
     /// The host's side of the wire, and the collector behind it; the case is the agent.
@@ -37,13 +39,14 @@ pub enum Subject {
 
 impl Subject {
     /// All of them, by the words of the language.
-    pub const ALL: [(&'static str, Self); 10] = [
+    pub const ALL: [(&'static str, Self); 11] = [
         ("fs", Self::Fs),
         ("vsock", Self::Vsock),
         ("disk", Self::Disk),
         ("rng", Self::Rng),
         ("balloon", Self::Balloon),
         ("mmio", Self::Mmio),
+        ("guest", Self::Guest),
         ("process", Self::Process),
         ("host", Self::Host),
         ("agent", Self::Agent),

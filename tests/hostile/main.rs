@@ -9,6 +9,7 @@
 //! ```text
 //! cargo test --test hostile                 all of them
 //! cargo test --test hostile -- fs01 vs      those whose name has one of the words; a slow one by its whole name
+//! KILN_KVM_REQUIRED=1 …                     those against `mmio` also by a guest's processor, `guest`, which needs KVM
 //! ```
 
 #![allow(clippy::disallowed_methods, reason = "a test fails by panicking")]
@@ -29,9 +30,12 @@ mod mmio;
 mod oracle;
 mod plain;
 mod process;
+mod processor;
 mod rings;
 mod script;
 mod terminal;
+#[path = "../../src/vmm/testkit.rs"]
+mod testkit;
 mod value;
 mod vsock;
 mod wire;
@@ -44,7 +48,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Access, access};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use case::{Case, Subject};
+use case::{Allowance, Case, Subject};
 use script::Target;
 
 const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hostile/cases");
@@ -52,8 +56,9 @@ const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hostile/cases");
 const ONE: &str = "--one-case";
 /// A file system in memory, where there is one.
 const MEMORY: &str = "/dev/shm";
-/// After this long a run's process ends itself.
+/// After this long a run's process ends itself, and one with a guest, which may be emulated.
 const HANGS: Duration = Duration::from_secs(60);
+const HANGS_WITH_GUESTS: Duration = Duration::from_secs(600);
 /// A process that its target ended, as `std` has it for panics.
 const FAILED: u8 = 101;
 
@@ -118,7 +123,10 @@ fn select(words: &[String], exact: bool) -> (Vec<Run>, Vec<String>) {
         let parsed = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()));
         match parsed.and_then(|text| Case::parse(&path, &text)) {
             Ok(case) => {
-                let subjects = case.against.clone();
+                let mut subjects = case.against.clone();
+                if processor::is_wanted() && subjects.contains(&Subject::Mmio) {
+                    subjects.push(Subject::Guest);
+                }
                 runs.extend(subjects.into_iter().map(|subject| Run { case: case.clone(), subject }));
             }
             Err(what) => broken.push(what),
@@ -233,8 +241,9 @@ fn said(output: &Output) -> String {
 /// The process of one run. What does not hold is on its standard output.
 fn one(subject: &str, path: &Path) -> ExitCode {
     // It ends with the process, or ends it.
-    std::thread::spawn(|| {
-        std::thread::park_timeout(HANGS);
+    let hangs = if subject == Subject::Guest.name() { HANGS_WITH_GUESTS } else { HANGS };
+    std::thread::spawn(move || {
+        std::thread::park_timeout(hangs);
         println!("it hangs");
         std::process::exit(1)
     });
@@ -267,7 +276,11 @@ fn judged(case: &Case, subject: Subject) -> Result<(), String> {
     let mut target = target(subject)?;
     let started = oracle::Before::now()?;
     script::run(case, &mut *target)?;
-    started.within(case.allow)?;
+    let allow = match subject {
+        Subject::Guest => Allowance { seconds: Some(HANGS_WITH_GUESTS.as_secs()), ..case.allow },
+        _ => case.allow,
+    };
+    started.within(allow)?;
     let after = |what: &str| format!("after the case: {what}");
     target.serve().map_err(|what| after(&what))?;
     target.untouched().map_err(|what| after(&what))?;
@@ -282,7 +295,8 @@ fn target(subject: Subject) -> Result<Box<dyn Target>, String> {
         Subject::Disk => Box::new(disk::DiskTarget::new()?),
         Subject::Rng => Box::new(plain::PlainTarget::rng()?),
         Subject::Balloon => Box::new(plain::PlainTarget::balloon()?),
-        Subject::Mmio => Box::new(mmio::MmioTarget::new()?),
+        Subject::Mmio => Box::new(mmio::MmioTarget::new(false)?),
+        Subject::Guest => Box::new(mmio::MmioTarget::new(true)?),
         Subject::Process => Box::new(process::ProcessTarget::new()?),
         Subject::Host => Box::new(host::HostTarget::new()?),
         Subject::Agent => Box::new(agent::AgentTarget::new()),

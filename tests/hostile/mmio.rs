@@ -1,5 +1,5 @@
 //! The registers of kiln's own VMM as a target, with a device behind them that a thread of its own serves: what a driver
-//! writes where, and what comes of its queues.
+//! writes where, and what comes of its queues. The driver is this process, or the processor of a guest.
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -19,12 +19,14 @@ use kiln_vmm::mmio::Registers;
 use kiln_vmm::vcpu::End;
 use kiln_vmm::vm::Slot;
 
+use super::processor::Processor;
 use super::rings::Rings;
 use super::script::{Step, Target};
 use super::value::{Value, little_endian};
 
-/// How long a device may take, and how long one is given that need not do anything.
+/// How long a device may take, behind a guest on an emulated KVM too, and how long one is given that need not do anything.
 const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE_WITH_GUESTS: Duration = Duration::from_secs(60);
 const A_MOMENT: Duration = Duration::from_millis(5);
 /// Length of a device's window.
 const WINDOW_BYTES: u64 = 0x1000;
@@ -36,6 +38,7 @@ const DRIVER_FEATURES_SEL: u64 = 0x24;
 const QUEUE_SEL: u64 = 0x30;
 const QUEUE_NUM: u64 = 0x38;
 const QUEUE_READY: u64 = 0x44;
+const QUEUE_NOTIFY: u64 = 0x50;
 const STATUS: u64 = 0x70;
 /// Each has a half above it: table, available and used ring.
 const PARTS: [u64; 3] = [0x80, 0x90, 0xa0];
@@ -87,11 +90,35 @@ impl Backend for Nobody {
     }
 }
 
+/// What a driver's accesses come by.
+enum Way {
+    Bus(Bus),
+    Processor(Box<Processor>),
+}
+
+impl Way {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        match self {
+            Self::Bus(bus) => bus.read(offset, data),
+            Self::Processor(processor) => processor.read(offset, data),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        match self {
+            Self::Bus(bus) => drop(bus.write(offset, data)),
+            Self::Processor(processor) => processor.write(offset, data, 1),
+        }
+    }
+}
+
 /// One device, its registers and its driver.
 pub struct MmioTarget {
     kind: Kind,
+    /// Whether the driver is a guest.
+    guests: bool,
     rings: Rings,
-    bus: Bus,
+    way: Way,
     slot: Slot,
     ends: Receiver<End>,
     /// The other end of a console's stream, which nobody reads.
@@ -113,7 +140,7 @@ fn slot<D: Device<()> + 'static>(device: D, rings: &Rings) -> Result<(Slot, Rece
 }
 
 /// A device of that kind behind registers.
-fn made(kind: Kind, rings: &Rings) -> Result<(Bus, Slot, Receiver<End>, UnixStream), String> {
+fn made(kind: Kind, rings: &Rings, guests: bool) -> Result<(Way, Slot, Receiver<End>, UnixStream), String> {
     let (reader, stream) = UnixStream::pair().map_err(say)?;
     let (slot, ends) = match kind {
         Kind::Balloon => slot(Balloon::new(), rings),
@@ -123,26 +150,33 @@ fn made(kind: Kind, rings: &Rings) -> Result<(Bus, Slot, Receiver<End>, UnixStre
         Kind::Rng => slot(Rng::new(), rings),
         Kind::Vsock => slot(Vsock::new(77, 16, Box::new(Nobody)).map_err(say)?.0, rings),
     }?;
+    if guests {
+        return Ok((Way::Processor(Box::new(Processor::new(&slot)?)), slot, ends, reader));
+    }
     let mut bus = Bus::default();
     if !bus.insert(0, WINDOW_BYTES, Arc::clone(&slot.device) as _) {
         return Err("the bus takes no window".to_owned());
     }
-    Ok((bus, slot, ends, reader))
+    Ok((Way::Bus(bus), slot, ends, reader))
 }
 
 impl MmioTarget {
-    /// A disk whose driver has said nothing yet.
-    pub fn new() -> Result<Self, String> {
+    /// A disk whose driver has said nothing yet: this process, or one of `guests`.
+    pub fn new(guests: bool) -> Result<Self, String> {
         let (kind, rings) = (Kind::Disk, Rings::new(Kind::Disk.queues())?);
-        let (bus, slot, ends, reader) = made(kind, &rings)?;
-        Ok(Self { kind, rings, bus, slot, ends, reader, ended: None })
+        let (way, slot, ends, reader) = made(kind, &rings, guests)?;
+        Ok(Self { kind, guests, rings, way, slot, ends, reader, ended: None })
+    }
+
+    fn patience(&self) -> Duration {
+        if self.guests { PATIENCE_WITH_GUESTS } else { PATIENCE }
     }
 
     /// Another machine with a device of that kind.
     fn replace(&mut self, kind: Kind) -> Result<(), String> {
         self.retire()?;
         self.rings.renew(kind.queues())?;
-        (self.bus, self.slot, self.ends, self.reader) = made(kind, &self.rings)?;
+        (self.way, self.slot, self.ends, self.reader) = made(kind, &self.rings, self.guests)?;
         (self.kind, self.ended) = (kind, None);
         Ok(())
     }
@@ -158,8 +192,8 @@ impl MmioTarget {
         self.start(self.kind.queue_size(), VERSION_1)?;
         let [_, available, _] = self.rings.parts()?;
         self.rings.write(available + 2, &u16::MAX.to_le_bytes())?;
-        self.notify()?;
-        match self.ends.recv_timeout(PATIENCE) {
+        self.notify(1)?;
+        match self.ends.recv_timeout(self.patience()) {
             Ok(_) => Ok(()),
             Err(_) => Err("a broken queue does not end the machine".to_owned()),
         }
@@ -167,12 +201,12 @@ impl MmioTarget {
 
     fn get(&self, offset: u64) -> u32 {
         let mut word = [0; 4];
-        self.bus.read(offset, &mut word);
+        self.way.read(offset, &mut word);
         u32::from_le_bytes(word)
     }
 
     fn set(&self, offset: u64, value: u32) {
-        self.bus.write(offset, &value.to_le_bytes());
+        self.way.write(offset, &value.to_le_bytes());
     }
 
     fn set_halves(&self, offset: u64, value: u64) {
@@ -209,9 +243,19 @@ impl MmioTarget {
         Ok(())
     }
 
-    fn notify(&self) -> Result<(), String> {
+    /// Tells the device of the queue so many times: what KVM makes of the driver's word in one case, and that word in the other.
+    fn notify(&self, times: u64) -> Result<(), String> {
         let notified = self.slot.notified.get(self.rings.current).ok_or("there is no such queue")?;
-        notified.write(1).map_err(say)
+        match &self.way {
+            Way::Bus(_) => (0..times).try_for_each(|_| notified.write(1)).map_err(say),
+            Way::Processor(processor) => {
+                let queue = u32::try_from(self.rings.current).map_err(say)?;
+                if times > 0 {
+                    processor.write(QUEUE_NOTIFY, &queue.to_le_bytes(), times);
+                }
+                Ok(())
+            }
+        }
     }
 
     /// Hears how the device has ended the machine, if it has.
@@ -227,7 +271,7 @@ impl MmioTarget {
 
     /// Tells the device of the queue, and waits until it has given back all that was offered, or has ended.
     fn kick(&mut self, patience: Duration) -> Result<&'static str, String> {
-        self.notify()?;
+        self.notify(1)?;
         let deadline = Instant::now() + patience;
         loop {
             self.listen();
@@ -273,7 +317,7 @@ impl MmioTarget {
         self.rings.describe(0, (data, length), u16::from(room > 0), 1)?;
         self.rings.describe(1, (answer, room), 2, 0)?;
         self.rings.offer(0)?;
-        let found = self.kick(PATIENCE)?;
+        let found = self.kick(self.patience())?;
         match (found, self.rings.used()?) {
             ("ok", Some((0, length))) if length == expected => Ok(()),
             (found, used) => Err(format!("a good request gets {found}, used {used:?}")),
@@ -305,7 +349,7 @@ impl Target for MmioTarget {
             // A register, or anything else in or behind the window.
             "set" => {
                 let bytes = little_endian(step.at(1)?.number("set")?, step.number("width", 4)?, "set")?;
-                self.bus.write(step.number_at(0)?, &bytes);
+                self.way.write(step.number_at(0)?, &bytes);
             }
             "negotiate" => self.negotiate(step.number("features", VERSION_1)?),
             "layout" => self.lay_out(step.number("size", self.kind.queue_size())?)?,
@@ -317,14 +361,12 @@ impl Target for MmioTarget {
                 let any = step.expected_word() == Some("any");
                 let mut found = "ok";
                 for _ in 0..step.number("times", 1_u64)? {
-                    found = self.kick(if any { A_MOMENT } else { PATIENCE })?;
+                    found = self.kick(if any { A_MOMENT } else { self.patience() })?;
                 }
                 self.expect_kick(step, found)?;
             }
             // Without waiting for what comes of it.
-            "notify" => {
-                (0..step.number("times", 1_u64)?).try_for_each(|_| self.notify())?;
-            }
+            "notify" => self.notify(step.number("times", 1)?)?,
             // The driver begins anew, with the same device.
             "reset" => {
                 self.set(STATUS, 0);
@@ -344,7 +386,7 @@ impl Target for MmioTarget {
             ("get", [offset]) => Ok(Value::from(u64::from(self.get(offset.to("get")?)))),
             ("bytes", [offset, width]) => {
                 let mut bytes = vec![0; width.to("bytes")?];
-                self.bus.read(offset.to("bytes")?, &mut bytes);
+                self.way.read(offset.to("bytes")?, &mut bytes);
                 Ok(Value::Bytes(bytes))
             }
             // How often the device has interrupted since it was asked last.
