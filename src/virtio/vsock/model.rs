@@ -28,20 +28,22 @@ enum Act {
     Data(Whose, u32),
     /// It sends more than it may.
     Flood(Whose),
-    /// It tells of its room and of what it took.
-    Tell(Whose, u32),
-    /// It takes what it was never sent.
-    Lie(Whose),
+    /// It tells of its room and of what it took: of what it got since it told last, so many parts of four.
+    Tell(Whose, u32, u64),
+    /// It takes what it was never sent, or gives back what it took.
+    Lie(Whose, bool),
     /// It ends directions.
     Shut(Whose, u32),
     /// A packet with nothing in it, of any operation.
     Bare(Whose, u16),
     /// A packet of another kind of socket.
     Kind(Whose),
-    /// A packet from or to somebody else.
-    Stranger(Whose),
+    /// A packet from somebody else, or to somebody else.
+    Stranger(Whose, bool),
     /// The host asks for a connection.
     Connect,
+    /// It does, and the guest answers before it was asked.
+    Early(u16),
     /// It writes.
     Write(Whose, usize),
     /// It writes no more.
@@ -143,12 +145,21 @@ struct World {
     asking: Vec<Line>,
     /// Refusals that the guest has earned.
     refusals: Vec<(Ports, u16)>,
+    /// How many connections the host was given ports for.
+    asked: u32,
 }
 
 impl World {
     fn new() -> Self {
         let guest = Guest::with_most(MOST);
-        Self { guest, lines: BTreeMap::new(), hosts: Vec::new(), asking: Vec::new(), refusals: Vec::new() }
+        Self {
+            guest,
+            lines: BTreeMap::new(),
+            hosts: Vec::new(),
+            asking: Vec::new(),
+            refusals: Vec::new(),
+            asked: 0,
+        }
     }
 
     fn ports(&self, whose: Whose) -> Ports {
@@ -187,7 +198,7 @@ impl World {
             return;
         };
         let length = u64::from(header.length.get());
-        let accepts = op == op::RESPONSE && line.answer.is_some() && kind == STREAM;
+        let accepts = op == op::RESPONSE && line.answer.is_some() && line.greeted && kind == STREAM;
         let is_lie = header.fwd_cnt.get() != wrapped(line.taken) && line.answer.is_none();
         let is_allowed = match op {
             _ if kind != STREAM || is_lie => false,
@@ -258,7 +269,8 @@ impl World {
         }
         let line = self.lines.get_mut(&ports).unwrap_or_else(|| panic!("{op} of no connection, {ports:?}"));
         assert!(line.answer.is_none(), "{op} before the guest answered");
-        assert_eq!(header.buf_alloc.get(), BUFFER_BYTES);
+        assert_eq!((header.kind.get(), header.buf_alloc.get()), (STREAM, BUFFER_BYTES));
+        assert!(op == op::SHUTDOWN || header.flags.get() == 0, "{op} with flags");
         let told = line.told + u64::from(header.fwd_cnt.get().wrapping_sub(wrapped(line.told)));
         assert!(told <= line.sent, "{ports:?}: {told} of {} are taken", line.sent);
         line.told = told;
@@ -275,11 +287,14 @@ impl World {
             }
             op::SHUTDOWN => {
                 let flags = header.flags.get();
+                assert!(flags & !(SHUT_SEND | SHUT_RECEIVE) == 0 && flags & line.host_shut == line.host_shut);
                 assert!(
                     flags & SHUT_SEND == 0
                         || line.ended && (line.got == line.written || line.guest_shut != 0)
                 );
-                assert!(flags & SHUT_RECEIVE == 0 || line.stream.is_none());
+                // Of a stream that both have ended nobody can tell whether the host is gone.
+                let is_over = line.stream.is_none() || line.ended && line.guest_shut & SHUT_SEND != 0;
+                assert!(flags & SHUT_RECEIVE == 0 || is_over);
                 line.host_shut |= flags;
             }
             op::CREDIT_UPDATE => {}
@@ -356,21 +371,23 @@ impl World {
                 let data = vec![0; BUFFER_BYTES as usize + 1];
                 self.send(self.header(self.ports(whose), op::RW, BUFFER_BYTES + 1), &data);
             }
-            Act::Tell(whose, room) => {
+            Act::Tell(whose, room, parts) => {
                 let ports = self.ports(whose);
                 let mut header = self.header(ports, op::CREDIT_UPDATE, 0);
                 if let Some(line) = self.lines.get_mut(&ports).filter(|line| line.answer.is_none()) {
-                    line.taken = line.got;
+                    line.taken += (line.got - line.taken) * parts / 4;
                     header.fwd_cnt = wrapped(line.taken).into();
                 }
                 header.buf_alloc = room.into();
                 self.send(header, b"");
             }
-            Act::Lie(whose) => {
+            Act::Lie(whose, is_more) => {
                 let ports = self.ports(whose);
                 let mut header = self.header(ports, op::CREDIT_UPDATE, 0);
-                let got = self.lines.get(&ports).map_or(0, |line| line.got);
-                header.fwd_cnt = wrapped(got).wrapping_add(1).into();
+                let (taken, got) = self.lines.get(&ports).map_or((0, 0), |line| (line.taken, line.got));
+                header.fwd_cnt =
+                    if is_more { wrapped(got).wrapping_add(1) } else { wrapped(taken).wrapping_sub(1) }
+                        .into();
                 self.send(header, b"");
             }
             Act::Shut(whose, flags) => {
@@ -384,12 +401,25 @@ impl World {
                 header.kind = 2.into();
                 self.send(header, b"");
             }
-            Act::Stranger(whose) => {
+            Act::Stranger(whose, is_from) => {
                 let mut header = self.header(self.ports(whose), op::RST, 0);
-                header.src_cid = (header.src_cid.get() + 1).into();
+                let cid = if is_from { &mut header.src_cid } else { &mut header.dst_cid };
+                *cid = (cid.get() + 1).into();
                 self.guest.send(header, b"");
             }
-            Act::Connect => self.connect(),
+            Act::Connect => drop(self.connect()),
+            Act::Early(op) => {
+                let (has_buffer, Some(port)) = (self.guest.has_buffer(), self.connect()) else { return };
+                if has_buffer {
+                    return;
+                }
+                // The device has it, and no buffer for what it is to say.
+                self.guest.process(Wake::Events);
+                let ports = ((1 << 30) + self.asked - 1, port);
+                let line = self.asking.remove(0);
+                self.lines.insert(ports, line);
+                self.send(self.header(ports, op, 0), b"");
+            }
             Act::Write(whose, length) => self.write(self.ports(whose), length),
             Act::End(whose) => {
                 if let Some((line, stream)) = self.ends(whose) {
@@ -426,7 +456,8 @@ impl World {
         Some((line, stream))
     }
 
-    fn connect(&mut self) {
+    /// The host asks for a connection: the guest's port of it, where there is room for one.
+    fn connect(&mut self) -> Option<u32> {
         let (ours, theirs) = UnixStream::pair().expect("descriptors");
         ours.set_nonblocking(true).expect("a stream");
         let (sender, answer) = channel();
@@ -436,11 +467,14 @@ impl World {
         };
         self.guest.connector.connect_to_guest(port, theirs, tell);
         if self.lines.len() < MOST {
+            self.asked += 1;
             self.asking.push(Line { stream: Some(ours), answer: Some(answer), ..Line::default() });
         } else {
             self.guest.process(Wake::Events);
             assert_eq!(answer.try_recv(), Ok(false));
+            return None;
         }
+        Some(port)
     }
 
     fn write(&mut self, ports: Ports, length: usize) {
@@ -475,14 +509,15 @@ fn act() -> impl Strategy<Value = Act> {
         6 => (whose(), prop::bool::weighted(0.9)).prop_map(|(whose, is_open)| Act::Request(whose, is_open)),
         12 => (whose(), prop_oneof![0..10_u32, 0..70_000_u32]).prop_map(|(whose, length)| Act::Data(whose, length)),
         1 => whose().prop_map(Act::Flood),
-        8 => (whose(), room()).prop_map(|(whose, room)| Act::Tell(whose, room)),
-        1 => whose().prop_map(Act::Lie),
+        8 => (whose(), room(), 0..5_u64).prop_map(|(whose, room, parts)| Act::Tell(whose, room, parts)),
+        1 => (whose(), any::<bool>()).prop_map(|(whose, is_more)| Act::Lie(whose, is_more)),
         3 => (whose(), 0..8_u32).prop_map(|(whose, flags)| Act::Shut(whose, flags)),
         4 => (whose(), 0..9_u16).prop_map(|(whose, op)| Act::Bare(whose, op)),
         4 => whose().prop_map(|whose| Act::Bare(whose, op::RESPONSE)),
         1 => whose().prop_map(Act::Kind),
-        1 => whose().prop_map(Act::Stranger),
+        1 => (whose(), any::<bool>()).prop_map(|(whose, is_from)| Act::Stranger(whose, is_from)),
         3 => Just(Act::Connect),
+        1 => (2..8_u16).prop_map(Act::Early),
         12 => (whose(), prop_oneof![1..10_usize, 1..100_000_usize]).prop_map(|(whose, length)| Act::Write(whose, length)),
         1 => whose().prop_map(Act::End),
         1 => whose().prop_map(Act::Close),

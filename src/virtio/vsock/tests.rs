@@ -93,6 +93,11 @@ impl Guest {
         Some((header, data.to_vec()))
     }
 
+    /// Whether the device has a buffer that it can use.
+    pub fn has_buffer(&self) -> bool {
+        self.receive.queue.next_avail() != self.posted
+    }
+
     /// Lets the device look at its streams, gives it a buffer, and takes the packet it sends.
     pub fn take(&mut self) -> Option<(Header, Vec<u8>)> {
         self.process(Wake::Events);
@@ -100,7 +105,7 @@ impl Guest {
             return Some(packet);
         }
         // Where nothing was to be sent, the buffer is still there from the last time.
-        if self.receive.queue.next_avail() == self.posted {
+        if !self.has_buffer() {
             self.post(1);
         }
         self.next()
