@@ -134,10 +134,11 @@ pub fn overlay(lower: &str, upper: &str, work: &str) -> Result<OwnedFd, Failure>
     match mount() {
         // Seen in one of some thousand emulated machines, all of whose modules had been loaded without an error.
         Err(Failure { errno: Errno::NODEV, .. }) => {
-            match modules::load_folder(Path::new(MODULES)).into_iter().next() {
-                Some(complaint) => Err(complaint),
-                None => mount(),
-            }
+            let complaints = modules::load_folder(Path::new(MODULES));
+            mount().map_err(|failure| {
+                let said: String = complaints.iter().map(|complaint| format!("; {complaint}")).collect();
+                Failure::new(failure.what + &said, failure.errno)
+            })
         }
         mounted => mounted,
     }

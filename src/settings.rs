@@ -214,6 +214,8 @@ pub struct Flags {
     pub ca_file: Option<PathBuf>,
     /// `--lock`.
     pub lock: Option<PathBuf>,
+    /// `--net full`.
+    pub network: bool,
     /// `--no-template`.
     pub no_template: bool,
     /// `--no-keeper`.
@@ -267,6 +269,8 @@ pub struct Settings {
     pub locked: Setting<bool>,
     /// Whether nothing may be fetched.
     pub offline: Setting<bool>,
+    /// Whether steps that ask for the network have this host's. Only a flag says so, never a recipe.
+    pub network: bool,
     /// Vendored bytes: a directory or an archive that `kiln lock vendor` made.
     pub vendor: Setting<Option<PathBuf>>,
     /// Certificate authorities that vouch for servers, in place of those that browsers trust.
@@ -548,6 +552,7 @@ impl Settings {
             ),
             locked: on_or_off("locked", locked)?,
             offline: on_or_off("offline", offline)?,
+            network: flags.network,
             vendor: Setting {
                 value: vendor.value.map(|path: PathBuf| directory.join(path)),
                 origin: vendor.origin,

@@ -75,6 +75,10 @@ impl StepCommands {
             switches.iter().filter(|(_, is_on)| *is_on).map(|(name, _)| format!(" --{name}")).collect()
         };
         settings.push_str(&words(&switches));
+        // A shell in such a step's machine has it too.
+        if flags.network {
+            settings.push_str(" --net full");
+        }
         Self { settings, build: words(&[("overwrite", overwrite), ("no-template", flags.no_template)]) }
     }
 
@@ -100,13 +104,13 @@ mod tests {
             store: Some("s".into()),
             variables: vec!["layout=single".to_owned()],
             offline: true,
+            network: true,
             no_template: true,
             ..Flags::default()
         };
         let scopes = ScopeFlags { scope: "ci".to_owned(), read_scope: vec!["trusted".to_owned()] };
         let commands = StepCommands::new(&flags, &scopes, true);
-        let settings =
-            "--set layout=single --store s --work 'my work' --scope ci --read-scope trusted --offline";
+        let settings = "--set layout=single --store s --work 'my work' --scope ci --read-scope trusted --offline --net full";
         assert_eq!(commands.build("a"), format!("kiln build {settings} --overwrite --no-template a"));
         assert_eq!(commands.shell("a"), format!("kiln shell {settings} a"));
         let plain = StepCommands::new(&Flags::default(), &ScopeFlags::trusted(), false);

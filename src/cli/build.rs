@@ -13,10 +13,12 @@ use signal_hook::SigId;
 use signal_hook::iterator::{Handle, Signals};
 
 use super::again::StepCommands;
+use super::choice::Choice;
 use super::events::Line;
 use super::interrupt::{heeded_signals, write_now};
 use super::keep::{self, KeepFailedFlags};
 use super::report::{Commands, Manner, Reporter};
+use super::run::FULL;
 use super::screen::Screen;
 use super::trace::TraceOut;
 use super::{FAILED, Failure, USAGE, recipe, show};
@@ -62,6 +64,9 @@ pub(super) struct BuildArguments {
     /// Let outputs replace files in WORK that kiln did not put there
     #[arg(long)]
     overwrite: bool,
+    /// The network of steps that ask for it (network = "full"): none, with which they are refused, or full: this host's
+    #[arg(long, value_name = "NETWORK", default_value = "none", value_parser = Choice(&["none", FULL]))]
+    pub net: String,
     #[command(flatten)]
     keep: KeepFailedFlags,
     #[command(flatten)]
@@ -211,6 +216,7 @@ fn carry_out(
 ) -> Result<(u8, Vec<KeptStep>, Opened), Failure> {
     flags.work.clone_from(&arguments.work);
     flags.no_template = arguments.no_template;
+    flags.network = arguments.net == FULL;
     let idle = arguments.keep.idle()?;
     let commands = StepCommands::new(&flags, &arguments.scopes, arguments.overwrite);
     let opened = open(flags)?;

@@ -52,7 +52,8 @@ pub(super) struct DrunArguments {
     /// Where outputs go, at /x/PROJECT [env: WORK] [default: /x/PROJECT, else $HOME/.cache/PROJECT]
     #[arg(long, value_name = "DIR")]
     work: Option<PathBuf>,
-    /// The network of a command: none, or full: what this host reaches, and 10.0.2.2 for the host itself
+    /// The network of a command, or of steps that ask for it: none, or full: what this host reaches, and 10.0.2.2 for the
+    /// host itself
     #[arg(long, value_name = "NETWORK", value_parser = Choice(&["none", "full"]))]
     net: Option<String>,
     /// Set a variable of a command, or pass the host's on
@@ -119,6 +120,7 @@ pub(super) fn drun(arguments: DrunArguments, mut flags: Flags) -> Result<ExitCod
     let folder = settings.recipe.as_ref().and_then(|file| file.path.parent()).unwrap_or(Path::new("."));
     run.root = root(&plan, folder, arguments.root.as_deref())?.unwrap_or(run.root);
     run.net = arguments.net.unwrap_or(run.net);
+    flags.network = run.net == run::FULL;
     run.memory = arguments.memory.unwrap_or(run.memory);
     (run.env, run.stdin, run.timeout, run.reads) =
         (arguments.env, arguments.stdin, arguments.timeout, arguments.reads);
@@ -138,7 +140,6 @@ fn step_named<'a>(plan: &Plan, words: &'a [OsString]) -> Option<&'a str> {
 fn run_step(arguments: &DrunArguments, name: &str, flags: Flags) -> Result<ExitCode, Failure> {
     let said = [
         ("--root", arguments.root.is_some()),
-        ("--net", arguments.net.is_some()),
         ("--env", !arguments.env.is_empty()),
         ("--stdin", arguments.stdin),
         ("--memory", arguments.memory.is_some()),
@@ -155,6 +156,7 @@ fn run_step(arguments: &DrunArguments, name: &str, flags: Flags) -> Result<ExitC
     let mut build: BuildArguments = plain([OsString::from(name)])?;
     build.work.clone_from(&arguments.work);
     (build.json, build.quiet) = (arguments.json, arguments.quiet);
+    build.net = arguments.net.clone().unwrap_or(build.net);
     build::build(&build, flags, None)
 }
 

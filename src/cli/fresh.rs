@@ -7,8 +7,9 @@ use clap::Args;
 use kiln_wire::Exec;
 
 use super::build::{self, Opened, ScopeFlags, Watch, looking};
+use super::choice::Choice;
 use super::report::{Manner, Reporter};
-use super::run::KILN_FAILED;
+use super::run::{FULL, KILN_FAILED};
 use super::show::Narrator;
 use super::trace::TraceOut;
 use super::{FAILED, Failure, USAGE, recipe};
@@ -27,6 +28,9 @@ pub(super) struct StepFlags {
     /// Where outputs of the steps that it needs go [env: WORK] [default: as of `kiln build`]
     #[arg(long, value_name = "DIR")]
     work: Option<PathBuf>,
+    /// The network of a step that asks for it: none, with which it is refused, or full: this host's
+    #[arg(long, value_name = "NETWORK", default_value = "none", value_parser = Choice(&["none", FULL]))]
+    net: String,
     #[command(flatten)]
     scopes: ScopeFlags,
 }
@@ -55,6 +59,7 @@ pub(super) fn start(
     unknown: &DoorError,
 ) -> Result<Fresh, Failure> {
     flags.work.clone_from(&step_flags.work);
+    flags.network = step_flags.net == FULL;
     let settings = Settings::read(flags.clone())?;
     if settings.recipe.is_none() {
         return Err(Failure::new(unknown, unknown.hint(), FAILED));

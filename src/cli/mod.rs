@@ -233,7 +233,10 @@ fn code_of_machine(error: &MachineError) -> u8 {
 fn code_of_host(error: &HostError) -> u8 {
     match error {
         HostError::Boundary { .. } | HostError::NoAgent { .. } => CANNOT,
-        HostError::NotLocked { .. } | HostError::Contradiction { .. } | HostError::Overlap(_) => USAGE,
+        HostError::NotLocked { .. }
+        | HostError::Contradiction { .. }
+        | HostError::Overlap(_)
+        | HostError::Network { .. } => USAGE,
         HostError::Root(error) if error.is_the_users() => USAGE,
         HostError::Bundle(error) if error.is_the_users() => USAGE,
         HostError::Machine(error) => code_of_machine(error),
@@ -371,6 +374,7 @@ fn dispatch(cli: Cli, caller: Option<Caller>) -> Result<ExitCode, Failure> {
             flags.no_template = arguments.no_template;
             flags.no_keeper = arguments.no_keeper;
             flags.keeper_idle.clone_from(&arguments.keeper_idle);
+            flags.network = arguments.net == run::FULL;
             if caller.is_none() && arguments.may_stay() {
                 return Ok(stay_in_background(run::KILN_FAILED));
             }

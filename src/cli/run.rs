@@ -22,8 +22,8 @@ use super::{CANNOT, Failure, USAGE, verdict};
 use crate::agent::{Limits, SessionError};
 use crate::engine::RunError;
 use crate::engine::{
-    Boundary, Clock, DiskArgument, Event, Host, MountArgument, OPEN_NETWORK, Phase, ReadsError, ReadsReport,
-    Report, Require, Step, run as run_step,
+    Boundary, Clock, DiskArgument, Event, Host, MountArgument, Phase, ReadsError, ReadsReport, Report,
+    Require, Step, run as run_step,
 };
 use crate::keeper::Kept;
 use crate::keeper::background::Caller;
@@ -182,6 +182,8 @@ impl RunArguments {
     }
 }
 
+/// The network of `--net` that is this host's.
+pub(super) const FULL: &str = "full";
 /// 128 + SIGPIPE.
 const SIGPIPE_STATUS: u8 = 128 + 13;
 /// kiln failed where the command should have run.
@@ -416,14 +418,6 @@ fn try_run(arguments: &RunArguments, flags: Flags, left: &mut Left) -> Result<u8
         narrator.say(
             "a CI system reads this log: what the command writes is made harmless (--output raw: as it is)",
         );
-    }
-    if step.network {
-        match arguments.json {
-            true => {
-                let _ = show::try_line(&Line::of_event(None, &Event::Warning(OPEN_NETWORK)).to_string());
-            }
-            false => narrator.alarm(OPEN_NETWORK),
-        }
     }
     let mut phases: Vec<(Phase, Duration)> = Vec::new();
     let mut show_event = |event: Event<'_>| {

@@ -9,6 +9,7 @@ use kiln_wire::Stream;
 
 use super::screen::cut;
 use super::terminal;
+use crate::engine::OPEN_NETWORK;
 use crate::machine::in_full;
 use crate::plan::{harmless, without_commands};
 
@@ -100,12 +101,15 @@ impl Narrator {
 
     /// A line that stays, also when all else is quiet.
     pub fn warn(&mut self, text: &str) {
+        if text.ends_with(OPEN_NETWORK) {
+            return self.alarm(text);
+        }
         self.clear();
         eprintln!("kiln: warning: {}", for_people(text));
     }
 
     /// A warning about what the user gave up, in red on a terminal.
-    pub fn alarm(&mut self, text: &str) {
+    fn alarm(&mut self, text: &str) {
         self.clear();
         let (red, plain) = if io::stderr().is_terminal() { ("\x1b[31m", "\x1b[0m") } else { ("", "") };
         eprintln!("{red}kiln: warning: {}{plain}", for_people(text));

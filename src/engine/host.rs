@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::build::sources::Permission;
+use super::step::Step;
 use crate::apart::{self, Kept, Overlap};
 use crate::cache::LOCKED;
 use crate::fetch::http::{AuthorityError, Client};
@@ -96,6 +97,14 @@ pub enum HostError {
         #[source]
         source: io::Error,
     },
+    /// A step asks for the network, and is not to have it.
+    #[error("step `{step}` asks for the network, which {}", if *offline { "--offline shuts" } else { "a recipe does not have by itself" })]
+    Network {
+        /// The step.
+        step: String,
+        /// Whether nobody is to have it.
+        offline: bool,
+    },
     /// A boundary that was demanded is not there.
     #[error("{demand} was demanded, and this host does not give it: {why}")]
     Boundary {
@@ -127,6 +136,11 @@ impl HostError {
                 Some(format!("{fix}; `kiln doctor` says whether it is there then"))
             }
             Self::Boundary { .. } => Some("`kiln doctor` says what is missing and how to get it".to_owned()),
+            Self::Network { offline: true, .. } => None,
+            Self::Network { .. } => Some(
+                "--net full lets it have this host's: what it does is then no longer decided by what kiln records"
+                    .to_owned(),
+            ),
             Self::Lock(error) => error.hint(),
             Self::NotLocked { .. } => Some(
                 "lock it where there is a network, with `kiln lock update` or by building once, and keep the lock file"
@@ -212,6 +226,17 @@ pub fn jail_of(qemu: &Qemu) -> io::Result<Held> {
     let targets = Targets::new()?;
     let others = targets.held(&Profile::Devices)?.both(&targets.held(&Profile::Vmm)?);
     Ok(targets.held(&qemu.profile(Vec::new(), false))?.both(&others))
+}
+
+/// Whether `step`, which asks for the network, may have it.
+///
+/// # Errors
+/// [`HostError::Network`].
+pub(super) fn network_of(settings: &Settings, step: &str) -> Result<(), HostError> {
+    match (settings.network, settings.offline.value) {
+        (true, false) => Ok(()),
+        (_, offline) => Err(HostError::Network { step: step.to_owned(), offline }),
+    }
 }
 
 impl Host {
@@ -336,6 +361,17 @@ impl Host {
             return Err(HostError::Boundary { demand, why, fix: None });
         }
         Ok(qemu)
+    }
+
+    /// Refuses `step` where it asks for a network that it is not to have.
+    ///
+    /// # Errors
+    /// [`HostError::Network`].
+    pub fn refuse_network(&self, step: &Step) -> Result<(), HostError> {
+        match step.network {
+            true => network_of(&self.settings, &step.name),
+            false => Ok(()),
+        }
     }
 
     /// Where templates are, if they are to be used.

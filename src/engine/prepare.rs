@@ -15,7 +15,7 @@ use super::host::Host;
 use super::inputs::{InputError, check_work, open_disk, open_share};
 use super::merge;
 use super::reads::Observable;
-use super::step::{Clock, Keep, Step};
+use super::step::{Clock, Keep, OPEN_NETWORK, Step};
 use crate::apart::{self, Kept};
 use crate::machine::qemu::Qemu;
 use crate::machine::vmm::KilnVmm;
@@ -170,6 +170,10 @@ pub(super) fn prepare(
         return Err(InputError::SamePlace(String::from_utf8_lossy(&mount.target).into_owned()).into());
     }
     host.refuse_secrets_in_root(&step.root)?;
+    host.refuse_network(step)?;
+    if step.network {
+        let _ = events(Event::Warning(OPEN_NETWORK));
+    }
 
     let qemu = host.backend(&step.boundary)?;
     if let Some(text) = host.lost_kvm() {

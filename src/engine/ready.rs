@@ -83,6 +83,7 @@ impl Readiness {
             idle_seconds: Duration::as_secs(&idle),
             at_once: series.at_once,
             alike: series.alike,
+            makes_templates: !host.store.has_limit(),
         };
         Some(Self { key, order, disks })
     }

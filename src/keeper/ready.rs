@@ -93,6 +93,8 @@ pub struct Order {
     pub at_once: usize,
     /// How many such machines may wait.
     pub alike: usize,
+    /// Whether a template may be made. In a store with a ceiling only runs make some, which know what may go for it.
+    pub makes_templates: bool,
 }
 
 /// What runs a machine.
@@ -283,7 +285,11 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
         network: false,
         rehearsal: Some(order.rehearsal.clone()),
     };
-    let backend = order.backend.open(Templates::new(store.templates(), store.temporary()))?;
+    let mut templates = Templates::new(store.templates(), store.temporary());
+    if !order.makes_templates {
+        templates = templates.with_room(|_| Err(io::ErrorKind::StorageFull.into()));
+    }
+    let backend = order.backend.open(templates)?;
     // The files may have changed since they were named.
     if backend.ready_key(&spec)? != Some(order.key) {
         return Err("the machine would not be the one that was ordered".into());

@@ -7,8 +7,8 @@ use std::fmt;
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
-/// Makes room for so many bytes where it can, and says how many are free then.
-pub type MakeRoom = Box<dyn FnMut(u64) -> io::Result<u64> + Send>;
+/// Makes room for so many bytes, and for so many more than those where it can, and says how many are free then.
+pub type MakeRoom = Box<dyn FnMut(u64, u64) -> io::Result<u64> + Send>;
 
 /// A store is full.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +53,11 @@ impl Limit {
             Some(Ceiling { limit_bytes, free_bytes: 0, make_room });
     }
 
+    /// Whether there is one.
+    pub fn is_set(&self) -> bool {
+        self.ceiling.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
     /// Takes `wanted_bytes` of what is free.
     ///
     /// # Errors
@@ -62,7 +67,7 @@ impl Limit {
         let Some(ceiling) = ceiling.as_mut() else { return Ok(()) };
         if ceiling.free_bytes < wanted_bytes {
             let ahead = AHEAD_BYTES.min(ceiling.limit_bytes / 16);
-            ceiling.free_bytes = (ceiling.make_room)(wanted_bytes.saturating_add(ahead))?;
+            ceiling.free_bytes = (ceiling.make_room)(wanted_bytes, ahead)?;
         }
         let Ceiling { limit_bytes, free_bytes, .. } = *ceiling;
         match free_bytes.checked_sub(wanted_bytes) {

@@ -201,6 +201,11 @@ impl Store {
         self.limit.set(limit_bytes, make_room);
     }
 
+    /// Whether there is a limit to what the store may hold.
+    pub fn has_limit(&self) -> bool {
+        self.limit.is_set()
+    }
+
     /// Reserves room for a file of `bytes` that is to be written beside the blobs.
     ///
     /// # Errors

@@ -206,12 +206,21 @@ pub fn set_limit(store: &Store, limit_bytes: u64) {
     let looked_after = store.clone();
     store.set_limit(
         limit_bytes,
-        Box::new(move |wanted_bytes| {
-            let most_bytes = limit_bytes.checked_sub(wanted_bytes);
-            let most_bytes = Some(most_bytes.unwrap_or(limit_bytes));
-            let order = Order { most_bytes, unused: None, dry_run: false, own: false };
-            let collected = collect(&looked_after, &order).map_err(std::io::Error::other)?;
-            Ok(limit_bytes.saturating_sub(collected.left_bytes))
+        Box::new(move |wanted_bytes, ahead_bytes| {
+            let free_after = |room_bytes: u64, dry_run| {
+                let most_bytes = limit_bytes.checked_sub(room_bytes).unwrap_or(limit_bytes);
+                let order = Order { most_bytes: Some(most_bytes), unused: None, dry_run, own: false };
+                let collected = collect(&looked_after, &order).map_err(std::io::Error::other)?;
+                Ok::<_, std::io::Error>(limit_bytes.saturating_sub(collected.left_bytes))
+            };
+            // Nothing goes for what there is no room for in the end.
+            if wanted_bytes > ahead_bytes {
+                let free_bytes = free_after(wanted_bytes, true)?;
+                if free_bytes < wanted_bytes {
+                    return Ok(free_bytes);
+                }
+            }
+            free_after(wanted_bytes.saturating_add(ahead_bytes), false)
         }),
     );
 }

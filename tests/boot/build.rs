@@ -279,6 +279,15 @@ fn a_step_with_the_network_runs_each_time_and_what_needs_it_only_where_it_gave_s
         );
     };
     fetched("once");
+    // Nobody has it who was not given it by whoever calls kiln.
+    build(&host, &[])
+        .ends(2, &["step `fetch` asks for the network", "does not have by itself", "--net full"]);
+    build(&host, &["use", "--net", "full", "--offline"]).ends(2, &["step `fetch`", "--offline shuts"]);
+    host.end(host.kiln().args(["exec", "fetch", "--", "true"]), &[])
+        .ends(2, &["step `fetch` asks for the network"]);
+    assert!(!host.path("work/used").exists() && !host.path("work/got").exists());
+    build(&host, &["-n"]).ends(0, &["fetch"]);
+    let build = |host: &Host, arguments: &[&str]| build(host, &[&["--net", "full"], arguments].concat());
     let told = build(&host, &["--json"]);
     assert_eq!(ran(&told), ["fetch", "use"]);
     assert!(told.text().contains("the network is open to this command"), "{told:?}");

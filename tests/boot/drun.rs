@@ -85,8 +85,8 @@ fn a_name_of_a_step_is_built_and_any_other_word_is_a_command() {
     assert!(!host.path("work/other").exists());
     let told = drun(&host, &["versoin"]);
     told.ends(127, &["`versoin` was not found", "no step of that name", "did you mean `version`?"]);
-    drun(&host, &["--net", "full", "version"])
-        .ends(2, &["`version` is a step of the recipe", "--net is for commands"]);
+    drun(&host, &["--memory", "1G", "version"])
+        .ends(2, &["`version` is a step of the recipe", "--memory is for commands"]);
     drun(&host, &["--directory", "no/where", "version"]).ends(2, &["--directory no/where"]);
     drun(&host, &["--root", "recovry", "true"]).ends(2, &["no root `recovry`", "did you mean `recovery`?"]);
 }

@@ -19,7 +19,7 @@ use crate::engine::host::{Boundary, Host, KernelChoice};
 use crate::engine::reads::ReadsReport;
 use crate::engine::ready::Series;
 use crate::engine::run::{Ended, Report, run_among};
-use crate::engine::step::{Keep, OPEN_NETWORK, Step, View};
+use crate::engine::step::{Keep, Step, View};
 use crate::keeper::{Keeper, Kept};
 use crate::machine::Carrier;
 use crate::plan::RootSpec;
@@ -298,10 +298,6 @@ impl Runner for Machines<'_> {
             }
             events(event)
         };
-        if step.network {
-            note(Event::Warning(OPEN_NETWORK))
-                .map_err(|source| RunError::Io { what: "say that the network is open", source })?;
-        }
         let run = run_among(step, self.host, None, &self.series, &mut note);
         if let Some(kept) = run.kept {
             self.open(kept, step, events);

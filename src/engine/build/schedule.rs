@@ -24,8 +24,10 @@ use super::worker::{Checked, Kept, Keys, Message, Told, Worker};
 use super::{Build, BuildError, News, Outcome, Summary, Timeline, boot_step, lower};
 use crate::engine::error::RunError;
 use crate::engine::event::{Event, Phase};
+use crate::engine::host::network_of;
 use crate::plan::StepId;
 use crate::plan::graph::Command;
+use crate::plan::recipe::NetworkWord;
 use crate::threads;
 use crate::writes;
 
@@ -93,6 +95,10 @@ impl<R: Runner> Build<'_, R> {
     ) -> Result<Summary, BuildError> {
         let work = &self.settings.work.value;
         if !self.options.dry_run {
+            let mut steps = wanted.iter().map(|id| self.plan.step(*id));
+            if let Some(step) = steps.find(|step| step.network == NetworkWord::Full) {
+                network_of(self.settings, &step.name).map_err(RunError::from)?;
+            }
             let made = writes::make_folders(work);
             made.map_err(|source| BuildError::Io { what: "make", path: work.clone(), source })?;
             crate::engine::merge::recover(self.store, work)?;

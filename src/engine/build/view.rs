@@ -82,6 +82,7 @@ pub(super) fn write(
     let area = store.temporary();
     let folder = Folder::new_in(&area, "view-");
     let folder = folder.map_err(|source| BuildError::Io { what: "make a folder in", path: area, source })?;
+    let mut room = Some(|| reserve(tree, store));
     for (path, node) in tree.iter().filter(|(path, _)| !path.is_root()) {
         let place = folder.join(OsStr::from_bytes(path.as_bytes()));
         let node = tree.shown(path).unwrap_or(node);
@@ -89,7 +90,7 @@ pub(super) fn write(
         let done = match &node.kind {
             Kind::Directory => writes::make_folder(&place, 0o700),
             Kind::Symlink(text) => writes::make_link(OsStr::from_bytes(text), &place),
-            Kind::File { digest, .. } => match copy(store, digest, &place, mode) {
+            Kind::File { digest, .. } => match copy(store, digest, &place, mode, &mut room) {
                 Ok(true) => Ok(()),
                 Ok(false) => {
                     let (step, path) = (owner(path), path.to_string());
@@ -115,8 +116,31 @@ pub(super) fn write(
     Ok(folder)
 }
 
-/// Copies a blob, by cloning where the file system can. False where the store does not have it as it was.
-fn copy(store: &Store, digest: &Digest, place: &Path, mode: u32) -> io::Result<bool> {
+/// Takes room for copies of all contents of `tree`, which are in use from here on, so that none goes for another.
+fn reserve(tree: &Tree, store: &Store) -> io::Result<()> {
+    if !store.has_limit() {
+        return Ok(());
+    }
+    let mut bytes = 0;
+    for (_, node) in tree.iter() {
+        if let Kind::File { digest, size } = &node.kind {
+            // One that is not there is told of when its turn comes.
+            drop(store.blobs().file(digest));
+            bytes += size.next_multiple_of(4096);
+        }
+    }
+    store.reserve(bytes)
+}
+
+/// Copies a blob, by cloning where the file system can; before the first that is not cloned, `room` is taken for all. False where
+/// the store does not have it as it was.
+fn copy(
+    store: &Store,
+    digest: &Digest,
+    place: &Path,
+    mode: u32,
+    room: &mut Option<impl FnOnce() -> io::Result<()>>,
+) -> io::Result<bool> {
     let source = match store.blobs().file(digest) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         source => source?,
@@ -127,7 +151,7 @@ fn copy(store: &Store, digest: &Digest, place: &Path, mode: u32) -> io::Result<b
         // What was cloned is what is read here, and nobody can write it any more.
         Digest::of_reader(File::open(place)?)?.0 == *digest
     } else {
-        store.reserve(source.metadata()?.len())?;
+        room.take().map_or(Ok(()), |take| take())?;
         let mut reader = HashingReader::new(source);
         io::copy(&mut reader, &mut Through::new(&target, place))?;
         reader.finish().0 == *digest

@@ -338,6 +338,8 @@ impl Templates {
         if files::is_younger(&barren, &lock, BARREN) {
             return Err(TemplateError::Barren);
         }
+        // Where there is no room at all nothing is booted for it.
+        (self.reserve)(1).map_err(TemplateError::io("keep a template"))?;
         let mut made = self.make(freezer, spec, key, true);
         if let Err(why @ (TemplateError::Died(Death::Killed { .. }) | TemplateError::Complained(_))) = &made {
             // On a busy host QEMU has been seen to abort while its machine boots, and an emulated kernel not to load a
@@ -569,7 +571,11 @@ mod tests {
     fn a_template_that_there_is_no_room_for_is_not_written() {
         let place = tempfile::tempdir().expect("a folder");
         let templates = Templates::new(place.path().join("templates"), place.path().to_owned())
-            .with_room(|bytes| Err(io::Error::other(format!("no room for {bytes} bytes"))));
+            // Not for all of it.
+            .with_room(|bytes| match bytes {
+                1 => Ok(()),
+                bytes => Err(io::Error::other(format!("no room for {bytes} bytes"))),
+            });
         let freezer = Failing { freezing: None, thawing: damaged };
         let notes = templates.copy(&freezer, &nobodys()).err().expect("no copy");
         assert!(notes.iter().any(|note| note.contains("no room for 0 bytes")), "{notes:?}");

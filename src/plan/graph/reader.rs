@@ -336,6 +336,7 @@ impl Reader<'_> {
                 ("root", table.root.as_ref().map(Text::span)),
                 ("kernel", table.kernel.as_ref().map(Text::span)),
                 ("outputs", table.outputs.first().map(Text::span)),
+                ("network", (table.network == NetworkWord::Full).then(|| step.span.clone())),
             ];
             if let Some((key, Some(span))) = of_machines.into_iter().find(|(_, span)| span.is_some()) {
                 let message = format!("`{key}` belongs to a step that runs in a machine");
