@@ -53,7 +53,7 @@ pub fn prepare() -> Result<Booted, Failure> {
     let files = Rlimit { current: Some(1024), maximum: Some(524_288) };
     setrlimit(Resource::Nofile, files).doing(|| "setting the limit of open files")?;
     sys::loopback_up().doing(|| "bringing up the loopback interface")?;
-    let complaints = modules::load_folder(Path::new(mounts::MODULES));
+    let complaints = modules::load_folder(Path::new(modules::AT_START));
     // Now, so that a frozen machine has it.
     Ok(Booted { shares: mounts::shares().ok(), complaints })
 }

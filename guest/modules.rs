@@ -15,6 +15,9 @@ use crate::failure::{Doing, Failure};
 /// `MODULE_INIT_COMPRESSED_FILE` of linux/module.h: the kernel unpacks the file itself.
 const COMPRESSED: libc::c_int = 4;
 
+/// Where the initramfs keeps the modules that are loaded at start.
+pub const AT_START: &str = "/modules";
+
 /// Loads all modules of a folder, in the order of their names. What fails is returned, not fatal: which of them a
 /// machine needs shows when it needs it.
 pub fn load_folder(folder: &Path) -> Vec<Failure> {

@@ -15,9 +15,6 @@ use rustix::mount::{
 use crate::failure::{Doing, Failure};
 use crate::{modules, sys};
 
-/// Where the initramfs keeps the modules that are loaded at start.
-pub const MODULES: &str = "/modules";
-
 /// Mounts are read-only, and devices on them are dead, for whatever comes from outside the machine.
 pub const READ_ONLY_SHARE: u64 = libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NODEV;
 /// For sysfs: nothing in it is to be executed either.
@@ -134,7 +131,7 @@ pub fn overlay(lower: &str, upper: &str, work: &str) -> Result<OwnedFd, Failure>
     match mount() {
         // Seen in one of some thousand emulated machines, all of whose modules had been loaded without an error.
         Err(Failure { errno: Errno::NODEV, .. }) => {
-            let complaints = modules::load_folder(Path::new(MODULES));
+            let complaints = modules::load_folder(Path::new(modules::AT_START));
             mount().map_err(|failure| {
                 let said: String = complaints.iter().map(|complaint| format!("; {complaint}")).collect();
                 Failure::new(failure.what + &said, failure.errno)

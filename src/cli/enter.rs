@@ -37,8 +37,8 @@ obey made harmless; with it, the machine draws on your terminal as it likes. Ctr
 kiln, and with it the command, unless --tty passes that on too.
 
 Where no machine has the name but a step of the recipe (kiln.toml here or in a folder above), the command runs in a machine as
-the step gets it: root, kernel, variables, sources, clock, memory, processors, network (with --net full), and in WORK what the steps that it needs put
-out; those that are not up to date are built first. The step's own command does not run, nor do its time-out and its limits
+the step gets it: root, kernel, variables, sources, clock, memory, processors, network (with --net full), and in WORK what
+the steps that it needs put out; those that are not up to date are built first. The step's own command does not run, nor do its time-out and its limits
 on output count, and nothing is merged or kept of what is done there.
 
 Examples:
