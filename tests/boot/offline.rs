@@ -36,6 +36,7 @@ fn without_network(command: &Command) -> Command {
 }
 
 #[test]
+#[ignore = "takes minutes: `ci/test slow` runs it"]
 fn a_root_is_configured_and_a_step_runs_from_vendored_bytes_alone() {
     let host = Host::new();
     host.file("p/kiln.toml", RECIPE);

@@ -272,6 +272,7 @@ fn a_keeper_has_nothing_of_a_step_in_its_memory() {
 }
 
 #[test]
+#[ignore = "takes minutes: `ci/test slow` runs it"]
 fn a_real_build_gives_the_same_bytes_in_a_machine_that_boots_a_copy_and_one_that_was_ready() {
     let host = Host::new();
     host.file("src/words.h", "const char *word(int);\n");

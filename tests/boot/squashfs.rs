@@ -8,6 +8,7 @@ use super::host::Host;
 use super::made::Made;
 
 #[test]
+#[ignore = "takes minutes: `ci/test slow` runs it"]
 fn a_linux_kernel_shows_the_tree_that_was_packed_with_any_codec() {
     let host = Host::new();
     let mut made = Made::new();

@@ -79,6 +79,7 @@ fn weight(folder: &Path) -> (usize, u64) {
 }
 
 #[test]
+#[ignore = "takes minutes: `ci/test slow` runs it"]
 fn two_hundred_runs_of_which_a_third_fails_leave_what_the_first_ones_left() {
     let host = Host::new();
     host.file("src/a", "content");

@@ -151,10 +151,10 @@ fn a_template_that_is_not_what_was_frozen_is_noticed_and_made_anew() {
         };
         assert!(events.iter().any(warned), "{words}: {events:?}");
         assert!(events.iter().any(|event| event["text"] == "right\n"), "{words}: {events:?}");
-        assert_eq!(origin(&told), "template", "{words}");
+        assert_eq!(origin(&told), "template", "{words}: {events:?}");
         // Made anew once, and good from then on.
         let told = run();
-        assert_eq!(origin(&told), "template");
+        assert_eq!(origin(&told), "template", "{words}: {told:?}");
         assert!(!told.events().iter().any(|event| event["event"] == "warning"), "{words}: {told:?}");
         assert_eq!(template(&host), before);
     }

@@ -293,6 +293,7 @@ fn no_step_sees_a_key(built: &Built, canaries: &Canaries) {
 }
 
 #[test]
+#[ignore = "takes minutes: `ci/test slow` runs it"]
 fn one_image_with_all_in_it_boots_and_is_opened_by_the_signed_hash_alone() {
     let built = Built::new();
     built.kiln(&["sign", "--init"]).ends(0, &["made keys"]);
@@ -328,6 +329,7 @@ fn one_image_with_all_in_it_boots_and_is_opened_by_the_signed_hash_alone() {
 }
 
 #[test]
+#[ignore = "takes minutes: `ci/test slow` runs it"]
 fn two_builds_in_two_places_are_the_same_bytes_signatures_too() {
     let (one, other) = (Built::new(), Built::new());
     one.kiln(&["sign", "--init"]).ends(0, &["made keys"]);
@@ -370,6 +372,7 @@ const REPORTS: [&str; 14] = [
 const INCREMENTAL: Duration = Duration::from_secs(5);
 
 #[test]
+#[ignore = "takes minutes: `ci/test slow` runs it"]
 fn a_changed_init_makes_the_patch_and_the_images_anew_and_nothing_else() {
     let built = Built::new();
     built.kiln(&["sign", "--init"]).ends(0, &["made keys"]);

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::Instant;
 
 use kiln_digest::Digest;
 
@@ -34,8 +35,9 @@ impl Freezer for Qemu {
         let given = ram.try_clone().map_err(io("hold a template's memory"))?;
         let devices = Devices::start(spec.carrier)?;
         let origins = Origins::Freeze { ram: given.into(), state: state.into() };
+        let started = Instant::now();
         let (mut machine, mut qmp) = self.bring_up(spec, Some(devices), origins)?;
-        let complaints = settle(&mut machine)?;
+        let complaints = settle(&mut machine, started)?;
         qmp.freeze(argv::STATE_SET).map_err(io("freeze the machine"))?;
         // Nothing writes the memory any more when these are dropped.
         Ok(Frozen { ram, version: qmp.version.to_string(), complaints })

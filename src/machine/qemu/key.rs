@@ -6,7 +6,6 @@ use std::io;
 use kiln_digest::Digest;
 
 use super::{Places, Qemu, Spec, argv};
-use crate::machine::Accelerator;
 use crate::machine::template::key::{identity, kiln, processor};
 
 /// Changes with what is frozen from the same parts.
@@ -25,8 +24,8 @@ pub fn of(qemu: &Qemu, spec: &Spec) -> io::Result<Digest> {
         kiln()?,
         format!("qemu {} {}", program.display(), identity(&fs::metadata(&program)?)),
         format!("bundle {}", spec.bundle),
-        // Nothing of the host's processor meets a guest that is emulated.
-        if qemu.accelerator == Accelerator::Kvm { processor()? } else { String::new() },
+        // A guest that is emulated meets the rate of its time-stamp counter.
+        processor()?,
         argv::arguments(&shape).join("\0"),
     ];
     Ok(Digest::of(parts.join("\n").as_bytes()))
@@ -37,7 +36,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::machine::{Carrier, Cpu, Disk};
+    use crate::machine::{Accelerator, Carrier, Cpu, Disk};
 
     fn spec() -> Spec {
         Spec {

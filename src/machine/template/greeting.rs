@@ -1,19 +1,39 @@
 //! What is said to an agent before its machine is anybody's, a message and its answer each: a hello, a disk to swap to, a rehearsal.
 
+use std::cell::Cell;
 use std::io::{self, ErrorKind, Read, Write};
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use kiln_wire::{FrameReader, FromAgent, MAX_FROM_AGENT_BYTES, ToAgent, VERSION, encode_frame};
 
-/// Says hello to the agent on `wire` and waits for its answer, which is the last that it has said then. What it complained of
-/// meanwhile is returned.
+/// What an agent answered to a hello.
+pub struct Greeting {
+    /// What it complained of meanwhile.
+    pub complaints: Vec<String>,
+    /// For how long its kernel has run, by the guest's clock.
+    pub uptime: Duration,
+    /// Between these times it looked at that clock.
+    pub between: Range<Instant>,
+}
+
+/// Says hello to the agent on `wire` and waits for its answer, which is the last that it has said then.
 ///
 /// # Errors
 /// `UnexpectedEof` when the machine is gone, `TimedOut` after `patience`, `InvalidData` where something else answers.
-pub fn greet(wire: &UnixStream, patience: Duration) -> io::Result<Vec<String>> {
-    let is_answer = |message: &FromAgent| matches!(message, FromAgent::Ready { version: VERSION, .. });
-    exchange(wire, &ToAgent::Hello { version: VERSION }.encode(), patience, is_answer)
+pub fn greet(wire: &UnixStream, patience: Duration) -> io::Result<Greeting> {
+    let uptime = Cell::new(Duration::ZERO);
+    let is_answer = |message: &FromAgent| match message {
+        FromAgent::Ready { version: VERSION, uptime_us, .. } => {
+            uptime.set(Duration::from_micros(*uptime_us));
+            true
+        }
+        _ => false,
+    };
+    let asked = Instant::now();
+    let complaints = exchange(wire, &ToAgent::Hello { version: VERSION }.encode(), patience, is_answer)?;
+    Ok(Greeting { complaints, uptime: uptime.get(), between: asked..Instant::now() })
 }
 
 /// Lets the agent on `wire` rehearse a step: `message` says which.
@@ -103,7 +123,10 @@ mod tests {
         });
         let result = greet(&ours, Duration::from_secs(20));
         agent.join().expect("no panic");
-        result
+        result.map(|greeting| {
+            assert_eq!(greeting.uptime, Duration::from_micros(1));
+            greeting.complaints
+        })
     }
 
     #[test]

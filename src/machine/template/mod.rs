@@ -24,6 +24,7 @@ pub(super) mod ram;
 use std::fmt;
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -36,7 +37,7 @@ use kiln_vmm::working_set::WorkingSet;
 use kiln_wire::{FromAgent, Scratch, ToAgent};
 
 pub(super) use self::files::Template;
-use self::greeting::{exchange, greet};
+use self::greeting::{Greeting, exchange, greet};
 use super::ready::Lendable;
 use super::slots::Places;
 use super::{Carrier, Cpu, Death, Disk, MachineError, Spec, in_full, scratch, serial};
@@ -53,6 +54,8 @@ const MAKING_PATIENCE: Duration = Duration::from_secs(120);
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 /// How long a machine that does not answer may take to be gone.
 const DEATH_PATIENCE: Duration = Duration::from_secs(2);
+/// What a guest's clock may lack that counts the ticks of a timer.
+const CLOCK_TICKS: Duration = Duration::from_millis(20);
 /// How long no template is tried again after it could not be made.
 const BARREN: Duration = Duration::from_secs(600);
 
@@ -144,12 +147,21 @@ pub(super) enum TemplateError {
     /// The machine to be frozen, or the copy, did not come up.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// Its agent does not answer as it should.
+    #[error("cannot hear the agent: {0}")]
+    Unheard(#[source] io::Error),
     /// It came up and is gone.
     #[error("{0}")]
     Died(Death),
     /// It came up without all that it should have: a module that was not loaded, say.
     #[error("its agent said: {0}")]
     Complained(String),
+    /// Its clock goes wrong, which every copy's would: on a busy host an emulated kernel may measure its processor so.
+    #[error(
+        "its clock showed {uptime:.1?} at most {most:.1?} after it was started, and {counted:.1?} more at least {least:.1?} after \
+         it first answered"
+    )]
+    Untimely { most: Duration, uptime: Duration, least: Duration, counted: Duration },
     /// Its files are not what was written.
     #[error("{0}")]
     Damaged(&'static str),
@@ -189,6 +201,15 @@ impl TemplateError {
         };
         // Room is different: what wrote a gibibyte in vain need not do so again at once.
         lack.map_or(is_hosts, |lack| lack != Shortage::Room)
+    }
+
+    /// Whether another machine of the same parts may fare better.
+    fn is_chance(&self) -> bool {
+        let came_up_badly = match self {
+            Self::Died(_) | Self::Complained(_) | Self::Untimely { .. } | Self::Unheard(_) => true,
+            Self::Io { .. } | Self::Machine(_) | Self::Damaged(_) | Self::Locked | Self::Barren => false,
+        };
+        came_up_badly && !self.is_hosts()
     }
 
     pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
@@ -341,10 +362,12 @@ impl Templates {
         // Where there is no room at all nothing is booted for it.
         (self.reserve)(1).map_err(TemplateError::io("keep a template"))?;
         let mut made = self.make(freezer, spec, key, true);
-        if let Err(why @ (TemplateError::Died(Death::Killed { .. }) | TemplateError::Complained(_))) = &made {
-            // On a busy host QEMU has been seen to abort while its machine boots, and an emulated kernel not to load a
-            // module, which every copy would lack. What is said again is so.
-            notes.push(format!("the machine for a template was booted again: {why}"));
+        if let Err(why) = &made
+            && why.is_chance()
+        {
+            // On a busy host QEMU has been seen to abort while its machine boots, and an emulated kernel to panic, not to load a
+            // module, which every copy would lack, and to mistake the rate of its clock. Complaints that come again are so.
+            notes.push(format!("the machine for a template was booted again: {}", in_full(why)));
             made = self.make(freezer, spec, key, false);
         }
         if let Err(error) = made {
@@ -438,10 +461,11 @@ pub(super) fn copy<F: Freezer>(
     }
 }
 
-/// Waits for a machine that boots, and lets it do what is the same for every step. What its agent complained of is returned:
-/// by its last answer, all that it had to say has been read.
-pub(super) fn settle(machine: &mut impl Lendable) -> Result<Vec<String>, TemplateError> {
-    let mut complaints = answer(machine, BOOT_PATIENCE)?;
+/// Waits for a machine that boots since `started`, and lets it do what is the same for every step. What its agent complained of is
+/// returned: by its last answer, all that it had to say has been read.
+pub(super) fn settle(machine: &mut impl Lendable, started: Instant) -> Result<Vec<String>, TemplateError> {
+    let first = greeting(machine, BOOT_PATIENCE)?;
+    let mut complaints = first.complaints;
     let swap = ToAgent::Swap(Scratch { serial: serial::SCRATCH.to_owned(), bytes: scratch::USUAL_BYTES });
     // Twice: the second answer says that nothing was swapped out meanwhile.
     for _ in 0..2 {
@@ -449,32 +473,61 @@ pub(super) fn settle(machine: &mut impl Lendable) -> Result<Vec<String>, Templat
             exchange(wire, &swap.encode(), COPY_PATIENCE, |message| *message == FromAgent::SetupDone)
         })?);
     }
+    let last = greeting(machine, COPY_PATIENCE)?;
+    complaints.extend(last.complaints);
+    check_clock(started, first.uptime, first.between.end, last.uptime, &last.between)?;
     Ok(complaints)
 }
 
-/// Waits for the machine's agent to answer, and returns what it complained of.
-pub(super) fn answer(machine: &mut impl Lendable, patience: Duration) -> Result<Vec<String>, TemplateError> {
+/// Holds the clock of a machine that was `started` then against the host's: it showed `first` before `heard`, and `last` within
+/// `between`.
+fn check_clock(
+    started: Instant,
+    first: Duration,
+    heard: Instant,
+    last: Duration,
+    between: &Range<Instant>,
+) -> Result<(), TemplateError> {
+    // What it can have counted since it was started at most, and since it first answered at least.
+    let most = between.end.duration_since(started);
+    let least = between.start.duration_since(heard);
+    let counted = last.saturating_sub(first);
+    if last > most + most / 10 || counted + CLOCK_TICKS < least - least / 10 {
+        return Err(TemplateError::Untimely { most, least, uptime: last, counted });
+    }
+    Ok(())
+}
+
+/// Waits for the machine's agent to answer.
+///
+/// # Errors
+/// It does not.
+pub(super) fn answer(machine: &mut impl Lendable, patience: Duration) -> Result<(), TemplateError> {
+    greeting(machine, patience).map(drop)
+}
+
+fn greeting(machine: &mut impl Lendable, patience: Duration) -> Result<Greeting, TemplateError> {
     asked(machine, |wire| greet(wire, patience))
 }
 
 /// Lets the machine's agent carry out `rehearsal`, a message.
 pub(super) fn rehearse(machine: &mut impl Lendable, rehearsal: &[u8]) -> Result<(), TemplateError> {
-    asked(machine, |wire| greeting::rehearse(wire, rehearsal, COPY_PATIENCE).map(|()| Vec::new())).map(drop)
+    asked(machine, |wire| greeting::rehearse(wire, rehearsal, COPY_PATIENCE))
 }
 
-fn asked(
+fn asked<T>(
     machine: &mut impl Lendable,
-    ask: impl FnOnce(&UnixStream) -> io::Result<Vec<String>>,
-) -> Result<Vec<String>, TemplateError> {
+    ask: impl FnOnce(&UnixStream) -> io::Result<T>,
+) -> Result<T, TemplateError> {
     let Some(wire) = machine.wire_held() else {
         return Err(TemplateError::Damaged("its wire is not there"));
     };
     match ask(wire) {
-        Ok(complaints) => Ok(complaints),
+        Ok(told) => Ok(told),
         Err(source) if source.kind() == io::ErrorKind::UnexpectedEof => {
             Err(TemplateError::Died(machine.death(DEATH_PATIENCE)))
         }
-        Err(source) => Err(TemplateError::io("hear the agent")(source)),
+        Err(source) => Err(TemplateError::Unheard(source)),
     }
 }
 
@@ -630,6 +683,26 @@ mod tests {
         }
         assert_eq!(left_by(None, damaged), [false, false]);
         assert_eq!(left_by(Some(damaged), damaged), [false, true]);
+    }
+
+    #[test]
+    fn a_machine_whose_clock_goes_wrong_is_not_frozen() {
+        let started = Instant::now();
+        let after = |ms| started + Duration::from_millis(ms);
+        let check = |first, last| {
+            let [first, last] = [first, last].map(Duration::from_millis);
+            check_clock(started, first, after(2000), last, &(after(2400)..after(2500)))
+        };
+        // Between what the host saw of it, and a timer's ticks behind that.
+        for (first, last) in [(1500, 1950), (2000, 2500), (900, 1260)] {
+            assert!(check(first, last).is_ok(), "{first} {last}");
+        }
+        for (first, last, words) in
+            [(28_000, 36_000, "36.0s at most 2.5s"), (1800, 1900, "100.0ms more at least 400.0ms")]
+        {
+            let error = check(first, last).expect_err("another rate");
+            assert!(error.to_string().contains(words) && error.is_chance(), "{error}");
+        }
     }
 
     #[test]

@@ -204,8 +204,9 @@ impl Freezer for KilnVmm {
     fn freeze(&self, spec: &Spec, state: File) -> Result<Frozen, TemplateError> {
         let ram = memory::make_file(spec.memory_bytes).map_err(MachineError::from)?;
         let given = ram.try_clone().map_err(TemplateError::io("hold a template's memory"))?;
+        let started = Instant::now();
         let mut machine = self.bring_up(spec, Begins::Boot { ram: given, becomes_template: true })?;
-        let complaints = settle(&mut machine)?;
+        let complaints = settle(&mut machine, started)?;
         let server = &machine.server;
         let frozen = server.control()?.freeze_guest(state.as_fd());
         frozen.map_err(|error| server.failure(&error))?;

@@ -274,6 +274,7 @@ fn the_record_is_what_strace_sees_and_little_more() {
 }
 
 #[test]
+#[ignore = "takes minutes: `ci/test slow` runs it"]
 fn below_a_writable_layer_the_record_is_what_strace_sees_and_little_more() {
     let extras = compare(true);
     assert!(extras.len() <= 3, "{extras:?}");
