@@ -66,7 +66,7 @@ struct State<D> {
 }
 
 /// How a device's threads are confined.
-pub(crate) struct Confinement {
+pub struct Confinement {
     /// Confines each of them.
     pub confine: Confine,
     /// The kind of the one that serves queues.
@@ -106,7 +106,7 @@ impl<D> Clone for Backend<D> {
 impl<D: Device<()> + 'static> Carrier<D> {
     /// A carrier of `device`, whose threads are confined. `on_broken` is called on the one that serves queues when the
     /// driver has broken one: nothing is served from then on.
-    pub(crate) fn new(
+    pub fn new(
         device: D,
         confinement: Confinement,
         on_broken: impl Fn(QueueError) + Send + Sync + 'static,

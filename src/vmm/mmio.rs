@@ -17,6 +17,7 @@ use crate::vm::Slot;
 
 /// How far a device and its driver are with a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Position {
     /// The next entry of the available ring.
     pub available: u16,
@@ -26,6 +27,7 @@ pub struct Position {
 
 /// What whoever takes over a device's driver must know, beside where the queues are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Frozen {
     /// Of each queue that runs.
     pub positions: Vec<Option<Position>>,
@@ -134,6 +136,7 @@ pub trait Carried: Window {
 
 /// A frozen device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DeviceState {
     device_type: u32,
     registers: Said,
@@ -164,6 +167,7 @@ const CONFIG: u64 = 0x100;
 
 /// What the driver has said of a queue.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Draft {
     size: u32,
     ready: bool,
@@ -174,6 +178,7 @@ struct Draft {
 
 /// What the driver has said.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Said {
     offered_page: u32,
     accepted_page: u32,

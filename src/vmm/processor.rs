@@ -16,6 +16,7 @@ const DEADLINE: u32 = 0x6e0;
 
 /// The state of one processor.
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Processor {
     /// What it can do.
     pub leaves: Vec<kvm_cpuid_entry2>,

@@ -1,7 +1,7 @@
 //! The vsock device: packets and descriptors of a hostile driver, buffers for it or none, and streams of the host that
 //! speak, stop and close meanwhile.
 //!
-//! An input is steps, each an action (one byte), an argument (one byte), a length (two bytes) and so many bytes.
+//! An input is [`steps`].
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -15,6 +15,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::driver::{Seen, Target, campaign};
 use crate::random::Random;
+use crate::steps;
 use crate::testkit::{Ring, WRITE, memory};
 
 const CID: u64 = 77;
@@ -219,14 +220,6 @@ impl Guest<'_> {
     }
 }
 
-/// The next step: action, argument, bytes; and what follows it.
-fn next_step(input: &[u8]) -> Option<(u8, u8, &[u8], &[u8])> {
-    let ([action, argument, low, high], rest) = input.split_first_chunk()?;
-    let length = usize::from(u16::from_le_bytes([*low, *high])).min(rest.len());
-    let (bytes, rest) = rest.split_at(length);
-    Some((*action, *argument, bytes, rest))
-}
-
 struct Muxer {
     memory: GuestMemoryMmap,
 }
@@ -239,11 +232,7 @@ impl Target for Muxer {
     }
 
     fn generate(&mut self, random: &mut Random, input: &mut Vec<u8>) {
-        let mut push = |action: u8, argument: u8, bytes: &[u8]| {
-            input.extend([action, argument]);
-            input.extend(u16::try_from(bytes.len()).expect("short").to_le_bytes());
-            input.extend_from_slice(bytes);
-        };
+        let mut push = |action: u8, argument: u8, bytes: &[u8]| steps::push(input, action, argument, bytes);
         for _ in 0..=random.below(16) {
             let action = random.byte() % 16;
             let argument = random.byte();
@@ -264,12 +253,7 @@ impl Target for Muxer {
     }
 
     fn parts(input: &[u8]) -> Vec<usize> {
-        let (mut ends, mut rest) = (Vec::new(), input);
-        while let Some((.., behind)) = next_step(rest) {
-            rest = behind;
-            ends.push(input.len() - rest.len());
-        }
-        ends
+        steps::ends(input)
     }
 
     fn run(&mut self, input: &[u8], seen: &mut Seen) {
@@ -295,7 +279,7 @@ impl Target for Muxer {
         };
         let (mut rest, mut sound) = (input, true);
         for _ in 0..MOST_STEPS {
-            let Some((action, argument, bytes, behind)) = next_step(rest) else { break };
+            let Some(((action, argument, bytes), behind)) = steps::next(rest) else { break };
             rest = behind;
             // A table as it comes lets the device read anywhere; writing is for receive buffers only.
             sound = guest.step(action, argument, bytes);
