@@ -5,7 +5,9 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use kiln_wire::{Credit, Exec, FromAgent, MAX_DATA_BYTES, Outcome, Stream, Taken, TerminalSize, Usage};
+use kiln_wire::{
+    Credit, Deadline, Exec, FromAgent, MAX_DATA_BYTES, Outcome, Stream, Taken, TerminalSize, Usage,
+};
 use rustix::event::PollFlags;
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::io::{Errno, read, write};
@@ -47,7 +49,7 @@ pub struct Command {
     /// How much more output the host takes.
     output_credit: Credit,
     started: Instant,
-    deadline: Option<Instant>,
+    deadline: Option<Deadline>,
     grace: Duration,
     timed_out: bool,
     usage: Usage,
@@ -120,7 +122,8 @@ impl Command {
             buffer: vec![0; MAX_DATA_BYTES].into(),
             output_credit: Credit::default(),
             started,
-            deadline: deadline(started, exec.timeout_ms),
+            deadline: (exec.timeout_ms > 0)
+                .then(|| Deadline::after(Duration::from_millis(exec.timeout_ms), started)),
             grace: Duration::from_millis(exec.grace_ms),
             timed_out: false,
             usage,
@@ -142,7 +145,7 @@ impl Command {
 
     /// When [`Command::advance`] must be called even if nothing happens.
     pub fn wake_at(&self) -> Option<Instant> {
-        self.deadline.filter(|_| self.end.is_none())
+        self.deadline.as_ref().filter(|_| self.end.is_none()).map(Deadline::next)
     }
 
     /// Takes bytes for standard input; none: its end. They are written by [`Command::advance`]. Returns false where they
@@ -293,14 +296,15 @@ impl Command {
 
     /// At the first deadline everything gets SIGTERM, at the second SIGKILL.
     fn enforce_deadline(&mut self, now: Instant) {
-        if self.end.is_some() || self.deadline.is_none_or(|deadline| now < deadline) {
+        let Some(deadline) = self.deadline.as_mut().filter(|_| self.end.is_none()) else { return };
+        if deadline.wait(now).is_some() {
             return;
         }
         if self.timed_out || self.grace.is_zero() {
             self.deadline = None;
             self.kill_now();
         } else {
-            self.deadline = now.checked_add(self.grace);
+            self.deadline = Some(Deadline::after(self.grace, now));
             self.kill(Kill::All(15));
         }
         self.timed_out = true;
@@ -405,11 +409,6 @@ fn output_pipe() -> Result<(OwnedFd, OwnedFd), Errno> {
     fcntl_setfl(&read_end, OFlags::NONBLOCK)?;
     fcntl_setpipe_size(&write_end, PIPE_BYTES)?;
     Ok((read_end, write_end))
-}
-
-/// `None`: never, as is a moment that no clock reaches.
-fn deadline(started: Instant, timeout_ms: u64) -> Option<Instant> {
-    started.checked_add(Duration::from_millis(timeout_ms)).filter(|_| timeout_ms > 0)
 }
 
 fn microseconds(duration: Duration) -> u64 {

@@ -6,6 +6,7 @@
 
 mod codec;
 mod credit;
+mod deadline;
 mod frame;
 mod from_agent;
 mod message;
@@ -13,5 +14,6 @@ mod to_agent;
 
 pub use codec::DecodeError;
 pub use credit::{CREDIT_BYTES, Credit, Taken};
+pub use deadline::Deadline;
 pub use frame::{FrameError, FrameReader, MAX_FROM_AGENT_BYTES, MAX_PAYLOAD_BYTES, encode_frame};
 pub use message::*;

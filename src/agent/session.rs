@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kiln_wire::{
-    Credit, Exec, FrameReader, FromAgent, MAX_FROM_AGENT_BYTES, Mount, Outcome, Setup, Stream, Taken,
-    TerminalSize, ToAgent, Usage, VERSION, encode_frame,
+    Credit, Deadline, Exec, FrameReader, FromAgent, MAX_FROM_AGENT_BYTES, Mount, Outcome, Setup, Stream,
+    Taken, TerminalSize, ToAgent, Usage, VERSION, encode_frame,
 };
 
 use super::input::Feeder;
@@ -71,34 +71,6 @@ pub enum ExecEnd {
         /// What stands in the way of a program that is there, in the agent's words; empty where nothing is known.
         why: String,
     },
-}
-
-/// How much longer an exchange of one message or many may take. A stretch in which kiln itself did not run, because it was
-/// stopped or its host slept, is nobody's silence: it counts for little.
-#[derive(Debug)]
-pub(super) struct Deadline {
-    left: Duration,
-    /// Until when time was counted.
-    counted: Instant,
-    patience: Duration,
-}
-
-/// The longest stretch that counts, and so the longest wait at once.
-const LONGEST_WAIT: Duration = Duration::from_secs(5);
-
-impl Deadline {
-    /// `patience` from now.
-    pub fn after(patience: Duration) -> Self {
-        Self { left: patience, counted: Instant::now(), patience }
-    }
-
-    /// How long to wait now; none where it has passed.
-    fn wait(&mut self) -> Option<Duration> {
-        let now = Instant::now();
-        let passed = now.duration_since(self.counted).min(LONGEST_WAIT);
-        (self.left, self.counted) = (self.left.saturating_sub(passed), now);
-        (!self.left.is_zero()).then_some(self.left.min(LONGEST_WAIT))
-    }
 }
 
 /// The sending half of a conversation, for any number of threads.
@@ -247,7 +219,7 @@ impl Session {
         let limit = (exec.timeout_ms > 0).then(|| {
             Duration::from_millis(exec.timeout_ms.saturating_add(exec.grace_ms)) + Duration::from_secs(60)
         });
-        let mut deadline = limit.map(Deadline::after);
+        let mut deadline = limit.map(|limit| Deadline::after(limit, Instant::now()));
         self.send(&ToAgent::Exec(exec))?;
         let feeder = match input {
             Some(input) => Some(Feeder::start(self.writer.clone(), id, input).map_err(SessionError::Io)?),
@@ -328,7 +300,7 @@ impl Session {
         doing: &'static str,
         patience: Option<Duration>,
     ) -> Result<FromAgent, SessionError> {
-        self.receive_by(doing, patience.map(Deadline::after).as_mut())
+        self.receive_by(doing, patience.map(|patience| Deadline::after(patience, Instant::now())).as_mut())
     }
 
     fn receive_by(
@@ -345,8 +317,8 @@ impl Session {
                 }
             }
             let wait = match &mut deadline {
-                Some(deadline) => match deadline.wait() {
-                    None => return Err(SessionError::Silent { doing, waited: deadline.patience }),
+                Some(deadline) => match deadline.wait(Instant::now()) {
+                    None => return Err(SessionError::Silent { doing, waited: deadline.patience() }),
                     wait => wait,
                 },
                 None => None,
@@ -409,18 +381,6 @@ pub(super) fn unexpected(message: &FromAgent, place: &str) -> SessionError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn time_in_which_kiln_did_not_run_hardly_counts() {
-        let mut deadline = Deadline::after(LONGEST_WAIT * 3);
-        for left in [LONGEST_WAIT * 2, LONGEST_WAIT] {
-            deadline.counted =
-                Instant::now().checked_sub(LONGEST_WAIT * 20).expect("the host runs for longer");
-            assert_eq!((deadline.wait(), deadline.left), (Some(LONGEST_WAIT), left));
-        }
-        deadline.counted = Instant::now().checked_sub(LONGEST_WAIT).expect("the host runs for longer");
-        assert_eq!(deadline.wait(), None);
-    }
 
     #[test]
     fn an_agent_that_is_silent_is_told_by_what_it_was_to_do() {

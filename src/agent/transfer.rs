@@ -6,13 +6,13 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::io::{self, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kiln_artifact::tree::{Kind, Meta, Node, Timestamp, TreePath};
 use kiln_digest::Digest;
-use kiln_wire::{Entry, EntryKind, FromAgent, MAX_FETCH, ToAgent};
+use kiln_wire::{Deadline, Entry, EntryKind, FromAgent, MAX_FETCH, ToAgent};
 
-use super::session::{Deadline, Session, SessionError, unexpected};
+use super::session::{Session, SessionError, unexpected};
 use crate::plan::show_bytes;
 use crate::store::Blobs;
 
@@ -109,7 +109,7 @@ impl Listing {
         let mut listing = Self::default();
         let mut folders = BTreeSet::from([TreePath::root()]);
         let mut seen = BTreeSet::new();
-        let (mut deadline, mut listed_bytes) = (Deadline::after(LIST_PATIENCE), 0_usize);
+        let (mut deadline, mut listed_bytes) = (Deadline::after(LIST_PATIENCE, Instant::now()), 0_usize);
         loop {
             match session.next("listing what the step wrote", &mut deadline)? {
                 FromAgent::Entry(entry) => {
@@ -230,7 +230,8 @@ impl Listing {
             return Err(TransferError::TooMuch { what: "files", limit: limits.total_bytes });
         }
         let ordinals: Vec<u32> = ordinals.into_iter().collect();
-        let mut deadline = Deadline::after(FETCH_PATIENCE + Duration::from_secs(total_bytes / SLOWEST_RATE));
+        let patience = FETCH_PATIENCE + Duration::from_secs(total_bytes / SLOWEST_RATE);
+        let mut deadline = Deadline::after(patience, Instant::now());
         for chunk in ordinals.chunks(FETCHED_AT_ONCE.min(MAX_FETCH)) {
             session.send(&ToAgent::Fetch { ordinals: chunk.to_vec() })?;
             for &ordinal in chunk {
