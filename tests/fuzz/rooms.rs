@@ -2,6 +2,8 @@
 //!
 //! An input is [`steps`].
 
+use std::marker::PhantomData;
+
 use kiln_virtio::balloon::Balloon;
 use kiln_virtio::device::{Device, Wake};
 use kiln_virtio::ring::Limits;
@@ -21,13 +23,21 @@ const FIRST_OF_REPORTS: usize = 2;
 
 /// What is held against a device.
 trait Oracle: Device<()> {
+    const NAME: &'static str;
     const LIMITS: Limits;
+    /// One that nothing was said to.
+    fn fresh() -> Self;
     /// A chain came back from `queue`; the arena has to be as that leaves it.
     fn came_back(arena: &mut Arena, queue: usize, offered: &Offered, written: usize, seen: &mut Seen);
 }
 
 impl Oracle for Rng {
+    const NAME: &'static str = "rng";
     const LIMITS: Limits = Limits { readable_bytes: 0, writable_bytes: 1 << 20, slices: 64 };
+
+    fn fresh() -> Self {
+        Self::new()
+    }
 
     fn came_back(arena: &mut Arena, _: usize, offered: &Offered, written: usize, seen: &mut Seen) {
         let wanted = if offered.is_good { offered.room_bytes().min(MOST_NUMBERS) } else { 0 };
@@ -41,7 +51,12 @@ impl Oracle for Rng {
 }
 
 impl Oracle for Balloon {
+    const NAME: &'static str = "balloon";
     const LIMITS: Limits = Limits { readable_bytes: 4096, writable_bytes: 128 << 20, slices: 128 };
+
+    fn fresh() -> Self {
+        Self::new()
+    }
 
     fn came_back(arena: &mut Arena, queue: usize, offered: &Offered, written: usize, seen: &mut Seen) {
         assert_eq!(written, 0, "nothing is written that a driver could read");
@@ -155,39 +170,17 @@ fn generate(random: &mut Random, input: &mut Vec<u8>) {
 /// Chains that are walked, and the arena once more where it is looked at.
 const MEMORY_LIMIT: usize = 512 << 10;
 
-struct Numbers(Arena);
-
-impl Target for Numbers {
-    const NAME: &'static str = "rng";
-
-    fn new() -> Self {
-        Self(Arena::new())
-    }
-
-    fn parts(input: &[u8]) -> Vec<usize> {
-        steps::ends(input)
-    }
-
-    fn generate(&mut self, random: &mut Random, input: &mut Vec<u8>) {
-        generate(random, input);
-    }
-
-    fn run(&mut self, input: &[u8], seen: &mut Seen) {
-        run(&mut self.0, Rng::new(), input, seen);
-    }
-
-    fn memory_limit(_: usize) -> usize {
-        MEMORY_LIMIT
-    }
+/// The target of such a device.
+struct Rooms<D> {
+    arena: Arena,
+    device: PhantomData<D>,
 }
 
-struct Reports(Arena);
-
-impl Target for Reports {
-    const NAME: &'static str = "balloon";
+impl<D: Oracle> Target for Rooms<D> {
+    const NAME: &'static str = D::NAME;
 
     fn new() -> Self {
-        Self(Arena::new())
+        Self { arena: Arena::new(), device: PhantomData }
     }
 
     fn parts(input: &[u8]) -> Vec<usize> {
@@ -199,7 +192,7 @@ impl Target for Reports {
     }
 
     fn run(&mut self, input: &[u8], seen: &mut Seen) {
-        run(&mut self.0, Balloon::new(), input, seen);
+        run(&mut self.arena, D::fresh(), input, seen);
     }
 
     fn memory_limit(_: usize) -> usize {
@@ -210,13 +203,13 @@ impl Target for Reports {
 mod rng {
     #[test]
     fn no_driver_gets_random_numbers_but_in_its_room() {
-        super::campaign::<super::Numbers>();
+        super::campaign::<super::Rooms<super::Rng>>();
     }
 }
 
 mod balloon {
     #[test]
     fn no_report_gives_back_but_whole_pages_of_its_own() {
-        super::campaign::<super::Reports>();
+        super::campaign::<super::Rooms<super::Balloon>>();
     }
 }
