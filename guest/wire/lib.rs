@@ -1,4 +1,5 @@
-//! The messages between host and agent, and their bytes. No I/O: frames go in and out as slices.
+//! The messages between host and agent, their bytes, and how either counts the other's time. No I/O: frames go in and out as
+//! slices, and times as values.
 //!
 //! Either side treats the other's bytes as hostile: every length has a limit that is checked before anything is
 //! allocated, decoding is flat (no recursion) and never panics, and a violation is an error that ends the machine.

@@ -24,7 +24,7 @@ pub(super) mod ram;
 use std::fmt;
 use std::fs::{self, File, TryLockError};
 use std::io;
-use std::ops::Range;
+use std::mem;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -464,8 +464,8 @@ pub(super) fn copy<F: Freezer>(
 /// Waits for a machine that boots since `started`, and lets it do what is the same for every step. What its agent complained of is
 /// returned: by its last answer, all that it had to say has been read.
 pub(super) fn settle(machine: &mut impl Lendable, started: Instant) -> Result<Vec<String>, TemplateError> {
-    let first = greeting(machine, BOOT_PATIENCE)?;
-    let mut complaints = first.complaints;
+    let mut first = greeting(machine, BOOT_PATIENCE)?;
+    let mut complaints = mem::take(&mut first.complaints);
     let swap = ToAgent::Swap(Scratch { serial: serial::SCRATCH.to_owned(), bytes: scratch::USUAL_BYTES });
     // Twice: the second answer says that nothing was swapped out meanwhile.
     for _ in 0..2 {
@@ -474,26 +474,19 @@ pub(super) fn settle(machine: &mut impl Lendable, started: Instant) -> Result<Ve
         })?);
     }
     let last = greeting(machine, COPY_PATIENCE)?;
+    check_clock(started, &first, &last)?;
     complaints.extend(last.complaints);
-    check_clock(started, first.uptime, first.between.end, last.uptime, &last.between)?;
     Ok(complaints)
 }
 
-/// Holds the clock of a machine that was `started` then against the host's: it showed `first` before `heard`, and `last` within
-/// `between`.
-fn check_clock(
-    started: Instant,
-    first: Duration,
-    heard: Instant,
-    last: Duration,
-    between: &Range<Instant>,
-) -> Result<(), TemplateError> {
+/// Holds the clock of a machine that was `started` then, as it showed itself in two greetings, against the host's.
+fn check_clock(started: Instant, first: &Greeting, last: &Greeting) -> Result<(), TemplateError> {
     // What it can have counted since it was started at most, and since it first answered at least.
-    let most = between.end.duration_since(started);
-    let least = between.start.duration_since(heard);
-    let counted = last.saturating_sub(first);
-    if last > most + most / 10 || counted + CLOCK_TICKS < least - least / 10 {
-        return Err(TemplateError::Untimely { most, least, uptime: last, counted });
+    let most = last.between.end.duration_since(started);
+    let least = last.between.start.duration_since(first.between.end);
+    let (uptime, counted) = (last.uptime, last.uptime.saturating_sub(first.uptime));
+    if uptime > most + most / 10 || counted + CLOCK_TICKS < least - least / 10 {
+        return Err(TemplateError::Untimely { most, least, uptime, counted });
     }
     Ok(())
 }
@@ -689,9 +682,15 @@ mod tests {
     fn a_machine_whose_clock_goes_wrong_is_not_frozen() {
         let started = Instant::now();
         let after = |ms| started + Duration::from_millis(ms);
+        let greeting = |uptime, between| Greeting {
+            complaints: Vec::new(),
+            uptime: Duration::from_millis(uptime),
+            between,
+        };
         let check = |first, last| {
-            let [first, last] = [first, last].map(Duration::from_millis);
-            check_clock(started, first, after(2000), last, &(after(2400)..after(2500)))
+            let (first, last) =
+                (greeting(first, started..after(2000)), greeting(last, after(2400)..after(2500)));
+            check_clock(started, &first, &last)
         };
         // Between what the host saw of it, and a timer's ticks behind that.
         for (first, last) in [(1500, 1950), (2000, 2500), (900, 1260)] {
