@@ -8,18 +8,22 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vm_memory::bitmap::Bitmap;
 
-/// How long at most. An emulated guest takes about 0.1 ms to ask its next.
-const MOST: Duration = Duration::from_micros(400);
+/// How long at most. An emulated guest takes 0.1 to 0.4 ms to ask its next.
+const MOST: Duration = Duration::from_millis(1);
 /// How long where it was in vain before.
 const LEAST: Duration = Duration::from_micros(20);
 
-/// Grows with each look-out that was not in vain, and shrinks with each that was.
+/// Twice as long as the next request took lately, where that was worth looking out for; shrinks with each that was not.
 #[derive(Debug, Clone, Copy)]
-pub struct Patience(Duration);
+pub struct Patience {
+    window: Duration,
+    /// When it began to look out in vain for the request that is to come.
+    waits_since: Option<Instant>,
+}
 
 impl Default for Patience {
     fn default() -> Self {
-        Self(MOST)
+        Self { window: MOST, waits_since: None }
     }
 }
 
@@ -27,13 +31,12 @@ impl Patience {
     /// Looks out until `has_come` says so, or patience ends.
     pub fn look_out(&mut self, mut has_come: impl FnMut() -> bool) {
         let began = Instant::now();
+        self.waits_since = Some(began);
         loop {
             if has_come() {
-                self.0 = (self.0 * 2).min(MOST);
-                return;
+                return self.met();
             }
-            if began.elapsed() >= self.0 {
-                self.0 = (self.0 / 2).max(LEAST);
+            if began.elapsed() >= self.window {
                 return;
             }
             for _ in 0..50 {
@@ -41,6 +44,19 @@ impl Patience {
             }
             std::thread::yield_now();
         }
+    }
+
+    /// To be called when a request has come, whether it was looked out for or told of: one that came soon after it was
+    /// no longer looked out for shows that patience was too short.
+    pub fn met(&mut self) {
+        if let Some(began) = self.waits_since.take() {
+            self.learn(began.elapsed());
+        }
+    }
+
+    fn learn(&mut self, took: Duration) {
+        self.window =
+            if took <= MOST { self.window.max(took * 2).min(MOST) } else { (self.window / 2).max(LEAST) };
     }
 }
 
@@ -56,15 +72,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patience_shrinks_when_it_was_in_vain_and_grows_again() {
+    fn patience_shrinks_with_each_request_that_takes_long_and_grows_with_one_that_does_not() {
         let mut patience = Patience::default();
         for _ in 0..10 {
-            patience.look_out(|| false);
+            patience.learn(Duration::from_secs(1));
         }
-        assert_eq!(patience.0, LEAST);
-        for _ in 0..10 {
-            patience.look_out(|| true);
-        }
-        assert_eq!(patience.0, MOST);
+        assert_eq!(patience.window, LEAST);
+        patience.learn(Duration::from_micros(100));
+        assert_eq!(patience.window, Duration::from_micros(200), "though nobody looked out for so long");
+        patience.learn(MOST);
+        assert_eq!(patience.window, MOST);
+    }
+
+    #[test]
+    fn a_request_that_was_not_waited_for_long_enough_counts_once_it_is_told_of() {
+        let mut patience = Patience { window: LEAST, waits_since: None };
+        patience.look_out(|| false);
+        std::thread::sleep(2 * MOST);
+        patience.met();
+        assert_eq!((patience.window, patience.waits_since), (LEAST, None));
+        patience.look_out(|| false);
+        patience.waits_since = Some(Instant::now());
+        patience.met();
+        patience.look_out(|| true);
+        assert!(patience.waits_since.is_none());
     }
 }

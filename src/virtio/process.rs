@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 
 use crate::control::{FrameError, Server};
+use crate::fs::MOST_REQUEST_QUEUES;
 use crate::ring::QueueError;
 use crate::vhost_user::{Carrier, CarryError, Confinement};
 
@@ -107,6 +108,8 @@ impl DeviceProcess {
         let server = Server::new(self.control, guest_cid, self.narrow, None).map_err(ProcessError::Vsock)?;
         let (mut server, fs, device) = server;
         let (thread, narrowing) = (Thread::FsQueues, server.narrowing());
+        // QEMU says how many of these its driver sees.
+        let fs = fs.with_request_queues(MOST_REQUEST_QUEUES);
         start(fs, "fs", Confinement { confine, thread, narrowing }, self.fs, &ending)?;
         if let Some((device, listener)) = device.zip(vsock) {
             // It opens no files, and is let no more than that from the first.

@@ -274,6 +274,7 @@ impl<D: Device<()> + 'static> VhostUserBackend for Backend<D> {
         };
         let _alive = AbortOnPanic;
         self.confine_this_thread();
+        with_patience(Patience::met);
         loop {
             self.narrow_this_thread();
             let outcome = self.serve_once(wake, vrings)?;
@@ -314,16 +315,13 @@ impl<D: Device<()> + 'static> Backend<D> {
 
     /// Looks out for the next request in any queue, for as long as that has paid off lately.
     fn linger(&self, vrings: &[VringMutex]) {
-        thread_local! { static PATIENCE: Cell<Patience> = Cell::default() }
         let has_come = |served: &mut Served<D>| {
             vrings.iter().any(|vring| {
                 let state = vring.get_ref();
                 patience::has_come(state.get_queue(), &served.memory)
             })
         };
-        let mut patience = PATIENCE.get();
-        patience.look_out(|| self.with(has_come));
-        PATIENCE.set(patience);
+        with_patience(|patience| patience.look_out(|| self.with(has_come)));
     }
 
     fn serve_once(&self, wake: Wake, vrings: &[VringMutex]) -> io::Result<Outcome> {
@@ -352,6 +350,14 @@ impl<D: Device<()> + 'static> Backend<D> {
             Ok(outcome)
         })
     }
+}
+
+/// Works with the patience of this thread.
+fn with_patience(with: impl FnOnce(&mut Patience)) {
+    thread_local! { static PATIENCE: Cell<Patience> = Cell::default() }
+    let mut patience = PATIENCE.get();
+    with(&mut patience);
+    PATIENCE.set(patience);
 }
 
 /// A device whose thread has ended would leave the guest waiting for ever: a panic there ends the process, and

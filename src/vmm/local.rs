@@ -198,6 +198,7 @@ impl<D: Device<()>> Server<D> {
 
     /// Works off what is there. Between two rounds a driver that stops the device has its turn.
     fn work_off(&mut self, wake: Wake) -> Result<(), Broken> {
+        self.patience.met();
         loop {
             if let Some(lock_in) = self.narrowing.as_ref().and_then(|narrowing| narrowing.get()) {
                 lock_in()?;

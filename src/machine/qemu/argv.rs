@@ -1,5 +1,7 @@
 //! The command line of QEMU for a machine: a pure function of its spec. `{NAME}` stands for a descriptor or a file.
 
+use kiln_virtio::fs::MOST_REQUEST_QUEUES;
+
 use crate::machine::slots::{SLOT_BYTES, SLOTS};
 use crate::machine::{Accelerator, Carrier, Cpu, KERNEL_WORDS};
 
@@ -118,9 +120,11 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     }
     if shape.shares {
         option("chardev", "socket,id=fs,fd={fs}");
+        let queues = shape.cpus.clamp(1, MOST_REQUEST_QUEUES.into());
+        let tag = kiln_wire::SHARES_TAG;
         option(
             "device",
-            &format!("vhost-user-fs-pci,chardev=fs,tag={},queue-size=1024", kiln_wire::SHARES_TAG),
+            &format!("vhost-user-fs-pci,chardev=fs,tag={tag},queue-size=1024,num-request-queues={queues}"),
         );
     }
     if shape.network {

@@ -106,7 +106,9 @@ fn drive(arguments: &[OsString]) -> Result<(), Box<dyn Error>> {
     qemu.args(if kvm { "-accel kvm -cpu host -smp 1" } else { "-accel tcg,thread=multi -smp 2" }.split(' '));
     qemu.args(["-nodefaults", "-serial", "stdio", "-object", "memory-backend-memfd,id=m,size=1G,share=on"]);
     qemu.arg("-chardev").arg(format!("socket,id=fs,path={}", fs_path.display()));
-    qemu.args(["-device", "vhost-user-fs-pci,chardev=fs,tag=kiln,queue-size=1024"]);
+    let queues = if kvm { 1 } else { 2 };
+    qemu.arg("-device")
+        .arg(format!("vhost-user-fs-pci,chardev=fs,tag=kiln,queue-size=1024,num-request-queues={queues}"));
     if cid != 0 {
         qemu.arg("-chardev").arg(format!("socket,id=vs,path={}", vsock_path.display()));
         qemu.args(["-device", "vhost-user-vsock-pci,chardev=vs"]);

@@ -6,6 +6,7 @@ use rustix::fs::{CWD, Mode, XattrFlags};
 use rustix::io::Errno;
 
 use super::*;
+use crate::fs::MOST_REQUEST_QUEUES;
 
 #[test]
 fn files_show_type_mode_size_and_content() {
@@ -230,4 +231,27 @@ fn a_file_system_of_the_kernels_is_an_empty_folder() {
     // A process list that changes spoils nothing.
     guest.shares.with_tree(|tree| tree.settle());
     assert_eq!(guest.share_record().changed, []);
+}
+
+#[test]
+fn a_device_has_as_many_request_queues_as_it_was_made_with_and_answers_on_each() {
+    let (device, _shares) = Fs::new(Settings::default());
+    assert_eq!((queues_of(&device), device.config[36]), (2, 1));
+    let mut device = device.with_request_queues(2);
+    assert_eq!((queues_of(&device), device.config[36]), (3, 2));
+    let memory = memory();
+    let mut rings = [Ring::new(1, 16), Ring::new(2, 16)];
+    for (unique, ring) in (1..).zip(&mut rings) {
+        ring.send(&memory, &request(40, op::STATFS, unique, TOP, &[]), 4096);
+    }
+    let [first, second] = &mut rings;
+    let mut queues = [None, Some(&mut first.queue), Some(&mut second.queue)];
+    let outcome = Device::<()>::process(&mut device, Wake::Queue(2), &mut queues, &memory).expect("rings");
+    assert_eq!(outcome.interrupt, 0b110);
+    assert!(rings.iter_mut().all(|ring| ring.used(&memory).is_some()));
+    assert_eq!(queues_of(&device.with_request_queues(255)), 1 + usize::from(MOST_REQUEST_QUEUES));
+}
+
+fn queues_of(device: &Fs) -> usize {
+    Device::<()>::queue_sizes(device).len()
 }
