@@ -18,10 +18,11 @@ use crate::store::Blobs;
 
 /// How long a listing may take: a million entries need a minute under emulation.
 const LIST_PATIENCE: Duration = Duration::from_secs(1800);
-/// How long contents may take, beside what their bytes need.
+/// How long contents may take, beside what their number and their bytes need.
 const FETCH_PATIENCE: Duration = Duration::from_secs(300);
-/// The slowest transfer that is waited for, bytes a second.
+/// The slowest transfer that is waited for, in bytes and in files a second.
 const SLOWEST_RATE: u64 = 1 << 20;
+const SLOWEST_FILES: u64 = 1000;
 /// Most bytes of paths, link texts and extended attributes in one listing.
 const LISTED_BYTES: usize = 512 << 20;
 /// How many files are asked for at once: their ordinals fit into any socket's buffer.
@@ -230,7 +231,8 @@ impl Listing {
             return Err(TransferError::TooMuch { what: "files", limit: limits.total_bytes });
         }
         let ordinals: Vec<u32> = ordinals.into_iter().collect();
-        let patience = FETCH_PATIENCE + Duration::from_secs(total_bytes / SLOWEST_RATE);
+        let seconds = total_bytes / SLOWEST_RATE + ordinals.len() as u64 / SLOWEST_FILES;
+        let patience = FETCH_PATIENCE + Duration::from_secs(seconds);
         let mut deadline = Deadline::after(patience, Instant::now());
         for chunk in ordinals.chunks(FETCHED_AT_ONCE.min(MAX_FETCH)) {
             session.send(&ToAgent::Fetch { ordinals: chunk.to_vec() })?;

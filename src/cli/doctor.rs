@@ -89,8 +89,10 @@ pub(super) fn doctor(host: &Host, arguments: &DoctorArguments) -> Result<ExitCod
         line(&format!("                    fix: {fix}"));
     }
     let backend = host.backend(&Boundary::default());
-    if let Ok(qemu) = &backend {
-        jail(qemu);
+    if let Ok(qemu) = &backend
+        && !jail(qemu)
+    {
+        missing += 1;
     }
     match backend {
         Ok(qemu) if qemu.uses_kvm() => {
@@ -116,8 +118,9 @@ pub(super) fn doctor(host: &Host, arguments: &DoctorArguments) -> Result<ExitCod
     Ok(if missing == 0 { ExitCode::SUCCESS } else { ExitCode::from(super::CANNOT) })
 }
 
-/// What of the jail holds, and for each layer that does not, what that means.
-fn jail(qemu: &Qemu) {
+/// What of the jail holds, and for each layer that does not, what that means. False where no machine's processes can be
+/// started in one at all.
+fn jail(qemu: &Qemu) -> bool {
     match jail_of(qemu) {
         Ok(held) if held.is_whole() => {
             let abi =
@@ -133,8 +136,13 @@ fn jail(qemu: &Qemu) {
             }
             line("                    --require jail and --untrusted are refused");
         }
-        Err(error) => line(&format!("MISSING  jail       no process can be locked in: {error}")),
+        Err(error) => {
+            line(&format!("MISSING  jail       no process can be locked in: {error}"));
+            line("                    fix: a kernel with seccomp filters, and room for one more process");
+            return false;
+        }
     }
+    true
 }
 
 /// Every attempt on the jails of a machine's processes, a line each: without the jail, in each layer alone, in all of

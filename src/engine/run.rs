@@ -216,7 +216,11 @@ fn carry_through(
         bundle: Some(prepared.bundle.digest()),
         unrecorded: unrecorded(step, has_input),
     };
-    let reads = reads::report(record, &prepared.observables, beside, step.report_reads);
+    let mut progress = |text: &str| {
+        let _ = events(Event::Progress(text));
+    };
+    let hash: Option<&mut dyn FnMut(&str)> = if step.report_reads { Some(&mut progress) } else { None };
+    let reads = reads::report(record, &prepared.observables, beside, hash);
     for text in reads.empty() {
         let _ = events(Event::Warning(&text));
     }

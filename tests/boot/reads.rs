@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
@@ -131,6 +131,60 @@ fn a_file_that_changes_while_it_is_read_spoils_the_report() {
     assert_eq!(report["complete"], false);
     assert_eq!(of_share(&report, "src")["changed"][0]["path"], "a");
     host.is_clean(group);
+}
+
+#[test]
+fn what_is_mounted_below_a_share_is_shown_unless_it_is_the_hosts_kernel_itself() {
+    let host = Host::new();
+    host.folder("src/disk");
+    for name in ["src/bound", "src/version"] {
+        host.file(name, "beneath");
+    }
+    host.file("elsewhere", "above");
+    let mounts =
+        "mount -t tmpfs none src/disk && echo there >src/disk/file && mount --bind elsewhere src/bound &&
+        mount --bind /proc/version src/version && exec \"$@\" || exit 77";
+    let script = "cat disk/file bound; echo; cat version || echo refused";
+    let run = host.command(&["--src", "src", "--reads", "reads.json"], &["sh", "-c", script]);
+    let mut command = started_by(&["unshare", "-m", "sh", "-c", mounts, "sh"], &run);
+    let told = host.end(command.process_group(0), &[]);
+    if told.code == Some(77) || told.stderr.contains("unshare failed") {
+        eprintln!("skipped: this host lets nobody mount: {}", told.stderr);
+        return;
+    }
+    told.ends(0, &["Operation not supported"]);
+    assert_eq!(told.text(), "there\nabove\nrefused\n");
+    let report: Value = serde_json::from_str(&host.read("reads.json")).expect("JSON");
+    let entries = entries(&report, "src");
+    for (path, text) in [("disk/file", "there\n"), ("bound", "above")] {
+        assert_eq!(entries[path]["content"]["digest"], Digest::of(text.as_bytes()).to_string(), "{path}");
+    }
+    assert!(entries.get("version").is_none_or(|entry| entry.get("content").is_none()), "{entries:?}");
+}
+
+/// Root may read everything; the stage of users runs this too.
+#[test]
+fn what_kiln_may_not_read_the_step_may_not_either_and_the_record_says_so() {
+    let host = Host::new();
+    host.file("src/open", "1");
+    host.file("src/closed/inside", "2");
+    let secret = host.file("src/secret", "3");
+    if rustix::process::geteuid().is_root() {
+        return;
+    }
+    let closed = host.path("src/closed");
+    for path in [&secret, &closed] {
+        fs::set_permissions(path, PermissionsExt::from_mode(0)).expect("a mode");
+    }
+    let told = host.script(
+        &["--src", "src", "--reads", "reads.json"],
+        "cat open; echo; cat secret || echo refused; ls closed || echo refused",
+    );
+    fs::set_permissions(&closed, PermissionsExt::from_mode(0o755)).expect("a mode");
+    told.ends(0, &["Permission denied", "could not be read"]);
+    assert_eq!(told.text(), "1\nrefused\nrefused\n");
+    let report: Value = serde_json::from_str(&host.read("reads.json")).expect("JSON");
+    assert_eq!(report["complete"], false);
 }
 
 #[test]

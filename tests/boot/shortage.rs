@@ -260,7 +260,7 @@ fn a_run_that_is_stopped_for_long_goes_on_where_it_was() {
         let all = |signal| pids.iter().for_each(|pid| kill_process(*pid, signal).expect("it is ours"));
         all(Signal::STOP);
         // Longer than all that kiln waits for while nobody else has to do anything: it is what this is about.
-        thread::sleep(Duration::from_secs(20));
+        thread::sleep(Duration::from_secs(62));
         all(Signal::CONT);
         run.end().ends(0, &[]);
         host.is_clean(group);

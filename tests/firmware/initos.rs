@@ -369,7 +369,7 @@ const REPORTS: [&str; 14] = [
 ];
 
 /// How long a build takes that makes the patch of the initrd and the images anew, on a host that does nothing else.
-const INCREMENTAL: Duration = Duration::from_secs(5);
+const INCREMENTAL: Duration = Duration::from_secs(2);
 
 #[test]
 #[ignore = "takes minutes: `ci/test slow` runs it"]

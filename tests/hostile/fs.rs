@@ -16,8 +16,8 @@ use super::rings::{POISON, Rings};
 use super::script::{Step, Target, errno_name};
 use super::value::Value;
 
-/// The high-priority queue and the request queue.
-const QUEUES: usize = 2;
+/// The high-priority queue and two request queues.
+const QUEUES: usize = 3;
 /// Open files that the device may keep.
 const OPEN_FILES: usize = 16;
 /// How much room there is for names that are not there.
@@ -59,6 +59,7 @@ impl FsTarget {
         symlink("/", folder.path("s/x")).map_err(|error| error.to_string())?;
         let (device, shares) =
             Fs::new(Settings { open_files: OPEN_FILES, missed_bytes: MISSED_BYTES, ..Settings::default() });
+        let device = device.with_request_queues(2);
         let (rings, reply, nodes) = (Rings::new(QUEUES)?, Vec::new(), Vec::new());
         let mut target = Self { folder, device, shares, rings, unique: 0, reply, nodes };
         for name in ["s", "t"] {

@@ -14,6 +14,7 @@ use kiln_virtio::fs::record::{Change, Changed, Entry, Kind, Observed, PathBytes,
 use kiln_virtio::fs::{Attributes, Open, fingerprint_of, kernel_filesystem, open_beneath};
 
 use crate::machine::Identity;
+use crate::plan::show_bytes;
 
 mod document;
 
@@ -81,6 +82,9 @@ pub(super) struct Observable {
     pub directory: OwnedFd,
 }
 
+/// Whoever waits for a content of this size to be hashed is told: it takes seconds.
+const LARGE_BYTES: u64 = 4 << 30;
+
 /// What a guest mounts itself over a root that is a share, and never sees of that.
 const COVERED: [&[u8]; 4] = [b"dev", b"proc", b"run", b"sys"];
 
@@ -91,14 +95,21 @@ impl Observable {
     }
 }
 
-/// Makes the report of `record`. With `hash`, contents are hashed beneath `shares`; without, none has a digest.
-pub(super) fn report(record: Record, shares: &[Observable], beside: Beside, hash: bool) -> ReadsReport {
+/// Makes the report of `record`. With `hash`, which is told of contents that take long, all contents are hashed beneath
+/// `shares`; without, none has a digest.
+pub(super) fn report(
+    record: Record,
+    shares: &[Observable],
+    beside: Beside,
+    mut hash: Option<&mut dyn FnMut(&str)>,
+) -> ReadsReport {
     let mut records = record.shares;
     let mut take = |name: &str| {
         let at = records.iter().position(|record| record.name.0 == name.as_bytes())?;
         Some(records.remove(at))
     };
-    let shares = shares.iter().map(|share| {
+    let mut reports = Vec::with_capacity(shares.len());
+    for share in shares {
         let mut reads = ShareReads {
             guest: share.guest.clone(),
             attributes: share.attributes,
@@ -111,16 +122,16 @@ pub(super) fn report(record: Record, shares: &[Observable], beside: Beside, hash
             empty: Vec::new(),
         };
         match take(&share.name) {
-            Some(record) => reads.take(record, share, hash),
+            Some(record) => reads.take(record, share, &mut hash),
             None => reads.changed.push((PathBytes::default(), "was not recorded")),
         }
-        reads
-    });
-    ReadsReport { beside, shares: shares.collect() }
+        reports.push(reads);
+    }
+    ReadsReport { beside, shares: reports }
 }
 
 impl ShareReads {
-    fn take(&mut self, record: ShareRecord, share: &Observable, hash: bool) {
+    fn take(&mut self, record: ShareRecord, share: &Observable, hash: &mut Option<&mut dyn FnMut(&str)>) {
         let mut changed: Vec<Changed> = Vec::new();
         let mut filesystems = BTreeMap::new();
         for entry in record.entries.iter() {
@@ -134,8 +145,17 @@ impl ShareReads {
                 continue;
             }
             let known = record.changed.binary_search_by(|change| change.path.cmp_as_walked(&entry.path));
-            let content =
-                if hash && known.is_err() { content(share.directory.as_fd(), &entry) } else { Ok(None) };
+            let content = match hash {
+                Some(progress) if known.is_err() => {
+                    if entry.kind == Kind::Regular && entry.fingerprint.size_bytes >= LARGE_BYTES {
+                        let guest = share.guest.trim_end_matches('/');
+                        let size = show_bytes(entry.fingerprint.size_bytes);
+                        progress(&format!("hashing {guest}/{}, which the step read: {size}", entry.path));
+                    }
+                    content(share.directory.as_fd(), &entry)
+                }
+                _ => Ok(None),
+            };
             match content {
                 Ok(content) => self.contents.push(content),
                 Err(what) => {

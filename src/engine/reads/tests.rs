@@ -124,7 +124,7 @@ fn the_document_is_as_it_was() {
         bundle: Some(Digest::of(b"bundle")),
         unrecorded: vec!["disk /data".to_owned(), "standard input".to_owned()],
     };
-    let report = report(record, &shares, beside, true);
+    let report = report(record, &shares, beside, Some(&mut |_| {}));
     assert_eq!((report.contents(), report.paths()), ((3, 10), (9, 2)));
     assert_eq!(report.spoiled(), None);
     let document = written(&report);
@@ -173,7 +173,8 @@ fn what_is_not_what_was_served_has_no_digest_and_spoils_the_report() {
         let read = entry(host.path(), path.as_bytes(), kind, META | Observed::CONTENT);
         act(&host.path().join(path));
         let record = record(vec![RecordPart::Share(named("src")), RecordPart::Entries(vec![read])]);
-        let report = report(record, &[share("src", host.path(), FIXED)], Beside::default(), true);
+        let report =
+            report(record, &[share("src", host.path(), FIXED)], Beside::default(), Some(&mut |_| {}));
         assert_eq!(report.spoiled(), Some(format!("`/ws/src/{path}` {what} while the step ran")), "{name}");
         let document: serde_json::Value = serde_json::from_str(&written(&report)).expect("JSON");
         let share = &document["shares"][0];
@@ -190,7 +191,8 @@ fn what_is_not_what_was_served_has_no_digest_and_spoils_the_report() {
 #[test]
 fn a_share_that_the_device_does_not_speak_of_spoils_the_report() {
     let host = tree();
-    let report = report(Record::default(), &[share("src", host.path(), FIXED)], Beside::default(), true);
+    let report =
+        report(Record::default(), &[share("src", host.path(), FIXED)], Beside::default(), Some(&mut |_| {}));
     assert_eq!(report.spoiled().as_deref(), Some("`/ws/src` was not recorded while the step ran"));
     assert!(!report.is_complete());
 }
@@ -218,7 +220,7 @@ fn a_content_below_a_path_longer_than_the_kernel_takes_has_its_digest() {
         ..entry(host.path(), b"", Kind::Regular, META | Observed::CONTENT)
     };
     let record = record(vec![RecordPart::Share(named("src")), RecordPart::Entries(vec![read])]);
-    let report = report(record, &[share("src", host.path(), FIXED)], Beside::default(), true);
+    let report = report(record, &[share("src", host.path(), FIXED)], Beside::default(), Some(&mut |_| {}));
     assert_eq!(report.spoiled(), None);
     assert_eq!(report.shares[0].contents, [Some(Digest::of(b"found"))]);
 }
@@ -228,7 +230,7 @@ fn without_hashing_counts_are_the_same() {
     let host = tree();
     let read = entry(host.path(), b"stated", Kind::Regular, META | Observed::CONTENT);
     let record = record(vec![RecordPart::Share(named("src")), RecordPart::Entries(vec![read])]);
-    let report = report(record, &[share("src", host.path(), FIXED)], Beside::default(), false);
+    let report = report(record, &[share("src", host.path(), FIXED)], Beside::default(), None);
     assert_eq!((report.contents(), report.is_complete()), ((1, 7), true));
 }
 
@@ -246,7 +248,7 @@ fn a_folder_on_which_the_hosts_kernel_shows_itself_is_named_and_none_that_the_gu
         record(vec![RecordPart::Share(named("src")), entries(), RecordPart::Share(named("root")), entries()]);
     let mut root = share("root", top, Attributes::Real);
     root.guest = "/".to_owned();
-    let report = report(record, &[share("src", top, FIXED), root], Beside::default(), false);
+    let report = report(record, &[share("src", top, FIXED), root], Beside::default(), None);
     let said: Vec<String> = report.empty().collect();
     assert_eq!(said.len(), 1, "{said:?}");
     assert!(said[0].starts_with("`/ws/src/proc` was an empty folder for the step: a proc "), "{said:?}");
