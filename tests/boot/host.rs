@@ -119,12 +119,15 @@ impl Host {
         host
     }
 
-    /// A host with no templates yet.
-    pub fn without_templates() -> Self {
+    /// A host that has yet to make what these folders of the store hold.
+    #[allow(dead_code, reason = "not all tests need one")]
+    pub fn without(names: &[&str]) -> Self {
         let host = Self::new();
-        let templates = host.path("store/templates");
-        fs::remove_file(&templates).expect("the shared one's link");
-        fs::create_dir(templates).expect("a folder");
+        for name in names {
+            let folder = host.path("store").join(name);
+            fs::remove_file(&folder).expect("the shared one's link");
+            fs::create_dir(folder).expect("a folder");
+        }
         host
     }
 

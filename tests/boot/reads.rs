@@ -174,11 +174,11 @@ fn what_kiln_may_not_read_the_step_may_not_either_and_the_record_says_so() {
     }
     let closed = host.path("src/closed");
     for path in [&secret, &closed] {
-        fs::set_permissions(path, PermissionsExt::from_mode(0)).expect("a mode");
+        fs::set_permissions(path, PermissionsExt::from_mode(0o000)).expect("a mode");
     }
     let told = host.script(
         &["--src", "src", "--reads", "reads.json"],
-        "cat open; echo; cat secret || echo refused; ls closed || echo refused",
+        "cat open; echo; cat secret || echo refused; cat closed/inside || echo refused",
     );
     fs::set_permissions(&closed, PermissionsExt::from_mode(0o755)).expect("a mode");
     told.ends(0, &["Permission denied", "could not be read"]);

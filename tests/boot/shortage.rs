@@ -22,7 +22,7 @@ fn plain(host: &Host) -> Command {
 
 /// A host with a source, an output of before and a template of its own.
 fn host_with_template() -> Host {
-    let host = Host::without_templates();
+    let host = Host::without(&["templates"]);
     host.file("src/a", "new");
     host.file("work/o", "old");
     recovers(&host);
@@ -195,7 +195,7 @@ fn strace<'a>(injections: &[&'a str]) -> Vec<&'a str> {
 
 #[test]
 fn a_slow_file_system_makes_a_run_slow_and_nothing_else() {
-    let host = Host::without_templates();
+    let host = Host::without(&["templates"]);
     host.file("src/a", "new");
     host.file("work/o", "old");
     // Each file that a share is asked for, and each write that must last: of a template in the making too.

@@ -120,7 +120,7 @@ fn the_clock_of_a_copy_is_the_hosts_whenever_its_template_was_made() {
 
 #[test]
 fn a_template_that_is_not_what_was_frozen_is_noticed_and_made_anew() {
-    let host = Host::without_templates();
+    let host = Host::without(&["templates"]);
     let run = || host.script(&["--json"], "echo right");
     assert_eq!(origin(&run()), "template");
     let size = fs::metadata(template(&host).join("state")).expect("a state").len();
@@ -186,7 +186,7 @@ fn a_run_that_lacks_memory_costs_others_no_template() {
 
 #[test]
 fn a_store_that_was_copied_has_good_templates() {
-    let host = Host::without_templates();
+    let host = Host::without(&["templates"]);
     host.run(&[], &["true"]).ends(0, &[]);
     let path = template(&host);
     let other = path.with_extension("copy");
@@ -201,7 +201,7 @@ fn a_store_that_was_copied_has_good_templates() {
 
 #[test]
 fn several_that_need_the_same_template_make_one() {
-    let host = Host::without_templates();
+    let host = Host::without(&["templates"]);
     let start = |_| {
         let mut kiln = host.command(&["--json", "--memory=512M"], &["echo", "right"]);
         Running::start(kiln.stdout(Stdio::piped()).stderr(Stdio::piped()))
@@ -235,7 +235,7 @@ fn what_no_template_has_a_place_for_boots() {
 
 #[test]
 fn a_template_that_cannot_be_kept_costs_time_and_no_result() {
-    let host = Host::without_templates();
+    let host = Host::without(&["templates"]);
     let templates = host.path("store/templates");
     fs::remove_dir(&templates).and_then(|()| fs::write(&templates, "a file")).expect("it is empty");
     let told = host.run(&[], &["echo", "right"]);
