@@ -11,6 +11,7 @@
 //! of the hash on the partition only says which partition is meant; what is opened is opened with the signed one.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::time::Duration;
 
 use crate::efi::{self, Start};
@@ -82,8 +83,15 @@ pub struct Image {
 pub struct Volume {
     /// Its device, below /dev.
     pub device: String,
-    /// Its label.
+    /// Its label; empty where it has none.
     pub label: String,
+}
+
+impl fmt::Display for Volume {
+    fn fmt(&self, to: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let label = if self.label.is_empty() { "no label" } else { &self.label };
+        write!(to, "{} ({label})", self.device)
+    }
 }
 
 /// What a boot is told by the signed command line and the initrd.
@@ -198,7 +206,7 @@ pub enum Fatal {
         source: VerityError,
     },
     /// No partition holds the images.
-    #[error("boot partition not found: no {0} holds the images that this initrd is signed for")]
+    #[error("boot partition not found: no {0} or other FAT holds the images that this initrd is signed for")]
     NoPartition(String),
     /// An image cannot be mounted.
     #[error("cannot mount the {role}: {why}")]
@@ -281,7 +289,7 @@ pub fn fail(system: &mut dyn System, fatal: &Fatal) {
         let volumes = system.volumes();
         let mut slots = volumes.iter().filter(|volume| efi::LABELS.contains(&volume.label.as_str()));
         if let Some(slot) = slots.find(|slot| system.mount_volume(&slot.device).is_ok()) {
-            system.say(&format!("Leaving logs on {} ({})", slot.device, slot.label));
+            system.say(&format!("Leaving logs on {slot}"));
         }
     }
     system.write_logs();
@@ -322,7 +330,7 @@ fn images(system: &mut dyn System, release: &str) -> Result<Vec<Image>, Fatal> {
 }
 
 /// Opens the images on the first partition that has them, in the order of `labels`: on whatever bus, since it is the signed
-/// hash that says which is right.
+/// hash that says which is right. Where no such partition had them in its time, any other will do, whatever it is called.
 fn find(
     system: &mut dyn System,
     images: &[Image],
@@ -344,19 +352,18 @@ fn find(
             if here.is_empty() && !all_there && !late {
                 break;
             }
-            for volume in here {
-                if tried.contains(&volume.device) {
-                    continue;
-                }
-                tried.push(volume.device.clone());
-                match try_volume(system, images, &volume, orders.corruption) {
-                    Ok(()) => return Ok(volume),
-                    Err(why) => system.say(&format!("Skipping {} ({}): {why}", volume.device, volume.label)),
-                }
+            if let Some(volume) = try_each(system, images, here, &mut tried, orders.corruption) {
+                return Ok(volume);
             }
         }
         if late {
-            return Err(Fatal::NoPartition(labels.join(", ")));
+            let others: Vec<Volume> =
+                volumes.into_iter().filter(|volume| !tried.contains(&volume.device)).collect();
+            if !others.is_empty() {
+                system.say("Looking at partitions of any label");
+            }
+            let found = try_each(system, images, others, &mut tried, orders.corruption);
+            return found.ok_or_else(|| Fatal::NoPartition(labels.join(", ")));
         }
         let now = system.uptime();
         if !has_usb && now >= start + WITHOUT_USB {
@@ -368,6 +375,27 @@ fn find(
         }
         system.pause(LOOK_AGAIN);
     }
+}
+
+/// Opens the images on the first of these partitions that has them, leaving out those that were tried.
+fn try_each(
+    system: &mut dyn System,
+    images: &[Image],
+    volumes: Vec<Volume>,
+    tried: &mut Vec<String>,
+    corruption: OnCorruption,
+) -> Option<Volume> {
+    for volume in volumes {
+        if tried.contains(&volume.device) {
+            continue;
+        }
+        tried.push(volume.device.clone());
+        match try_volume(system, images, &volume, corruption) {
+            Ok(()) => return Some(volume),
+            Err(why) => system.say(&format!("Skipping {volume}: {why}")),
+        }
+    }
+    None
 }
 
 fn try_volume(

@@ -203,14 +203,21 @@ fn a_failure_leaves_its_logs_on_the_partition_or_on_one_that_was_passed_over() {
     for device in ["vda1", "vda2"] {
         played.partitions.get_mut(device).expect("it is there").1 = files(THEIRS);
     }
-    played.partitions.insert("sda1", ("DATA", files(OURS)));
+    // In front of them, and somebody else's.
+    played.partitions.insert("sda1", ("DATA", files(THEIRS)));
+    played.partitions.insert("sdb1", ("", files(THEIRS)));
     let fatal = start(&mut played, "").expect_err("none is right");
     fail(&mut played, &fatal);
     assert_eq!(
-        (played.logged_on.as_deref(), played.mounted),
+        (played.logged_on.as_deref(), played.mounted.as_deref()),
         (Some("vda1"), None),
         "of ours, and not in use"
     );
+    for device in ["vda1", "vda2"] {
+        played.partitions.remove(device);
+    }
+    fail(&mut played, &fatal);
+    assert_eq!((played.logged_on, played.mounted), (None, None), "none on what may be anybody's");
     let mut played = machine(0x1002);
     played.root.clear();
     let fatal = start(&mut played, "").expect_err("it is no root");
@@ -224,6 +231,57 @@ fn a_disk_that_comes_late_is_waited_for_before_the_other_slot_is_taken() {
     played.late.insert("vda1", Duration::from_secs(3));
     start(&mut played, "").expect("it boots");
     assert_eq!(played.mounted.as_deref(), Some("vda1"));
+}
+
+#[test]
+fn a_partition_of_another_label_or_of_none_is_the_last_resort() {
+    for (label, entry, next) in [("", 0x1001, "B"), ("QEMU VVFAT", 0x1002, "A"), ("BOOTUSB", 0x0003, "B")] {
+        let mut played = machine(entry);
+        played.partitions = [
+            ("sda1", ("DATA", files(THEIRS))),
+            ("sdb1", (label, files(OURS))),
+            ("vda1", ("BOOTA", files(THEIRS))),
+        ]
+        .into();
+        played.on_usb = vec!["sdb1"];
+        start(&mut played, "").expect("it boots");
+        assert_eq!((played.mounted.as_deref(), played.time), (Some("sdb1"), DEVICE_PATIENCE));
+        // Which slot is next is a matter of the entry, as ever.
+        assert_eq!(
+            (written(&played, "BOOT_NEXT").as_str(), written(&played, "BOOT_DEVICE").as_str()),
+            (next, "sdb1")
+        );
+        let skipped: Vec<&str> =
+            played.said.iter().filter_map(|line| line.strip_prefix("Skipping ")).collect();
+        let why = "initos/initos.hash is of another version";
+        assert_eq!(skipped, [format!("vda1 (BOOTA): {why}"), format!("sda1 (DATA): {why}")]);
+        let signed = RootHash::read(OURS.repeat(32).as_bytes()).expect("a hash");
+        assert_eq!(played.opened, [("initos/initos.sqfs".to_owned(), signed)]);
+    }
+    let mut played = machine(0x1001);
+    played.partitions = [("sda", ("", files(THEIRS)))].into();
+    let fatal = start(&mut played, "").expect_err("a hash is the signed one, or nothing is");
+    assert_eq!(fatal, Fatal::NoPartition("BOOTA, BOOTB".to_owned()));
+    assert!(
+        played.said.iter().any(|line| line.starts_with("Skipping sda (no label): ")),
+        "{:?}",
+        played.said
+    );
+    assert_eq!((played.mounted, played.opened), (None, vec![]));
+}
+
+#[test]
+fn a_slot_that_comes_at_last_wins_over_what_is_there_without_a_label() {
+    for late in [Duration::from_secs(3), DEVICE_PATIENCE] {
+        for label in ["BOOTA", "BOOTB"] {
+            let mut played = machine(0x1001);
+            played.partitions = [("sda1", ("", files(OURS))), ("vda1", (label, files(OURS)))].into();
+            played.late.insert("vda1", late);
+            start(&mut played, "").expect("it boots");
+            assert_eq!(played.mounted.as_deref(), Some("vda1"), "{label} after {late:?}");
+            assert!(!played.said.iter().any(|line| line.contains("any label")), "{:?}", played.said);
+        }
+    }
 }
 
 #[test]

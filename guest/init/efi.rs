@@ -86,22 +86,6 @@ pub fn labels(start: Start, is_usb: bool) -> Vec<&'static str> {
     stick.into_iter().chain([slot.label(), slot.other().label()]).collect()
 }
 
-/// The label of a FAT file system, from its first sector (Microsoft's FAT specification, §3); none where it is no FAT.
-#[must_use]
-pub fn fat_label(sector: &[u8]) -> Option<String> {
-    if sector.get(510..512)? != [0x55, 0xaa] {
-        return None;
-    }
-    let fat32 = sector.get(82..87)? == b"FAT32" && sector.get(66)? == &0x29;
-    let fat16 = sector.get(54..57)? == b"FAT" && sector.get(38)? == &0x29;
-    let label = match (fat32, fat16) {
-        (true, _) => sector.get(71..82)?,
-        (false, true) => sector.get(43..54)?,
-        (false, false) => return None,
-    };
-    Some(String::from_utf8_lossy(label).trim_end().to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,17 +118,5 @@ mod tests {
         assert_eq!(labels(Start { entry: Some(0x1004), ..insecure }, true)[0], "BOOTB");
         assert!(!labels(secure, true).contains(&"BOOTUSB"));
         assert!(!labels(insecure, false).contains(&"BOOTUSB"));
-    }
-
-    #[test]
-    fn labels_are_read_from_fat_alone() {
-        let mut sector = [0; 512];
-        sector[510..].copy_from_slice(&[0x55, 0xaa]);
-        assert_eq!(fat_label(&sector), None);
-        sector[66] = 0x29;
-        sector[71..82].copy_from_slice(b"BOOTA      ");
-        sector[82..87].copy_from_slice(b"FAT32");
-        assert_eq!(fat_label(&sector).as_deref(), Some("BOOTA"));
-        assert_eq!(fat_label(&sector[..100]), None);
     }
 }

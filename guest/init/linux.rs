@@ -14,6 +14,7 @@ use rustix::system::{RebootCommand, finit_module, reboot};
 
 use crate::boot::{Image, Loaded, Role, System, Volume};
 use crate::devices;
+use crate::fat;
 use crate::modules::Modules;
 use crate::sys;
 use crate::verity::{OnCorruption, SUPERBLOCK_BYTES, Superblock, tables_start};
@@ -233,10 +234,8 @@ impl System for Linux {
             if ["loop", "dm-", "ram", "zram"].iter().any(|kind| device.starts_with(kind)) {
                 continue;
             }
-            let mut sector = [0; 512];
-            let read =
-                File::open(format!("/dev/{device}")).and_then(|file| file.read_exact_at(&mut sector, 0));
-            if let (Ok(()), Some(label)) = (read, crate::efi::fat_label(&sector)) {
+            let Ok(file) = File::open(format!("/dev/{device}")) else { continue };
+            if let Some(label) = fat::label(&|at, bytes| file.read_exact_at(bytes, at)) {
                 volumes.push(Volume { device, label });
             }
         }

@@ -7,6 +7,7 @@
 mod boot;
 mod devices;
 mod efi;
+mod fat;
 mod linux;
 mod modules;
 mod report;

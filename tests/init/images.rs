@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -296,12 +297,20 @@ impl Separate {
     }
 }
 
-/// A disk that is one FAT file system with this label.
+/// A disk that is one FAT file system with this label; without one where it is empty.
 pub fn disk(files: &Files, label: &str) -> PathBuf {
     let path = fresh("disk");
     let options = fat::Options { label: Label::new(label), ..fat::Options::default() };
     let file = File::create(&path).expect("room");
     fat::write(&files.tree, &files.contents, &file, &options).expect("it fits");
+    path
+}
+
+/// As [`disk`], with the label in the root directory alone: the boot sector, where FAT32 has it at byte 71, says `NO NAME`.
+pub fn disk_labelled_in_its_root(files: &Files, label: &str) -> PathBuf {
+    let path = disk(files, label);
+    let file = File::options().write(true).open(&path).expect("it was made");
+    file.write_all_at(b"NO NAME    ", 71).expect("it is there");
     path
 }
 

@@ -27,7 +27,9 @@ use std::process::Command;
 
 use acceptance::held;
 use host::Host;
-use images::{Image, Separate, disk, initrd, initrd_of, kernel, single, single_layout};
+use images::{
+    Image, Separate, disk, disk_labelled_in_its_root, initrd, initrd_of, kernel, single, single_layout,
+};
 use machine::{Bus, Machine, Shape};
 
 /// What other systems take on their command line for a shell. Here nobody signed it, and it is asked for all the same.
@@ -124,7 +126,8 @@ fn disk_of_another_version() -> PathBuf {
 
 #[test]
 fn an_image_of_another_version_is_passed_over_for_the_signed_one() {
-    let (other, right) = (disk_of_another_version(), disk(&single_layout(single()), "BOOTB"));
+    let other = disk_of_another_version();
+    let right = disk_labelled_in_its_root(&single_layout(single()), "BOOTB");
     let mut machine = start(&initrd_of(single()), &[(&other, Bus::Virtio), (&right, Bus::Virtio)], "");
     machine.expect("Skipping vda (BOOTA): initos/initos.hash is of another version");
     machine.expect("Found InitOS partition vdb ");
@@ -233,18 +236,22 @@ fn a_slot_whose_image_is_damaged_is_passed_over_for_the_other() {
 }
 
 #[test]
-fn a_tree_or_an_image_that_is_cut_off_is_passed_over() {
+fn a_tree_or_an_image_that_is_cut_off_is_passed_over_at_last_for_a_disk_without_a_label() {
     let right = single();
     let mut short = right.clone();
     short.data.truncate(right.data.len() - 4096);
     let mut without_tree = right.clone();
     without_tree.tree.truncate(100);
-    let disks = [&short, &without_tree].map(|image| disk(&single_layout(image), "BOOTA"));
-    let disks = [(disks[0].as_path(), Bus::Virtio), (disks[1].as_path(), Bus::Virtio)];
+    let disks = [(&short, "BOOTA"), (&without_tree, "BOOTA"), (right, "")]
+        .map(|(image, label)| disk(&single_layout(image), label));
+    let disks = disks.each_ref().map(|disk| (disk.as_path(), Bus::Virtio));
     let mut machine = start(&initrd_of(right), &disks, "");
     machine.expect("Skipping vda (BOOTA): initos/initos.sqfs: it is shorter than its hash tree says");
     machine.expect("Skipping vdb (BOOTA): initos/initos.sqfs: ");
-    machine.expect("FAILED: boot partition not found");
+    machine.expect("Looking at partitions of any label");
+    machine.expect("Found InitOS partition vdc ");
+    machine.expect("DEVICE=vdc");
+    machine.ends();
 }
 
 #[test]

@@ -28,6 +28,7 @@ mod merge;
 mod qemu;
 mod recipe;
 mod roots;
+mod scripts;
 mod settings;
 mod sign;
 mod threads;
