@@ -1,5 +1,5 @@
-//! The acceptance tests of initOS are found by their names: the table in `docs/initos.md` is true. What it names is there and
-//! says so (`acceptance/held.rs`), and nothing says so that it does not name.
+//! The tables of tests in `docs/initos.md` are true. The acceptance tests are found by their names: what their table names is
+//! there and says so (`acceptance/held.rs`), and nothing says so that it does not name. Those of signing are there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -24,36 +24,56 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).expect("it is there")
 }
 
-fn table() -> Table {
+/// The rows of the table in the section `title` of the document, each of `N` cells.
+fn rows<const N: usize>(title: &str) -> Vec<[String; N]> {
     let text = read(&here("docs/initos.md"));
-    let (_, text) = text.split_once("## What is tested, by name").expect("the section");
+    let (_, text) = text.split_once(&format!("## {title}\n")).expect("the section");
+    let section = text.split("\n## ").next().unwrap_or(text);
+    let cells = |line: &str| -> [String; N] {
+        let line = line.strip_prefix('|').and_then(|line| line.strip_suffix('|')).expect("a row");
+        let cells: Vec<String> = line.split('|').map(|cell| cell.trim().to_owned()).collect();
+        cells.try_into().expect("as many cells as the table has")
+    };
+    section.lines().filter(|line| line.starts_with("| ")).skip(2).map(cells).collect()
+}
+
+/// The functions of a cell, each with its folder.
+fn tests(cell: &str) -> Vec<(String, String)> {
+    let mut tests = Vec::new();
+    for group in cell.split("; ").filter(|group| !group.is_empty()) {
+        let (folder, functions) = group.split_once(": ").expect("a folder before its functions");
+        let folder = folder.trim_matches('`');
+        tests.extend(functions.split(", ").map(|function| (folder.to_owned(), function.to_owned())));
+    }
+    tests
+}
+
+fn table() -> Table {
     let mut table = Table::default();
-    for line in text.lines().filter(|line| line.starts_with("| ")).skip(2) {
-        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
-        let [name, target, tests] = cells[..] else { unreachable!("not three cells: {line}") };
+    for [name, target, cell] in rows("What is tested, by name") {
         let steps = target.split(", ").filter(|step| !step.is_empty());
-        table.targets.insert(name.to_owned(), steps.map(|step| step.trim_matches('`').to_owned()).collect());
-        for group in tests.split("; ").filter(|group| !group.is_empty()) {
-            let (folder, functions) = group.split_once(": ").expect("a folder before its functions");
-            for function in functions.split(", ") {
-                let folder = folder.trim_matches('`').to_owned();
-                table.tests.insert((folder, function.to_owned(), name.to_owned()));
-            }
+        table.targets.insert(name.clone(), steps.map(|step| step.trim_matches('`').to_owned()).collect());
+        for (folder, function) in tests(&cell) {
+            table.tests.insert((folder, function, name.clone()));
         }
     }
     table
 }
 
-/// Every test function below `folder`, and what each of them says.
+/// Every test function below `folder`, in modules within files too, and what each of them says.
 fn functions(folder: &Path, found: &mut BTreeSet<String>, shown: &mut Shown) {
     let entries = fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
     for path in entries {
         if path.is_dir() {
             functions(&path, found, shown);
         } else if path.extension().is_some_and(|kind| kind == "rs") {
-            let mut function = String::new();
+            let (mut function, mut is_test) = (String::new(), false);
             for line in read(&path).lines() {
-                if let Some((name, _)) = line.strip_prefix("fn ").and_then(|rest| rest.split_once('(')) {
+                is_test |= line.trim() == "#[test]";
+                if let Some((name, _)) = line.trim().strip_prefix("fn ").and_then(|rest| rest.split_once('('))
+                    && is_test
+                {
+                    is_test = false;
                     name.clone_into(&mut function);
                     found.insert(function.clone());
                 }
@@ -91,5 +111,21 @@ fn each_target_of_the_recipe_that_has_a_name_is_of_the_steps_in_the_table() {
     };
     for (name, named) in table().targets {
         assert_eq!(steps(&name), named, "{name}");
+    }
+}
+
+#[test]
+fn every_case_of_signing_has_tests_that_are_there() {
+    let rows = rows::<4>("What is tested of signing");
+    let cases: Vec<&str> = rows.iter().map(|[case, ..]| case.as_str()).collect();
+    assert_eq!(cases, (1..=17).map(|number| format!("SG{number:02}")).collect::<Vec<_>>());
+    for [case, _, cell, _] in &rows {
+        let named = tests(cell);
+        assert!(!named.is_empty(), "{case} is held by nothing");
+        for (folder, function) in named {
+            let (mut found, mut shown) = (BTreeSet::new(), BTreeSet::new());
+            functions(&here(&folder), &mut found, &mut shown);
+            assert!(found.contains(&function), "{case}: {folder} has no test {function}");
+        }
     }
 }

@@ -242,10 +242,13 @@ mod tests {
         let pem = pem_rfc7468::encode_string("CERTIFICATE", pem_rfc7468::LineEnding::LF, &der).expect("PEM");
         write("db.crt", pem.as_bytes());
         write("dbx.esl", b"nonsense");
+        write("empty.esl", b"");
         for name in ["PK", "KEK", "db"] {
             assert_eq!(key(folder.path(), name).expect(name), Some(list.clone()), "{name}");
         }
-        assert!(matches!(key(folder.path(), "dbx"), Err(FirmwareError::NotAKey(_))));
+        for name in ["dbx", "empty"] {
+            assert!(matches!(key(folder.path(), name), Err(FirmwareError::NotAKey(_))), "{name}");
+        }
         assert!(matches!(key(folder.path(), "other"), Ok(None)));
     }
 }

@@ -12,6 +12,7 @@
 //! | `to_host` | a stream of an agent's frames for the host's decoder | a message has one form, however the stream is cut |
 //! | `to_agent` | the same for the agent's decoder | the same |
 //! | `session` | all that an agent says in one run of a command | lists are trees, contents are what was sent |
+//! | `pe` | an image, stub, message, certificate, signature list, enrolment file or SBAT | every byte has one place, what verifies was signed, what is written is read |
 //! | `erofs` | choices that make a tree | the image reads back as the tree, and `fsck.erofs` agrees with a sample |
 //!
 //! No input may panic, or hold more memory than its target says ([`meter`]). `cargo test --test fuzz` replays the corpus
@@ -26,9 +27,12 @@ mod fuse;
 mod messages;
 mod meter;
 mod mmio;
+mod pe;
+mod places;
 mod random;
 mod rooms;
 mod session;
+mod signer;
 mod snapshot;
 mod steps;
 mod vsock;
@@ -37,3 +41,7 @@ mod wire;
 #[path = "../../src/virtio/testkit.rs"]
 #[expect(dead_code, reason = "shared with the tests of the devices")]
 mod testkit;
+
+#[path = "../../src/artifact/uefi/pe/sample.rs"]
+#[expect(dead_code, reason = "shared with the tests of the reader")]
+mod sample;

@@ -43,7 +43,9 @@ pub fn check(section: &[u8]) -> Result<&str, SbatError> {
     for (index, line) in text.lines().enumerate() {
         let fields: Vec<&str> = line.split(',').collect();
         let [component, generation, _, _, _, _] = fields[..] else { return Err(SbatError::Line(index + 1)) };
-        if component.is_empty() || generation.parse::<u32>().ok().is_none_or(|generation| generation == 0) {
+        // Others stop counting at the first byte that is no digit.
+        let is_number = generation.bytes().all(|byte| byte.is_ascii_digit());
+        if component.is_empty() || !is_number || matches!(generation.parse::<u32>(), Err(_) | Ok(0)) {
             return Err(SbatError::Line(index + 1));
         }
         if seen.is_empty() && component != "sbat" {
@@ -94,7 +96,11 @@ mod tests {
         assert_eq!(check(b""), Err(SbatError::Text));
         assert_eq!(check(OWN.trim_end().as_bytes()), Err(SbatError::Text));
         assert_eq!(check(b"image,1,a,b,c,d\n"), Err(SbatError::First));
-        assert_eq!(check(format!("{OWN}image,0,a,b,c,d\n").as_bytes()), Err(SbatError::Line(2)));
+        // Generations that are none, or another to whoever counts otherwise.
+        for generation in ["0", "", "-1", "+1", " 1", "1 ", "0x1", "1.0", "one", "4294967296"] {
+            let line = format!("{OWN}image,{generation},a,b,c,d\n");
+            assert_eq!(check(line.as_bytes()), Err(SbatError::Line(2)), "`{generation}`");
+        }
         assert_eq!(check(format!("{OWN}image,1,a,b,c\n").as_bytes()), Err(SbatError::Line(2)));
         assert_eq!(check(format!("{OWN}image,1,a\0,b,c,d\n").as_bytes()), Err(SbatError::Text));
         assert!(matches!(check(OWN.repeat(400).as_bytes()), Err(SbatError::Huge(_))));

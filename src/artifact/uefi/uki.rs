@@ -221,9 +221,9 @@ impl<'a> Writer<'a> {
         // A symbol table behind them is nothing that is loaded, and has no place between sections.
         bytes[image.places.symbols..image.places.symbols + 8].fill(0);
         let count = image.sections().len();
-        let address =
-            image.sections().iter().map(|section| section.virtual_address + section.virtual_size_bytes).max();
-        let address = address.unwrap_or(0).max(image.places.size_of_headers);
+        let end = image.sections().iter().map(Section::memory_end).max().unwrap_or(0);
+        let address = u32::try_from(end).map_err(|_| UkiError::TooLarge("sections"))?;
+        let address = address.max(image.places.size_of_headers);
         let mut writer = Self { image, bytes, sections: count, address, code_bytes: 0, data_bytes: 0 };
         if let Some(index) = removed {
             writer.remove(index)?;

@@ -60,6 +60,19 @@ fn a_stub_without_room_for_headers_is_refused_and_nothing_there_is_overwritten()
 }
 
 #[test]
+fn a_stubs_section_without_a_length_in_memory_keeps_its_addresses() {
+    let mut stub = sample::image(false);
+    let data = sample::section(1).start;
+    // The last in memory, and over the end of a page.
+    for (at, value) in [(sample::OPTIONAL + 56, 0x5000_u32), (data + 12, 0x3f00), (data + 8, 0)] {
+        sample::put(&mut stub, at, &value.to_le_bytes());
+    }
+    let bytes = write(&stub, &parts(&sample::image(false), &[b"initrd"])).expect("a stub with room");
+    let uki = Uki::read(&bytes).expect("nothing lies over it");
+    assert_eq!(uki.image().sections()[OWN].virtual_address, 0x5000);
+}
+
+#[test]
 fn a_stub_that_is_signed_or_full_or_cannot_be_revoked_is_refused() {
     let kernel = sample::image(false);
     let initrds: &[&[u8]] = &[b"initrd"];

@@ -138,6 +138,18 @@ pub struct Section {
     pub characteristics: u32,
 }
 
+impl Section {
+    /// Where it ends in memory, from the image's base.
+    pub(super) fn memory_end(&self) -> u64 {
+        let length = match self.virtual_size_bytes {
+            // "If this value is zero", loaders take the size in the file.
+            0 => u64::try_from(self.file.len()).unwrap_or(u64::MAX),
+            length => u64::from(length),
+        };
+        u64::from(self.virtual_address).saturating_add(length)
+    }
+}
+
 /// An image, and where everything in it is.
 #[derive(Debug, Clone)]
 pub struct Image<'a> {
@@ -185,9 +197,10 @@ impl<'a> Image<'a> {
         let end = symbols_end(bytes, &places, sections_end)?;
         let certificates = certificates::locate(bytes, end, begin, length)?;
         let image_end = certificates.as_ref().map_or(bytes.len(), |table| table.start);
-        // Signers pad to eight bytes; nothing may hide there.
+        // Signers pad to eight bytes; nothing may hide there. With more, an image would have another digest once it is signed
+        // and its signatures are taken off.
         let padding = &bytes[end..image_end];
-        if padding.len() >= CERTIFICATE_ALIGNMENT || padding.iter().any(|byte| *byte != 0) {
+        if image_end > end.next_multiple_of(CERTIFICATE_ALIGNMENT) || padding.iter().any(|byte| *byte != 0) {
             return Err(PeError::Trailing { bytes: padding.len() as u64 });
         }
         Ok(Self { bytes, places, sections, sections_end, end, certificates })
@@ -416,10 +429,6 @@ fn sections(bytes: &[u8], headers: &Headers) -> Result<Vec<Section>, PeError> {
         if virtual_size_bytes == 0 && size == 0 {
             return Err(fault(SectionFault::Empty));
         }
-        let end = u64::from(virtual_address) + u64::from(virtual_size_bytes.max(1));
-        if end > u64::from(headers.places.size_of_image) {
-            return Err(fault(SectionFault::OutsideImage));
-        }
         let file = if size == 0 {
             0..0
         } else {
@@ -435,7 +444,11 @@ fn sections(bytes: &[u8], headers: &Headers) -> Result<Vec<Section>, PeError> {
         }
         let characteristics = le32(bytes, at + 36, TABLE)?;
         let name = shown.clone();
-        sections.push(Section { name, virtual_address, virtual_size_bytes, file, characteristics });
+        let section = Section { name, virtual_address, virtual_size_bytes, file, characteristics };
+        if section.memory_end() > u64::from(headers.places.size_of_image) {
+            return Err(fault(SectionFault::OutsideImage));
+        }
+        sections.push(section);
     }
     apart_in_memory(&sections, headers.places.size_of_headers)?;
     Ok(sections)
@@ -452,12 +465,7 @@ fn apart_in_memory(sections: &[Section], size_of_headers: u32) -> Result<(), PeE
             let fault = SectionFault::OverlapsInMemory;
             return Err(PeError::Section { index, name: section.name.clone(), fault });
         }
-        let length = match section.virtual_size_bytes {
-            // "If this value is zero", loaders take the size in the file.
-            0 => u64::try_from(section.file.len()).unwrap_or(u64::MAX),
-            length => u64::from(length),
-        };
-        end = u64::from(section.virtual_address).saturating_add(length);
+        end = section.memory_end();
     }
     Ok(())
 }

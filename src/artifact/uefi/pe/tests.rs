@@ -139,8 +139,10 @@ fn a_file_that_ends_early_is_refused_wherever_that_is() {
 #[test]
 fn bytes_behind_the_sections_are_certificates_symbols_padding_or_refused() {
     let with = |more: &[u8]| [image(false), more.to_vec()].concat();
-    assert_eq!(refusal(&with(&[0; 7])), None);
-    assert_eq!(refusal(&with(&[0; 8])), Some(PeError::Trailing { bytes: 8 }));
+    // The sections end at a multiple of eight, and no signer pads.
+    for bytes in [1, 7, 8] {
+        assert_eq!(refusal(&with(&vec![0; bytes])), Some(PeError::Trailing { bytes: bytes as u64 }));
+    }
     assert_eq!(refusal(&with(&[1])), Some(PeError::Trailing { bytes: 1 }));
     let after = [image(true), vec![0; 8]].concat();
     assert_eq!(refusal(&after), Some(PeError::Certificates("is followed by bytes that no signature covers")));
@@ -153,6 +155,8 @@ fn bytes_behind_the_sections_are_certificates_symbols_padding_or_refused() {
     put(&mut symbols, PE + 12, &0x800_u32.to_le_bytes());
     put(&mut symbols, PE + 16, &1_u32.to_le_bytes());
     assert_eq!(refusal(&symbols), None);
+    let padded = |bytes| refusal(&[&symbols[..], &vec![0; bytes]].concat());
+    assert_eq!((padded(2), padded(3)), (None, Some(PeError::Trailing { bytes: 3 })));
     put(&mut symbols, PE + 16, &2_u32.to_le_bytes());
     assert_eq!(refusal(&symbols), Some(PeError::Truncated("symbol table")));
 }
@@ -171,6 +175,10 @@ fn sections_that_share_bytes_or_addresses_or_leave_gaps_are_named() {
     assert_eq!(fault(&changed(1, 16, 0x8000)), Some(SectionFault::OutsideFile));
     assert_eq!(fault(&changed(2, 8, 0x2000)), Some(SectionFault::OutsideImage));
     assert_eq!(fault(&changed(2, 8, 0)), Some(SectionFault::Empty));
+    // Without a length in memory it has that of the file.
+    let mut last = changed(1, 12, 0x3f00);
+    put(&mut last, section(1).start + 8, &0_u32.to_le_bytes());
+    assert_eq!(fault(&last), Some(SectionFault::OutsideImage));
     assert_eq!(fault(&changed(0, 20, 0x3f0)), Some(SectionFault::Unaligned));
     assert_eq!(fault(&changed(0, 24, 1)), Some(SectionFault::Relocations));
 }
