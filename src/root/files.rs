@@ -62,11 +62,11 @@ pub fn tree(store: &Store, root: &Root) -> Result<Tree, RootError> {
     let entry = catalog::peek(store, &image.digest);
     let entry = entry.ok_or_else(|| CatalogError::Missing(image.digest.to_string()))?;
     let tree = catalog::listing(store, &entry)?.tree;
-    let is_here = |kind: &Kind| match kind {
-        Kind::File { digest, .. } => store.blobs().contains(digest),
-        _ => true,
-    };
-    if tree.iter().all(|(_, node)| is_here(&node.kind)) {
+    let contents = tree.iter().filter_map(|(_, node)| match &node.kind {
+        Kind::File { digest, .. } => Some(digest),
+        _ => None,
+    });
+    if store.blobs().contains_all(contents) {
         return Ok(tree);
     }
     if image.filesystem != Filesystem::Erofs {

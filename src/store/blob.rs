@@ -70,6 +70,11 @@ impl Blobs {
         self.lease.mark(&self.path(digest))
     }
 
+    /// Whether all these blobs are there. They stay then for as long as this process lives.
+    pub fn contains_all<'d>(&self, digests: impl IntoIterator<Item = &'d Digest>) -> bool {
+        self.lease.mark_all(digests.into_iter().map(|digest| self.path(digest)))
+    }
+
     /// The whole blob, which is what its name says.
     ///
     /// # Errors

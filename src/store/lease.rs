@@ -8,7 +8,9 @@ use std::fs::{self, File, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_OMIT};
 
 use super::lock_file::{Held, LockFile};
 use super::temporary::{self, Temporary};
@@ -16,6 +18,9 @@ use crate::writes::{self, Act};
 
 /// The lock's name in the store.
 const LOCK: &str = "collect.lock";
+
+/// How many files are dated under a lock.
+const MOST_AT_ONCE: usize = 1024;
 
 /// A process's hold on what it uses.
 #[derive(Debug, Clone)]
@@ -76,14 +81,50 @@ impl Lease {
     /// The same; what the file at `path` is, where it is there.
     pub fn marked(&self, path: &Path) -> Option<Metadata> {
         let meta = fs::metadata(path).ok()?;
-        if meta.modified().is_ok_and(|dated| dated >= self.temporary.since()) {
+        if self.is_marked(&meta) {
             return Some(meta);
         }
-        let file = || fs::metadata(path).ok().filter(Metadata::is_file);
-        let Ok(_using) = self.using() else { return file() };
-        // A store that can only be read is not collected either.
-        let opened = File::open(path).ok()?;
-        if self.date(&opened).is_ok() { opened.metadata().ok() } else { file() }
+        let using = self.using();
+        self.marked_within(using.as_ref().ok(), path)
+    }
+
+    /// The same of many files, as long as they are there; whether all are. To take the lock costs as much as to date a file.
+    pub fn mark_all(&self, paths: impl IntoIterator<Item = PathBuf>) -> bool {
+        let mut paths = paths.into_iter().peekable();
+        while paths.peek().is_some() {
+            // A collection has its turn in between.
+            let using = self.using();
+            let is_there = |path: PathBuf| self.marked_within(using.as_ref().ok(), &path).is_some();
+            if !paths.by_ref().take(MOST_AT_ONCE).all(is_there) {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn is_marked(&self, meta: &Metadata) -> bool {
+        meta.modified().is_ok_and(|dated| dated >= self.temporary.since())
+    }
+
+    /// Dates the file at `path` where that is called for. A store that can only be read is not collected, and nothing in it is
+    /// dated; there it has to be a file.
+    fn marked_within(&self, using: Option<&Held<'_>>, path: &Path) -> Option<Metadata> {
+        let meta = fs::metadata(path).ok()?;
+        if self.is_marked(&meta) || using.is_some() && self.date_at(path).is_ok() {
+            return Some(meta);
+        }
+        fs::metadata(path).ok().filter(Metadata::is_file)
+    }
+
+    fn date_at(&self, path: &Path) -> io::Result<()> {
+        let now = self.now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let time = Timespec {
+            tv_sec: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(now.subsec_nanos()),
+        };
+        let unchanged = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT.into() };
+        let times = Timestamps { last_access: unchanged, last_modification: time };
+        writes::through(Act::Date, || Ok(rustix::fs::utimensat(CWD, path, &times, AtFlags::empty())?))
     }
 
     /// When that is. A clock that was set back makes nothing older than this process.
