@@ -122,7 +122,7 @@ impl Lease {
             tv_sec: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: i64::from(now.subsec_nanos()),
         };
-        let unchanged = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT.into() };
+        let unchanged = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
         let times = Timestamps { last_access: unchanged, last_modification: time };
         writes::through(Act::Date, || Ok(rustix::fs::utimensat(CWD, path, &times, AtFlags::empty())?))
     }
