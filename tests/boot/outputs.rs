@@ -1,14 +1,16 @@
 //! Outputs: what is declared leaves the machine when the command succeeds, whole; nothing else does.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::process::Stdio;
 
 use kiln_artifact::tree::{Kind, Tree, TreePath};
 
 use super::acceptance::held;
-use super::host::Host;
+use super::host::{Host, Running};
 
 #[test]
 fn declared_outputs_arrive_whole_and_what_is_not_declared_is_named() {
@@ -91,6 +93,26 @@ fn a_file_that_a_person_changed_is_not_overwritten() {
     assert_eq!((host.read("work/a").as_str(), host.read("work/b").as_str()), ("1\n", "mine"));
     run(&["--overwrite"], "3").ends(0, &[]);
     assert_eq!(host.read("work/b"), "3\n");
+}
+
+#[test]
+fn two_runs_at_one_work_both_end_and_leave_what_one_of_them_made() {
+    let host = Host::new();
+    let run = |word: &str| {
+        let script = format!("mkdir $WORK/o; for i in 1 2 3; do echo {word} >$WORK/o/$i; done");
+        let mut command = host.command(&["--out", "o", "--overwrite"], &["sh", "-c", &script]);
+        Running::start(command.stdout(Stdio::piped()).stderr(Stdio::piped()))
+    };
+    let runs = [run("one"), run("two")];
+    let groups = runs.each_ref().map(|run| run.id());
+    for run in runs {
+        run.end().ends(0, &[]);
+    }
+    for group in groups {
+        host.is_clean(group);
+    }
+    let words: BTreeSet<String> = (1..=3).map(|number| host.read(&format!("work/o/{number}"))).collect();
+    assert_eq!(words.len(), 1, "of both: {words:?}");
 }
 
 #[test]
