@@ -5,7 +5,9 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, setxattr};
+use rustix::fs::{
+    AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags, mknodat, setxattr, utimensat,
+};
 
 use super::folder::Folder;
 use super::script::Step;
@@ -36,6 +38,12 @@ pub fn change(folder: &Folder, step: &Step) -> Result<(), String> {
                 .truncate(false)
                 .open(&path)
                 .and_then(|file| file.set_len(size))
+        }
+        // In seconds since 1970, the last access and the last change.
+        "times" => {
+            let time = Timespec { tv_sec: step.number_at(2)?, tv_nsec: 999_999_999 };
+            let times = Timestamps { last_access: time, last_modification: time };
+            utimensat(CWD, &path, &times, AtFlags::SYMLINK_NOFOLLOW).map_err(Into::into)
         }
         "fifo" => mknodat(CWD, &path, FileType::Fifo, Mode::from(0o600), 0).map_err(Into::into),
         "socket" => UnixListener::bind(&path).map(drop),

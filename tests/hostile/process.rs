@@ -38,7 +38,7 @@ const QUEUE: usize = 1;
 const CID: u64 = 77;
 
 /// Messages of a front end: name, number, body. Those that carry a descriptor's flag have it in `index`.
-const MESSAGES: [(&str, u32, &str); 25] = [
+const MESSAGES: [(&str, u32, &str); 27] = [
     ("GET_FEATURES", 1, ""),
     ("SET_FEATURES", 2, "features:8=5368709120"),
     ("SET_OWNER", 3, ""),
@@ -64,6 +64,8 @@ const MESSAGES: [(&str, u32, &str); 25] = [
     ("RESET_DEVICE", 34, ""),
     ("ADD_MEM_REG", 37, "padding:8 gpa:8 bytes:8=65536 uaddr:8=123145302310912 offset:8"),
     ("REM_MEM_REG", 38, "padding:8 gpa:8 bytes:8=65536 uaddr:8=123145302310912 offset:8"),
+    ("SET_DEVICE_STATE_FD", 42, "direction:4=1 phase:4"),
+    ("CHECK_DEVICE_STATE", 43, ""),
 ];
 
 /// One device's connection, from the front end's side.
@@ -404,7 +406,7 @@ impl ProcessTarget {
     }
 }
 
-/// Descriptors by their kinds: `memory`, `short`, `unsealed`, `event`, `pipe`, `file`, each after a comma.
+/// Descriptors by their kinds: `memory`, `short`, `unsealed`, `event`, `pipe`, `unread`, `file`, each after a comma.
 fn files(kinds: &[u8], device: &FrontEnd) -> Result<Vec<OwnedFd>, String> {
     let kinds = String::from_utf8_lossy(kinds).into_owned();
     kinds
@@ -421,6 +423,7 @@ fn files(kinds: &[u8], device: &FrontEnd) -> Result<Vec<OwnedFd>, String> {
             "event" => new_event(),
             "kick" => device.kick.try_clone().map_err(say),
             "pipe" => rustix::pipe::pipe().map(|(read, _)| read).map_err(say),
+            "unread" => rustix::pipe::pipe().map(|(_, write)| write).map_err(say),
             "file" => File::open("/proc/self/exe").map(OwnedFd::from).map_err(say),
             other => Err(format!("there is no descriptor of the kind `{other}`")),
         })
