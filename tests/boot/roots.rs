@@ -1,7 +1,7 @@
 //! Images that other tools made as roots of real machines: mounted by the guest's kernel, or refused in its words.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Command;
 
 use kiln_digest::Digest;
@@ -79,4 +79,42 @@ fn an_image_that_the_kernel_does_not_mount_is_named_with_the_kernels_words() {
     let told = run_in(&host, "a.img", "true");
     told.ends(125, &["`file:a.img`", "cannot be mounted", "squashfs", "damaged", "SQUASHFS error"]);
     assert!(!told.stderr.contains("SeaBIOS"), "{}", told.stderr);
+}
+
+#[test]
+fn programs_that_a_root_cannot_run_are_named_with_what_is_missing() {
+    let host = Host::new();
+    let program = fs::read(busybox().join("bin/busybox")).expect("busybox");
+    // e_machine (elf(5)) of 64-bit ARM, and big-endian SPARC.
+    let (mut arm, mut sparc) = (program.clone(), program);
+    arm[18..20].copy_from_slice(&183_u16.to_le_bytes());
+    sparc[5] = 2;
+    sparc[18..20].copy_from_slice(&43_u16.to_be_bytes());
+    host.folder("tree/bin");
+    for (name, bytes) in [("arm", arm), ("sparc", sparc)] {
+        host.file(&format!("tree/bin/{name}"), bytes);
+    }
+    // No libc and no loader beside it.
+    fs::copy("/bin/true", host.path("tree/bin/dynamic")).expect("coreutils");
+    host.file("tree/bin/script", "#!/bin/python9 -u\n");
+    host.file("tree/bin/text", "print(1)\n");
+    for name in ["arm", "sparc", "script", "text"] {
+        let path = host.path(&format!("tree/bin/{name}"));
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("its own");
+    }
+    pack(&host, "mksquashfs", &["tree", "a.img", "-noappend", "-quiet", "-no-progress"]);
+    for (command, status, said) in [
+        ("/bin/sh", 127, "not found"),
+        ("/bin/arm", 126, "it is for 64-bit ARM, and the machine is x86-64"),
+        ("/bin/sparc", 126, "it is for SPARC, and the machine is x86-64"),
+        ("/bin/dynamic", 127, "its loader `/lib64/ld-linux-x86-64.so.2` is not there"),
+        ("/bin/script", 127, "its interpreter `/bin/python9` is not there"),
+        ("/bin/text", 126, "it is neither a program of Linux nor a script with `#!`"),
+        ("/bin", 126, "it is a folder"),
+    ] {
+        let mut kiln = host.kiln();
+        kiln.args(["run", "--root", "file:a.img", "--", command]);
+        let told = host.end(&mut kiln, &[]);
+        told.ends(status, &[command, said]);
+    }
 }
