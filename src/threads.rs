@@ -2,8 +2,11 @@
 //!
 //! Work that several threads share is done by those there are, the caller's among them.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread::{Builder, JoinHandle, Scope, ScopedJoinHandle, available_parallelism};
 
 use rustix::io::Errno;
 
@@ -99,9 +102,37 @@ pub fn share(count: usize, name: &str, work: impl Fn() + Sync) {
     });
 }
 
+/// Most threads of [`map`]: what it is for holds whole files in memory.
+const MOST_MAPPING: usize = 4;
+
+/// What `work` makes of `items`, in their order, on as many threads as there are processors, and four at most. Items are
+/// begun in their order, and no more of them once one has failed.
+///
+/// # Errors
+/// Of the items that failed, the error of the first.
+pub fn map<T: Sync, R: Send, E: Send>(
+    items: &[T],
+    name: &str,
+    work: impl Fn(&T) -> Result<R, E> + Sync,
+) -> Result<Vec<R>, E> {
+    let count = available_parallelism().map_or(1, usize::from).min(MOST_MAPPING).min(items.len());
+    let (next, has_failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+    // Protects what was made so far, by the places of the items.
+    let made = Mutex::new(BTreeMap::new());
+    share(count, name, || {
+        while !has_failed.load(Ordering::Relaxed) {
+            let place = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = items.get(place) else { break };
+            let result = work(item);
+            has_failed.fetch_or(result.is_err(), Ordering::Relaxed);
+            made.lock().unwrap_or_else(PoisonError::into_inner).insert(place, result);
+        }
+    });
+    made.into_inner().unwrap_or_else(PoisonError::into_inner).into_values().collect()
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
 
     use super::*;
 
@@ -114,6 +145,14 @@ mod tests {
         assert!(!Refused::is_behind(&other));
         // What a time-out of a socket says is the same number.
         assert!(!Refused::is_behind(&io::Error::from(Errno::AGAIN)));
+    }
+
+    #[test]
+    fn what_is_made_of_items_is_in_their_order_and_the_first_error_is_the_one() {
+        let items: Vec<u32> = (0..100).collect();
+        assert_eq!(map(&items, "map", |item| Ok::<_, ()>(item * 2)), Ok((0..100).map(|n| n * 2).collect()));
+        assert_eq!(map(&items, "map", |&item| if item < 50 { Ok(item) } else { Err(item) }), Err(50));
+        assert_eq!(map(&[], "map", |_: &()| Err::<(), _>(())), Ok(Vec::new()));
     }
 
     #[test]

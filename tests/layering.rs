@@ -27,7 +27,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("root", &["agent", "clock", "fetch", "machine", "plan", "store", "threads", "writes"]),
     ("keeper", &["agent", "clock", "machine", "plan", "store", "threads"]),
     ("fetch", &["machine", "plan", "store", "writes"]),
-    ("sign", &["apart"]),
+    ("sign", &["apart", "threads"]),
     ("machine", &["shortage", "threads", "writes"]),
     ("agent", &["plan", "store", "threads"]),
     ("store", &["clock", "writes"]),

@@ -21,7 +21,7 @@ use crate::machine::jail::attempt::Targets;
 use crate::machine::jail::{Held, Profile};
 use crate::machine::probe::{self, Cause, Verdict};
 use crate::machine::qemu::Qemu;
-use crate::machine::template::Templates;
+use crate::machine::template::{Room, Templates};
 use crate::machine::vmm::KilnVmm;
 use crate::machine::{Accelerator, Carrier, MachineError};
 use crate::plan::RootSpec;
@@ -247,7 +247,7 @@ impl Host {
     pub fn open(settings: Settings) -> Result<Self, HostError> {
         let store = Store::open(&settings.store.value)?;
         if let Some(limit_bytes) = settings.store_limit.value {
-            crate::upkeep::collect::set_limit(&store, limit_bytes);
+            crate::upkeep::collect::set_limit(&store, limit_bytes)?;
         }
         // Sweeps what killed kilns left. Whoever needs the registry hears of what is wrong with it.
         let _ = Registry::open(&store.run());
@@ -378,7 +378,8 @@ impl Host {
     fn templates(&self) -> Option<Templates> {
         let store = self.store.clone();
         let place = || {
-            Templates::new(store.templates(), store.temporary()).with_room(move |bytes| store.reserve(bytes))
+            let templates = Templates::new(store.templates(), store.temporary());
+            templates.with_room(move |bytes| Ok(Box::new(store.reserve(bytes)?) as Room))
         };
         self.settings.template.value.then(place)
     }

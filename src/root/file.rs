@@ -132,7 +132,7 @@ fn copy(
     filesystem: Filesystem,
 ) -> Result<Digest, RootError> {
     let io = |what| move |source| RootError::Io { what, source };
-    store.reserve(meta.len()).map_err(io("copy an image"))?;
+    let _room = store.reserve(meta.len()).map_err(io("copy an image"))?;
     let copy = Unfinished::new_in(&store.temporary()).map_err(io("copy an image"))?;
     // Without reflinks, or on another file system: a copy within the kernel.
     if rustix::fs::ioctl_ficlone(copy.file(), file).is_err() {

@@ -256,7 +256,7 @@ pub fn make(store: &Store, tree: &Tree) -> Result<Digest, ImageError> {
         Kind::File { size, .. } => size,
         _ => 0,
     });
-    store.reserve(sizes.sum()).map_err(at(&path))?;
+    let _room = store.reserve(sizes.sum()).map_err(at(&path))?;
     let mut file = Unfinished::new_in(&store.temporary()).map_err(at(&path))?;
     erofs::write(tree, store.blobs(), file.file_mut())?;
     keep(store, file, &digest, &path).map_err(at(&path))?;

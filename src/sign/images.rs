@@ -15,6 +15,7 @@ use super::folder::{Folder, put};
 use super::keys::Keys;
 use super::local::Local;
 use super::work::{Roots, Work};
+use crate::threads;
 
 /// Of 16,384 bits at most.
 const SIGNATURE_BYTES_MAX: u64 = 2048;
@@ -54,10 +55,12 @@ impl Work {
     /// # Errors
     /// [`SignError`].
     pub fn check(&self, roots: &Roots, local: &Local<'_>) -> Result<(), SignError> {
-        self.targets().try_for_each(|target| {
-            let bytes = self.unsigned(target, roots, local)?;
-            parse(target, &bytes).map(drop)
-        })
+        let targets: Vec<_> = self.targets().collect();
+        let check = |target: &Target<'_>| {
+            let bytes = self.unsigned(*target, roots, local)?;
+            parse(*target, &bytes).map(drop)
+        };
+        threads::map(&targets, "check", check).map(drop)
     }
 
     /// Writes what is to be signed by `signer` into `folder`, a file an image, and returns their names.
@@ -117,7 +120,8 @@ impl Work {
             written.push(Written::of(format!("{}/{name}", self.record.keys), &bytes));
             unfinished.push(at(Path::new(&self.record.keys)).write(name, &bytes, 0o644)?);
         }
-        for target in self.targets() {
+        let targets: Vec<_> = self.targets().collect();
+        let signed = threads::map(&targets, "sign", |&target| {
             // The one copy that is hashed, signed and written.
             let bytes = self.unsigned(target, roots, local)?;
             let image = parse(target, &bytes)?;
@@ -130,11 +134,18 @@ impl Work {
             };
             let signed = request.attach(&signature, Others::Keep).map_err(failed(target))?;
             verify(&signed, keys.db()).map_err(failed(target))?;
+            let sha256 = Digest::of(&signed);
+            let mut put_out = Vec::new();
             for path in target.signed() {
-                written.push(Written::of(path.clone(), &signed));
                 let name = Path::new(path).file_name().and_then(|name| name.to_str()).unwrap_or(path);
-                unfinished.push(at(parent(path)).write(name, &signed, 0o644)?);
+                let file = at(parent(path)).write(name, &signed, 0o644)?;
+                put_out.push((Written { path: path.clone(), sha256, size_bytes: signed.len() }, file));
             }
+            Ok::<_, SignError>(put_out)
+        })?;
+        for (what, file) in signed.into_iter().flatten() {
+            written.push(what);
+            unfinished.push(file);
         }
         put(unfinished)?;
         written.sort();

@@ -15,6 +15,7 @@ use super::folder::{Folder, FolderError};
 use super::keys::Keys;
 use super::record::{self, File, Record, Verity};
 use crate::apart::{self, Kept};
+use crate::threads;
 
 /// Offsets in an image have 32 bits.
 pub(super) const IMAGE_BYTES_MAX: u64 = 1 << 32;
@@ -83,20 +84,21 @@ impl Work {
     /// # Errors
     /// [`SignError`].
     pub fn verify(&self) -> Result<Roots, SignError> {
-        for image in &self.record.images {
+        threads::map(&self.record.images, "images", |image| {
             let read = self.folder.file(Path::new(&image.file)).map(Digest::of_reader)?;
             let path = self.folder.path().join(&image.file);
             let (found, _) = read.map_err(|source| FolderError::System { what: "read", path, source })?;
-            same(&image.file, found, image.sha256)?;
-        }
-        let mut roots = Roots(Vec::new());
+            same(&image.file, found, image.sha256)
+        })?;
+        // Kernels share their root.
+        let mut images: Vec<&Verity> = Vec::new();
         for image in self.record.kernels.iter().flat_map(|kernel| &kernel.verity) {
-            // Kernels share their root.
-            if roots.get(image).is_none() {
-                roots.0.push((image.clone(), self.root(image)?));
+            if !images.contains(&image) {
+                images.push(image);
             }
         }
-        Ok(roots)
+        let root = |image: &&Verity| self.root(image).map(|root| ((*image).clone(), root));
+        threads::map(&images, "roots", root).map(Roots)
     }
 
     fn root(&self, image: &Verity) -> Result<Digest, SignError> {

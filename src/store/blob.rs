@@ -16,6 +16,8 @@ use super::lease::Lease;
 use super::limit::Limit;
 use crate::writes::{self, Unfinished};
 
+/// A block of most file systems.
+const DISK_BLOCK_BYTES: u64 = 4096;
 /// The longest blob that is in memory until it is finished.
 const SHORT_BYTES: usize = 64 << 10;
 
@@ -240,6 +242,8 @@ impl BlobWriter {
         if there.is_some_and(|there| self.blobs.is_whole(&path, &there, &digest, length_bytes)) {
             return Ok((digest, length_bytes));
         }
+        // On the disk it takes whole blocks.
+        self.blobs.limit.take(length_bytes.next_multiple_of(DISK_BLOCK_BYTES) - length_bytes)?;
         self.spill()?;
         let Self { blobs, file: Some(file), hole, .. } = self else {
             return Err(io::ErrorKind::NotFound.into());

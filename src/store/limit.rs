@@ -1,11 +1,24 @@
 //! The ceiling: how much a store may hold, and what happens before a write would go beyond it.
 //!
-//! Who knows what may go is above the store, and is asked through [`Limit::set`]. What other processes write meanwhile
-//! is seen when this one looks again, which it does each time that it has written as much as was free.
+//! Who knows what may go is above the store, and is asked through [`Limit::set`]. Processes that share a store take room one
+//! after another, each no more than it is about to write. What each has taken and not written yet is seen by the others as
+//! the lengths of two files of nothing in its folder of unfinished files, which goes with it.
 
 use std::fmt;
+use std::fs::{self, File};
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::lock_file::LockFile;
+use crate::writes;
+
+/// The name in the store of the lock under which room is taken.
+const LOCK: &str = "room.lock";
+/// What a process may write without asking again.
+const AHEAD: &str = "ahead";
+/// What it writes to files that it has said the lengths of.
+const RESERVED: &str = "reserved";
 
 /// Makes room for so many bytes, and for so many more than those where it can, and says how many are free then.
 pub type MakeRoom = Box<dyn FnMut(u64, u64) -> io::Result<u64> + Send>;
@@ -33,8 +46,59 @@ pub(super) struct Limit {
 
 struct Ceiling {
     limit_bytes: u64,
+    /// What this process may write.
     free_bytes: u64,
+    /// What it writes within [`Room`]s.
+    reserved_bytes: u64,
+    shown: Shown,
     make_room: MakeRoom,
+}
+
+/// What other processes see of this one.
+struct Shown {
+    lock: LockFile,
+    ahead: (PathBuf, File),
+    reserved: (PathBuf, File),
+}
+
+impl Shown {
+    /// In the store at `store`, of the process whose unfinished files lie in `folder`.
+    fn new(store: &Path, folder: &Path) -> io::Result<Self> {
+        let file = |name| {
+            let path = folder.join(name);
+            writes::create(&path).map(|file| (path, file))
+        };
+        Ok(Self { lock: LockFile::new(store.join(LOCK)), ahead: file(AHEAD)?, reserved: file(RESERVED)? })
+    }
+}
+
+fn say((path, file): &(PathBuf, File), bytes: u64) -> io::Result<()> {
+    writes::set_length(file, path, bytes)
+}
+
+/// How much the process whose unfinished files are `written_bytes` and lie in `folder` has or will have there.
+pub fn taken_bytes(folder: &Path, written_bytes: u64) -> u64 {
+    let said = |name| fs::metadata(folder.join(name)).map_or(0, |meta| meta.len());
+    said(RESERVED).max(written_bytes).saturating_add(said(AHEAD))
+}
+
+/// Room for a file that is being written; given back when it is dropped, as the file's own length counts then.
+#[derive(Debug)]
+#[must_use = "what is written without it is not held against the ceiling by other processes"]
+pub struct Room {
+    limit: Arc<Limit>,
+    bytes: u64,
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        let mut ceiling = self.limit.ceiling.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ceiling) = ceiling.as_mut() {
+            ceiling.reserved_bytes = ceiling.reserved_bytes.saturating_sub(self.bytes);
+            // What cannot be said counts twice until this process ends.
+            let _ = say(&ceiling.shown.reserved, ceiling.reserved_bytes);
+        }
+    }
 }
 
 impl fmt::Debug for Limit {
@@ -47,10 +111,21 @@ impl fmt::Debug for Limit {
 const AHEAD_BYTES: u64 = 16 << 20;
 
 impl Limit {
-    /// Sets the ceiling. Nothing is free until it is asked for.
-    pub fn set(&self, limit_bytes: u64, make_room: MakeRoom) {
+    /// Sets the ceiling of the store at `store`, where this process's unfinished files lie in `folder`. Nothing is free until it is
+    /// asked for.
+    ///
+    /// # Errors
+    /// What open(2) says of files in these.
+    pub fn set(
+        &self,
+        limit_bytes: u64,
+        (store, folder): (&Path, &Path),
+        make_room: MakeRoom,
+    ) -> io::Result<()> {
+        let shown = Shown::new(store, folder)?;
         *self.ceiling.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(Ceiling { limit_bytes, free_bytes: 0, make_room });
+            Some(Ceiling { limit_bytes, free_bytes: 0, reserved_bytes: 0, shown, make_room });
+        Ok(())
     }
 
     /// Whether there is one.
@@ -58,27 +133,55 @@ impl Limit {
         self.ceiling.lock().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    /// Takes `wanted_bytes` of what is free.
+    /// Takes `wanted_bytes` of what is free, for bytes that are written at once.
     ///
     /// # Errors
     /// `StorageFull` with [`Full`] where there is not enough; what making room says.
     pub fn take(&self, wanted_bytes: u64) -> io::Result<()> {
         let mut ceiling = self.ceiling.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(ceiling) = ceiling.as_mut() else { return Ok(()) };
-        if ceiling.free_bytes < wanted_bytes {
-            let ahead = AHEAD_BYTES.min(ceiling.limit_bytes / 16);
-            ceiling.free_bytes = (ceiling.make_room)(wanted_bytes, ahead)?;
+        ceiling.as_mut().map_or(Ok(()), |ceiling| ceiling.take(wanted_bytes))
+    }
+
+    /// The same, for a file that is written while the answer is held.
+    ///
+    /// # Errors
+    /// As [`Limit::take`].
+    pub fn reserve(self: &Arc<Self>, wanted_bytes: u64) -> io::Result<Room> {
+        let mut ceiling = self.ceiling.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ceiling) = ceiling.as_mut() {
+            ceiling.take(wanted_bytes)?;
+            ceiling.reserved_bytes = ceiling.reserved_bytes.saturating_add(wanted_bytes);
+            say(&ceiling.shown.reserved, ceiling.reserved_bytes)?;
+            say(&ceiling.shown.ahead, ceiling.free_bytes)?;
         }
-        let Ceiling { limit_bytes, free_bytes, .. } = *ceiling;
-        match free_bytes.checked_sub(wanted_bytes) {
-            Some(left) => {
-                ceiling.free_bytes = left;
-                Ok(())
-            }
-            None => Err(io::Error::new(
-                io::ErrorKind::StorageFull,
-                Full { limit_bytes, free_bytes, wanted_bytes },
-            )),
+        Ok(Room { limit: Arc::clone(self), bytes: wanted_bytes })
+    }
+}
+
+impl Ceiling {
+    /// Takes room. Other processes see it taken until the next is, as these bytes are written after this.
+    fn take(&mut self, wanted_bytes: u64) -> io::Result<()> {
+        match self.free_bytes >= wanted_bytes {
+            true => say(&self.shown.ahead, self.free_bytes)?,
+            false => self.ask(wanted_bytes)?,
         }
+        self.free_bytes -= wanted_bytes;
+        Ok(())
+    }
+
+    /// Has room made, one process after another: what two find free at once, both would write.
+    fn ask(&mut self, wanted_bytes: u64) -> io::Result<()> {
+        let _one = self.shown.lock.alone()?;
+        self.free_bytes = 0;
+        say(&self.shown.ahead, 0)?;
+        let limit_bytes = self.limit_bytes;
+        let ahead = AHEAD_BYTES.min(limit_bytes / 16);
+        let free_bytes = (self.make_room)(wanted_bytes, ahead)?;
+        let more = free_bytes.checked_sub(wanted_bytes).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::StorageFull, Full { limit_bytes, free_bytes, wanted_bytes })
+        })?;
+        // Of the last room some is left for others.
+        self.free_bytes = wanted_bytes + ahead.min(more / 2);
+        say(&self.shown.ahead, self.free_bytes)
     }
 }

@@ -29,7 +29,7 @@ use durable::Durable;
 use lease::Lease;
 pub use lease::Sweep;
 use limit::Limit;
-pub use limit::{Full, MakeRoom};
+pub use limit::{Full, MakeRoom, Room, taken_bytes};
 pub use lock_file::{Held, LockFile};
 pub use record::Records;
 pub use seal::{seal, seal_line, unseal, unseal_line};
@@ -197,8 +197,12 @@ impl Store {
     }
 
     /// Sets how much the store may hold. Before a write would go beyond that, `make_room` is asked to.
-    pub fn set_limit(&self, limit_bytes: u64, make_room: MakeRoom) {
-        self.limit.set(limit_bytes, make_room);
+    ///
+    /// # Errors
+    /// [`StoreError::Io`] where what the others have to see cannot be written.
+    pub fn set_limit(&self, limit_bytes: u64, make_room: MakeRoom) -> Result<(), StoreError> {
+        let folder = self.lease.temporary();
+        self.limit.set(limit_bytes, (&self.path, folder), make_room).map_err(StoreError::at(folder))
     }
 
     /// Whether there is a limit to what the store may hold.
@@ -206,12 +210,12 @@ impl Store {
         self.limit.is_set()
     }
 
-    /// Reserves room for a file of `bytes` that is to be written beside the blobs.
+    /// Reserves room for a file of `bytes` that is written beside the blobs while the answer is held.
     ///
     /// # Errors
     /// `StorageFull` with [`Full`].
-    pub fn reserve(&self, bytes: u64) -> io::Result<()> {
-        self.limit.take(bytes)
+    pub fn reserve(&self, bytes: u64) -> io::Result<Room> {
+        self.limit.reserve(bytes)
     }
 
     /// Waits until nobody begins to use anything in the store, and keeps it so. With `others`, only what other processes

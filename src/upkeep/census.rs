@@ -15,7 +15,7 @@ use crate::cache::stock::{Content, Stored, files, key_of, left_behind, stock};
 use crate::cache::{LOCKED, ledger};
 use crate::root::bundle::Bundle;
 use crate::root::image::{Filesystem, SUMS};
-use crate::store::Store;
+use crate::store::{Store, taken_bytes};
 
 /// What kind of thing takes up room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -148,6 +148,8 @@ impl Census {
     /// What listing the store's folders says.
     pub fn take(store: &Store) -> Result<Self, UpkeepError> {
         let mut census = Self::default();
+        // First: what gets its name meanwhile counts twice then, and not never.
+        census.add_unfinished(&store.path().join("tmp"))?;
         let folder = store.path().join("blobs");
         for path in files(&folder).map_err(io("list", &folder))? {
             if let (Some(digest), Some((size_bytes, used))) = (blob_digest(&path), measure(&path)) {
@@ -158,7 +160,6 @@ impl Census {
         census.add_images(store)?;
         census.add_templates(store)?;
         census.add_records(store)?;
-        census.others.insert(Kind::Unfinished, size_beneath(&store.path().join("tmp"))?);
         for (digest, (kind, _)) in census.units.iter().flat_map(|unit| &unit.names) {
             if let Some(blob) = census.blobs.get_mut(digest) {
                 blob.named += 1;
@@ -213,6 +214,17 @@ impl Census {
             };
             *self.others.entry(Kind::Traces).or_default() += size_bytes;
         }
+        Ok(())
+    }
+
+    /// What processes are writing, and have taken room for.
+    fn add_unfinished(&mut self, area: &Path) -> Result<(), UpkeepError> {
+        let mut size_bytes = 0;
+        for entry in fs::read_dir(area).map_err(io("list", area))?.flatten() {
+            let folder = entry.path();
+            size_bytes += taken_bytes(&folder, size_beneath(&folder)?);
+        }
+        self.others.insert(Kind::Unfinished, size_bytes);
         Ok(())
     }
 

@@ -16,7 +16,7 @@ use super::UpkeepError;
 use super::census::{Census, Unit, What};
 use crate::cache::stock::{Kept, left_behind, rewrite};
 use crate::root::catalog::{self, CatalogError};
-use crate::store::{Store, Sweep};
+use crate::store::{Store, StoreError, Sweep};
 use crate::writes;
 
 /// What is to go.
@@ -202,7 +202,10 @@ pub(super) fn remove_template(store: &Store, path: &Path) -> std::io::Result<()>
 }
 
 /// Gives `store` the ceiling `limit_bytes`: before a write would go beyond it, what may go does.
-pub fn set_limit(store: &Store, limit_bytes: u64) {
+///
+/// # Errors
+/// As [`Store::set_limit`].
+pub fn set_limit(store: &Store, limit_bytes: u64) -> Result<(), StoreError> {
     let looked_after = store.clone();
     store.set_limit(
         limit_bytes,
@@ -222,5 +225,5 @@ pub fn set_limit(store: &Store, limit_bytes: u64) {
             }
             free_after(wanted_bytes.saturating_add(ahead_bytes), false)
         }),
-    );
+    )
 }

@@ -18,6 +18,7 @@ mod erofs;
 mod failure;
 #[path = "../folder/mod.rs"]
 mod folder;
+mod garbage;
 mod host;
 mod jail;
 #[path = "../judge/mod.rs"]

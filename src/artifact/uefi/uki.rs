@@ -223,7 +223,8 @@ impl<'a> Writer<'a> {
         let count = image.sections().len();
         let end = image.sections().iter().map(Section::memory_end).max().unwrap_or(0);
         let address = u32::try_from(end).map_err(|_| UkiError::TooLarge("sections"))?;
-        let address = address.max(image.places.size_of_headers);
+        // What is behind its sections and belongs to the image all the same stays its own.
+        let address = address.max(image.places.size_of_headers).max(image.places.tables_end);
         let mut writer = Self { image, bytes, sections: count, address, code_bytes: 0, data_bytes: 0 };
         if let Some(index) = removed {
             writer.remove(index)?;

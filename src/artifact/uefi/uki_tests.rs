@@ -73,6 +73,19 @@ fn a_stubs_section_without_a_length_in_memory_keeps_its_addresses() {
 }
 
 #[test]
+fn a_table_behind_a_stubs_sections_keeps_its_addresses() {
+    let mut stub = sample::image(false);
+    // The exception table, of 256 bytes, far behind the last section.
+    let directory = sample::OPTIONAL + 112 + 8 * 3;
+    for (at, value) in [(sample::OPTIONAL + 56, 0x9000_u32), (directory, 0x8000), (directory + 4, 0x100)] {
+        sample::put(&mut stub, at, &value.to_le_bytes());
+    }
+    let bytes = write(&stub, &parts(&sample::image(false), &[b"initrd"])).expect("a stub with room");
+    let uki = Uki::read(&bytes).expect("the table is in the image");
+    assert_eq!(uki.image().sections()[OWN].virtual_address, 0x9000);
+}
+
+#[test]
 fn a_stub_that_is_signed_or_full_or_cannot_be_revoked_is_refused() {
     let kernel = sample::image(false);
     let initrds: &[&[u8]] = &[b"initrd"];

@@ -15,7 +15,7 @@ use kiln_virtio::fs::record::Kind as FileKind;
 use super::BuildError;
 use crate::cache::verify::shown;
 use crate::plan::Outputs;
-use crate::store::Store;
+use crate::store::{Room, Store};
 use crate::writes::{self, Act, Folder, Through};
 
 /// The mode of a view's top, where nothing says another.
@@ -82,7 +82,14 @@ pub(super) fn write(
     let area = store.temporary();
     let folder = Folder::new_in(&area, "view-");
     let folder = folder.map_err(|source| BuildError::Io { what: "make a folder in", path: area, source })?;
-    let mut room = Some(|| reserve(tree, store));
+    // For all contents, from the first that is not cloned on.
+    let mut room = None;
+    let mut take_room = || {
+        if room.is_none() {
+            room = reserve(tree, store)?;
+        }
+        Ok(())
+    };
     for (path, node) in tree.iter().filter(|(path, _)| !path.is_root()) {
         let place = folder.join(OsStr::from_bytes(path.as_bytes()));
         let node = tree.shown(path).unwrap_or(node);
@@ -90,7 +97,7 @@ pub(super) fn write(
         let done = match &node.kind {
             Kind::Directory => writes::make_folder(&place, 0o700),
             Kind::Symlink(text) => writes::make_link(OsStr::from_bytes(text), &place),
-            Kind::File { digest, .. } => match copy(store, digest, &place, mode, &mut room) {
+            Kind::File { digest, .. } => match copy(store, digest, &place, mode, &mut take_room) {
                 Ok(true) => Ok(()),
                 Ok(false) => {
                     let (step, path) = (owner(path), path.to_string());
@@ -117,9 +124,9 @@ pub(super) fn write(
 }
 
 /// Takes room for copies of all contents of `tree`, which are in use from here on, so that none goes for another.
-fn reserve(tree: &Tree, store: &Store) -> io::Result<()> {
+fn reserve(tree: &Tree, store: &Store) -> io::Result<Option<Room>> {
     if !store.has_limit() {
-        return Ok(());
+        return Ok(None);
     }
     let mut bytes = 0;
     for (_, node) in tree.iter() {
@@ -129,17 +136,17 @@ fn reserve(tree: &Tree, store: &Store) -> io::Result<()> {
             bytes += size.next_multiple_of(4096);
         }
     }
-    store.reserve(bytes)
+    store.reserve(bytes).map(Some)
 }
 
-/// Copies a blob, by cloning where the file system can; before the first that is not cloned, `room` is taken for all. False where
-/// the store does not have it as it was.
+/// Copies a blob, by cloning where the file system can; where it cannot, room is taken first. False where the store does not
+/// have it as it was.
 fn copy(
     store: &Store,
     digest: &Digest,
     place: &Path,
     mode: u32,
-    room: &mut Option<impl FnOnce() -> io::Result<()>>,
+    take_room: impl FnOnce() -> io::Result<()>,
 ) -> io::Result<bool> {
     let source = match store.blobs().file(digest) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
@@ -151,7 +158,7 @@ fn copy(
         // What was cloned is what is read here, and nobody can write it any more.
         Digest::of_reader(File::open(place)?)?.0 == *digest
     } else {
-        room.take().map_or(Ok(()), |take| take())?;
+        take_room()?;
         let mut reader = HashingReader::new(source);
         io::copy(&mut reader, &mut Through::new(&target, place))?;
         reader.finish().0 == *digest

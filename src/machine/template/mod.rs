@@ -21,6 +21,7 @@ pub(super) mod greeting;
 pub(super) mod key;
 pub(super) mod ram;
 
+use std::any::Any;
 use std::fmt;
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -63,8 +64,11 @@ const BARREN: Duration = Duration::from_secs(600);
 const KVM_REFUSED: [&str; 3] =
     ["Could not access KVM", "ioctl(KVM_CREATE_VM) failed", "failed to initialize kvm"];
 
+/// Room that is held while what it is for is written.
+pub type Room = Box<dyn Any + Send>;
+
 /// Asked for room for so many bytes before they are written.
-type Reserve = Arc<dyn Fn(u64) -> io::Result<()> + Send + Sync>;
+type Reserve = Arc<dyn Fn(u64) -> io::Result<Room> + Send + Sync>;
 
 /// A place for templates.
 #[derive(Clone)]
@@ -261,12 +265,12 @@ fn stand_in(spec: &Spec, temporary: &Path) -> io::Result<Option<Spec>> {
 impl Templates {
     /// Templates that are kept in `folder`, and made in `temporary`, a folder on the same file system.
     pub fn new(folder: PathBuf, temporary: PathBuf) -> Self {
-        Self { folder, temporary, reserve: Arc::new(|_| Ok(())) }
+        Self { folder, temporary, reserve: Arc::new(|_| Ok(Box::new(()))) }
     }
 
     /// The same, where `reserve` is asked for room for a template, in bytes, before it is written. What that refuses is not kept.
     #[must_use]
-    pub fn with_room(self, reserve: impl Fn(u64) -> io::Result<()> + Send + Sync + 'static) -> Self {
+    pub fn with_room(self, reserve: impl Fn(u64) -> io::Result<Room> + Send + Sync + 'static) -> Self {
         Self { reserve: Arc::new(reserve), ..self }
     }
 
@@ -360,7 +364,7 @@ impl Templates {
             return Err(TemplateError::Barren);
         }
         // Where there is no room at all nothing is booted for it.
-        (self.reserve)(1).map_err(TemplateError::io("keep a template"))?;
+        drop((self.reserve)(1).map_err(TemplateError::io("keep a template"))?);
         let mut made = self.make(freezer, spec, key, true);
         if let Err(why) = &made
             && why.is_chance()
@@ -424,7 +428,7 @@ impl Templates {
         }
         // What of its memory is not zero, and its state, which is small.
         let bytes = ram.metadata().map_err(io("keep a template"))?.blocks() * 512;
-        (self.reserve)(bytes).map_err(io("keep a template"))?;
+        let _room = (self.reserve)(bytes).map_err(io("keep a template"))?;
         files::write(folder.path(), &key.to_string(), &ram, &version).map_err(io("keep a template"))?;
         files::publish(folder, &self.folder.join(key.to_string())).map_err(io("keep a template"))
     }
@@ -619,7 +623,7 @@ mod tests {
         let templates = Templates::new(place.path().join("templates"), place.path().to_owned())
             // Not for all of it.
             .with_room(|bytes| match bytes {
-                1 => Ok(()),
+                1 => Ok(Box::new(())),
                 bytes => Err(io::Error::other(format!("no room for {bytes} bytes"))),
             });
         let freezer = Failing { freezing: None, thawing: damaged };

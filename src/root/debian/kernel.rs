@@ -5,9 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 
 use kiln_artifact::tree::{Builder, Kind, Meta, Node, PathError, Timestamp, Tree, TreeError, TreePath};
 use kiln_digest::Digest;
@@ -247,17 +244,10 @@ pub fn module_infos(
             _ => None,
         })
         .collect();
-    let next = AtomicUsize::new(0);
-    // Protects what the threads have read so far.
-    let infos = Mutex::new(Vec::new());
-    let count = thread::available_parallelism().map_or(1, usize::from).min(4);
-    threads::share(count, "modules", || {
-        while let Some((path, digest)) = modules.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let info = module_info(blobs, path, digest).map(|info| (below(path, folder), info));
-            infos.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(info);
-        }
-    });
-    infos.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner).into_iter().collect()
+    let info = |(path, digest): &(&TreePath, &Digest)| {
+        module_info(blobs, path, digest).map(|info| (below(path, folder), info))
+    };
+    Ok(threads::map(&modules, "modules", info)?.into_iter().collect())
 }
 
 fn module_info(blobs: &Blobs, path: &TreePath, digest: &Digest) -> Result<ModuleInfo, KernelError> {

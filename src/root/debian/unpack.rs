@@ -7,9 +7,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 
 use kiln_artifact::archive::tar::TarError;
 use kiln_artifact::tree::{Builder, Kind, Meta, Node, PathError, Timestamp, Tree, TreeError, TreePath};
@@ -152,30 +149,12 @@ pub fn read(locked: &LockedPackage, blobs: &Blobs) -> Result<Deb, UnpackError> {
 
 /// Reads all `packages`, several at once, in the order given.
 fn read_all(packages: &[LockedPackage], blobs: &Blobs) -> Result<Vec<Deb>, UnpackError> {
-    let count = thread::available_parallelism().map_or(1, usize::from).min(4);
     // Large packages first, so that no thread is left with the largest at the end.
     let mut order: Vec<usize> = (0..packages.len()).collect();
     order.sort_by_key(|&index| std::cmp::Reverse(packages[index].size));
-    let next = AtomicUsize::new(0);
-    let stop = AtomicUsize::new(0);
-    // Protects what the threads have read so far.
-    let read_so_far = Mutex::new(BTreeMap::new());
-    threads::share(count, "unpack", || {
-        while stop.load(Ordering::Relaxed) == 0
-            && let Some(&index) = order.get(next.fetch_add(1, Ordering::Relaxed))
-        {
-            let deb = read(&packages[index], blobs);
-            stop.fetch_or(usize::from(deb.is_err()), Ordering::Relaxed);
-            read_so_far.lock().unwrap_or_else(std::sync::PoisonError::into_inner).insert(index, deb);
-        }
-    });
-    let mut read_so_far = read_so_far.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Some(index) = read_so_far.iter().find(|(_, deb)| deb.is_err()).map(|(index, _)| *index)
-        && let Some(Err(error)) = read_so_far.remove(&index)
-    {
-        return Err(error);
-    }
-    read_so_far.into_values().collect()
+    let read = |&index: &usize| read(&packages[index], blobs).map(|deb| (index, deb));
+    let read: BTreeMap<usize, Deb> = threads::map(&order, "unpack", read)?.into_iter().collect();
+    Ok(read.into_values().collect())
 }
 
 /// The tree of `packages`, which are sorted by name. What kiln itself writes is dated `epoch` (seconds since

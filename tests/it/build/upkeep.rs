@@ -137,12 +137,67 @@ fn what_is_used_by_another_kiln_stays_when_it_was_old() {
 #[test]
 fn a_store_that_is_full_of_what_is_in_use_says_so_with_numbers() {
     let world = world();
-    set_limit(&world.store, 4096);
+    set_limit(&world.store, 4096).expect("a store");
     let error = world.store.reserve(100_000).expect_err("no room").to_string();
     assert!(error.contains("4096") && error.contains("store-limit"), "{error}");
     let built = world.store.blobs().put(&[0; 100_000][..]);
     let error = built.expect_err("no room").to_string();
     assert!(error.contains("4096") && error.contains("store-limit"), "{error}");
+}
+
+#[test]
+fn kilns_that_share_a_store_do_not_write_into_each_others_room() {
+    const LIMIT: u64 = 1 << 20;
+    let world = world();
+    let others: Vec<Store> = (0..3).map(|_| Store::open(world.store.path()).expect("a store")).collect();
+    for store in &others {
+        set_limit(store, LIMIT).expect("a store");
+    }
+    // One has said that it writes most of it, and has not begun; another may write a little ahead.
+    let room = others[0].reserve(LIMIT * 3 / 4).expect("an empty store");
+    others[1].blobs().put(&[1; 1000][..]).expect("room");
+    let refused = others[2].reserve(LIMIT / 4).expect_err("what is left is taken").to_string();
+    assert!(refused.contains("are free"), "{refused}");
+    let total = |store: &Store| Census::take(store).expect("a store").total();
+    assert!((LIMIT * 3 / 4..=LIMIT).contains(&total(&others[2])));
+    // What was not needed after all is free again, and so is what a process had that ended.
+    drop(room);
+    drop(others[2].reserve(LIMIT / 2).expect("room again"));
+    let left = others.into_iter().next().expect("the first");
+    assert!(total(&left) < LIMIT / 4);
+    left.reserve(LIMIT * 3 / 4).map(drop).expect("all but what is there");
+}
+
+#[test]
+fn many_kilns_at_once_stay_below_the_ceiling_together() {
+    const LIMIT: u64 = 8 << 20;
+    let world = world();
+    let store = &world.store;
+    std::thread::scope(|scope| {
+        for writer in 0..4_u8 {
+            scope.spawn(move || {
+                let store = Store::open(store.path()).expect("a store");
+                set_limit(&store, LIMIT).expect("a store");
+                for number in 0..40_u8 {
+                    // In use until this one ends, so that at some time there is no more room.
+                    let put = store.blobs().put(&[writer, number].repeat(60_000)[..]);
+                    if let Err(error) = put {
+                        assert!(error.to_string().contains("store-limit"), "{error}");
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            for _ in 0..20 {
+                let blobs = Census::take(store).expect("a store").total();
+                assert!(blobs <= LIMIT, "{blobs} bytes");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+    });
+    let blobs = files(&store.path().join("blobs")).expect("a store");
+    let bytes: u64 = blobs.iter().map(|path| fs::metadata(path).expect("a blob").len()).sum();
+    assert!((LIMIT / 2..=LIMIT).contains(&bytes), "{bytes} bytes of blobs");
 }
 
 #[test]

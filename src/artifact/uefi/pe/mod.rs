@@ -179,6 +179,8 @@ pub(super) struct Places {
     pub file_alignment: u32,
     pub size_of_image: u32,
     pub size_of_headers: u32,
+    /// Where the last of the tables that data directories name ends in memory.
+    pub tables_end: u32,
 }
 
 impl<'a> Image<'a> {
@@ -337,14 +339,16 @@ impl Headers {
             file_alignment: le32(bytes, optional + 36, OPTIONAL)?,
             size_of_image: le32(bytes, optional + 56, OPTIONAL)?,
             size_of_headers: le32(bytes, optional + 60, OPTIONAL)?,
+            tables_end: 0,
         };
-        let headers = Self { places, sections };
-        headers.check(bytes, optional, directories)?;
+        let mut headers = Self { places, sections };
+        headers.check(bytes, optional)?;
+        headers.places.tables_end = headers.tables_end(bytes, optional, directories)?;
         Ok(headers)
     }
 
     /// The relations between fields of the optional header, which begins at `optional`.
-    fn check(&self, bytes: &[u8], optional: usize, directories: usize) -> Result<(), PeError> {
+    fn check(&self, bytes: &[u8], optional: usize) -> Result<(), PeError> {
         const OPTIONAL: &str = "optional header";
         let Places { section_alignment, file_alignment, size_of_image, size_of_headers, .. } = self.places;
         // 32 is what images of EDK II have, which are not padded to a disk's sectors.
@@ -380,19 +384,22 @@ impl Headers {
         if size_of_image <= size_of_headers {
             return Err(field("SizeOfImage", size_of_image, "it must be above SizeOfHeaders"));
         }
+        Ok(())
+    }
+
+    /// Where the tables end that the first `directories` data directories name, all of which lie in the image.
+    fn tables_end(&self, bytes: &[u8], optional: usize, directories: usize) -> Result<u32, PeError> {
+        const OPTIONAL: &str = "optional header";
+        let mut last = 0;
         for index in (0..directories).filter(|index| *index != CERTIFICATE_TABLE) {
             let at = optional + FIXED_BYTES + 8 * index;
-            let begin = u64::from(le32(bytes, at, OPTIONAL)?);
-            let end = begin + u64::from(le32(bytes, at + 4, OPTIONAL)?);
-            if end > u64::from(size_of_image) {
-                return Err(field(
-                    "data directory",
-                    index,
-                    "that directory's table lies outside SizeOfImage",
-                ));
-            }
+            let end = le32(bytes, at, OPTIONAL)?.checked_add(le32(bytes, at + 4, OPTIONAL)?);
+            let end = end.filter(|end| *end <= self.places.size_of_image).ok_or_else(|| {
+                field("data directory", index, "that directory's table lies outside SizeOfImage")
+            })?;
+            last = last.max(end);
         }
-        Ok(())
+        Ok(last)
     }
 }
 
