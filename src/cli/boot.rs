@@ -85,9 +85,9 @@ pub(super) struct BootArguments {
     /// Memory of the machine
     #[arg(long, value_name = "SIZE", default_value = "1G")]
     memory: String,
-    /// Processors of the machine
-    #[arg(long, value_name = "N", default_value = "2", value_parser = clap::value_parser!(u16).range(1..=64))]
-    cpus: u16,
+    /// Processors of the machine; without it 2, and where they are emulated 1
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    cpus: Option<u16>,
     /// Let the guest reach the host's network
     #[arg(long)]
     network: bool,

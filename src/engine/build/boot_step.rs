@@ -36,8 +36,6 @@ use crate::writes::Folder;
 const FORMAT: u32 = 1;
 /// Memory of the machine, where the recipe does not say.
 const MEMORY_BYTES: u64 = 1 << 30;
-/// Processors of the machine, where the recipe does not say.
-const CPUS: u16 = 2;
 /// The private key for ssh below SECRETS.
 const SSH_KEY: &str = "root.key";
 /// What its key calls that.
@@ -328,7 +326,7 @@ impl<R: Runner> Worker<'_, '_, R> {
             vars: None,
             tpm: None,
             memory_bytes: memory_bytes(step),
-            cpus: step.limits.cpus.unwrap_or(CPUS),
+            cpus: step.limits.cpus,
             network: false,
             ssh: wants_ssh(&parts.statements).then(|| SshChoice {
                 user: "root".to_owned(),

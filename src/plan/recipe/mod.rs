@@ -183,7 +183,7 @@ pub struct LimitsTable {
     /// Memory of the machine.
     #[schemars(with = "Option<String>")]
     pub memory: Option<Text>,
-    /// Processors of the machine; the host's unless said.
+    /// Processors of the machine; the host's unless said, and of a boot two, or one where they are emulated.
     #[schemars(with = "Option<u16>")]
     pub cpus: Option<Spanned<u16>>,
     /// Space for what the command writes, beyond memory.
