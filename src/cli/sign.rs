@@ -12,7 +12,7 @@ use super::{FAILED, Failure, USAGE};
 use crate::apart::{self, Kept};
 use crate::clock;
 use crate::settings::Settings;
-use crate::sign::images::Source;
+use crate::sign::images::{Source, Written};
 use crate::sign::keys::{KeyError, Keys};
 use crate::sign::local::{Local, LocalError, Origin};
 use crate::sign::make::{self, MakeError};
@@ -26,6 +26,7 @@ Examples:
   kiln sign --init                        make PK, KEK, db and the mesh's root key in SECRETS
   kiln sign -n                            check the parts in WORK, and say what would be signed
   kiln sign                               assemble and sign them
+  kiln sign --verify                      hold what was signed against the parts, the keys and the configuration
   kiln sign --host alice                  with what SECRETS/hosts/alice/local has, too
   kiln sign --work /mnt/copy              in a copy of WORK; nothing else of the build is needed
   kiln sign --request out                 write what is to be signed, for keys that are elsewhere
@@ -46,6 +47,9 @@ pub(super) struct SignArguments {
     /// Check everything, say what would be signed, and sign nothing
     #[arg(long, short = 'n', conflicts_with = "init")]
     dry_run: bool,
+    /// Verify what was signed: the signatures, and that it is what would be signed now
+    #[arg(long, conflicts_with_all = ["init", "dry_run", "request", "signatures"])]
+    verify: bool,
     /// Where the images and their record are [env: WORK]
     #[arg(long, value_name = "DIR")]
     pub work: Option<PathBuf>,
@@ -103,6 +107,11 @@ pub(super) fn sign(arguments: &SignArguments, settings: &Settings) -> Result<Exi
         note(&format!("nothing is configured for host {host:?}: its image has what all hosts have"));
     }
     let roots = work.verify()?;
+    if let Some(keys) = keys.as_ref().filter(|_| arguments.verify) {
+        list(&work.verify_signed(&roots, &local, keys)?);
+        note(&format!("{} by {}", images("verified", &work), signer(keys)));
+        return Ok(ExitCode::SUCCESS);
+    }
     if arguments.dry_run {
         work.check(&roots, &local)?;
     }
@@ -111,7 +120,7 @@ pub(super) fn sign(arguments: &SignArguments, settings: &Settings) -> Result<Exi
         note("everything is as it was built; nothing was signed");
         return Ok(ExitCode::SUCCESS);
     };
-    let by = keys.db().certificate().tbs_certificate().subject().to_string();
+    let by = signer(keys);
     if let Some(folder) = &arguments.request {
         for name in work.request(&roots, &local, keys.db(), folder)? {
             line(&folder.join(name).display().to_string());
@@ -120,12 +129,26 @@ pub(super) fn sign(arguments: &SignArguments, settings: &Settings) -> Result<Exi
         return Ok(ExitCode::SUCCESS);
     }
     let source = arguments.signatures.as_deref().map_or(Source::Keys, Source::Folder);
-    for file in work.sign(&roots, &local, keys, source)? {
+    list(&work.sign(&roots, &local, keys, source)?);
+    note(&format!("{} by {by}", images("signed", &work)));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Whose signatures db's are.
+fn signer(keys: &Keys) -> String {
+    keys.db().certificate().tbs_certificate().subject().to_string()
+}
+
+fn list(files: &[Written]) {
+    for file in files {
         line(&format!("{} {:>9} {}", file.sha256, file.size_bytes, file.path));
     }
+}
+
+/// What was `done` to how many images.
+fn images(done: &str, work: &Work) -> String {
     let count = work.record.kernels.len() + work.record.unified.len();
-    note(&format!("signed {count} image{} by {by}", if count == 1 { "" } else { "s" }));
-    Ok(ExitCode::SUCCESS)
+    format!("{done} {count} image{}", if count == 1 { "" } else { "s" })
 }
 
 /// The keys; none where there are none and they are not needed. The first signing makes them.
@@ -137,7 +160,10 @@ fn open_keys(arguments: &SignArguments, settings: &Settings, now: Duration) -> R
             return Ok(None);
         }
         Err(KeyError::None(_))
-            if arguments.request.is_none() && arguments.signatures.is_none() && make::is_blank(secrets) =>
+            if arguments.request.is_none()
+                && arguments.signatures.is_none()
+                && !arguments.verify
+                && make::is_blank(secrets) =>
         {
             note(&format!("SECRETS ({}) is empty: this makes keys first", secrets.display()));
             init(arguments, settings, now)?;

@@ -132,6 +132,18 @@ pub enum SignError {
     /// It has a signature, which would count beside ours.
     #[error("`{0}` has a signature already, and what is signed here has none")]
     Signed(String),
+    /// A signed image that cannot be verified.
+    #[error("`{file}` is not signed by these keys as it is")]
+    Verified {
+        /// The image.
+        file: String,
+        /// Why not.
+        #[source]
+        source: SignatureError,
+    },
+    /// What was signed or enrolled once, of other parts, keys or configuration.
+    #[error("`{0}` is not what these parts, keys and configuration make")]
+    Stale(String),
     /// The signature.
     #[error("cannot sign `{file}`")]
     Signature {
@@ -160,6 +172,7 @@ impl SignError {
             | Self::Verity { .. }
             | Self::Covered { .. } => Some("build again; if nobody changed it, ask who did".to_owned()),
             Self::Unified { source, .. } => source.hint().map(str::to_owned),
+            Self::Verified { .. } | Self::Stale(_) => Some("`kiln sign` signs it anew".to_owned()),
             Self::Signature { source: SignatureError::NotOverThis { .. }, .. } => Some(
                 "ask for signatures again (`--request`): keys, WORK or configuration have changed since"
                     .to_owned(),

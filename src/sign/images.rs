@@ -14,7 +14,7 @@ use super::error::SignError;
 use super::folder::{Folder, put};
 use super::keys::Keys;
 use super::local::Local;
-use super::work::{Roots, Work};
+use super::work::{IMAGE_BYTES_MAX, Roots, Work};
 use crate::threads;
 
 /// Of 16,384 bits at most.
@@ -61,6 +61,47 @@ impl Work {
             parse(*target, &bytes).map(drop)
         };
         threads::map(&targets, "check", check).map(drop)
+    }
+
+    /// Holds every signed image in WORK against what would be signed now, its signature against db's certificate, and the enrolment files
+    /// against the keys. Returns the list of what it found so, by path.
+    ///
+    /// # Errors
+    /// [`SignError`].
+    pub fn verify_signed(
+        &self,
+        roots: &Roots,
+        local: &Local<'_>,
+        keys: &Keys,
+    ) -> Result<Vec<Written>, SignError> {
+        let mut found = Vec::new();
+        for (name, bytes) in keys.public()? {
+            let path = format!("{}/{name}", self.record.keys);
+            if self.folder.read(Path::new(&path), bytes.len() as u64)? != bytes {
+                return Err(SignError::Stale(path));
+            }
+            found.push(Written::of(path, &bytes));
+        }
+        let targets: Vec<_> = self.targets().collect();
+        let signed = threads::map(&targets, "verify", |&target| {
+            let unsigned = self.unsigned(target, roots, local)?;
+            let wanted = authenticode::digest(&parse(target, &unsigned)?);
+            let verified = target.signed().iter().map(|path| {
+                let failed = |source| SignError::Verified { file: path.clone(), source };
+                let bytes = self.folder.read(Path::new(path), IMAGE_BYTES_MAX)?;
+                let image = Image::parse(&bytes).map_err(SignatureError::Image).map_err(failed)?;
+                authenticode::verify(&image, keys.db()).map_err(failed)?;
+                // By its signature it is what was signed once.
+                let is_current = authenticode::digest(&image) == wanted;
+                is_current
+                    .then(|| Written::of(path.clone(), &bytes))
+                    .ok_or_else(|| SignError::Stale(path.clone()))
+            });
+            verified.collect::<Result<Vec<_>, SignError>>()
+        })?;
+        found.extend(signed.into_iter().flatten());
+        found.sort();
+        Ok(found)
     }
 
     /// Writes what is to be signed by `signer` into `folder`, a file an image, and returns their names.

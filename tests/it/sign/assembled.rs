@@ -366,3 +366,35 @@ fn a_copy_of_work_is_signed_on_a_host_with_nothing_but_kiln_and_the_keys() {
     built.has_signed_nothing();
     held("sign-offline");
 }
+
+#[test]
+fn what_was_signed_is_verified_until_anything_of_it_is_another() {
+    let built = Built::with_keys();
+    built.sign(&["--verify"]).fails(1, &["KEYS", "No such file"]);
+    let signed = built.sign(&[]).succeeds().stdout.clone();
+    let verified = built.sign(&["--verify"]).succeeds().stdout.clone();
+    let files = |text: &str| -> Vec<String> {
+        text.lines().filter(|line| line.len() > 64 && !line.contains("->")).map(str::to_owned).collect()
+    };
+    assert_eq!(files(&verified), files(&signed));
+    assert!(files(&verified).len() > PLACES.len());
+    // The image, a byte of which is another; another one of the same keys; an enrolment file; and then as it was.
+    let image = built.work().join(PLACES[0]);
+    let good = fs::read(&image).expect("signed");
+    let mut flipped = good.clone();
+    flipped[good.len() / 2] ^= 1;
+    fs::write(&image, flipped).expect("room");
+    built.sign(&["--verify"]).fails(1, &[PLACES[0], "is not signed by these keys as it is"]);
+    built.secret("local/hostname", b"another");
+    fs::write(&image, &good).expect("room");
+    built
+        .sign(&["--verify"])
+        .fails(1, &["is not what these parts, keys and configuration make", "kiln sign"]);
+    fs::remove_file(built.host.path("secrets/local/hostname")).expect("there");
+    let enrolment = built.work().join("boot/efi/KEYS/db.auth");
+    let own = fs::read(&enrolment).expect("published");
+    fs::write(&enrolment, b"another").expect("room");
+    built.sign(&["--verify"]).fails(1, &["KEYS/db.auth"]);
+    fs::write(&enrolment, own).expect("room");
+    built.sign(&["--verify"]).succeeds();
+}
