@@ -11,6 +11,7 @@ mod hostile;
 mod lists;
 mod made;
 mod many;
+mod others;
 mod racer;
 
 use std::fs;
