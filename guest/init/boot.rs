@@ -145,11 +145,16 @@ pub trait System {
     fn initrd_file(&mut self, path: &str) -> Option<Vec<u8>>;
     /// The partitions that are there now.
     fn volumes(&mut self) -> Vec<Volume>;
-    /// Mounts a partition as the one that is booted from.
+    /// Mounts a partition as the one that may be booted from, to be read only: it may be somebody else's.
     ///
     /// # Errors
     /// It cannot be mounted.
     fn mount_volume(&mut self, device: &str) -> Result<(), String>;
+    /// Lets it be written to, now that it is known to be ours.
+    ///
+    /// # Errors
+    /// It cannot be, as a stick that is protected.
+    fn write_volume(&mut self) -> Result<(), String>;
     /// Takes it away again, unless it is in use.
     fn unmount_volume(&mut self);
     /// A small file on the partition.
@@ -288,7 +293,9 @@ pub fn fail(system: &mut dyn System, fatal: &Fatal) {
         // No partition was taken. One that was passed over is where somebody will look.
         let volumes = system.volumes();
         let mut slots = volumes.iter().filter(|volume| efi::LABELS.contains(&volume.label.as_str()));
-        if let Some(slot) = slots.find(|slot| system.mount_volume(&slot.device).is_ok()) {
+        if let Some(slot) = slots.find(|slot| system.mount_volume(&slot.device).is_ok())
+            && system.write_volume().is_ok()
+        {
             system.say(&format!("Leaving logs on {slot}"));
         }
     }
@@ -409,6 +416,8 @@ fn try_volume(
     if result.is_err() {
         system.close();
         system.unmount_volume();
+    } else if let Err(why) = system.write_volume() {
+        system.say(&format!("No logs on {volume}: {why}"));
     }
     result
 }

@@ -18,6 +18,10 @@ struct Played {
     root: Vec<&'static str>,
     written: BTreeMap<String, Vec<u8>>,
     mounted: Option<String>,
+    /// Partitions that were made writable.
+    writable: Vec<String>,
+    /// That cannot be.
+    protected: Vec<&'static str>,
     opened: Vec<(String, RootHash)>,
     time: Duration,
     /// Files that verity refuses.
@@ -70,6 +74,14 @@ impl System for Played {
     fn mount_volume(&mut self, device: &str) -> Result<(), String> {
         assert_eq!(self.mounted, None, "one at a time");
         self.mounted = Some(device.to_owned());
+        Ok(())
+    }
+    fn write_volume(&mut self) -> Result<(), String> {
+        let device = self.mounted.clone().expect("one that is mounted");
+        if self.protected.iter().any(|protected| *protected == device) {
+            return Err("it is protected".to_owned());
+        }
+        self.writable.push(device);
         Ok(())
     }
     fn unmount_volume(&mut self) {
@@ -195,6 +207,20 @@ fn without_a_partition_it_waits_and_then_fails_without_a_hang() {
     assert_eq!(played.logged_on, None, "there is no partition");
     assert!(played.said.iter().any(|line| line.starts_with("FAILED: ")));
     assert!(played.said.iter().any(|line| line == "Rebooting in 20 sec"));
+}
+
+#[test]
+fn only_the_partition_that_is_booted_from_is_written_to_and_it_need_not_be() {
+    let mut played = machine(0x1001);
+    // In front of it, and somebody else's.
+    played.partitions.insert("sda1", ("BOOTA", files(THEIRS)));
+    start(&mut played, "").expect("it boots");
+    assert_eq!(played.writable, ["vda1"]);
+    let mut played = machine(0x1001);
+    played.protected.push("vda1");
+    start(&mut played, "").expect("it boots");
+    assert_eq!((played.mounted.as_deref(), played.writable), (Some("vda1"), vec![]));
+    assert!(played.said.iter().any(|line| line.starts_with("No logs on vda1")), "{:?}", played.said);
 }
 
 #[test]

@@ -9,7 +9,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use rustix::fs::{CWD, Mode, OFlags};
-use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind_recursive, mount_move, unmount};
+use rustix::mount::{
+    MountFlags, UnmountFlags, mount, mount_bind_recursive, mount_move, mount_remount, unmount,
+};
 use rustix::system::{RebootCommand, finit_module, reboot};
 
 use crate::boot::{Image, Loaded, Role, System, Volume};
@@ -21,6 +23,8 @@ use crate::verity::{OnCorruption, SUPERBLOCK_BYTES, Superblock, tables_start};
 
 /// Where the partition that is booted from is mounted.
 const VOLUME: &str = "/boot/efi";
+/// How.
+const VOLUME_FLAGS: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 /// Where images and layers are mounted.
 const PLACE: &str = "/initos";
 /// Where the root is put together.
@@ -245,9 +249,13 @@ impl System for Linux {
 
     fn mount_volume(&mut self, device: &str) -> Result<(), String> {
         folder(VOLUME)?;
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
         let source = format!("/dev/{device}");
+        let flags = VOLUME_FLAGS | MountFlags::RDONLY;
         mount(source.as_str(), VOLUME, "vfat", flags, NO_OPTIONS).map_err(words("it cannot be mounted"))
+    }
+
+    fn write_volume(&mut self) -> Result<(), String> {
+        mount_remount(VOLUME, VOLUME_FLAGS, c"").map_err(words("it cannot be written to"))
     }
 
     fn unmount_volume(&mut self) {
