@@ -133,7 +133,6 @@ pub fn map<T: Sync, R: Send, E: Send>(
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
 
     #[test]

@@ -150,8 +150,10 @@ impl Limit {
         let mut ceiling = self.ceiling.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(ceiling) = ceiling.as_mut() {
             ceiling.take(wanted_bytes)?;
-            ceiling.reserved_bytes = ceiling.reserved_bytes.saturating_add(wanted_bytes);
-            say(&ceiling.shown.reserved, ceiling.reserved_bytes)?;
+            // Counted once it is said: where that fails there is no room to give back.
+            let reserved_bytes = ceiling.reserved_bytes.saturating_add(wanted_bytes);
+            say(&ceiling.shown.reserved, reserved_bytes)?;
+            ceiling.reserved_bytes = reserved_bytes;
             say(&ceiling.shown.ahead, ceiling.free_bytes)?;
         }
         Ok(Room { limit: Arc::clone(self), bytes: wanted_bytes })

@@ -1,4 +1,4 @@
-//! Sets of keys that kiln did not make: of other lengths and kinds, by OpenSSL and efitools.
+//! Sets of keys that kiln did not make: of other lengths, by OpenSSL and efitools.
 
 use super::built::shell;
 use super::{Signing, judge};
