@@ -22,9 +22,13 @@ mod initos;
 #[path = "../judge/schema.rs"]
 mod judge;
 mod uki;
+#[path = "../unsigned/mod.rs"]
+mod unsigned;
+mod verdicts;
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use acceptance::held;
 use host::{Host, Told};
@@ -37,6 +41,11 @@ fn boot(host: &Host, arguments: &[&str], script: &[&str]) -> Told {
         kiln.args(["-e", statement]);
     }
     host.end(&mut kiln, &[])
+}
+
+fn shell(folder: &Path, script: &str) {
+    let output = Command::new("sh").args(["-euc", script]).current_dir(folder).output().expect("sh");
+    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 fn is_png(path: &Path) -> bool {

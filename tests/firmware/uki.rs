@@ -5,10 +5,9 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::OnceLock;
 
-use super::host;
+use super::{host, shell};
 
 const INIT: &str = "#!/bin/busybox sh
 for path in proc sys dev; do /bin/busybox mkdir -p /$path; done
@@ -49,11 +48,6 @@ for module in failover net_failover virtio_net; do /bin/busybox insmod /$module.
 /bin/busybox ip addr add 10.0.2.15/24 dev eth0
 /usr/sbin/dropbear -r /etc/host_key && echo 'NET UP'
 ";
-
-fn shell(folder: &Path, script: &str) {
-    let output = Command::new("sh").args(["-euc", script]).current_dir(folder).output().expect("sh");
-    assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
-}
 
 /// The folder with everything, made once in each run of the tests.
 fn place() -> &'static Path {

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::ops::Deref;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -33,8 +32,18 @@ impl Host {
 
     /// Writes a shell script that can be executed.
     pub fn script(&self, name: &str, text: &str) -> PathBuf {
-        let path = self.file(name, format!("#!/bin/sh\n{text}\n"));
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a mode");
+        let script = self.file(&format!("{name}.text"), format!("#!/bin/sh\n{text}\n"));
+        let path = self.executable(name, &script);
+        fs::remove_file(script).expect("it was written");
+        path
+    }
+
+    /// A copy of a program. Another process writes it: what this one has open, whatever other tests start at that moment
+    /// has open too until its execve(2), and a file that is open for writing cannot be executed.
+    pub fn executable(&self, name: &str, from: &Path) -> PathBuf {
+        let path = self.path(name);
+        let copied = Command::new("install").args(["-D", "-m", "755"]).args([from, &path]).status();
+        assert!(copied.expect("coreutils").success(), "{name} cannot be written");
         path
     }
 

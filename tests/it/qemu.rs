@@ -98,9 +98,8 @@ fn a_missing_agent_is_named_with_the_command_that_builds_it() {
     let host = host();
     let qemu = host.script("qemu", "exit 1");
     // Away from the build's own folder, where an agent may lie beside kiln.
-    fs::create_dir_all(host.path("bin")).expect("a folder");
-    fs::copy(env!("CARGO_BIN_EXE_kiln"), host.path("bin/kiln")).expect("room");
-    let mut command = host.program(&host.path("bin/kiln"));
+    let kiln = host.executable("bin/kiln", Path::new(env!("CARGO_BIN_EXE_kiln")));
+    let mut command = host.program(&kiln);
     command.env("KILN_QEMU", qemu).args(["run", "--kernel", "kernel", "--root", "dir:root", "--", "true"]);
     Told::by(&mut command).fails(3, &["agent", "KILN_AGENT"]).hints(&["ci/build"]);
 }

@@ -36,8 +36,7 @@ fn limited(host: &Host, user: u32, kiln: &Command, processes: u32) -> Told {
 fn host() -> Host {
     let host = Host::new();
     fs::set_permissions(host.root(), fs::Permissions::from_mode(0o755)).expect("it is ours");
-    let kiln = host.path("kiln");
-    fs::copy(env!("CARGO_BIN_EXE_kiln"), &kiln).expect("room");
+    host.executable("kiln", Path::new(env!("CARGO_BIN_EXE_kiln")));
     host.file("kernel", super::qemu::kernel());
     host.file("agent", "an agent");
     host.file("root/etc/os-release", "ID=test");

@@ -13,6 +13,8 @@ mod made;
 mod many;
 mod others;
 mod racer;
+#[path = "../../unsigned/mod.rs"]
+mod unsigned;
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -21,15 +23,15 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use kiln::sign::make;
-use kiln::sign::record::{File, Record, Unified};
-use kiln_artifact::uefi::uki::{self, Parts};
+use kiln::sign::record::{File, Record};
 use kiln_digest::Digest;
+
+use unsigned::COMMAND_LINE;
 
 use super::host::{self, Host, Told};
 use crate::acceptance::held;
 
 const EFI: &str = "/usr/lib/systemd/boot/efi";
-const COMMAND_LINE: &str = "console=ttyS0 quiet";
 
 /// A host with one image to sign, and what it says of it.
 struct Signing {
@@ -49,15 +51,7 @@ impl Signing {
     }
 
     fn image(&mut self, name: &str, bytes: &[u8]) {
-        let file = format!("boot/{name}.efi");
-        fs::write(self.host.path("work").join(&file), bytes).expect("room");
-        let image = kiln_artifact::uefi::pe::Image::parse(bytes).expect("well formed");
-        let known = [".osrel", ".uname", ".cmdline", ".linux", ".initrd", ".sbat"];
-        let sections = image.sections().iter().filter(|section| known.contains(&section.name.as_str()));
-        let sections =
-            sections.map(|section| (section.name.clone(), Digest::of(image.content(section)))).collect();
-        let signed = format!("boot/efi/{}.EFI", name.to_uppercase());
-        self.record.unified.push(Unified { file, sha256: Digest::of(bytes), signed, sections });
+        unsigned::put(&self.host.path("work"), &mut self.record, name, bytes);
     }
 
     fn images(&mut self, bytes: &[u8]) {
@@ -66,8 +60,7 @@ impl Signing {
     }
 
     fn write(&self) {
-        let json = serde_json::to_vec_pretty(&self.record).expect("plain data");
-        fs::write(self.host.path("work/boot/record.json"), json).expect("room");
+        unsigned::write(&self.host.path("work"), &self.record);
     }
 
     fn sign(&self, arguments: &[&str]) -> Told {
@@ -100,15 +93,7 @@ fn unified(command_line: &str, initrd: &[u8]) -> Vec<u8> {
     let read = |name: &str| fs::read(Path::new(EFI).join(name)).expect("systemd-boot-efi is installed");
     // What firmware can start; nothing runs here.
     let (stub, kernel) = (read("linuxx64.efi.stub"), read("systemd-bootx64.efi"));
-    let parts = Parts {
-        os_release: None,
-        release: Some("6.12"),
-        command_line,
-        kernel: &kernel,
-        initrds: &[initrd],
-        sbat: None,
-    };
-    uki::write(&stub, &parts).expect("a stub with room")
+    unsigned::unified(&stub, &kernel, command_line, initrd)
 }
 
 fn judge(program: &str, arguments: &[&str], folder: &Path) -> String {
