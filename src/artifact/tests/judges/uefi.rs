@@ -120,7 +120,9 @@ fn stubs() -> Vec<Vec<u8>> {
     let read = |folder: &Path| fs::read(folder.join("linuxx64.efi.stub"));
     let own = read(Path::new(STUBS)).expect("systemd-boot-efi is installed");
     let next = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/judges/stub").join(&STUBS[1..]);
-    [Ok(own), read(&next)].into_iter().flatten().collect()
+    let next = read(&next)
+        .inspect_err(|_| eprintln!("skipped: no stub of another release: ci/setup brings one to Debian 12"));
+    [Ok(own), next].into_iter().flatten().collect()
 }
 
 #[test]
