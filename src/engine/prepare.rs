@@ -344,11 +344,7 @@ pub(super) fn describe(
         .map_err(|errno| io("draw a seed")(errno.into()))?;
     let clock = match step.clock {
         Clock::Fixed => kiln_wire::Clock { seconds: seconds(prepared)?, nanoseconds: 0 },
-        Clock::Host => {
-            let now = crate::clock::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-            let seconds = i64::try_from(now.as_secs()).unwrap_or_default();
-            kiln_wire::Clock { seconds, nanoseconds: now.subsec_nanos() }
-        }
+        Clock::Host => host_clock(),
     };
     let setup = Setup {
         seed,
@@ -386,6 +382,13 @@ pub(super) fn describe(
         rehearsal: rehearsal(&setup),
     };
     Ok((setup, exec, spec))
+}
+
+/// What a guest with the host's clock is told. It goes wrong from the moment at which it is taken.
+pub(super) fn host_clock() -> kiln_wire::Clock {
+    let now = crate::clock::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let seconds = i64::try_from(now.as_secs()).unwrap_or_default();
+    kiln_wire::Clock { seconds, nanoseconds: now.subsec_nanos() }
 }
 
 /// What a machine for such a step can rehearse; none where its root is a share.

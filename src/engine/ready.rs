@@ -48,7 +48,9 @@ impl Readiness {
         let (key, backend) = match &prepared.vmm {
             Some(vmm) => (vmm.ready_key(spec), OrderedBackend::Vmm),
             None => {
-                let (program, kvm) = (prepared.qemu.program().to_owned(), prepared.qemu.uses_kvm());
+                // A keeper is elsewhere.
+                let program = std::path::absolute(prepared.qemu.program()).ok()?;
+                let kvm = prepared.qemu.uses_kvm();
                 (prepared.qemu.ready_key(spec), OrderedBackend::Qemu { program, kvm })
             }
         };
@@ -93,7 +95,7 @@ impl Readiness {
         let loan = Registry::open(&host.store.run()).ok()?.borrow(&self.key)?;
         // One that had the time to rehearse shows that there is time for the next too.
         self.order.is_pressed &= !loan.has_rehearsed;
-        let lent = Lent::new(loan.identity, loan.descriptors, loan.lender, &spec.shares).ok()?;
+        let lent = Lent::new(loan.identity, loan.descriptors, loan.lender, loan.notes, &spec.shares).ok()?;
         Some(Box::new(lent))
     }
 

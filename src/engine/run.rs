@@ -19,10 +19,10 @@ use super::error::RunError;
 use super::event::{Event, Listener, Phase};
 use super::host::Host;
 use super::merge::{self, Merge};
-use super::prepare::{Prepared, describe, prepare, seconds, toolbox_mount};
+use super::prepare::{Prepared, describe, host_clock, prepare, seconds, toolbox_mount};
 use super::reads::{self, Beside, ReadsReport};
 use super::ready::{Readiness, Series};
-use super::step::{Keep, Step};
+use super::step::{Clock, Keep, Step};
 use crate::agent::{ExecEnd, RUNNING, Session, SessionError};
 use crate::keeper::{Entry, Kept, Registration, Registry};
 use crate::machine::{Backend, Identity, Machine, footprint};
@@ -446,11 +446,15 @@ impl<'a> Talk<'a> {
     pub fn open(
         &mut self,
         wire: UnixStream,
-        setup: Setup,
+        mut setup: Setup,
         events: Listener<'_>,
     ) -> Result<Session, RunError> {
         let mut session = Session::open(wire, BOOT_PATIENCE).map_err(RunError::Session)?;
         let _ = events(Event::Phase(Phase::Boot, self.stopwatch.lap()));
+        if self.step.clock == Clock::Host {
+            // Since it was described its machine was made, and perhaps a template before that.
+            setup.clock = host_clock();
+        }
         self.doing = "preparing the step";
         session.setup(setup).map_err(|source| self.setup_failed(source))?;
         match events(Event::Phase(Phase::Setup, self.stopwatch.lap())) {

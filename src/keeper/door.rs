@@ -177,11 +177,11 @@ impl Door {
         if let Answer::Refused(why) = hear(&stream)? {
             return Err(io::Error::other(why));
         }
-        let (identity, has_rehearsed) = hear(&stream)?;
+        let (identity, has_rehearsed, notes) = hear(&stream)?;
         let descriptors = hear_descriptors(&stream, 2)?.try_into();
         let descriptors = descriptors.map_err(|_| io::ErrorKind::InvalidData)?;
         stream.set_read_timeout(Some(LENDER_PATIENCE))?;
-        Ok(Loan { identity, has_rehearsed, descriptors, lender: Box::new(Lifeline(stream)) })
+        Ok(Loan { identity, has_rehearsed, notes, descriptors, lender: Box::new(Lifeline::new(stream)) })
     }
 
     /// Ends the machine, and whoever holds it; by force where it does not answer.

@@ -7,18 +7,23 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use kiln_digest::Digest;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::entry::Entry;
 use super::registry::Registry;
 use super::talk::{Answer, hear, hear_descriptors, say, say_descriptors};
+use crate::machine::jail;
+use crate::machine::meminfo::available_bytes;
 use crate::machine::qemu::Qemu;
 use crate::machine::ready::{Lender, Readies, Ready};
 use crate::machine::template::Templates;
@@ -147,6 +152,10 @@ pub(super) enum Caller {
     Stop,
 }
 
+// Protects the keepers that this process started: those that have ended are waited for when another is ordered, lest a build of
+// many steps leaves as many behind for as long as it lives.
+static STARTED: Mutex<Vec<Child>> = Mutex::new(Vec::new());
+
 /// Starts a keeper that carries `order` out with the files of its disks, and does not wait for it. It waits a moment
 /// before it takes time from the step that runs, or until the stream is dropped.
 ///
@@ -156,8 +165,12 @@ pub fn order(order: &Order, disks: &[OwnedFd]) -> io::Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair()?;
     let mut command = Command::new("/proc/self/exe");
     command.arg(SUBCOMMAND).env_clear().current_dir("/").stdin(OwnedFd::from(theirs));
-    // It outlives this process, and ends by itself.
-    command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    // It ends by itself, after this process or before.
+    let keeper = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
+    started.retain_mut(|keeper| matches!(keeper.try_wait(), Ok(None)));
+    started.push(keeper);
+    drop(started);
     say(&ours, order)?;
     say_descriptors(&ours, disks)?;
     Ok(ours)
@@ -165,7 +178,8 @@ pub fn order(order: &Order, disks: &[OwnedFd]) -> io::Result<UnixStream> {
 
 /// Runs a keeper, to its end.
 pub fn main() -> ExitCode {
-    match hear_order().and_then(|(order, files)| keep(order, files)) {
+    // Of whoever called kiln nothing may stay open for as long as a machine waits.
+    match jail::close_inherited().and_then(|()| hear_order()).and_then(|(order, files)| keep(order, files)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
@@ -264,8 +278,8 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
     let Some((making, others)) = take_seat(&store.run(), order.at_once)? else { return Ok(()) };
     let alike = order.alike.saturating_sub(others);
     if fs::read_to_string(turn_file(&order.store))? != order.turn
-        || !has_memory(registry.promised_bytes().saturating_add(order.memory_bytes))
         || !registry.make_room(&order.key, alike, MOST_READY.max(order.alike))
+        || !has_room(registry.promised_bytes(), order.memory_bytes, others, available_bytes())
     {
         return Ok(());
     }
@@ -313,22 +327,22 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
     };
     let has_rehearsed = matches!(first, Err(RecvTimeoutError::Timeout));
     if has_rehearsed && order.is_pressed {
-        // Whoever comes meanwhile waits for it.
+        // Whoever comes meanwhile waits for it as long as for any that is ready.
         ready.rehearse(&order.rehearsal)?;
     }
     let caller = if has_rehearsed { callers.recv_timeout(idle) } else { first };
     let Ok(Caller::Borrower(stream)) = caller else { return Ok(()) };
     drop(registration);
-    lend(ready, &stream, has_rehearsed)?;
+    // A borrower that is gone is no failure.
+    let _ = lend(ready, &stream, has_rehearsed);
     Ok(())
 }
 
-/// Whether the host has so much memory, which machines that are ready may grow to.
-fn has_memory(bytes: u64) -> bool {
-    let told = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = told.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kibibytes = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    kibibytes.is_some_and(|available| available.saturating_mul(1024) > bytes)
+/// Whether of `available_bytes` there is enough for what machines that are ready may grow to: `promised_bytes`, and for this one and
+/// `others` that are being made `each_bytes`.
+fn has_room(promised_bytes: u64, each_bytes: u64, others: usize, available_bytes: u64) -> bool {
+    let made = u64::try_from(others).unwrap_or(u64::MAX).saturating_add(1);
+    promised_bytes.saturating_add(each_bytes.saturating_mul(made)) < available_bytes
 }
 
 /// Tells `owner` when the machine is gone: nothing else would, while nobody speaks to it.
@@ -348,7 +362,7 @@ fn lend(mut ready: Ready, stream: &UnixStream, has_rehearsed: bool) -> io::Resul
         return say(stream, &Answer::Refused(format!("it does not answer: {error}")));
     }
     say(stream, &Answer::Granted)?;
-    say(stream, &(ready.identity(), has_rehearsed))?;
+    say(stream, &(ready.identity(), has_rehearsed, ready.notes()))?;
     say_descriptors(stream, &ready.descriptors()?)?;
     stream.set_read_timeout(None)?;
     // Ends when the borrower does, whatever ended that.
@@ -368,27 +382,53 @@ fn lend(mut ready: Ready, stream: &UnixStream, has_rehearsed: bool) -> io::Resul
 }
 
 /// The connection to the keeper of a machine that was lent.
-pub(super) struct Lifeline(pub UnixStream);
+pub(super) struct Lifeline {
+    stream: UnixStream,
+    /// The keeper, where the system has descriptors of processes.
+    process: Option<OwnedFd>,
+}
+
+impl Lifeline {
+    /// Over a stream on which the keeper has just answered.
+    pub fn new(stream: UnixStream) -> Self {
+        let peer = rustix::net::sockopt::socket_peercred(&stream).ok();
+        let process = peer.and_then(|peer| pidfd_open(peer.pid, PidfdFlags::empty()).ok());
+        Self { stream, process }
+    }
+
+    /// What the keeper answers. One that a signal stopped goes on; one that does not answer all the same is killed, and its machine
+    /// with it.
+    fn ask<T: DeserializeOwned>(&self, wish: &Wish) -> io::Result<T> {
+        self.signal(Signal::CONT);
+        let answer = say(&self.stream, wish).and_then(|()| hear(&self.stream));
+        if matches!(&answer, Err(error) if error.kind() == io::ErrorKind::WouldBlock) {
+            self.signal(Signal::KILL);
+        }
+        answer
+    }
+
+    fn signal(&self, signal: Signal) {
+        // One that is gone hears nothing.
+        let _ = self.process.as_ref().map(|process| pidfd_send_signal(process, signal));
+    }
+}
 
 impl Lender for Lifeline {
     fn stop(&mut self) -> io::Result<()> {
-        say(&self.0, &Wish::Stop)?;
-        hear(&self.0)
+        self.ask(&Wish::Stop)
     }
 
     fn death(&mut self, patience: Duration) -> io::Result<Death> {
         let patience_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
-        say(&self.0, &Wish::Death { patience_ms })?;
-        hear(&self.0)
+        self.ask(&Wish::Death { patience_ms })
     }
 
     fn console(&self) -> io::Result<String> {
-        say(&self.0, &Wish::Console)?;
-        hear(&self.0)
+        self.ask(&Wish::Console)
     }
 
     fn process(&self) -> Option<i32> {
-        let peer = rustix::net::sockopt::socket_peercred(&self.0).ok()?;
+        let peer = rustix::net::sockopt::socket_peercred(&self.stream).ok()?;
         Some(peer.pid.as_raw_pid())
     }
 }
@@ -399,8 +439,22 @@ pub struct Loan {
     pub identity: Identity,
     /// Whether it has rehearsed.
     pub has_rehearsed: bool,
+    /// What the user should know of how it came to be.
+    pub notes: Vec<String>,
     /// The wire, and the connection to the device process.
     pub descriptors: [OwnedFd; 2],
     /// Its keeper.
     pub lender: Box<dyn Lender>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_are_made_where_all_that_there_will_be_have_room_to_grow() {
+        assert!(has_room(0, 100, 0, 101) && !has_room(0, 100, 0, 100));
+        assert!(has_room(300, 100, 2, 601) && !has_room(300, 100, 2, 600));
+        assert!(!has_room(1, u64::MAX, 3, u64::MAX));
+    }
 }

@@ -16,6 +16,7 @@ pub mod fetcher;
 pub mod footprint;
 pub mod jail;
 pub mod launch;
+pub mod meminfo;
 pub mod probe;
 pub mod qemu;
 pub mod ready;

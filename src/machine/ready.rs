@@ -21,6 +21,9 @@ use super::template::greeting::{greet, rehearse};
 use super::template::{Freezer, suits};
 use super::{Death, Disk, Identity, Machine, MachineError, Origin, Share, Spec};
 
+/// What whoever lends is called.
+const LENDER: &str = "the process that held the machine";
+
 /// How long an agent that is ready may take to say so.
 const CHECK_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -57,6 +60,11 @@ impl Ready {
     /// What it is.
     pub fn identity(&self) -> &Identity {
         self.machine.identity()
+    }
+
+    /// What the user should know of how it came to be.
+    pub fn notes(&self) -> &[String] {
+        self.machine.notes()
     }
 
     /// What a borrower gets: the wire, and the connection to the device process.
@@ -106,7 +114,7 @@ pub trait Lender: Send {
     /// Ends the guest.
     ///
     /// # Errors
-    /// The lender is gone, and the guest with it.
+    /// The lender is gone, and the guest with it; `WouldBlock` where it did not answer, and was killed.
     fn stop(&mut self) -> io::Result<()>;
 
     /// Waits at most `patience` for the machine to be gone, and says how it went.
@@ -131,10 +139,12 @@ pub struct Lent {
     wire: Option<UnixStream>,
     control: Client,
     lender: Box<dyn Lender>,
+    notes: Vec<String>,
 }
 
 impl Lent {
-    /// Takes over what `lender` gave, and gives the machine its shares.
+    /// Takes over what `lender` gave, and gives the machine its shares. `notes` are what the user should know of how it came
+    /// to be.
     ///
     /// # Errors
     /// The device process does not take them.
@@ -142,13 +152,14 @@ impl Lent {
         identity: Identity,
         [wire, control]: [OwnedFd; 2],
         lender: Box<dyn Lender>,
+        notes: Vec<String>,
         shares: &[Share],
     ) -> Result<Self, MachineError> {
         let control = Client::new(UnixStream::from(control));
         let control = control.map_err(MachineError::io("speak to the device process"))?;
         give(&control, shares).map_err(|error| MachineError::Device(error.to_string()))?;
         let identity = Identity { origin: Origin::Ready, ..identity };
-        Ok(Self { identity, wire: Some(wire.into()), control, lender })
+        Ok(Self { identity, wire: Some(wire.into()), control, lender, notes })
     }
 }
 
@@ -157,15 +168,24 @@ impl Machine for Lent {
         &self.identity
     }
 
+    fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
     fn wire(&mut self) -> Result<UnixStream, MachineError> {
         self.wire.take().ok_or_else(|| MachineError::Device("the wire was taken before".to_owned()))
     }
 
     fn observed(&mut self) -> Result<Record, MachineError> {
         // Where whoever serves the shares also runs the guest, it has to stay for the record. Where the lender is gone, so is
-        // the guest.
+        // the guest; where it says nothing, the guest may read on after the record was taken.
         if self.control.stop_guest().is_err() {
-            let _ = self.lender.stop();
+            match self.lender.stop() {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Err(MachineError::Device(format!("{LENDER} did not answer, and was killed")));
+                }
+                _ => {}
+            }
         }
         self.observed_so_far()
     }
@@ -176,7 +196,7 @@ impl Machine for Lent {
 
     fn death(&mut self, patience: Duration) -> Death {
         self.lender.death(patience).unwrap_or_else(|error| Death::Killed {
-            program: "the process that held the machine".into(),
+            program: LENDER.into(),
             status: error.to_string(),
             said: String::new(),
         })

@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::UNIX_EPOCH;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::host::{Host, Running, Told, soon};
+use super::host::{Host, Running, Told, soon, started_by};
 use super::template::origin;
 
 fn with_keeper(host: &Host, arguments: &[&str], script: &str) -> Told {
@@ -209,6 +210,92 @@ fn a_machine_that_is_ready_and_does_not_answer_costs_time_only() {
     assert!(told.events().iter().any(|event| event["text"] == "right\n"), "{told:?}");
     soon(10, "it is gone", || !Path::new(&format!("/proc/{runs}")).exists());
     keeper(&host);
+    end(&host);
+}
+
+/// Whoever reads what kiln was started with, beside its standard streams, is not kept waiting while a machine waits.
+#[test]
+fn a_keeper_has_nothing_open_of_whoever_called_kiln() {
+    let host = Host::new();
+    let mut command = host.command(&["--quiet"], &["true"]);
+    command.env("KILN_KEEPER", "on");
+    // This reads to the end of what descriptor 3 leads to.
+    let mut shell = started_by(&["sh", "-c", "exec 3>&1; \"$@\"", "sh"], &command);
+    Host::told(shell.process_group(0), &[]).0.ends(0, &[]);
+    keeper(&host);
+    end(&host);
+}
+
+/// A run in a machine that was ready, whose command has begun; and the keeper of the machine.
+fn lent(host: &Host, script: &str) -> (Running, String) {
+    with_keeper(host, &["--quiet"], "true").ends(0, &[]);
+    let pid = keeper(host);
+    let mut kiln = host.command(&["--json"], &["sh", "-c", script]);
+    kiln.env("KILN_KEEPER", "on").stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut run = Running::start(&mut kiln);
+    run.read_until("begun");
+    (run, pid)
+}
+
+fn is_gone(pid: &str) {
+    soon(10, "it is gone", || !Path::new(&format!("/proc/{pid}")).exists());
+}
+
+#[test]
+fn a_keeper_that_is_stopped_while_its_machine_is_lent_goes_on_at_the_end() {
+    let host = Host::new();
+    let (run, keeper) = lent(&host, "echo begun; sleep 2; echo right");
+    signal(Signal::STOP, &keeper);
+    let told = run.end();
+    told.ends(0, &[]);
+    assert!(told.events().iter().any(|event| event["text"] == "right\n"), "{told:?}");
+    is_gone(&keeper);
+    // Of the run that was last.
+    self::keeper(&host);
+    end(&host);
+}
+
+#[test]
+fn a_keeper_that_is_killed_while_its_machine_is_lent_ends_the_run_by_name() {
+    let host = Host::new();
+    let (run, keeper) = lent(&host, "echo begun; sleep 100");
+    let machine = children(&keeper);
+    signal(Signal::KILL, &keeper);
+    run.end().ends(125, &["the process that held the machine"]);
+    machine.iter().for_each(|pid| is_gone(pid));
+    // Of the run that was last.
+    self::keeper(&host);
+    end(&host);
+}
+
+#[test]
+fn a_run_that_is_killed_takes_the_machine_that_it_borrowed_with_it_and_is_nobodys_failure() {
+    let host = Host::new();
+    let (mut run, keeper) = lent(&host, "echo begun; sleep 100");
+    let all = [children(&keeper), vec![keeper]].concat();
+    run.kill().expect("it is ours");
+    drop(run);
+    all.iter().for_each(|pid| is_gone(pid));
+    let told = with_keeper(&host, &["--json"], "echo right");
+    told.ends(0, &[]);
+    assert!(!told.stderr.contains("no machine was made ready"), "{told:?}");
+    // Of the run that was last.
+    self::keeper(&host);
+    end(&host);
+}
+
+/// A template has to be made first, which takes seconds.
+#[test]
+fn a_step_begins_with_the_time_of_the_host_however_long_its_machine_took() {
+    let host = Host::without(&["templates"]);
+    let told = with_keeper(&host, &["--json"], "date +%s");
+    let after = now(&host);
+    assert_eq!(origin(&told), "template");
+    let events = told.events();
+    let shown = events.iter().find_map(|event| event["text"].as_str()?.trim().parse::<u64>().ok());
+    assert!(shown.is_some_and(|shown| (after - 1..=after).contains(&shown)), "{after} {told:?}");
+    // Of the run that was last.
+    self::keeper(&host);
     end(&host);
 }
 

@@ -277,7 +277,7 @@ fn a_run_that_is_stopped_for_long_goes_on_where_it_was() {
 /// ended, what it left and what is in WORK. `fill BYTES` leaves that much room for what is new in the store.
 const AMONG_MOUNTS: &str = r#"
     kiln=("$@")
-    mount --make-rprivate / && mount -t tmpfs -o size=128M none disk && mkdir -p disk/upper/tmp disk/inner &&
+    mount --make-rprivate / && mount -t tmpfs -o size=256M none disk && mkdir -p disk/upper/tmp disk/inner &&
         setfattr -n trusted.overlay.opaque -v y disk/upper/tmp &&
         mount -t overlay -o lowerdir="$SHARED,upperdir=disk/upper,workdir=disk/inner" none store-here &&
         mount -t tmpfs -o size=4M none work || exit 77
@@ -301,13 +301,13 @@ const AMONG_MOUNTS: &str = r#"
 
 /// Carries out `script` as [`AMONG_MOUNTS`] says, with the shared store beneath all that is new. None where this host lets nobody
 /// mount, which is said.
-fn among_mounts(host: &Host, script: &str) -> Option<Told> {
+fn among_mounts(host: &Host, flags: &[&str], script: &str) -> Option<Told> {
     for name in ["disk", "store-here", "work"] {
         host.folder(name);
     }
     host.file("src/a", "new\n");
-    let flags = ["--no-template", "--memory", "160M", "--src", "src", "--out", "o", "--overwrite"];
-    let kiln = host.command(&flags, &["sh", "-c"]);
+    let all = ["--memory", "160M", "--src", "src", "--out", "o", "--overwrite"];
+    let kiln = host.command(&[flags, &all].concat(), &["sh", "-c"]);
     let script = format!("{AMONG_MOUNTS}\n{script}");
     let mut command = started_by(&["unshare", "-m", "bash", "-c", &script, "bash"], &kiln);
     let own = fs::canonicalize(host.path("store")).expect("a store");
@@ -345,7 +345,7 @@ fn a_full_disk_below_the_store_the_scratch_disk_or_work_is_named_and_all_is_well
         run room 'head -c 8000000 /dev/urandom > $WORK/o'
         run again 'cat a > $WORK/o'
     ";
-    let Some(told) = among_mounts(&host, script) else { return };
+    let Some(told) = among_mounts(&host, &["--no-template"], script) else { return };
     ended(&told, "first", 0, &["work: o new"]);
     let full = ["No space left on device", "hint: make room", "work: o new"];
     ended(&told, "blobs", 125, &[&full[..], &["cannot store `o`"]].concat());
@@ -354,6 +354,29 @@ fn a_full_disk_below_the_store_the_scratch_disk_or_work_is_named_and_all_is_well
     // WORK has 4 MiB.
     ended(&told, "room", 125, &[&full[..], &["work/o`"]].concat());
     ended(&told, "again", 0, &["work: o new"]);
+}
+
+/// Nobody else would ever say so to a run that borrowed its machine.
+#[test]
+fn a_full_disk_below_the_scratch_disk_of_a_machine_that_was_ready_is_named() {
+    let host = Host::new();
+    let script = r#"
+        export KILN_KEEPER=on
+        at() { "${kiln[@]:0:3}" "$@"; }
+        "${kiln[@]}" 'cat a > $WORK/o' || exit
+        for try in {1..600}; do
+            at ps --json | grep -q '"state":"ready"' && break
+            sleep 0.1
+        done
+        fill 1M
+        echo '[lent]'
+        "${kiln[@]}" 'yes | head -c 200000000 > /tmp/big; echo other > $WORK/o' 2>&1
+        echo "ended: $?"
+        rm disk/full
+        at stop --all
+    "#;
+    let Some(told) = among_mounts(&host, &["--json"], script) else { return };
+    ended(&told, "lent", 125, &["\"origin\":\"ready\"", "scratch disk, a file in kiln's store"]);
 }
 
 #[test]
@@ -369,7 +392,7 @@ fn a_store_or_a_work_that_is_read_only_is_named() {
         mount -o remount,rw store-here
         run again 'cat a > $WORK/o'
     ";
-    let Some(told) = among_mounts(&host, script) else { return };
+    let Some(told) = among_mounts(&host, &["--no-template"], script) else { return };
     ended(&told, "first", 0, &["work: o new"]);
     let read_only = ["Read-only file system", "work: o new"];
     ended(&told, "work", 2, &[&read_only[..], &["error: WORK `", "hint: say --work DIR"]].concat());

@@ -8,10 +8,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::meminfo::available_bytes;
 use super::reservations::Reservations;
 use crate::keeper::{Registry, State};
 use crate::machine::footprint;
+use crate::machine::meminfo::available_bytes;
 use crate::plan::StepId;
 
 /// What a machine takes beside its guest's memory, at most.

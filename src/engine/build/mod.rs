@@ -20,7 +20,6 @@ mod gate;
 mod host_step;
 mod late;
 mod lower;
-mod meminfo;
 mod reservations;
 mod runner;
 mod schedule;

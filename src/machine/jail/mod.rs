@@ -353,8 +353,11 @@ pub(super) fn limit_files(bytes: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// Closes what was inherited. The first thing a child does.
-pub(super) fn close_inherited() -> io::Result<()> {
+/// Closes what was inherited beyond the standard streams. The first thing a child does.
+///
+/// # Errors
+/// What close_range(2) says.
+pub fn close_inherited() -> io::Result<()> {
     sys::close_inherited()
 }
 

@@ -75,6 +75,10 @@ impl Freezer for Qemu {
             _ => drop(sender),
         }
         machine.watch = qmp.watch().map_err(io("listen to QEMU"))?;
+        // Nobody takes the wire of a machine that is lent.
+        if let Some(wire) = machine.wire.held() {
+            machine.watch.hang_up_at_trouble(wire.try_clone().map_err(io("hold the wire"))?);
+        }
         answer(&mut machine, COPY_PATIENCE)?;
         Ok(machine)
     }

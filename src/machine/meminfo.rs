@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 const MOUNTS: [&str; 2] = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"];
 
 /// Memory that is available now, bytes; all there can be where the system does not say.
-pub(super) fn available_bytes() -> u64 {
+pub fn available_bytes() -> u64 {
     let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     of_meminfo(&text).min(within_groups())
 }
