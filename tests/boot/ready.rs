@@ -268,6 +268,27 @@ fn a_keeper_that_is_killed_while_its_machine_is_lent_ends_the_run_by_name() {
     end(&host);
 }
 
+/// kiln's VMM, or QEMU and the device process, each killed in its turn; and a guest whose kernel panics.
+#[test]
+fn a_machine_that_dies_while_it_is_lent_is_told_of_as_any_other() {
+    let host = Host::new();
+    for turn in 0..2 {
+        let (run, keeper) = lent(&host, "echo begun; sleep 100");
+        let machine = children(&keeper);
+        let Some(child) = machine.get(turn) else { break };
+        signal(Signal::KILL, child);
+        run.end().ends(125, &["killed by signal 9"]);
+        machine.iter().for_each(|pid| is_gone(pid));
+        self::keeper(&host);
+        end(&host);
+    }
+    let (run, _) =
+        lent(&host, "echo begun; echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger; sleep 100");
+    run.end().ends(125, &["kernel panicked", "sysrq triggered crash"]);
+    self::keeper(&host);
+    end(&host);
+}
+
 #[test]
 fn a_run_that_is_killed_takes_the_machine_that_it_borrowed_with_it_and_is_nobodys_failure() {
     let host = Host::new();

@@ -300,6 +300,56 @@ mod tests {
 
     const MEMORY_BYTES: u64 = 1 << 30;
 
+    /// Makes what passes for a template that was used so many seconds before now, or after it.
+    fn used(folder: &Path, name: &str, seconds: i64) -> String {
+        let name = Digest::of(name.as_bytes()).to_string();
+        fs::create_dir(folder.join(&name)).expect("a folder");
+        let about = File::create(folder.join(&name).join(ABOUT)).expect("room");
+        let passed = Duration::from_secs(seconds.unsigned_abs());
+        let now = SystemTime::now();
+        about.set_modified(if seconds < 0 { now + passed } else { now - passed }).expect("ours");
+        name
+    }
+
+    #[test]
+    fn templates_go_that_nobody_used_for_long_and_the_oldest_of_many_but_never_the_one_just_made() {
+        let (folder, temporary) =
+            (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+        let is_there = |name: &String| folder.path().join(name).exists();
+        let (old, latest) = (used(folder.path(), "old", 15 * 86400), used(folder.path(), "latest", 0));
+        let (young, ahead) = (used(folder.path(), "young", 86400), used(folder.path(), "ahead", -86400));
+        for name in [&old, &young] {
+            fs::write(folder.path().join(format!("{name}.lock")), "").expect("room");
+        }
+        fs::write(folder.path().join("something"), "else").expect("room");
+        let collects = || collect(folder.path(), temporary.path(), &latest.parse().expect("a digest"));
+        collects();
+        assert!(!is_there(&old) && [&latest, &young, &ahead].into_iter().all(is_there));
+        assert!(!is_there(&format!("{old}.lock")) && is_there(&format!("{young}.lock")));
+        let many: Vec<_> =
+            (1..8).map(|hours| used(folder.path(), &hours.to_string(), hours * 3600)).collect();
+        collects();
+        // The oldest of ten: that of a day and that of seven hours.
+        assert!(!is_there(&young) && !is_there(&many[6]), "{many:?}");
+        assert!([&latest, &ahead].into_iter().chain(&many[..6]).all(is_there));
+        assert!(is_there(&"something".to_owned()));
+    }
+
+    #[test]
+    fn what_is_younger_is_told_by_the_times_of_files_and_nothing_of_the_future_is() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("then");
+        let now = File::create(folder.path().join("now")).expect("room");
+        let age = Duration::from_secs(600);
+        assert!(!is_younger(&path, &now, age), "it is not there");
+        let then = File::create(&path).expect("room");
+        let time = now.metadata().and_then(|meta| meta.modified()).expect("a time");
+        for (modified, expected) in [(time - age / 2, true), (time - age * 2, false), (time + age, false)] {
+            then.set_modified(modified).expect("ours");
+            assert_eq!(is_younger(&path, &now, age), expected);
+        }
+    }
+
     #[test]
     fn a_working_set_is_what_was_kept_or_none() {
         let template = tempfile::tempdir().expect("a folder");

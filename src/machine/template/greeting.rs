@@ -130,6 +130,15 @@ mod tests {
     }
 
     #[test]
+    fn an_agent_that_says_nothing_is_waited_for_as_long_as_was_said_and_no_longer() {
+        let (ours, _theirs) = UnixStream::pair().expect("a socket pair");
+        let asked = Instant::now();
+        let error = greet(&ours, Duration::from_millis(50)).err().expect("nobody answers");
+        assert_eq!(error.kind(), ErrorKind::TimedOut);
+        assert!(asked.elapsed() >= Duration::from_millis(50));
+    }
+
+    #[test]
     fn an_agent_that_answers_is_believed_and_what_it_complains_of_is_told() {
         let complaint = encode_frame(&FromAgent::Log("no module".to_owned()).encode());
         assert!(greeted(ready(VERSION)).expect("an answer").is_empty());
