@@ -10,7 +10,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::entry::Entry;
 use super::place;
-use super::ready::{Lifeline, Loan};
+use super::ready::{LENDER_PATIENCE, Lifeline, Loan};
 use super::registration::is_ours;
 use super::talk::{Answer, Greeting, Request, VERSION, hear, hear_descriptors, say};
 use crate::agent::{Session, SessionError};
@@ -19,8 +19,6 @@ use crate::agent::{Session, SessionError};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long one may that can be done without.
 const SHORT_PATIENCE: Duration = Duration::from_secs(1);
-/// How long a lender may take, beyond what it is given to wait.
-const LENDER_PATIENCE: Duration = Duration::from_secs(30);
 /// How long it may take to end: a disk may have to be left clean.
 const END_PATIENCE: Duration = Duration::from_secs(30);
 

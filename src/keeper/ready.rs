@@ -58,6 +58,9 @@ const MOST_READY: usize = 4;
 /// What stands in place of a run's turn where no machine is wanted any more.
 const CALLED_OFF: &str = "none";
 
+/// How long a lender may take, beyond what it is given to wait.
+pub(super) const LENDER_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Most that is told of a failure.
 const MOST_FAILURE_BYTES: usize = 1000;
 
@@ -277,7 +280,9 @@ fn make_and_hold(order: Order, files: Vec<OwnedFd>) -> Result<(), Box<dyn std::e
     // and from that of steps.
     let Some((making, others)) = take_seat(&store.run(), order.at_once)? else { return Ok(()) };
     let alike = order.alike.saturating_sub(others);
+    // None is ended for one that would not fit all the same.
     if fs::read_to_string(turn_file(&order.store))? != order.turn
+        || !has_room(0, order.memory_bytes, others, available_bytes())
         || !registry.make_room(&order.key, alike, MOST_READY.max(order.alike))
         || !has_room(registry.promised_bytes(), order.memory_bytes, others, available_bytes())
     {
@@ -413,6 +418,13 @@ impl Lifeline {
     }
 }
 
+impl Drop for Lifeline {
+    fn drop(&mut self) {
+        // It ends when the stream does, which one that a signal stopped would not notice.
+        self.signal(Signal::CONT);
+    }
+}
+
 impl Lender for Lifeline {
     fn stop(&mut self) -> io::Result<()> {
         self.ask(&Wish::Stop)
@@ -420,6 +432,7 @@ impl Lender for Lifeline {
 
     fn death(&mut self, patience: Duration) -> io::Result<Death> {
         let patience_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+        self.stream.set_read_timeout(Some(LENDER_PATIENCE.saturating_add(patience)))?;
         self.ask(&Wish::Death { patience_ms })
     }
 

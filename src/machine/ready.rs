@@ -23,6 +23,8 @@ use super::{Death, Disk, Identity, Machine, MachineError, Origin, Share, Spec};
 
 /// What whoever lends is called.
 const LENDER: &str = "the process that held the machine";
+/// What became of one that says nothing.
+const SILENT: &str = "did not answer, and was killed";
 
 /// How long an agent that is ready may take to say so.
 const CHECK_PATIENCE: Duration = Duration::from_millis(500);
@@ -182,7 +184,7 @@ impl Machine for Lent {
         if self.control.stop_guest().is_err() {
             match self.lender.stop() {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(MachineError::Device(format!("{LENDER} did not answer, and was killed")));
+                    return Err(MachineError::Device(format!("{LENDER} {SILENT}")));
                 }
                 _ => {}
             }
@@ -197,7 +199,13 @@ impl Machine for Lent {
     fn death(&mut self, patience: Duration) -> Death {
         self.lender.death(patience).unwrap_or_else(|error| Death::Killed {
             program: LENDER.into(),
-            status: error.to_string(),
+            status: match error.kind() {
+                io::ErrorKind::WouldBlock => SILENT.to_owned(),
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+                    "without a word".to_owned()
+                }
+                _ => error.to_string(),
+            },
             said: String::new(),
         })
     }

@@ -314,7 +314,8 @@ fn a_step_begins_with_the_time_of_the_host_however_long_its_machine_took() {
     assert_eq!(origin(&told), "template");
     let events = told.events();
     let shown = events.iter().find_map(|event| event["text"].as_str()?.trim().parse::<u64>().ok());
-    assert!(shown.is_some_and(|shown| (after - 1..=after).contains(&shown)), "{after} {told:?}");
+    // The run has ended since then, and other tests run.
+    assert!(shown.is_some_and(|shown| (after - 2..=after).contains(&shown)), "{after} {told:?}");
     // Of the run that was last.
     self::keeper(&host);
     end(&host);
