@@ -14,6 +14,7 @@ use super::ready::{LENDER_PATIENCE, Lifeline, Loan};
 use super::registration::is_ours;
 use super::talk::{Answer, Greeting, Request, VERSION, hear, hear_descriptors, say};
 use crate::agent::{Session, SessionError};
+use crate::machine::ready::is_end;
 
 /// How long an owner may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -231,12 +232,4 @@ impl Door {
             _ => Err(DoorError::Endless { name }),
         }
     }
-}
-
-/// Whether an error means that the other side is gone.
-fn is_end(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
-    )
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use kiln_digest::Digest;
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -389,16 +389,18 @@ fn lend(mut ready: Ready, stream: &UnixStream, has_rehearsed: bool) -> io::Resul
 /// The connection to the keeper of a machine that was lent.
 pub(super) struct Lifeline {
     stream: UnixStream,
-    /// The keeper, where the system has descriptors of processes.
+    /// The keeper, where the system says.
+    pid: Option<Pid>,
+    /// The same, where the system has descriptors of processes.
     process: Option<OwnedFd>,
 }
 
 impl Lifeline {
     /// Over a stream on which the keeper has just answered.
     pub fn new(stream: UnixStream) -> Self {
-        let peer = rustix::net::sockopt::socket_peercred(&stream).ok();
-        let process = peer.and_then(|peer| pidfd_open(peer.pid, PidfdFlags::empty()).ok());
-        Self { stream, process }
+        let pid = rustix::net::sockopt::socket_peercred(&stream).ok().map(|peer| peer.pid);
+        let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        Self { stream, pid, process }
     }
 
     /// What the keeper answers. One that a signal stopped goes on; one that does not answer all the same is killed, and its machine
@@ -441,8 +443,7 @@ impl Lender for Lifeline {
     }
 
     fn process(&self) -> Option<i32> {
-        let peer = rustix::net::sockopt::socket_peercred(&self.stream).ok()?;
-        Some(peer.pid.as_raw_pid())
+        self.pid.map(Pid::as_raw_pid)
     }
 }
 

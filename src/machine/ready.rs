@@ -111,6 +111,14 @@ impl Ready {
     }
 }
 
+/// Whether an error in what is said to another process means that it is gone.
+pub fn is_end(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe
+    )
+}
+
 /// Whoever holds a machine that was lent.
 pub trait Lender: Send {
     /// Ends the guest.
@@ -181,13 +189,11 @@ impl Machine for Lent {
     fn observed(&mut self) -> Result<Record, MachineError> {
         // Where whoever serves the shares also runs the guest, it has to stay for the record. Where the lender is gone, so is
         // the guest; where it says nothing, the guest may read on after the record was taken.
-        if self.control.stop_guest().is_err() {
-            match self.lender.stop() {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Err(MachineError::Device(format!("{LENDER} {SILENT}")));
-                }
-                _ => {}
-            }
+        if self.control.stop_guest().is_err()
+            && let Err(error) = self.lender.stop()
+            && error.kind() == io::ErrorKind::WouldBlock
+        {
+            return Err(MachineError::Device(format!("{LENDER} {SILENT}")));
         }
         self.observed_so_far()
     }
@@ -201,9 +207,7 @@ impl Machine for Lent {
             program: LENDER.into(),
             status: match error.kind() {
                 io::ErrorKind::WouldBlock => SILENT.to_owned(),
-                io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
-                    "without a word".to_owned()
-                }
+                _ if is_end(&error) => "without a word".to_owned(),
                 _ => error.to_string(),
             },
             said: String::new(),
