@@ -11,6 +11,7 @@
 //! of the hash on the partition only says which partition is meant; what is opened is opened with the signed one.
 
 use std::collections::BTreeSet;
+use std::ffi::CStr;
 use std::fmt;
 use std::time::Duration;
 
@@ -37,6 +38,9 @@ const MODULES: [&str; 14] = [
     // FAT wants its table for long names too.
     "nls_ascii",
 ];
+/// How the partition is mounted: by the tables that are loaded for it. Without a word a kernel takes those that it was
+/// configured with (`CONFIG_FAT_DEFAULT_IOCHARSET`), iso8859-1 unless somebody chose, which no initrd has.
+pub const VOLUME_OPTIONS: &CStr = c"codepage=437,iocharset=ascii";
 /// Beside them, for sticks. The image for sticks has them from the start, any other when no other bus had its partition.
 const USB_MODULES: [&str; 6] = ["usbcore", "ehci-pci", "ohci-pci", "xhci-pci", "usb-storage", "uas"];
 /// Drivers make further devices appear; this often is looked for those that they ask for.

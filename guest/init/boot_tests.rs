@@ -427,3 +427,20 @@ fn corruption_restarts_unless_a_panic_is_asked_for() {
     assert_eq!(Orders::read("x", "quiet").corruption, OnCorruption::Restart);
     assert_eq!(Orders::read("x", "quiet initos.corruption=panic").corruption, OnCorruption::Panic);
 }
+
+#[test]
+fn the_partition_is_mounted_by_the_tables_that_are_loaded_for_it() {
+    let options = VOLUME_OPTIONS.to_str().expect("text");
+    let tables: Vec<String> = options
+        .split(',')
+        .filter_map(|option| match option.split_once('=')? {
+            ("codepage", number) => Some(format!("nls_cp{number}")),
+            ("iocharset", name) => Some(format!("nls_{name}")),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(tables.len(), 2, "{options}");
+    for table in &tables {
+        assert!(MODULES.contains(&table.as_str()), "{table}");
+    }
+}

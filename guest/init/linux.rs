@@ -14,7 +14,7 @@ use rustix::mount::{
 };
 use rustix::system::{RebootCommand, finit_module, reboot};
 
-use crate::boot::{Image, Loaded, Role, System, Volume};
+use crate::boot::{Image, Loaded, Role, System, VOLUME_OPTIONS, Volume};
 use crate::devices;
 use crate::fat;
 use crate::modules::Modules;
@@ -251,7 +251,7 @@ impl System for Linux {
         folder(VOLUME)?;
         let source = format!("/dev/{device}");
         let flags = VOLUME_FLAGS | MountFlags::RDONLY;
-        mount(source.as_str(), VOLUME, "vfat", flags, NO_OPTIONS).map_err(words("it cannot be mounted"))
+        mount(source.as_str(), VOLUME, "vfat", flags, VOLUME_OPTIONS).map_err(words("it cannot be mounted"))
     }
 
     fn write_volume(&mut self) -> Result<(), String> {

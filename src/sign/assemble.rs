@@ -4,12 +4,12 @@
 use std::path::Path;
 
 use kiln_artifact::kernel::{self, KernelError};
-use kiln_artifact::uefi::uki::{self, Parts, Uki};
+use kiln_artifact::uefi::uki::{self, Parts, Uki, UkiError};
 use kiln_digest::Digest;
 
 use super::error::SignError;
 use super::local::Local;
-use super::record::{Kernel, Unified};
+use super::record::{Kernel, Unified, command_line};
 use super::work::{IMAGE_BYTES_MAX, Roots, Work, same};
 
 /// os-release, a command line and SBAT are some lines.
@@ -70,12 +70,27 @@ impl Work {
     fn assemble(&self, kernel: &Kernel, roots: &Roots, local: &Local<'_>) -> Result<Vec<u8>, SignError> {
         let text = |part| self.part(part, TEXT_BYTES_MAX);
         let image = |part| self.part(part, IMAGE_BYTES_MAX);
-        let (stub, linux, osrel) = (image(&kernel.stub)?, image(&kernel.linux)?, text(&kernel.osrel)?);
+        let failed = |source| SignError::Unified { file: Target::Kernel(kernel).file(), source };
+        // Before any is read: this host may have less memory than all of them take.
+        let (linux, linux_bytes) = self.part_file(&kernel.linux, IMAGE_BYTES_MAX)?;
+        let (mut opened, mut length_bytes) = (Vec::new(), linux_bytes);
+        for part in &kernel.initrds {
+            let (file, part_bytes) = self.part_file(part, IMAGE_BYTES_MAX)?;
+            opened.push((part, file));
+            length_bytes = length_bytes.saturating_add(part_bytes);
+        }
+        if length_bytes >= IMAGE_BYTES_MAX {
+            return Err(failed(UkiError::TooLarge("initrd")));
+        }
+        let linux = self.part_of(&kernel.linux, linux, IMAGE_BYTES_MAX)?;
+        let (stub, osrel) = (image(&kernel.stub)?, text(&kernel.osrel)?);
         let sbat = kernel.sbat.as_ref().map(text).transpose()?;
-        let command_line = String::from_utf8(text(&kernel.cmdline)?);
-        let command_line = command_line.map_err(|_| SignError::CommandLine(kernel.cmdline.file.clone()))?;
+        let written = String::from_utf8(text(&kernel.cmdline)?);
+        let written = written.map_err(|_| SignError::CommandLine(kernel.cmdline.file.clone()))?;
+        let command_line = command_line(&written);
         check_release(kernel, &linux)?;
-        let mut initrds = kernel.initrds.iter().map(image).collect::<Result<Vec<_>, _>>()?;
+        let read = |(part, file)| self.part_of(part, file, IMAGE_BYTES_MAX);
+        let mut initrds = opened.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
         // The record has been checked, and all its images are verified.
         let hashes = kernel.verity.iter().filter_map(|image| Some((image.name.as_str(), roots.get(image)?)));
         initrds.push(local.archive(hashes)?);
@@ -83,13 +98,11 @@ impl Work {
         let parts = Parts {
             os_release: Some(&osrel),
             release: Some(&kernel.release),
-            // A file's last line ends.
-            command_line: command_line.trim_end_matches('\n'),
+            command_line: &command_line,
             kernel: &linux,
             initrds: &initrds,
             sbat: sbat.as_deref(),
         };
-        let failed = |source| SignError::Unified { file: Target::Kernel(kernel).file(), source };
         let bytes = uki::write(&stub, &parts).map_err(failed)?;
         // By the rules that hold for images that others assembled.
         Uki::read(&bytes).map_err(failed)?;

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -160,6 +160,11 @@ impl Folder {
         self.contents(name, self.guarded(name)?, limit_bytes)
     }
 
+    /// Reads `file`, which is the file `name` and was opened before, as [`Folder::read`] does.
+    pub fn read_opened(&self, name: &Path, file: File, limit_bytes: u64) -> Result<Vec<u8>, FolderError> {
+        self.contents(name, file, limit_bytes)
+    }
+
     fn contents(&self, name: &Path, file: File, limit_bytes: u64) -> Result<Vec<u8>, FolderError> {
         let path = self.path.join(name);
         let length = file.metadata().map_or(0, |metadata| metadata.len());
@@ -167,10 +172,13 @@ impl Folder {
         if length > limit_bytes {
             return Err(FolderError::TooLong { path, limit_bytes });
         }
-        // Room for all of it at once: kernels and initrds are tens of megabytes.
-        let mut bytes = Vec::with_capacity(usize::try_from(length).map_or(0, |length| length + 1));
-        let read = file.take(limit_bytes.saturating_add(1)).read_to_end(&mut bytes);
-        read.map_err(|source| FolderError::System { what: "read", path: path.clone(), source })?;
+        let failed = |source| FolderError::System { what: "read", path: path.clone(), source };
+        // Room for all of it at once, where the host has that: kernels and initrds are tens of megabytes.
+        let mut bytes = Vec::new();
+        let room_bytes = usize::try_from(length).unwrap_or(usize::MAX).saturating_add(1);
+        let room = bytes.try_reserve_exact(room_bytes);
+        room.map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
+        file.take(limit_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(failed)?;
         if u64::try_from(bytes.len()).is_ok_and(|length| length > limit_bytes) {
             return Err(FolderError::TooLong { path, limit_bytes });
         }
@@ -321,22 +329,26 @@ impl Unfinished<'_> {
             Err(Errno::NOENT) => false,
             Err(errno) => return Err(system("look at", &path, errno)),
         };
-        let (flags, put) =
-            if there { (RenameFlags::EXCHANGE, Put::Exchanged) } else { (RenameFlags::NOREPLACE, Put::New) };
-        let put = match self.rename(flags) {
-            Ok(()) => Ok(put),
-            Err(Errno::INVAL | Errno::NOSYS) => self.rename(RenameFlags::empty()).map(|()| Put::Replaced),
-            Err(errno) => Err(errno),
+        let top = &self.folder.top;
+        let put = match there {
+            false => {
+                let (from, to) = (Path::new(&self.unfinished), Path::new(&self.name));
+                rename_to_new(top, from, to).map(|()| Put::New)
+            }
+            true => match self.exchange() {
+                Ok(()) => Ok(Put::Exchanged),
+                Err(Errno::INVAL | Errno::NOSYS) => {
+                    rustix::fs::renameat(top, &self.unfinished, top, &self.name).map(|()| Put::Replaced)
+                }
+                Err(errno) => Err(errno),
+            },
         };
         put.map_err(|errno| system("write", &path, errno))
     }
 
-    fn rename(&self, flags: RenameFlags) -> Result<(), Errno> {
+    fn exchange(&self) -> Result<(), Errno> {
         let top = &self.folder.top;
-        if flags.is_empty() {
-            return rustix::fs::renameat(top, &self.unfinished, top, &self.name);
-        }
-        rustix::fs::renameat_with(top, &self.unfinished, top, &self.name, flags)
+        rustix::fs::renameat_with(top, &self.unfinished, top, &self.name, RenameFlags::EXCHANGE)
     }
 
     fn take_back(&self, put: Put) {
@@ -344,7 +356,7 @@ impl Unfinished<'_> {
         // What fails here leaves a whole file, and the error that led here is the one to know.
         let _ = match put {
             Put::New => rustix::fs::renameat(top, &self.name, top, &self.unfinished),
-            Put::Exchanged => self.rename(RenameFlags::EXCHANGE),
+            Put::Exchanged => self.exchange(),
             Put::Replaced => Ok(()),
         };
     }
@@ -356,6 +368,60 @@ impl Drop for Unfinished<'_> {
     }
 }
 
+/// Gives `from` the name `to`, which nothing may have (`EXIST`), both in `top`.
+pub(super) fn rename_to_new(top: impl AsFd + Copy, from: &Path, to: &Path) -> Result<(), Errno> {
+    match rustix::fs::renameat_with(top, from, top, to, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS) => rename_after_look(top, from, to),
+        done => done,
+    }
+}
+
+/// The same on file systems that cannot look and rename at once, as NFS: what takes the name in between is lost, where it is
+/// a file or an empty folder.
+fn rename_after_look(top: impl AsFd + Copy, from: &Path, to: &Path) -> Result<(), Errno> {
+    match rustix::fs::statat(top, to, AtFlags::SYMLINK_NOFOLLOW) {
+        Err(Errno::NOENT) => rustix::fs::renameat(top, from, top, to),
+        Ok(_) => Err(Errno::EXIST),
+        Err(errno) => Err(errno),
+    }
+}
+
 fn system(what: &'static str, path: &Path, errno: Errno) -> FolderError {
     FolderError::System { what, path: path.to_owned(), source: errno.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn what_has_a_name_keeps_it_also_where_the_file_system_cannot_see_to_that_itself() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let top = Folder::open(folder.path()).expect("a folder");
+        let path = |name: &str| folder.path().join(name);
+        for can_see_to_it in [true, false] {
+            let rename = |to: &str| {
+                let (from, to) = (Path::new("from"), Path::new(to));
+                match can_see_to_it {
+                    true => rename_to_new(&top.top, from, to),
+                    false => rename_after_look(&top.top, from, to),
+                }
+            };
+            fs::create_dir(path("from")).expect("a folder");
+            fs::write(path("from").join("key"), "a key").expect("room");
+            // An empty folder is what a rename would replace, and a link that leads nowhere is something, too.
+            fs::create_dir(path("to")).expect("a folder");
+            assert_eq!(rename("to"), Err(Errno::EXIST), "{can_see_to_it}");
+            fs::remove_dir(path("to")).expect("it is empty");
+            std::os::unix::fs::symlink("nowhere", path("to")).expect("a link");
+            assert_eq!(rename("to"), Err(Errno::EXIST), "{can_see_to_it}");
+            fs::remove_file(path("to")).expect("a link");
+            assert_eq!(rename("to"), Ok(()), "{can_see_to_it}");
+            assert_eq!(fs::read_to_string(path("to").join("key")).expect("moved"), "a key");
+            assert!(!top.has("from"), "{can_see_to_it}");
+            fs::remove_dir_all(path("to")).expect("there");
+        }
+    }
 }

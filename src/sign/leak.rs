@@ -1,5 +1,5 @@
 //! The owner's private keys in what is built: found by their public halves, which every form of an RSA or P-256 key has beside
-//! its secret, so that whoever builds reads no private key.
+//! its secret, so that whoever looks reads no private key.
 //!
 //! Found is what has the secret itself, as arithmetic shows: bytes that look like a key can be made of its certificate, and
 //! whoever is told that a key has leaked makes another. It is looked for in PEM and among other bytes, in DER as RFC 8017 and

@@ -36,7 +36,7 @@ use x509_cert::spki::SubjectPublicKeyInfoRef;
 use x509_cert::time::{Time, Validity};
 
 use super::KEYS;
-use super::folder::{Folder, FolderError};
+use super::folder::{Folder, FolderError, rename_to_new};
 
 /// What all firmware takes; some of it nothing longer.
 const RSA_BITS: usize = 2048;
@@ -138,9 +138,8 @@ pub fn make(secrets: &Path, domain: &str, now: Duration) -> Result<PathBuf, Make
     }
     let folder = fs::File::open(unfinished.path()).and_then(|folder| folder.sync_all());
     folder.map_err(write(unfinished.path()))?;
-    // Without a flag, rename would replace an empty folder that somebody made meanwhile.
-    let (cwd, flags) = (rustix::fs::CWD, rustix::fs::RenameFlags::NOREPLACE);
-    match rustix::fs::renameat_with(cwd, unfinished.path(), cwd, &place, flags) {
+    // A plain rename would replace an empty folder that somebody made meanwhile.
+    match rename_to_new(rustix::fs::CWD, unfinished.path(), &place) {
         Ok(()) => {}
         Err(rustix::io::Errno::EXIST) => return Err(MakeError::There(place)),
         Err(errno) => return Err(write(&place)(errno.into())),

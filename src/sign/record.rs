@@ -130,7 +130,7 @@ pub struct Kernel {
     pub linux: File,
     /// os-release(5) of what is booted.
     pub osrel: File,
-    /// The command line.
+    /// The command line, as [`command_line`] reads it.
     pub cmdline: File,
     /// Archives of the initrd in their order: microcode, the base, the init.
     pub initrds: Vec<File>,
@@ -374,6 +374,12 @@ impl Unified {
         }
         Ok(())
     }
+}
+
+/// The command line in a file that people write: without lines of comments (`#`), in one line.
+pub fn command_line(text: &str) -> String {
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.collect::<Vec<_>>().join(" ")
 }
 
 fn last(path: &str) -> &str {

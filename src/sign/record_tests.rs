@@ -94,6 +94,18 @@ fn a_release_is_that_of_one_kernel() {
 }
 
 #[test]
+fn a_command_line_is_one_line_of_what_people_write() {
+    for (text, wanted) in [
+        ("quiet\n", "quiet"),
+        ("# for hosts\nquiet  rdinit=/init\n\n  # and\r\n\tx=#1\r\n", "quiet  rdinit=/init x=#1"),
+        ("# nothing\n", ""),
+        ("", ""),
+    ] {
+        assert_eq!(command_line(text), wanted, "{text:?}");
+    }
+}
+
+#[test]
 fn names_that_fat_cannot_hold_are_refused() {
     for path in ["boot/efi/a:b.EFI", "boot/efi/what?.EFI", "boot/efi/a .", "boot/efi/ a/B.EFI"] {
         let refused = parse(|record| record.kernels[0].signed[0] = path.to_owned());

@@ -137,9 +137,36 @@ impl Work {
         signed.chain(enrolment).map(open).collect()
     }
 
+    /// Where signing would put an image and one is already, of an earlier signing.
+    pub fn left(&self) -> Vec<&str> {
+        self.record.signed().filter(|path| self.folder.file(Path::new(path)).is_ok()).collect()
+    }
+
     /// A part, read once, after it was found to be what the record has.
     pub(super) fn part(&self, part: &File, limit_bytes: u64) -> Result<Vec<u8>, SignError> {
-        let bytes = self.folder.read(Path::new(&part.file), limit_bytes)?;
+        self.part_of(part, self.folder.file(Path::new(&part.file))?, limit_bytes)
+    }
+
+    /// The file of a part, and how long it is: at most `limit_bytes`.
+    pub(super) fn part_file(&self, part: &File, limit_bytes: u64) -> Result<(fs::File, u64), SignError> {
+        let (file, path) = (self.folder.file(Path::new(&part.file))?, self.folder.path().join(&part.file));
+        match file.metadata() {
+            Ok(metadata) if metadata.len() > limit_bytes => {
+                Err(FolderError::TooLong { path, limit_bytes }.into())
+            }
+            Ok(metadata) => Ok((file, metadata.len())),
+            Err(source) => Err(FolderError::System { what: "look at", path, source }.into()),
+        }
+    }
+
+    /// As [`Work::part`], of its `file`.
+    pub(super) fn part_of(
+        &self,
+        part: &File,
+        file: fs::File,
+        limit_bytes: u64,
+    ) -> Result<Vec<u8>, SignError> {
+        let bytes = self.folder.read_opened(Path::new(&part.file), file, limit_bytes)?;
         same(&part.file, Digest::of(&bytes), part.sha256)?;
         Ok(bytes)
     }
@@ -156,4 +183,29 @@ impl Work {
 
 pub(super) fn same(file: &str, found: Digest, recorded: Digest) -> Result<(), SignError> {
     if found == recorded { Ok(()) } else { Err(SignError::Digest { file: file.to_owned(), found, recorded }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::Unified;
+    use super::*;
+
+    #[test]
+    fn what_was_signed_before_is_known_where_it_lies() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let unified = ["boot/efi/A.EFI", "boot/efi/B.EFI", "boot/efi/C.EFI"].map(|signed| Unified {
+            file: "boot/a.efi".to_owned(),
+            sha256: Digest::of(b"a"),
+            signed: signed.to_owned(),
+            sections: Default::default(),
+        });
+        fs::create_dir_all(folder.path().join("boot/efi/C.EFI")).expect("folders");
+        fs::write(folder.path().join("boot/efi/B.EFI"), "signed").expect("room");
+        let work = Work {
+            folder: Folder::open(folder.path()).expect("a folder"),
+            record: Record { unified: unified.into(), ..Record::default() },
+            lock: fs::File::open(folder.path()).expect("a folder"),
+        };
+        assert_eq!(work.left(), ["boot/efi/B.EFI"]);
+    }
 }

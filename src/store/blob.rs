@@ -20,6 +20,8 @@ use crate::writes::{self, Unfinished};
 const DISK_BLOCK_BYTES: u64 = 4096;
 /// The longest blob that is in memory until it is finished.
 const SHORT_BYTES: usize = 64 << 10;
+/// As much as is read at a time: where all of it is zeros, it is a hole. Whole blocks of any file system.
+static ZEROS: [u8; SHORT_BYTES] = [0; SHORT_BYTES];
 
 /// What was found not to be as it was written, and taken away, until somebody tells of it.
 #[derive(Debug, Clone, Default)]
@@ -166,14 +168,27 @@ impl Blobs {
         Ok(BlobWriter { blobs: self.clone(), memory, file, hasher, hole: false })
     }
 
-    /// Stores all that `reader` gives; its digest and its length in bytes.
+    /// Stores all that `reader` gives, long zeros as holes: a file of a root or of SRCDIR may be far longer than the disk. Its
+    /// digest and its length in bytes.
     ///
     /// # Errors
     /// What reading or writing says.
     pub fn put(&self, mut reader: impl Read) -> io::Result<(Digest, u64)> {
         let mut writer = self.writer()?;
-        io::copy(&mut reader, &mut writer)?;
-        writer.finish()
+        let mut piece = Vec::with_capacity(ZEROS.len());
+        loop {
+            piece.clear();
+            reader.by_ref().take(ZEROS.len() as u64).read_to_end(&mut piece)?;
+            // Of what is no hole the first bytes decide.
+            if piece == ZEROS {
+                writer.skip(ZEROS.len() as u64)?;
+                continue;
+            }
+            writer.write_all(&piece)?;
+            if piece.len() < ZEROS.len() {
+                return writer.finish();
+            }
+        }
     }
 }
 
@@ -208,7 +223,10 @@ impl BlobWriter {
             Some(file) => file,
             None => Unfinished::new_in(self.blobs.lease.temporary())?,
         };
+        // Not before: what others do not see written nobody may take for free.
+        self.blobs.limit.take(self.memory.len() as u64)?;
         file.write_all(&self.memory)?;
+        self.blobs.limit.settle();
         self.memory = Vec::new();
         Ok(self.file.insert(file))
     }
@@ -218,7 +236,6 @@ impl BlobWriter {
     /// # Errors
     /// What lseek(2) says.
     pub fn skip(&mut self, length_bytes: u64) -> io::Result<()> {
-        static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
         let forward = i64::try_from(length_bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
         self.spill()?.file_mut().seek(SeekFrom::Current(forward))?;
         let mut left = length_bytes;
@@ -264,11 +281,14 @@ impl BlobWriter {
 
 impl Write for BlobWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.blobs.limit.take(bytes.len() as u64)?;
-        let count = match &mut self.file {
-            Some(file) => file.write(bytes)?,
-            None if self.memory.len() + bytes.len() <= SHORT_BYTES => self.memory.write(bytes)?,
-            None => self.spill()?.write(bytes)?,
+        let count = if self.file.is_none() && self.memory.len() + bytes.len() <= SHORT_BYTES {
+            self.memory.write(bytes)?
+        } else {
+            self.spill()?;
+            self.blobs.limit.take(bytes.len() as u64)?;
+            let count = self.file.as_mut().map_or(Ok(0), |file| file.write(bytes))?;
+            self.blobs.limit.settle();
+            count
         };
         self.hasher.update(&bytes[..count]);
         Ok(count)
@@ -276,5 +296,53 @@ impl Write for BlobWriter {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Store;
+    use super::*;
+
+    #[test]
+    fn a_long_file_of_zeros_takes_the_room_of_what_else_is_in_it_and_keeps_its_digest() {
+        const LONG_BYTES: u64 = 16 << 20;
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(&folder.path().join("store")).expect("a store");
+        let text = b"not zeros";
+        // Where something is in it: nowhere, at its beginning, within a piece, and at its end.
+        for at in [None, Some(0), Some(LONG_BYTES / 2 + 12_345), Some(LONG_BYTES - text.len() as u64)] {
+            for length_bytes in [LONG_BYTES, LONG_BYTES + 1] {
+                let mut file = tempfile::tempfile().expect("a file");
+                file.set_len(length_bytes).expect("a hole");
+                if let Some(at) = at {
+                    file.seek(SeekFrom::Start(at)).expect("a place");
+                    file.write_all(text).expect("room");
+                    file.seek(SeekFrom::Start(0)).expect("a place");
+                }
+                let wanted = Digest::of_reader(&file).expect("readable");
+                file.seek(SeekFrom::Start(0)).expect("a place");
+                let put = store.blobs().put(&mut file).expect("room");
+                assert_eq!(put, wanted, "{at:?}");
+                let there = store.blobs().path(&put.0).metadata().expect("a blob");
+                assert_eq!(there.len(), length_bytes, "{at:?}");
+                assert!(there.blocks() * 512 <= 1 << 20, "{at:?}: {} blocks", there.blocks());
+                assert!(store.blobs().is_sound(&put.0), "{at:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_about_as_long_as_a_piece_comes_back_as_it_was() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(&folder.path().join("store")).expect("a store");
+        for length in [0, 1, ZEROS.len() - 1, ZEROS.len(), ZEROS.len() + 1, 2 * ZEROS.len()] {
+            for byte in [0_u8, 7] {
+                let bytes = vec![byte; length];
+                let (digest, length_bytes) = store.blobs().put(&bytes[..]).expect("room");
+                assert_eq!((digest, length_bytes), (Digest::of(&bytes), length as u64), "{byte}");
+                assert!(store.blobs().read(&digest).expect("a blob") == bytes, "{length} of {byte}");
+            }
+        }
     }
 }

@@ -142,7 +142,16 @@ impl Limit {
         ceiling.as_mut().map_or(Ok(()), |ceiling| ceiling.take(wanted_bytes))
     }
 
-    /// The same, for a file that is written while the answer is held.
+    /// Shows other processes what is left of the room that was taken, once what it was taken for is written: until then
+    /// the bytes count twice, and never not at all.
+    pub fn settle(&self) {
+        let ceiling = self.ceiling.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ceiling) = ceiling.as_ref() {
+            let _ = say(&ceiling.shown.ahead, ceiling.free_bytes);
+        }
+    }
+
+    /// As [`Limit::take`], for a file that is written while the answer is held.
     ///
     /// # Errors
     /// As [`Limit::take`].

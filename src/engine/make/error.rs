@@ -35,6 +35,16 @@ pub enum MakeError {
         /// Another.
         other: String,
     },
+    /// A default that is none of what is to be signed: nothing would go to the places of the default.
+    #[error("`{path}` has {text:?} as the default, and the kernels are {}", .releases.join(", "))]
+    NoDefault {
+        /// The file that says so.
+        path: String,
+        /// What it says, or how that begins.
+        text: String,
+        /// What there is.
+        releases: Vec<String>,
+    },
     /// An ingredient that is not there.
     #[error("there is no `{path}` in {place}")]
     Missing {
@@ -188,6 +198,10 @@ impl MakeError {
             }
             Self::Several { .. } => {
                 "give what is made a name with `*`, or a path that only one matches".to_owned()
+            }
+            Self::NoDefault { .. } => {
+                "write one kernel's release into it, and nothing else: its image goes where a path has no `*`"
+                    .to_owned()
             }
             Self::Missing { .. } => {
                 "needs = [\"STEP\"] makes a step's outputs visible in WORK; an ignored path is not there"

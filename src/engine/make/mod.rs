@@ -13,12 +13,13 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use kiln_artifact::tree::{Kind, Layer, Meta, Node, Timestamp, Tree, TreePath};
-use kiln_artifact::uefi::uki;
+use kiln_artifact::uefi::uki::{self, UkiError};
 use kiln_artifact::{cpio, erofs, fat, squashfs, verity};
 use kiln_digest::Digest;
 
 use crate::plan::make::{From, Make, Origin, Pattern, Unified, What, fill};
 use crate::sign::Leaks;
+use crate::sign::record::command_line;
 use crate::store::Store;
 
 pub use error::MakeError;
@@ -269,7 +270,7 @@ impl Bench<'_> {
         made: &mut Tree,
     ) -> Result<(), MakeError> {
         let Some(from) = from.first() else { return Err(MakeError::Empty(path.to_owned())) };
-        let (digest, name) = self.file(from, star, made)?;
+        let Part { digest, name, .. } = file_in(&self.take(from, star, made)?, from, star)?;
         let data = self.store.blobs().file(&digest).map_err(MakeError::io("read an image"))?;
         if Digest::of_reader(&data).map_err(MakeError::io("read an image"))?.0 != digest {
             return Err(MakeError::io("read an image")(io::ErrorKind::InvalidData.into()));
@@ -292,23 +293,36 @@ impl Bench<'_> {
         made: &Tree,
         artifact: &str,
     ) -> Result<Vec<u8>, MakeError> {
-        let read = |from: &From| {
-            let part = self.take(from, star, made)?;
-            self.refuse_keys(&part, std::slice::from_ref(from), star, made, artifact)?;
-            self.bytes(from, star, made)
+        let find = |from: &From| {
+            let tree = self.take(from, star, made)?;
+            self.refuse_keys(&tree, std::slice::from_ref(from), star, made, artifact)?;
+            let part = file_in(&tree, from, star)?;
+            match part.size_bytes >= PART_BYTES_MAX {
+                true => Err(MakeError::TooLong(shown(from, star))),
+                false => Ok(part),
+            }
         };
+        let read = |from: &From| self.bytes(&find(from)?, from, star);
         let some = |from: &Option<From>| from.as_ref().map(read).transpose();
-        let (stub, kernel) = (read(&parts.stub)?, read(&parts.linux)?);
+        // Long ones are all found before any is read: this host may have less memory than they take together.
+        let kernel = find(&parts.linux)?;
         let mut initrds = Vec::with_capacity(parts.initrds.len());
         for from in &parts.initrds {
-            match read(from) {
+            match find(from) {
                 Err(MakeError::Missing { .. }) if from.optional => {}
-                initrd => initrds.push(initrd?),
+                initrd => initrds.push((from, initrd?)),
             }
         }
+        let lengths = initrds.iter().map(|(_, initrd)| initrd.size_bytes);
+        if lengths.fold(kernel.size_bytes, u64::saturating_add) >= PART_BYTES_MAX {
+            return Err(UkiError::TooLarge("initrd").into());
+        }
+        let (stub, kernel) = (read(&parts.stub)?, self.bytes(&kernel, &parts.linux, star)?);
+        let initrds = initrds.into_iter().map(|(from, initrd)| self.bytes(&initrd, from, star));
+        let initrds = initrds.collect::<Result<Vec<_>, _>>()?;
         let (os_release, sbat) = (some(&parts.os_release)?, some(&parts.sbat)?);
-        let command_line = String::from_utf8(read(&parts.command_line)?);
-        let command_line = one_line(&command_line.map_err(|_| MakeError::CommandLine)?);
+        let written = String::from_utf8(read(&parts.command_line)?).map_err(|_| MakeError::CommandLine)?;
+        let command_line = command_line(&written);
         let release = parts.release.as_ref().map(|text| fill(text, star));
         let initrds: Vec<&[u8]> = initrds.iter().map(Vec::as_slice).collect();
         let parts = uki::Parts {
@@ -322,9 +336,9 @@ impl Bench<'_> {
         Ok(uki::write(&stub, &parts)?)
     }
 
-    /// The content of the one file that `from` stands for.
-    fn bytes(&self, from: &From, star: &str, made: &Tree) -> Result<Vec<u8>, MakeError> {
-        let (digest, _) = self.file(from, star, made)?;
+    /// The content of `part`, the one file that `from` stands for.
+    fn bytes(&self, part: &Part, from: &From, star: &str) -> Result<Vec<u8>, MakeError> {
+        let digest = part.digest;
         let file = self.store.blobs().file(&digest).map_err(MakeError::io("read a part"))?;
         let length = file.metadata().map_err(MakeError::io("read a part"))?.len();
         // Before it is read: this host may have less memory.
@@ -336,18 +350,6 @@ impl Bench<'_> {
         match Digest::of(&bytes) == digest {
             true => Ok(bytes),
             false => Err(MakeError::io("read a part")(io::ErrorKind::InvalidData.into())),
-        }
-    }
-
-    /// The one file that `from` stands for: its digest and name.
-    fn file(&self, from: &From, star: &str, made: &Tree) -> Result<(Digest, String), MakeError> {
-        let tree = self.take(from, star, made)?;
-        let mut files = tree.iter().filter(|(path, node)| !path.is_root() && node.kind != Kind::Directory);
-        match (files.next(), files.next()) {
-            (Some((path, Node { kind: Kind::File { digest, .. }, .. })), None) => {
-                Ok((*digest, path.to_string()))
-            }
-            _ => Err(MakeError::NotAFile(shown(from, star))),
         }
     }
 
@@ -426,6 +428,24 @@ fn without_lists(tree: &mut Tree) -> usize {
     files
 }
 
+/// One file that something is made of.
+struct Part {
+    digest: Digest,
+    size_bytes: u64,
+    name: String,
+}
+
+/// The one file of `tree`, which is what `from` stands for.
+fn file_in(tree: &Tree, from: &From, star: &str) -> Result<Part, MakeError> {
+    let mut files = tree.iter().filter(|(path, node)| !path.is_root() && node.kind != Kind::Directory);
+    match (files.next(), files.next()) {
+        (Some((path, Node { kind: Kind::File { digest, size }, .. })), None) => {
+            Ok(Part { digest: *digest, size_bytes: *size, name: path.to_string() })
+        }
+        _ => Err(MakeError::NotAFile(shown(from, star))),
+    }
+}
+
 /// What is in a regular file.
 fn content(node: &Node) -> Option<Digest> {
     match &node.kind {
@@ -439,8 +459,5 @@ fn shown(from: &From, star: &str) -> String {
     from.origin.pattern().map_or_else(String::new, |pattern| pattern.bind(star))
 }
 
-/// A command line from a file that people write: without lines of comments, in one line.
-fn one_line(text: &str) -> String {
-    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    lines.collect::<Vec<_>>().join(" ")
-}
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,9 @@ use super::{Bench, MakeError};
 use crate::plan::make::{From, Origin, Pattern, Recorded, fill};
 use crate::sign::record::{File, Kernel, Record, Verity};
 
+/// As much of a file that should be a release as an error shows: one has 64 bytes.
+const SHOWN_CHARS: usize = 80;
+
 impl Bench<'_> {
     /// The record of `recorded`, with a kernel for each match of `range`, behind those that `made` has at `path`.
     pub(super) fn record(
@@ -34,8 +37,10 @@ impl Bench<'_> {
             }
             _ => None,
         };
+        let mut releases = Vec::with_capacity(stars.len());
         for star in &stars {
             let mut kernel = self.kernel(recorded, star, made)?;
+            releases.push(kernel.release.clone());
             if default.as_ref().is_some_and(|default| *default != kernel.release) {
                 let own = recorded.signed.iter().filter(|path| path.has_star());
                 kernel.signed = own.map(|path| path.bind(star)).collect();
@@ -45,6 +50,12 @@ impl Bench<'_> {
                 }
             }
             record.kernels.push(kernel);
+        }
+        if let (Some(path), Some(text)) = (&recorded.default, default)
+            && !releases.contains(&text)
+        {
+            let text = text.chars().take(SHOWN_CHARS).collect();
+            return Err(MakeError::NoDefault { path: path.text().to_owned(), text, releases });
         }
         record.check()?;
         let mut text = serde_json::to_vec_pretty(&record).unwrap_or_default();

@@ -12,7 +12,8 @@ pub enum Profile {
     Host,
 }
 
-/// What opens an image: it, its verity, the layer above it, and the partition that it lies on.
+/// What opens an image: it, its verity, the layer above it, and the partition that it lies on, with the tables that it is
+/// mounted by (`VOLUME_OPTIONS` of `guest/init`).
 const NEEDED: [&str; 8] =
     ["dm-verity", "efivarfs", "loop", "nls_ascii", "nls_cp437", "overlay", "squashfs", "vfat"];
 
@@ -161,6 +162,23 @@ kernel/drivers/mmc/host/sdhci-pci.ko.xz: kernel/drivers/mmc/core/mmc_core.ko.xz
         let modules = Modules::from_dep(&without, "").expect("modules");
         let error = modules.for_initrd(Profile::Cloud).expect_err("it has no squashfs");
         assert!(matches!(&error, ModulesError::Unknown { name, .. } if name == "squashfs"), "{error}");
+    }
+
+    #[test]
+    fn what_a_kernel_has_built_in_it_need_not_have_as_a_module() {
+        // The tables of names alone, as with `CONFIG_NLS_ASCII=y`, and all of it.
+        let (tables, others): (Vec<&str>, Vec<&str>) = CLOUD.lines().partition(|line| line.contains("/nls_"));
+        let builtin = tables.join("\n").replace(".ko.xz:", ".ko");
+        let modules = Modules::from_dep(&others.join("\n"), &builtin).expect("modules");
+        let files = modules.for_initrd(Profile::Cloud).expect("the kernel has the rest");
+        assert_eq!(files.len(), 12, "{files:?}");
+        let builtin = NEEDED.map(|name| format!("kernel/{name}.ko\n")).concat();
+        let modules = Modules::from_dep("", &builtin).expect("modules");
+        assert_eq!(modules.for_initrd(Profile::Host), Ok(Vec::new()));
+        // And what it has in neither way is told.
+        let modules = Modules::from_dep(&others.join("\n"), "").expect("modules");
+        let error = modules.for_initrd(Profile::Cloud).expect_err("it has no tables");
+        assert!(matches!(&error, ModulesError::Unknown { name, .. } if name == "nls_ascii"), "{error}");
     }
 
     #[test]

@@ -79,6 +79,16 @@ fn parts_become_one_signed_image_whose_sections_are_what_was_built() {
 }
 
 #[test]
+fn a_command_line_is_signed_without_the_comments_of_its_file_and_in_one_line() {
+    let mut built = Built::with_keys();
+    let written = b"# Starts quietly.\nquiet loglevel=0\n\n  rdinit=/init # no comment\n#init=/bin/sh\n";
+    built.rebuild(|kernel| &mut kernel.cmdline, written);
+    built.sign(&[]).succeeds();
+    assert_eq!(section(&built.signed(), ".cmdline"), b"quiet loglevel=0 rdinit=/init # no comment");
+    built.sign(&["--verify"]).succeeds();
+}
+
+#[test]
 fn the_hashes_in_the_image_are_those_by_which_the_images_verify() {
     let mut built = Built::with_keys();
     // One that veritysetup makes, by its own salt.

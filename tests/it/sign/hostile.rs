@@ -68,8 +68,8 @@ fn parts_that_make_no_whole_image_are_refused_with_the_record_on_their_side() {
             &["kernel cannot be started"],
         ),
         ("an image as a kernel", linux, signed(), &["kernel is a unified kernel image itself"]),
-        ("two lines", |kernel| &mut kernel.cmdline, b"quiet\ninit=/bin/sh\n".to_vec(), &["newline"]),
-        ("no words", |kernel| &mut kernel.cmdline, b"\n".to_vec(), &["command line is empty"]),
+        ("a tab", |kernel| &mut kernel.cmdline, b"quiet\tinit=/bin/sh\n".to_vec(), &["control character"]),
+        ("no words", |kernel| &mut kernel.cmdline, b"# none\n".to_vec(), &["command line is empty"]),
         ("a NUL", |kernel| &mut kernel.cmdline, b"quiet\0init=/bin/sh".to_vec(), &["NUL"]),
         ("no text", |kernel| &mut kernel.cmdline, b"quiet \xff".to_vec(), &["no command line"]),
         ("too many words", |kernel| &mut kernel.cmdline, vec![b'a'; 3000], &["2,047 bytes"]),
@@ -95,19 +95,29 @@ fn parts_that_make_no_whole_image_are_refused_with_the_record_on_their_side() {
 }
 
 #[test]
-fn an_initrd_over_four_gibibytes_is_refused_before_it_is_read() {
-    let built = Built::with_keys();
-    let initrd = built.work().join("boot/initrd-base.img");
-    let file = fs::File::options().write(true).open(initrd).expect("there");
-    file.set_len((4 << 30) + 1).expect("a hole");
-    // With no memory for it.
-    let kiln = built.command(&[]);
-    let mut limited = Command::new("prlimit");
-    limited.arg("--as=2147483648").arg(kiln.get_program()).args(kiln.get_args());
-    limited.envs(kiln.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    limited.current_dir(kiln.get_current_dir().expect("a folder of its own"));
-    Told::by(&mut limited).fails(1, &["initrd-base.img", "is longer than 4294967296 bytes"]);
-    built.has_signed_nothing();
+fn initrds_of_gibibytes_are_refused_where_no_image_or_no_memory_holds_them() {
+    const GIB: u64 = 1 << 30;
+    let refused = |initrds: &[(&str, u64)], words: &[&str]| {
+        let built = Built::with_keys();
+        for (name, length_bytes) in initrds {
+            let file = fs::File::options().write(true).open(built.work().join("boot").join(name));
+            file.expect("there").set_len(*length_bytes).expect("a hole");
+        }
+        let kiln = built.command(&[]);
+        let mut limited = Command::new("prlimit");
+        limited.arg("--as=2147483648").arg(kiln.get_program()).args(kiln.get_args());
+        limited.envs(kiln.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        limited.current_dir(kiln.get_current_dir().expect("a folder of its own"));
+        Told::by(&mut limited).fails(1, words);
+        built.has_signed_nothing();
+    };
+    // What no image holds is refused before it is read, alone and together; what one would, where there is no memory for it.
+    refused(&[("initrd-base.img", 4 * GIB + 1)], &["initrd-base.img", "is longer than 4294967296 bytes"]);
+    refused(
+        &[("initrd-base.img", 2 * GIB + 1), ("initrd-init.img", 2 * GIB)],
+        &["kernel 6.12-x", "with its initrd the image would be longer than 4 GiB"],
+    );
+    refused(&[("initrd-base.img", 3 * GIB)], &["initrd-base.img", "out of memory"]);
 }
 
 #[test]
