@@ -25,13 +25,24 @@ enum State {
     String,
 }
 
+/// A line that ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    /// Where it begins, in bytes of all text of the console.
+    pub start: usize,
+    /// What is in it. A guest's bytes.
+    pub text: Vec<u8>,
+}
+
 /// The console so far.
 #[derive(Debug)]
 pub struct Console {
     state: State,
     current: Vec<u8>,
+    // Where `current` begins, in bytes of all text.
+    current_start: usize,
     // Lines that ended and that no expectation has looked at.
-    lines: VecDeque<Vec<u8>>,
+    lines: VecDeque<Line>,
     kept_bytes: usize,
     // How much of the first of `lines`, or of `current` where there are none, was matched.
     matched: usize,
@@ -39,13 +50,20 @@ pub struct Console {
 
 impl Default for Console {
     fn default() -> Self {
-        Self { state: State::Text, current: Vec::new(), lines: VecDeque::new(), kept_bytes: 0, matched: 0 }
+        Self {
+            state: State::Text,
+            current: Vec::new(),
+            current_start: 0,
+            lines: VecDeque::new(),
+            kept_bytes: 0,
+            matched: 0,
+        }
     }
 }
 
 impl Console {
     /// Takes what was printed, and gives the lines that ended with it.
-    pub fn feed(&mut self, bytes: &[u8]) -> Vec<Vec<u8>> {
+    pub fn feed(&mut self, bytes: &[u8]) -> Vec<Line> {
         let mut ended = Vec::new();
         for byte in bytes {
             self.take(*byte, &mut ended);
@@ -53,7 +71,7 @@ impl Console {
         ended
     }
 
-    fn take(&mut self, byte: u8, ended: &mut Vec<Vec<u8>>) {
+    fn take(&mut self, byte: u8, ended: &mut Vec<Line>) {
         match self.state {
             State::Escape => {
                 self.state = match byte {
@@ -106,15 +124,16 @@ impl Console {
         }
     }
 
-    fn end_line(&mut self, ended: &mut Vec<Vec<u8>>) {
-        let line = std::mem::take(&mut self.current);
-        if line.iter().all(u8::is_ascii_whitespace) {
+    fn end_line(&mut self, ended: &mut Vec<Line>) {
+        let line = Line { start: self.current_start, text: std::mem::take(&mut self.current) };
+        self.current_start += line.text.len();
+        if line.text.iter().all(u8::is_ascii_whitespace) {
             if self.lines.is_empty() {
                 self.matched = 0;
             }
             return;
         }
-        self.kept_bytes += line.len();
+        self.kept_bytes += line.text.len();
         self.lines.push_back(line.clone());
         ended.push(line);
         while self.kept_bytes > MOST_KEPT_BYTES {
@@ -124,7 +143,7 @@ impl Console {
 
     fn forget_first(&mut self) {
         self.matched = 0;
-        self.kept_bytes -= self.lines.pop_front().map_or(0, |line| line.len());
+        self.kept_bytes -= self.lines.pop_front().map_or(0, |line| line.text.len());
     }
 
     /// The line that has not ended.
@@ -132,15 +151,27 @@ impl Console {
         &self.current
     }
 
-    /// Lines that ended and that no expectation has looked at, and the one that has not ended.
-    pub fn unseen(&self) -> impl Iterator<Item = &[u8]> {
-        self.lines.iter().map(Vec::as_slice).chain([self.current.as_slice()])
+    /// Where the line begins that has not ended, in bytes of all text.
+    pub fn current_start(&self) -> usize {
+        self.current_start
+    }
+
+    /// Where what was matched last ends, in bytes of all text; where nothing was, what no expectation has looked at begins.
+    pub fn position(&self) -> usize {
+        self.lines.front().map_or(self.current_start, |line| line.start) + self.matched
+    }
+
+    /// Lines that ended and that no expectation has looked at, and the one that has not ended: where each begins, in bytes
+    /// of all text, and what is in it.
+    pub fn unseen(&self) -> impl Iterator<Item = (usize, &[u8])> {
+        let ended = self.lines.iter().map(|line| (line.start, line.text.as_slice()));
+        ended.chain([(self.current_start, self.current.as_slice())])
     }
 
     /// Looks for `regex` behind what was matched last. Lines without it have been looked at then.
     pub fn find(&mut self, regex: &Regex) -> bool {
         while let Some(line) = self.lines.front() {
-            if let Some(found) = regex.find_at(line, self.matched.min(line.len())) {
+            if let Some(found) = regex.find_at(&line.text, self.matched.min(line.text.len())) {
                 self.matched = found.end();
                 return true;
             }
@@ -163,7 +194,7 @@ mod tests {
     fn lines(bytes: &[u8]) -> Vec<String> {
         let mut console = Console::default();
         let ended = console.feed(bytes);
-        ended.into_iter().map(|line| String::from_utf8_lossy(&line).into_owned()).collect()
+        ended.into_iter().map(|line| String::from_utf8_lossy(&line.text).into_owned()).collect()
     }
 
     fn finds(console: &mut Console, text: &str) -> bool {
@@ -210,6 +241,28 @@ mod tests {
         for _ in 0..1000 {
             console.feed(&[b'x'; 64 << 10]);
         }
-        assert!(console.unseen().map(<[u8]>::len).sum::<usize>() <= MOST_KEPT_BYTES + LONGEST_LINE_BYTES);
+        let kept: usize = console.unseen().map(|(_, text)| text.len()).sum();
+        assert!(kept <= MOST_KEPT_BYTES + LONGEST_LINE_BYTES);
+    }
+
+    #[test]
+    fn where_a_match_ends_is_told_in_bytes_of_all_text() {
+        let mut console = Console::default();
+        assert_eq!(console.position(), 0);
+        console.feed(b"\x1b[1mone\n  \nhost login: ");
+        assert_eq!(console.position(), 0, "nothing was looked for");
+        assert!(finds(&mut console, "login:"));
+        // "one", two blanks, and what was matched.
+        assert_eq!((console.current_start(), console.position()), (5, 16));
+        let ended = console.feed(b"root\nnext");
+        assert_eq!(ended, [Line { start: 5, text: b"host login: root".to_vec() }]);
+        assert_eq!((console.current_start(), console.position()), (21, 16));
+        let unseen: Vec<(usize, &[u8])> = console.unseen().collect();
+        assert_eq!(unseen, [(5, &b"host login: root"[..]), (21, &b"next"[..])]);
+        // A line of nothing but blanks is dropped, and takes its place all the same.
+        assert!(finds(&mut console, "next"));
+        console.feed(b"\n \n");
+        assert!(!finds(&mut console, "x"));
+        assert_eq!(console.position(), 26);
     }
 }

@@ -125,7 +125,9 @@ pub(super) fn enrol(
     drop(machine);
     let refused = |why| EnrolError::Refused { folder: keys.to_owned(), why };
     match outcome {
-        Outcome::NotMet { why, .. } | Outcome::Mute(why) => return Err(refused(why).into()),
+        Outcome::NotMet { why, .. } | Outcome::Mute(why) | Outcome::Died(why) => {
+            return Err(refused(why).into());
+        }
         Outcome::Met | Outcome::Over => {}
     }
     match vars.have_keys()? {

@@ -1,9 +1,9 @@
 //! What somebody wants to have booted: a disk image, an EFI program, or a folder. Told by its first bytes, never by its
 //! name.
 
-use std::fs::File;
+use std::fs::{File, FileType};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::machine::qemu::firmware::Format;
@@ -31,6 +31,14 @@ pub enum ImageError {
         #[source]
         source: io::Error,
     },
+    /// It has no bytes that stay where they are.
+    #[error("{} is {kind}, and neither a file nor a block device", .path.display())]
+    Kind {
+        /// Which.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
     /// It is a container for disks that is not read unless it is said to be one.
     #[error("{} is a {kind} image, and disks are raw", .path.display())]
     Container {
@@ -42,6 +50,9 @@ pub enum ImageError {
     /// It was said to be qcow2.
     #[error("{} is no qcow2 image", .0.display())]
     NotQcow2(PathBuf),
+    /// The disk is in another file, which only this one names.
+    #[error("{} is a qcow2 image whose data are in another file, and no file that an image names is opened", .0.display())]
+    DataFile(PathBuf),
     /// Its machine is another.
     #[error("{} is an EFI program for another processor than x86-64", .0.display())]
     OtherProcessor(PathBuf),
@@ -62,6 +73,10 @@ impl ImageError {
                     _ => convert,
                 })
             }
+            Self::DataFile(path) => Some(format!(
+                "convert it where you trust who made it: qemu-img convert -O raw {} disk.img",
+                path.display()
+            )),
             Self::Unknown(_) => Some(
                 "a disk has a partition table, a FAT or an ISO 9660 file system; a folder is put on a disk"
                     .to_owned(),
@@ -80,6 +95,10 @@ const CONTAINERS: [(&str, &[u8]); 5] = [
     ("VirtualBox", b"<<< "),
 ];
 
+/// Of a qcow2 image's incompatible features, which version 3 has (qcow2 specification, "Header"): the disk is in another
+/// file.
+const EXTERNAL_DATA_FILE: u64 = 1 << 2;
+
 /// Of what is read at the beginning: up to the descriptor of an ISO 9660 file system.
 const HEAD_BYTES: usize = 36 << 10;
 
@@ -93,10 +112,17 @@ const EFI_APPLICATION: [u8; 2] = [10, 0];
 /// [`ImageError`] where it cannot be booted.
 pub fn look(path: &Path, format: Option<Format>, writable: bool) -> Result<Subject, ImageError> {
     let read = |source| ImageError::Read { path: path.to_owned(), source };
-    if path.metadata().map_err(read)?.is_dir() {
+    let meta = path.metadata().map_err(read)?;
+    if meta.is_dir() {
         return Ok(Subject::Folder);
     }
-    let file = File::options().read(true).write(writable).open(path).map_err(read)?;
+    // Before it is opened, which may set a device going; and a FIFO that has come in its place meanwhile is not waited for.
+    let odd = |kind| ImageError::Kind { path: path.to_owned(), kind };
+    check_kind(meta.file_type()).map_err(odd)?;
+    let mut options = File::options();
+    options.read(true).write(writable).custom_flags(libc::O_NONBLOCK);
+    let file = options.open(path).map_err(read)?;
+    check_kind(file.metadata().map_err(read)?.file_type()).map_err(odd)?;
     let mut head = vec![0; HEAD_BYTES];
     let mut length = 0;
     while length < head.len() {
@@ -108,6 +134,9 @@ pub fn look(path: &Path, format: Option<Format>, writable: bool) -> Result<Subje
     head.truncate(length);
     let container = CONTAINERS.iter().find(|(_, magic)| head.starts_with(magic)).map(|(kind, _)| *kind);
     match (format, container) {
+        (Some(Format::Qcow2), Some("qcow2")) if has_data_file(&head) == Some(true) => {
+            return Err(ImageError::DataFile(path.to_owned()));
+        }
         (Some(Format::Qcow2), Some("qcow2")) => return Ok(Subject::Disk(file, Format::Qcow2)),
         (Some(Format::Qcow2), _) => return Err(ImageError::NotQcow2(path.to_owned())),
         (Some(Format::Raw), _) => return Ok(Subject::Disk(file, Format::Raw)),
@@ -125,6 +154,24 @@ pub fn look(path: &Path, format: Option<Format>, writable: bool) -> Result<Subje
     let is_disk =
         has(510, &[0x55, 0xaa]) || has(512, b"EFI PART") || has(4096, b"EFI PART") || has(32_769, b"CD001");
     if is_disk { Ok(Subject::Disk(file, Format::Raw)) } else { Err(ImageError::Unknown(path.to_owned())) }
+}
+
+/// Refuses what has no bytes that stay where they are, with what it is.
+fn check_kind(kind: FileType) -> Result<(), &'static str> {
+    match kind {
+        kind if kind.is_file() || kind.is_block_device() => Ok(()),
+        kind if kind.is_fifo() => Err("a FIFO"),
+        kind if kind.is_socket() => Err("a socket"),
+        kind if kind.is_char_device() => Err("a character device"),
+        _ => Err("something else"),
+    }
+}
+
+/// Whether a qcow2 image names a file that the disk is in; none where its header is too short to.
+fn has_data_file(head: &[u8]) -> Option<bool> {
+    let version = u32::from_be_bytes(head.get(4..8)?.try_into().ok()?);
+    let features = u64::from_be_bytes(head.get(72..80)?.try_into().ok()?);
+    Some(version >= 3 && features & EXTERNAL_DATA_FILE != 0)
 }
 
 /// Machine and subsystem of a PE file (PE/COFF §2 to §3.4); none where it is no such file.
@@ -186,5 +233,37 @@ mod tests {
         assert!(matches!(look_at(qcow2, None), Err(ImageError::Container { kind: "qcow2", .. })));
         assert!(matches!(look_at(qcow2, Some(Format::Qcow2)), Ok(Subject::Disk(_, Format::Qcow2))));
         assert!(matches!(look_at(b"x", Some(Format::Qcow2)), Err(ImageError::NotQcow2(_))));
+    }
+
+    #[test]
+    fn a_qcow2_image_that_names_a_file_for_its_data_is_refused() {
+        let header = |version: u8, features: u8| {
+            let mut bytes = [0; 104];
+            bytes[..4].copy_from_slice(b"QFI\xfb");
+            bytes[7] = version;
+            bytes[79] = features;
+            look_at(&bytes, Some(Format::Qcow2))
+        };
+        assert!(matches!(header(3, 4), Err(ImageError::DataFile(_))));
+        assert!(matches!(header(3, 3), Ok(Subject::Disk(_, Format::Qcow2))));
+        // Version 2 ends before there, and what follows is no feature.
+        assert!(matches!(header(2, 4), Ok(Subject::Disk(_, Format::Qcow2))));
+    }
+
+    #[test]
+    fn what_an_open_would_wait_for_is_refused_by_its_kind() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (fifo, socket) = (folder.path().join("fifo"), folder.path().join("socket"));
+        let mode = rustix::fs::Mode::from_raw_mode(0o644);
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).expect("a FIFO");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).expect("a socket");
+        for (path, shown) in
+            [(&*fifo, "a FIFO"), (&*socket, "a socket"), (Path::new("/dev/null"), "a character device")]
+        {
+            for (format, writable) in [(None, false), (Some(Format::Raw), true)] {
+                let error = look(path, format, writable).expect_err("it is refused");
+                assert!(matches!(error, ImageError::Kind { kind, .. } if kind == shown), "{error}");
+            }
+        }
     }
 }

@@ -25,11 +25,13 @@ use std::fs;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::{Duration, Instant};
 
 use crate::apart::{self, Kept, Overlap};
-use crate::machine::qemu::firmware::{Bus, FirmwareMachine, FirmwareSpec, Format, Network, Tpm};
+use crate::machine::qemu::firmware::{Bus, FirmwareMachine, FirmwareSpec, Format, GuestEvent, Network, Tpm};
 use crate::machine::qemu::{Qemu, find_program};
 use crate::machine::{Identity, MachineError};
 use crate::plan::script::{self, Statement, Step};
@@ -42,7 +44,7 @@ use image::{ImageError, Subject};
 use ssh::Ssh;
 pub use ssh::SshError;
 use stage::{Report, Stage};
-use trial::{Input, Moment, Outcome, Rig};
+use trial::{Input, Moment, Outcome, Rig, What};
 use vars::Vars;
 pub use vars::VarsError;
 
@@ -356,14 +358,15 @@ pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<
     };
     let report =
         boot.report.as_deref().map(Report::open).transpose().map_err(BootError::io("write the report"))?;
-    let Running { mut machine, typing, inputs, started } = start_machine(qemu, spec)?;
+    let Running { mut machine, typing, inputs, started, is_gone } = start_machine(qemu, spec)?;
     told(Told::Started(machine.identity()));
     let ssh = match ssh {
         Some(ssh) => Some((ssh, machine.ssh_port().map_err(BootError::io("find the way into the guest"))?)),
         None => None,
     };
-    let mut rig = Stage { machine, typing, ssh, script: &boot.script, report, moments: Vec::new(), told };
-    let outcome = trial::carry_out(&boot.script, &mut rig, &inputs, started, script::DEFAULT_PATIENCE);
+    let mut rig =
+        Stage { machine, is_gone, typing, ssh, script: &boot.script, report, moments: Vec::new(), told };
+    let mut outcome = trial::carry_out(&boot.script, &mut rig, &inputs, started, script::DEFAULT_PATIENCE);
     let total = started.elapsed();
     if let Outcome::Mute(_) = outcome
         && rig.report.is_some()
@@ -374,9 +377,20 @@ pub fn boot(qemu: &Qemu, boot: &Boot, told: &mut dyn FnMut(Told<'_>)) -> Result<
     if outcome == Outcome::Over
         && let Some(complaint) = rig.machine.complaint()
     {
-        (rig.told)(Told::Warning(harmless(complaint.as_bytes())));
+        let complaint = harmless(complaint.as_bytes());
+        match died(&complaint, &rig.moments) {
+            Some(died) => outcome = died,
+            None => (rig.told)(Told::Warning(complaint)),
+        }
     }
     Ok(Verdict { outcome, moments: rig.moments, total })
+}
+
+/// What an end comes to that no script waited for and that QEMU complains of; none where the guest had switched the machine
+/// off before, so that it is nothing against the image.
+fn died(complaint: &str, moments: &[Moment]) -> Option<Outcome> {
+    let was_switched_off = moments.iter().any(|moment| moment.what == What::PowerOff);
+    (!was_switched_off).then(|| Outcome::Died(complaint.to_owned()))
 }
 
 /// The variables of the machine: new ones with the keys that are wanted, or those that were kept.
@@ -418,13 +432,22 @@ struct Running {
     typing: UnixStream,
     inputs: Receiver<Input>,
     started: Instant,
+    /// Whether QEMU is gone, for who cannot wait for `inputs`. Set once, after the last of them that tells of the machine.
+    is_gone: Arc<AtomicBool>,
 }
 
 fn start_machine(qemu: &Qemu, spec: FirmwareSpec) -> Result<Running, BootError> {
     let (sender, inputs) = mpsc::channel();
     let started = Instant::now();
-    let events = sender.clone();
-    let mut machine = qemu.start_firmware(spec, move |event| drop(events.send(Input::Event(event))))?;
+    let is_gone = Arc::new(AtomicBool::new(false));
+    let (events, gone) = (sender.clone(), Arc::clone(&is_gone));
+    let mut machine = qemu.start_firmware(spec, move |event| {
+        let is_end = event == GuestEvent::Ended;
+        drop(events.send(Input::Event(event)));
+        if is_end {
+            gone.store(true, Ordering::Release);
+        }
+    })?;
     let console = machine.take_console().ok_or_else(|| BootError::Io {
         what: "read the serial console",
         source: io::ErrorKind::NotConnected.into(),
@@ -432,7 +455,7 @@ fn start_machine(qemu: &Qemu, spec: FirmwareSpec) -> Result<Running, BootError> 
     let typing = console.try_clone().map_err(BootError::io("read the serial console"))?;
     let reading = threads::start("console", move || read_console(console, &sender));
     reading.map_err(BootError::io("read the serial console"))?;
-    Ok(Running { machine, typing, inputs, started })
+    Ok(Running { machine, typing, inputs, started, is_gone })
 }
 
 fn read_console(mut console: UnixStream, sender: &Sender<Input>) {
@@ -443,4 +466,18 @@ fn read_console(mut console: UnixStream, sender: &Sender<Input>) {
         }
     }
     let _ = sender.send(Input::Silent);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_that_qemu_took_with_it_has_failed_unless_its_guest_had_ended_it() {
+        let moment = |what| Moment { at: Duration::ZERO, what };
+        let failed = Some(Outcome::Died("QEMU ended (signal: 9)".to_owned()));
+        assert_eq!(died("QEMU ended (signal: 9)", &[]), failed);
+        assert_eq!(died("QEMU ended (signal: 9)", &[moment(What::Reset)]), failed);
+        assert_eq!(died("QEMU ended (signal: 9)", &[moment(What::Reset), moment(What::PowerOff)]), None);
+    }
 }

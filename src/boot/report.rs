@@ -36,6 +36,28 @@ pub fn timeline(moment: &Moment, script: &[Statement]) -> Value {
 /// to as skipped.
 #[must_use]
 pub fn junit(name: &str, script: &[Statement], moments: &[Moment], total: Duration) -> String {
+    document(name, script, moments, total, None)
+}
+
+/// As [`junit`], where no statement is to blame for the failure, but `why`: an error, in a case of its own.
+#[must_use]
+pub fn junit_of_error(
+    name: &str,
+    script: &[Statement],
+    moments: &[Moment],
+    total: Duration,
+    why: &str,
+) -> String {
+    document(name, script, moments, total, Some(why))
+}
+
+fn document(
+    name: &str,
+    script: &[Statement],
+    moments: &[Moment],
+    total: Duration,
+    error: Option<&str>,
+) -> String {
     let mut cases = String::new();
     let (mut failures, mut judged) = (0, vec![false; script.len()]);
     for moment in moments {
@@ -51,6 +73,16 @@ pub fn junit(name: &str, script: &[Statement], moments: &[Moment], total: Durati
             }
         }
     }
+    if let Some(why) = error {
+        let _ = writeln!(
+            cases,
+            "  <testcase classname=\"{}\" name=\"boot\" time=\"{:.3}\"><error message=\"{}\"/></testcase>",
+            escaped(name),
+            total.as_secs_f64(),
+            escaped(why)
+        );
+    }
+    let errors = usize::from(error.is_some());
     let mut skipped = 0;
     for (statement, _) in
         script.iter().zip(judged).filter(|(statement, judged)| !judged && statement.is_judged())
@@ -61,8 +93,8 @@ pub fn junit(name: &str, script: &[Statement], moments: &[Moment], total: Durati
     let tests = cases.matches("<testcase").count();
     format!(
         "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n\
-         <testsuite name=\"{}\" tests=\"{tests}\" failures=\"{failures}\" errors=\"0\" skipped=\"{skipped}\" \
-         time=\"{:.3}\">\n{cases}</testsuite>\n",
+         <testsuite name=\"{}\" tests=\"{tests}\" failures=\"{failures}\" errors=\"{errors}\" \
+         skipped=\"{skipped}\" time=\"{:.3}\">\n{cases}</testsuite>\n",
         escaped(name),
         total.as_secs_f64()
     )
@@ -121,6 +153,22 @@ mod tests {
              <testcase classname=\"disk.img\" name=\"s line 3: expect c\" time=\"1.500\">\
              <failure message=\"not within 5s: \u{fffd}&quot;x&quot;\"/></testcase>\n  \
              <testcase classname=\"disk.img\" name=\"s line 4: expect d\" time=\"0.000\"><skipped/></testcase>\n\
+             </testsuite>\n"
+        );
+    }
+
+    #[test]
+    fn what_no_statement_is_to_blame_for_is_an_error_of_its_own() {
+        let script = parse("s", "expect a\nexpect b").expect("a good script");
+        let xml =
+            junit_of_error("disk.img", &script, &[verdict(0, None)], Duration::from_secs(7), "QEMU <ended>");
+        assert_eq!(
+            xml,
+            "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n\
+             <testsuite name=\"disk.img\" tests=\"3\" failures=\"0\" errors=\"1\" skipped=\"1\" time=\"7.000\">\n  \
+             <testcase classname=\"disk.img\" name=\"s line 1: expect a\" time=\"1.500\"/>\n  \
+             <testcase classname=\"disk.img\" name=\"boot\" time=\"7.000\"><error message=\"QEMU &lt;ended&gt;\"/></testcase>\n  \
+             <testcase classname=\"disk.img\" name=\"s line 2: expect b\" time=\"0.000\"><skipped/></testcase>\n\
              </testsuite>\n"
         );
     }

@@ -4,6 +4,7 @@
 //! seen in this trial: one that changes within it is refused.
 
 use std::path::Path;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,6 +19,8 @@ use crate::plan::harmless;
 const RETRY: Duration = Duration::from_millis(300);
 /// An attempt that a half-booted guest leaves hanging is made again.
 const ATTEMPT: Duration = Duration::from_secs(20);
+/// Between looks at whether the machine is still there.
+const LOOK: Duration = Duration::from_millis(300);
 /// What of a command's output is looked at.
 const MOST_OUTPUT_BYTES: usize = 1 << 20;
 
@@ -117,11 +120,18 @@ impl Ssh {
         Some(described(&shown))
     }
 
-    /// Runs `command` in the guest behind the host's `port` until `deadline`, trying to get in until then.
+    /// Runs `command` in the guest behind the host's `port` until `deadline`, trying to get in until then, or until the
+    /// machine `is_gone`.
     ///
     /// # Errors
     /// Why it did not end, in words.
-    pub fn run(&self, port: u16, command: &str, deadline: Instant) -> Result<Answer, String> {
+    pub fn run(
+        &self,
+        port: u16,
+        command: &str,
+        deadline: Instant,
+        is_gone: &dyn Fn() -> bool,
+    ) -> Result<Answer, String> {
         let whole = async {
             let session = loop {
                 let attempt = tokio::time::timeout(ATTEMPT, self.connect(port)).await;
@@ -141,9 +151,21 @@ impl Ssh {
             let _ = session.disconnect(Disconnect::ByApplication, "", "en").await;
             answer
         };
-        let left = deadline.saturating_duration_since(Instant::now());
-        let limited = async { tokio::time::timeout(left, whole).await };
-        self.runtime.block_on(limited).unwrap_or_else(|_| Err("it did not end in its time".to_owned()))
+        let limited = async {
+            let mut whole = pin!(whole);
+            loop {
+                // An answer that the guest gave before the end is still on its way: one more look is for that.
+                let was_gone = is_gone();
+                let left = deadline.saturating_duration_since(Instant::now());
+                match tokio::time::timeout(left.min(LOOK), whole.as_mut()).await {
+                    Ok(answer) => return answer,
+                    Err(_) if was_gone => return Err("the machine is gone".to_owned()),
+                    Err(_) if left <= LOOK => return Err("it did not end in its time".to_owned()),
+                    Err(_) => {}
+                }
+            }
+        };
+        self.runtime.block_on(limited)
     }
 
     async fn connect(&self, port: u16) -> Result<client::Handle<Guest>, Refusal> {
@@ -328,17 +350,17 @@ mod tests {
     fn a_command_gives_its_status_and_what_it_printed_and_the_host_key_is_told_once() {
         let (ssh, port) = (ssh(1), serve(&[7, 7]));
         assert_eq!(ssh.host_key(), None);
-        let answer = ssh.run(port, "abc", soon()).expect("it answers");
+        let answer = ssh.run(port, "abc", soon(), &|| false).expect("it answers");
         assert_eq!(answer, Answer { ended: Ok(3), output: b"abc".to_vec() });
         let told = ssh.host_key().expect("it was shown");
         assert!(told.starts_with("ssh-ed25519 SHA256:"), "{told}");
-        assert_eq!(ssh.run(port, "", soon()).expect("it answers").ended, Ok(0));
+        assert_eq!(ssh.run(port, "", soon(), &|| false).expect("it answers").ended, Ok(0));
         assert_eq!(ssh.host_key(), None);
     }
 
     #[test]
     fn a_key_that_is_refused_is_said_to_be_and_no_password_is_tried() {
-        let refused = ssh(2).run(serve(&[7]), "abc", soon());
+        let refused = ssh(2).run(serve(&[7]), "abc", soon(), &|| false);
         let why = "the guest does not take the key for root; it would take a password, and kiln gives none";
         assert_eq!(refused, Err(why.to_owned()));
     }
@@ -346,8 +368,8 @@ mod tests {
     #[test]
     fn a_host_key_that_changes_is_refused() {
         let (ssh, port) = (ssh(1), serve(&[7, 8]));
-        ssh.run(port, "abc", soon()).expect("it answers");
-        let why = ssh.run(port, "abc", soon()).expect_err("it is another");
+        ssh.run(port, "abc", soon(), &|| false).expect("it answers");
+        let why = ssh.run(port, "abc", soon(), &|| false).expect_err("it is another");
         assert!(why.starts_with("the guest's host key is another than ssh-ed25519 SHA256:"), "{why}");
     }
 
@@ -355,8 +377,16 @@ mod tests {
     fn a_server_that_never_comes_is_waited_for_until_the_deadline() {
         let port =
             std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port").local_addr().expect("bound");
-        let why = ssh(1).run(port.port(), "abc", Instant::now() + Duration::from_millis(100));
+        let why = ssh(1).run(port.port(), "abc", Instant::now() + Duration::from_millis(100), &|| false);
         assert!(why.expect_err("nobody is there").starts_with("no ssh: "));
+    }
+
+    #[test]
+    fn a_guest_whose_machine_is_gone_is_not_waited_for() {
+        // It takes connections, and says nothing.
+        let silent = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+        let port = silent.local_addr().expect("bound").port();
+        assert_eq!(ssh(1).run(port, "abc", soon(), &|| true), Err("the machine is gone".to_owned()));
     }
 
     #[test]

@@ -4,6 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::ssh::Ssh;
@@ -53,6 +55,8 @@ impl Report {
 /// A machine as a trial sees it.
 pub(super) struct Stage<'a> {
     pub machine: FirmwareMachine,
+    /// Whether QEMU is gone.
+    pub is_gone: Arc<AtomicBool>,
     pub typing: UnixStream,
     /// The way in, and the host's port that leads there.
     pub ssh: Option<(Ssh, u16)>,
@@ -83,7 +87,7 @@ impl Rig for Stage<'_> {
 
     fn ssh(&mut self, command: &str, deadline: Instant) -> Result<Answer, String> {
         let (ssh, port) = self.ssh.as_ref().ok_or("there is no key to get in with")?;
-        ssh.run(*port, command, deadline)
+        ssh.run(*port, command, deadline, &|| self.is_gone.load(Ordering::Acquire))
     }
 
     fn host_key(&mut self) -> Option<String> {

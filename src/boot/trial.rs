@@ -106,6 +106,8 @@ pub enum Outcome {
     Over,
     /// There is no script, and nothing came of the image at all: why that is all, in words.
     Mute(String),
+    /// There is no script, and the machine ended without its guest's doing: what is known of it, in words.
+    Died(String),
 }
 
 /// What the firmware's boot manager begins a line with where it hands over to what it boots; where it tells anything
@@ -121,6 +123,14 @@ const SHOWN_BYTES: usize = 4096;
 /// Ends the current statement.
 type Failed = (usize, String);
 
+/// A text that may not come.
+struct Rejected {
+    index: usize,
+    regex: Regex,
+    // From where on, in bytes of all text of the console.
+    from: usize,
+}
+
 struct Trial<'a> {
     script: &'a [Statement],
     rig: &'a mut dyn Rig,
@@ -131,7 +141,7 @@ struct Trial<'a> {
     last_line: Vec<u8>,
     // What the last command over ssh printed.
     output: Vec<u8>,
-    rejected: Vec<(usize, Regex)>,
+    rejected: Vec<Rejected>,
     resets: usize,
     is_off: bool,
     is_silent: bool,
@@ -139,7 +149,8 @@ struct Trial<'a> {
 }
 
 /// Carries out `script`, in which a statement waits for `patience` until `within` says otherwise. Without statements,
-/// waits for the machine's end.
+/// waits for the machine's end. A `reject` that nothing which waits follows is watched for as long as it may wait, or until
+/// the guest switches its machine off.
 pub fn carry_out(
     script: &[Statement],
     rig: &mut dyn Rig,
@@ -172,6 +183,8 @@ pub fn carry_out(
 
 impl Trial<'_> {
     fn play(&mut self, mut patience: Duration) -> Outcome {
+        // Until when a `reject` is watched that nothing which waits follows, and its index.
+        let mut watched: Option<(Instant, usize)> = None;
         for index in 0..self.script.len() {
             let before = Instant::now();
             if let Step::Within(time) = self.script[index].step {
@@ -190,12 +203,26 @@ impl Trial<'_> {
             if let Some(why) = failure {
                 return Outcome::NotMet { index, why };
             }
+            let is_reject = matches!(self.script[index].step, Step::Reject(_));
+            if is_reject && !self.script[index..].iter().any(Statement::waits) {
+                watched = watched.max(Some((before + patience, index)));
+            }
         }
         if self.script.is_empty() {
             return self.watch(patience);
         }
-        for index in self.rejected.iter().map(|(index, _)| *index).collect::<Vec<_>>() {
-            self.note(What::Verdict { index, failure: None, took: Duration::ZERO });
+        let before = Instant::now();
+        if let Some((until, index)) = watched
+            && let Err((index, why)) = self.wait_until(index, until, |trial| trial.is_off && trial.is_over())
+        {
+            self.note(What::Verdict { index, failure: Some(why.clone()), took: before.elapsed() });
+            return Outcome::NotMet { index, why };
+        }
+        let waited = before.elapsed();
+        for index in self.rejected.iter().map(|rejected| rejected.index).collect::<Vec<_>>() {
+            let is_last = watched.is_some_and(|(_, last)| last == index);
+            let took = if is_last { waited } else { Duration::ZERO };
+            self.note(What::Verdict { index, failure: None, took });
         }
         Outcome::Met
     }
@@ -258,9 +285,9 @@ impl Trial<'_> {
             Step::Within(_) => Ok(()),
             Step::Send(bytes) => self.rig.type_in(bytes).map_err(|why| (index, why)),
             Step::Reject(regex) => {
-                self.rejected.push((index, regex.clone()));
-                let found = self.console.unseen().find(|line| regex.is_match(line)).map(<[u8]>::to_vec);
-                found.map_or(Ok(()), |line| Err((index, rejected(&line))))
+                let from = self.console.position();
+                self.rejected.push(Rejected { index, regex: regex.clone(), from });
+                self.console.unseen().try_for_each(|(start, text)| self.refuse(start, text))
             }
             Step::Expect(regex) => self.wait(index, deadline, patience, |trial| trial.console.find(regex)),
             Step::Reboot => self.wait(index, deadline, patience, |trial| {
@@ -278,7 +305,9 @@ impl Trial<'_> {
                 while let Ok(input) = self.inputs.try_recv() {
                     self.receive(input)?;
                 }
-                let Answer { ended, output } = result.map_err(|why| (index, why))?;
+                let Answer { ended, output } = result.map_err(|why| {
+                    (index, if self.is_gone { self.how_it_ended().to_owned() } else { why })
+                })?;
                 for line in lines(&output) {
                     self.note(What::Output(line.to_vec()));
                 }
@@ -309,11 +338,25 @@ impl Trial<'_> {
         index: usize,
         deadline: Instant,
         patience: Duration,
-        mut is_met: impl FnMut(&mut Self) -> bool,
+        is_met: impl FnMut(&mut Self) -> bool,
     ) -> Result<(), Failed> {
+        if self.wait_until(index, deadline, is_met)? {
+            return Ok(());
+        }
+        let time = crate::plan::show_duration(patience);
+        Err((index, format!("not within {time}{}", self.last_words())))
+    }
+
+    /// Waits until something is so; false where it is not by `deadline`.
+    fn wait_until(
+        &mut self,
+        index: usize,
+        deadline: Instant,
+        mut is_met: impl FnMut(&mut Self) -> bool,
+    ) -> Result<bool, Failed> {
         loop {
             if is_met(self) {
-                return Ok(());
+                return Ok(true);
             }
             let may_reset =
                 self.script[index..].iter().any(|statement| matches!(statement.step, Step::Reboot));
@@ -321,15 +364,17 @@ impl Trial<'_> {
                 return Err((index, "the guest restarted its machine".to_owned()));
             }
             if self.is_over() {
-                let how =
-                    if self.is_off { "the guest switched its machine off" } else { "the machine is gone" };
-                return Err((index, how.to_owned()));
+                return Err((index, self.how_it_ended().to_owned()));
             }
             if !self.take(Some(deadline), index)? {
-                let time = crate::plan::show_duration(patience);
-                return Err((index, format!("not within {time}{}", self.last_words())));
+                return Ok(false);
             }
         }
+    }
+
+    /// Why nothing will come any more.
+    fn how_it_ended(&self) -> &'static str {
+        if self.is_off { "the guest switched its machine off" } else { "the machine is gone" }
     }
 
     /// Takes what comes in next; false where nothing did until `deadline`.
@@ -355,12 +400,12 @@ impl Trial<'_> {
         match input {
             Input::Printed(bytes) => {
                 for line in self.console.feed(&bytes) {
-                    self.note(What::Line(line.clone()));
-                    let refused = self.refuse(&line);
-                    self.last_line = line;
+                    self.note(What::Line(line.text.clone()));
+                    let refused = self.refuse(line.start, &line.text);
+                    self.last_line = line.text;
                     refused?;
                 }
-                match self.refuse(self.console.current()) {
+                match self.refuse(self.console.current_start(), self.console.current()) {
                     Ok(()) => Ok(()),
                     Err((index, _)) => Err((index, rejected(&self.rest_of_line()))),
                 }
@@ -393,20 +438,23 @@ impl Trial<'_> {
             let Input::Printed(bytes) = input else { continue };
             let ended = self.console.feed(&bytes);
             for line in &ended {
-                self.note(What::Line(line.clone()));
+                self.note(What::Line(line.text.clone()));
             }
             if let Some(line) = ended.into_iter().next() {
-                return line;
+                return line.text;
             }
         }
         self.console.current().to_vec()
     }
 
-    fn refuse(&self, line: &[u8]) -> Result<(), Failed> {
-        match self.rejected.iter().find(|(_, regex)| regex.is_match(line)) {
-            Some((index, _)) => Err((*index, rejected(line))),
-            None => Ok(()),
+    /// Fails where the line that begins at `start` has what is rejected, behind where that began.
+    fn refuse(&self, start: usize, line: &[u8]) -> Result<(), Failed> {
+        for one in &self.rejected {
+            if one.regex.is_match_at(line, one.from.saturating_sub(start).min(line.len())) {
+                return Err((one.index, rejected(line)));
+            }
         }
+        Ok(())
     }
 }
 
@@ -443,6 +491,7 @@ mod tests {
             let ended = match command {
                 "true" => Ok(0),
                 "false" => Ok(1),
+                "unanswered" => return Err("no ssh: nobody is there".to_owned()),
                 _ => Err("was killed by SIGKILL".to_owned()),
             };
             Ok(Answer { ended, output: format!("this is\r\n{command}\n").into_bytes() })
@@ -531,6 +580,56 @@ mod tests {
     }
 
     #[test]
+    fn a_reject_that_nothing_waits_after_is_watched_for_its_time() {
+        for (script, rejecting) in [("reject panic", 0), ("expect up\nreject panic\nsend x\nscreenshot y", 1)]
+        {
+            let inputs = vec![printed("up\n"), printed("Kernel panic\n")];
+            assert_eq!(not_met(script, inputs), (rejecting, "the guest printed: Kernel panic".to_owned()));
+        }
+        let before = Instant::now();
+        let (outcome, rig) =
+            play("within 60ms\nreject panic\nwithin 1ms\nreject oops", vec![printed("up\n")]);
+        assert_eq!((outcome, rig.verdicts), (Outcome::Met, vec![(1, true), (3, true)]));
+        assert!(before.elapsed() >= Duration::from_millis(60), "the longest time counts");
+    }
+
+    #[test]
+    fn a_reject_that_nothing_waits_after_ends_with_the_machine() {
+        let script = "within 1h\nreject panic";
+        let off = |text| {
+            vec![
+                Input::Event(GuestEvent::PowerOff),
+                Input::Event(GuestEvent::Ended),
+                printed(text),
+                Input::Silent,
+            ]
+        };
+        assert_eq!(play(script, off("bye\n")).0, Outcome::Met);
+        assert_eq!(not_met(script, off("panic\n")), (1, "the guest printed: panic".to_owned()));
+        // What ended without its guest's doing, or began anew, has not shown that it says nothing.
+        let killed = vec![Input::Event(GuestEvent::Ended), Input::Silent];
+        assert_eq!(not_met(script, killed), (1, "the machine is gone".to_owned()));
+        assert!(not_met(script, vec![Input::Event(GuestEvent::Reset)]).1.contains("restarted"));
+    }
+
+    #[test]
+    fn a_reject_judges_nothing_that_was_matched_before_it() {
+        let script = "expect login:\nsend root\nreject login:";
+        let prompt = |then| vec![printed("host login: "), printed("root\r\n"), printed(then)];
+        assert_eq!(play(script, prompt("Welcome\n")).0, Outcome::Met);
+        assert_eq!(
+            not_met(script, prompt("host login: \n")),
+            (2, "the guest printed: host login: ".to_owned())
+        );
+        // The rest of the line is behind it, whether it is there already or not.
+        let whole = vec![printed("login: login: \n")];
+        let pieces = ["login: ", "log", "in: \n"].map(printed).into_iter().collect();
+        for inputs in [whole, pieces] {
+            assert_eq!(not_met(script, inputs), (2, "the guest printed: login: login: ".to_owned()));
+        }
+    }
+
+    #[test]
     fn what_never_comes_ends_with_its_time_and_says_so() {
         let (index, why) = not_met("within 10ms\nexpect login:", vec![]);
         assert_eq!(index, 1);
@@ -595,6 +694,9 @@ mod tests {
         assert!(not_met("ssh other", vec![]).1.starts_with("`other` was killed by SIGKILL"));
         assert_eq!(not_met("ssh=1 true", vec![]).0, 0);
         assert_eq!(play("ssh=1 false", vec![]).0, Outcome::Met);
+        let off = vec![Input::Event(GuestEvent::PowerOff), Input::Event(GuestEvent::Ended)];
+        assert_eq!(not_met("ssh unanswered", off).1, "the guest switched its machine off");
+        assert_eq!(not_met("ssh unanswered", vec![]).1, "no ssh: nobody is there");
     }
 
     #[test]

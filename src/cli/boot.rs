@@ -1,7 +1,7 @@
 //! `kiln boot`: a system on real firmware, and what it should print.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
@@ -12,11 +12,12 @@ use super::show::{Narrator, line};
 use super::{CANNOT, FAILED, Failure, USAGE};
 use crate::boot::firmware::{Firmware, SecureBoot};
 use crate::boot::trial::{Outcome, What};
-use crate::boot::{Boot, BootError, DiskChoice, SshChoice, Told, boot, check, find_tpm};
+use crate::boot::{Boot, BootError, DiskChoice, SshChoice, Told, Verdict, boot, check, find_tpm, report};
 use crate::engine::{Boundary, Host};
 use crate::machine::qemu::firmware::{Bus, Format};
 use crate::plan::script::{self, ScriptError, Statement};
 use crate::plan::{MEMORY_BYTES, harmless, parse_bytes, show_duration, without_commands};
+use crate::sign::close_process;
 
 /// How a disk may be attached.
 const BUSES: [(&str, Bus); 4] =
@@ -27,7 +28,8 @@ const BUSES: [(&str, Bus); 4] =
 #[command(after_help = "\
 Statements of a script, one a line (-e) or in a file (--script):
   expect TEXT, expect /REGEX/   the serial console prints it, after what was matched last
-  reject TEXT, reject /REGEX/   from here on it does not
+  reject TEXT, reject /REGEX/   from here on it does not; where no statement that waits follows, this is watched for
+                                the time of `within`, or until the guest switches its machine off
   send TEXT                     types TEXT and Return; in quotes exactly what is there (\\n \\r \\t \\e \\xNN)
   within TIME                   how long each statement that follows may wait (2m until said otherwise)
   reboot, poweroff              the guest restarts its machine, or switches it off
@@ -185,6 +187,9 @@ pub(super) fn read(arguments: &BootArguments) -> Result<Boot, Failure> {
         .clone()
         .zip(arguments.firmware_vars.clone())
         .map(|(code, vars)| Firmware { code, vars, smm: secure_boot != SecureBoot::Off });
+    if arguments.ssh_key.is_some() {
+        close_process();
+    }
     let ssh = arguments.ssh_key.clone().map(|key| SshChoice {
         user: arguments.ssh_user.clone(),
         key,
@@ -226,18 +231,52 @@ fn script_of(arguments: &BootArguments) -> Result<Vec<Statement>, Failure> {
     Ok(all)
 }
 
-/// Boots, says what happens, and whether it was as wanted.
+/// Boots, says what happens, and whether it was as wanted. The report of what was judged is written however that ends: none
+/// of another run is left.
 pub(super) fn run(arguments: &BootArguments, mut wanted: Boot, host: &Host) -> Result<ExitCode, Failure> {
-    check(&wanted, &host.settings.secrets.value)?;
+    let mut narrator = Narrator::new(false);
+    let (verdict, failure) = match observe(arguments, &mut wanted, host, &mut narrator) {
+        Ok(verdict) => {
+            let failure = failed(&verdict.outcome, &wanted.script, wanted.report.as_deref());
+            (Some(verdict), failure)
+        }
+        Err(failure) => (None, Some(failure)),
+    };
+    if let Some(path) = &arguments.junit {
+        let name = arguments.image.display().to_string();
+        let xml = xml(&name, &wanted.script, verdict.as_ref(), failure.as_ref());
+        if let Err(error) = fs::write(path, xml) {
+            let text = format!("cannot write {}: {error}", path.display());
+            if failure.is_none() {
+                return Err(Failure { text, hint: None, code: FAILED });
+            }
+            narrator.warn(&text);
+        }
+    }
+    if let Some(failure) = failure {
+        return Err(failure);
+    }
+    if let Some(Verdict { outcome: Outcome::Met, total, .. }) = verdict {
+        narrator.say(&format!("as the script wants it, in {}", show_duration(total)));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Boots, and says what happens.
+fn observe(
+    arguments: &BootArguments,
+    wanted: &mut Boot,
+    host: &Host,
+    narrator: &mut Narrator,
+) -> Result<Verdict, Failure> {
+    check(wanted, &host.settings.secrets.value)?;
     let qemu = host.backend(&Boundary::default())?;
     if arguments.tpm {
         wanted.tpm = Some(find_tpm(&host.settings.search_path)?);
     }
     wanted.scratch = host.store.temporary();
-    let mut narrator = Narrator::new(false);
-    let quiet = arguments.quiet;
-    let script = wanted.script.clone();
-    let verdict = boot(&qemu, &wanted, &mut |told| match told {
+    let (wanted, quiet) = (&*wanted, arguments.quiet);
+    let verdict = boot(&qemu, wanted, &mut |told| match told {
         Told::Started(identity) => {
             let network = if wanted.network { "; the guest has the host's network" } else { "" };
             narrator.say(&format!("{identity}{network}"));
@@ -258,7 +297,7 @@ pub(super) fn run(arguments: &BootArguments, mut wanted: Boot, host: &Host) -> R
                 What::Reset => narrator.say(&format!("{at:.3} s: the guest restarted its machine")),
                 What::PowerOff => narrator.say(&format!("{at:.3} s: the guest switched its machine off")),
                 What::Verdict { index, failure: None, .. } => {
-                    let text = script.get(*index).map_or("", |statement| &statement.text);
+                    let text = wanted.script.get(*index).map_or("", |statement| &statement.text);
                     narrator.say(&format!("{at:.3} s: met: {text}"));
                 }
                 // Told as the error that it is.
@@ -266,33 +305,81 @@ pub(super) fn run(arguments: &BootArguments, mut wanted: Boot, host: &Host) -> R
             }
         }
     })?;
-    if let Some(path) = &arguments.junit {
-        let name = arguments.image.display().to_string();
-        let xml = crate::boot::report::junit(&name, &wanted.script, &verdict.moments, verdict.total);
-        fs::write(path, xml).map_err(|error| Failure {
-            text: format!("cannot write {}: {error}", path.display()),
-            hint: None,
-            code: FAILED,
-        })?;
-    }
-    match verdict.outcome {
-        Outcome::Met => {
-            narrator.say(&format!("as the script wants it, in {}", show_duration(verdict.total)));
-            Ok(ExitCode::SUCCESS)
-        }
-        Outcome::Over => Ok(ExitCode::SUCCESS),
-        Outcome::Mute(text) => Err(Failure {
-            text,
-            hint: Some(match &wanted.report {
+    Ok(verdict)
+}
+
+/// Why it is not as wanted, where it is not.
+fn failed(outcome: &Outcome, script: &[Statement], report: Option<&Path>) -> Option<Failure> {
+    let (text, hint) = match outcome {
+        Outcome::Met | Outcome::Over => return None,
+        Outcome::Died(text) => (text.clone(), None),
+        Outcome::Mute(text) => {
+            let hint = match report {
                 Some(folder) => format!("what is on the screen is in {}", folder.join("end.png").display()),
                 None => "there may be more on the screen: --report DIR takes a picture of it".to_owned(),
-            }),
-            code: FAILED,
-        }),
+            };
+            (text.clone(), Some(hint))
+        }
         Outcome::NotMet { index, why } => {
-            let statement = wanted.script.get(index);
+            let statement = script.get(*index);
             let (place, text) = statement.map_or(("", ""), |s| (s.place.as_str(), s.text.as_str()));
-            Err(Failure { text: format!("{place} `{text}`: {why}"), hint: None, code: FAILED })
+            (format!("{place} `{text}`: {why}"), None)
+        }
+    };
+    Some(Failure { text, hint, code: FAILED })
+}
+
+/// What was judged as JUnit XML, with a failure that is none of a statement's.
+fn xml(name: &str, script: &[Statement], verdict: Option<&Verdict>, failure: Option<&Failure>) -> String {
+    let seen = verdict.map(|verdict| (verdict.moments.as_slice(), verdict.total));
+    let (moments, total) = seen.unwrap_or_default();
+    let is_a_statements = verdict.is_some_and(|verdict| matches!(verdict.outcome, Outcome::NotMet { .. }));
+    match failure {
+        Some(failure) if !is_a_statements => {
+            report::junit_of_error(name, script, moments, total, &failure.text)
+        }
+        _ => report::junit(name, script, moments, total),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::boot::trial::Moment;
+
+    /// The report of a trial that went so.
+    fn report_of(outcome: Outcome) -> (String, Option<Failure>) {
+        let script = script::parse("s", "expect a").expect("a good script");
+        let moments = match &outcome {
+            Outcome::NotMet { index, why } => {
+                let (failure, took) = (Some(why.clone()), Duration::ZERO);
+                vec![Moment { at: took, what: What::Verdict { index: *index, failure, took } }]
+            }
+            _ => Vec::new(),
+        };
+        let failure = failed(&outcome, &script, None);
+        let verdict = Verdict { outcome, moments, total: Duration::from_secs(1) };
+        (xml("disk.img", &script, Some(&verdict), failure.as_ref()), failure)
+    }
+
+    #[test]
+    fn what_fails_and_is_no_statements_fault_is_an_error_of_the_report() {
+        let words = || "what was seen of it".to_owned();
+        for outcome in [Outcome::Mute(words()), Outcome::Died(words())] {
+            let (xml, failure) = report_of(outcome);
+            assert_eq!(failure.map(|failure| (failure.text, failure.code)), Some((words(), FAILED)));
+            assert!(xml.contains("failures=\"0\" errors=\"1\"") && xml.contains(&words()), "{xml}");
+        }
+        let nothing_judged = xml("disk.img", &[], None, Some(&usage(words())));
+        assert!(nothing_judged.contains("tests=\"1\" failures=\"0\" errors=\"1\""), "{nothing_judged}");
+        let (xml, failure) = report_of(Outcome::NotMet { index: 0, why: words() });
+        assert!(xml.contains("tests=\"1\" failures=\"1\" errors=\"0\""), "{xml}");
+        assert!(failure.is_some_and(|failure| failure.text == "s line 1 `expect a`: what was seen of it"));
+        for outcome in [Outcome::Met, Outcome::Over] {
+            let (xml, failure) = report_of(outcome);
+            assert!(xml.contains("failures=\"0\" errors=\"0\"") && failure.is_none(), "{xml}");
         }
     }
 }

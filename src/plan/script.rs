@@ -3,7 +3,7 @@
 //! | statement | means |
 //! | --- | --- |
 //! | `expect TEXT` or `expect /REGEX/` | waits for a line of the serial console that holds it, after what was matched last |
-//! | `reject TEXT` or `reject /REGEX/` | from here on no line may hold it |
+//! | `reject TEXT` or `reject /REGEX/` | from here on no line may hold it, after what was matched last; see below |
 //! | `send TEXT` | types TEXT and Return; in quotes exactly what is there |
 //! | `within TIME` | how long each statement that follows may wait; 2m until said otherwise |
 //! | `reboot`, `poweroff` | waits until the guest restarts its machine, or switches it off |
@@ -11,8 +11,13 @@
 //! | `output TEXT` or `output /REGEX/` | a line that the last command over ssh printed holds it |
 //! | `screenshot NAME` | what is on the screen goes to NAME.png of the report |
 //!
+//! `reject` is judged while statements behind it wait: `expect`, `reboot`, `poweroff` and `ssh`. Where none is left that
+//! does, the script ends no sooner than after the time of `within`, or when the guest switches its machine off; a restart
+//! then, or a machine that ends in another way, fails it as it fails `expect`.
+//!
 //! `"…"` takes `\n \r \t \e \" \\` and `\xNN`. Empty lines and those that begin with `#` say nothing.
 
+use std::fmt::Write;
 use std::time::Duration;
 
 use regex::bytes::{Regex, RegexBuilder};
@@ -29,7 +34,7 @@ const MOST_PATTERN_BYTES: usize = 1 << 20;
 pub enum Step {
     /// A line must come.
     Expect(Regex),
-    /// No such line may come from here on.
+    /// No such line may come from here on: for as long as what follows waits, or this itself where nothing does.
     Reject(Regex),
     /// Bytes typed at the serial console.
     Send(Vec<u8>),
@@ -69,6 +74,12 @@ impl Statement {
     pub fn is_judged(&self) -> bool {
         !matches!(self.step, Step::Within(_))
     }
+
+    /// Whether it waits for the machine; the others are done at once.
+    #[must_use]
+    pub fn waits(&self) -> bool {
+        matches!(self.step, Step::Expect(_) | Step::Reboot | Step::PowerOff | Step::Ssh { .. })
+    }
 }
 
 /// What is wrong with a line.
@@ -97,6 +108,11 @@ pub enum Problem {
     /// A pattern is not one.
     #[error("this is no regular expression: {0}")]
     Pattern(String),
+    /// A text with a byte that no line has in which it is looked for.
+    #[error(
+        "no line holds `{0}`, so this could never match: control characters end a line or are taken out of it"
+    )]
+    Never(String),
     /// What a command is to end with is no status.
     #[error("`{0}` is no exit status: 0 to 255, as in `ssh=1 COMMAND`")]
     Status(String),
@@ -163,8 +179,8 @@ fn step(line: &str) -> Result<Step, Wrong> {
         _ => Err((at, Problem::Superfluous(word.to_owned()))),
     };
     match word {
-        "expect" => Ok(Step::Expect(pattern(needed()?, at)?)),
-        "reject" => Ok(Step::Reject(pattern(needed()?, at)?)),
+        "expect" => Ok(Step::Expect(pattern(needed()?, at, is_never_on_the_console)?)),
+        "reject" => Ok(Step::Reject(pattern(needed()?, at, is_never_on_the_console)?)),
         "send" => Ok(Step::Send(match quoted(needed()?, at)? {
             Some(bytes) => bytes,
             None => format!("{argument}\r").into_bytes(),
@@ -177,7 +193,7 @@ fn step(line: &str) -> Result<Step, Wrong> {
         "reboot" => alone(Step::Reboot),
         "poweroff" => alone(Step::PowerOff),
         "ssh" => Ok(Step::Ssh { command: needed()?.to_owned(), status: 0 }),
-        "output" => Ok(Step::Output(pattern(needed()?, at)?)),
+        "output" => Ok(Step::Output(pattern(needed()?, at, ends_a_line)?)),
         "screenshot" => {
             let name = needed()?;
             match name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_')) {
@@ -195,14 +211,29 @@ fn step(line: &str) -> Result<Step, Wrong> {
     }
 }
 
-/// A pattern between slashes, or a text.
-fn pattern(argument: &str, at: usize) -> Result<Regex, Wrong> {
+/// Whether no line of the serial console has this byte: a terminal obeys it, and what is left are lines of text.
+fn is_never_on_the_console(byte: u8) -> bool {
+    byte.is_ascii_control() && byte != b'\t'
+}
+
+/// Whether no line that a command printed has this byte.
+fn ends_a_line(byte: u8) -> bool {
+    byte == b'\n'
+}
+
+/// A pattern between slashes, or a text; `is_never` says of a byte that nothing which is searched has it.
+fn pattern(argument: &str, at: usize, is_never: fn(u8) -> bool) -> Result<Regex, Wrong> {
     let inner =
         argument.strip_prefix('/').and_then(|rest| rest.strip_suffix('/')).filter(|inner| !inner.is_empty());
     let source = match (inner, quoted(argument, at)?) {
         (Some(inner), _) => inner.to_owned(),
-        (None, Some(bytes)) => regex::escape(&String::from_utf8_lossy(&bytes)),
-        (None, None) => regex::escape(argument),
+        (None, text) => {
+            let bytes = text.unwrap_or_else(|| argument.as_bytes().to_vec());
+            if let Some(byte) = bytes.iter().find(|byte| is_never(**byte)) {
+                return Err((at, Problem::Never(byte.escape_ascii().to_string())));
+            }
+            exactly(&bytes)
+        }
     };
     RegexBuilder::new(&source).size_limit(MOST_PATTERN_BYTES).build().map_err(|error| {
         // The library draws a picture of several lines; its last line is what it means.
@@ -210,6 +241,18 @@ fn pattern(argument: &str, at: usize) -> Result<Regex, Wrong> {
         let meaning = text.lines().last().unwrap_or_default().trim().trim_start_matches("error: ");
         (at, Problem::Pattern(meaning.to_owned()))
     })
+}
+
+/// The pattern of these bytes, which need not be UTF-8.
+fn exactly(bytes: &[u8]) -> String {
+    let mut source = String::new();
+    for chunk in bytes.utf8_chunks() {
+        source.push_str(&regex::escape(chunk.valid()));
+        for byte in chunk.invalid() {
+            let _ = write!(source, "(?-u:\\x{byte:02x})");
+        }
+    }
+    source
 }
 
 /// The bytes of a text in quotes; none where there are no quotes.
@@ -288,6 +331,31 @@ mod tests {
         assert!(matches(0, b"a.c[") && !matches(0, b"abc["));
         assert!(matches(1, b"abc"));
         assert!(matches(2, b"x/a/") && !matches(2, b"a"));
+    }
+
+    #[test]
+    fn bytes_in_quotes_match_though_they_are_no_text() {
+        let script = "expect \"caf\\xe9.\"\nexpect \"\\xc3\\xa9\"\noutput \"\\x1b[1m\"";
+        let statements = parse("-e", script).expect("a good script");
+        let matches = |index: usize, text: &[u8]| match &statements[index].step {
+            Step::Expect(regex) | Step::Output(regex) => regex.is_match(text),
+            _ => false,
+        };
+        assert!(matches(0, b"a caf\xe9.") && !matches(0, b"caf\xe9x") && !matches(0, "café.".as_bytes()));
+        assert!(matches(1, "café".as_bytes()) && !matches(1, b"caf\xe9"));
+        // What a command prints is looked at as it is.
+        assert!(matches(2, b"\x1b[1mbold"));
+    }
+
+    #[test]
+    fn what_could_never_match_is_refused() {
+        let never = |shown: &str| Problem::Never(shown.to_owned());
+        assert_eq!(wrong("expect \"a\\e[1m\""), (8, never("\\x1b")));
+        assert_eq!(wrong("reject \"a\\x07\"").1, never("\\x07"));
+        assert_eq!(wrong("expect a\x1b[1m").1, never("\\x1b"));
+        assert_eq!(wrong("expect \"one\\ntwo\"").1, never("\\n"));
+        assert_eq!(wrong("output \"one\\ntwo\"").1, never("\\n"));
+        assert!(parse("-e", "expect \"a\\tb\"\nexpect a\tb\nsend \"\\e\\x00\"").is_ok());
     }
 
     #[test]

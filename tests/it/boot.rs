@@ -42,6 +42,24 @@ fn what_is_no_image_is_refused_with_what_would_be() {
 }
 
 #[test]
+fn a_report_of_verdicts_is_not_last_times_where_nothing_could_be_judged() {
+    let host = host_with_a_disk("");
+    host.file("text", "hello");
+    host.folder("bin");
+    for (image, code, word) in [("text", 2, "neither"), ("disk.img", 3, "qemu-system-x86_64")] {
+        host.file("j.xml", "<testsuite errors=\"0\"/>");
+        let mut kiln = host.kiln();
+        kiln.env("PATH", host.path("bin")).args(["boot", image, "-e", "expect x", "--junit", "j.xml"]);
+        Told::by(&mut kiln).fails(code, &[word]);
+        let xml = fs::read_to_string(host.path("j.xml")).expect("a report");
+        assert!(
+            xml.contains("tests=\"2\" failures=\"0\" errors=\"1\" skipped=\"1\"") && xml.contains(word),
+            "{xml}"
+        );
+    }
+}
+
+#[test]
 fn names_that_fat_cannot_hold_are_named() {
     let host = Host::new();
     host.file("esp/a:b", "x");

@@ -116,7 +116,8 @@ fn disk_options(option: &mut impl FnMut(&str, &str), index: usize, disk: DiskSha
                 protocol(set)
             ),
         ),
-        // A qcow2 file names other files of the host in its header: none of them is opened.
+        // A qcow2 file names other files of the host in its header, and none of them is opened: `backing` leaves one out, and
+        // an image with a data file (incompatible feature, bit 2) is refused before it comes here, by `boot::image`.
         Format::Qcow2 => option(
             "blockdev",
             &format!(
