@@ -380,6 +380,33 @@ fn a_full_disk_below_the_scratch_disk_of_a_machine_that_was_ready_is_named() {
 }
 
 #[test]
+fn a_full_disk_below_the_store_while_a_template_is_kept_costs_the_template_only() {
+    let host = Host::new();
+    let script = r"
+        rm -rf store-here/templates
+        fill 8M
+        run full 'cat a > $WORK/o'
+        run again 'cat a > $WORK/o'
+        find store-here/templates -mindepth 1 -not -name '*.lock'
+        rm disk/full store-here/templates/*.full
+        run room 'cat a > $WORK/o'
+        ls store-here/templates
+    ";
+    let Some(told) = among_mounts(&host, &["--json"], script) else { return };
+    let booted = ["\"origin\":\"boot\"", "work: o new"];
+    let named =
+        "there is no template, so the machine booted: cannot keep a template: No space left on device";
+    ended(&told, "full", 0, &[&booted[..], &[named]].concat());
+    // Nobody boots a machine for one again at once.
+    ended(&told, "again", 0, &booted);
+    let again = told.section("again");
+    assert!(!again.iter().any(|line| line.contains("template,")), "{again:#?}");
+    let left: Vec<_> = again.iter().filter(|line| line.starts_with("store-here/templates/")).collect();
+    assert!(matches!(&left[..], [one] if one.ends_with(".full")), "{left:?}");
+    ended(&told, "room", 0, &["\"origin\":\"template\"", "work: o new"]);
+}
+
+#[test]
 fn a_store_or_a_work_that_is_read_only_is_named() {
     let host = Host::new();
     let script = r"

@@ -287,7 +287,7 @@ pub fn collect(folder: &Path, temporary: &Path, latest: &Digest) {
         let old = now.duration_since(*used).is_ok_and(|unused| unused > UNUSED);
         if old || index < too_many {
             remove(&folder.join(name), temporary);
-            for kind in ["lock", "barren"] {
+            for kind in ["lock", "barren", "full"] {
                 let _ = writes::remove(&folder.join(format!("{name}.{kind}")));
             }
         }

@@ -57,8 +57,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 const DEATH_PATIENCE: Duration = Duration::from_secs(2);
 /// What a guest's clock may lack that counts the ticks of a timer.
 const CLOCK_TICKS: Duration = Duration::from_millis(20);
-/// How long no template is tried again after it could not be made.
-const BARREN: Duration = Duration::from_secs(600);
+/// How long no template is tried again after it could not be made, or there was no room to keep it: a file says so for each.
+const BARREN: [(&str, Duration); 2] =
+    [("barren", Duration::from_secs(600)), ("full", Duration::from_secs(30))];
 
 /// In these words QEMU says that KVM does not serve it (accel/kvm/kvm-all.c, system/vl.c).
 const KVM_REFUSED: [&str; 3] =
@@ -178,33 +179,34 @@ pub(super) enum TemplateError {
 }
 
 impl TemplateError {
-    /// Whether the host lacked something or was in the way: that says nothing about a template.
-    fn is_hosts(&self) -> bool {
-        let of_death = |death: &Death| match death {
-            Death::Failed(failure) => (death.shortage(), failure.is_hosts),
-            // QEMU's, where KVM does not serve it.
-            Death::Killed { said, .. } => {
-                (death.shortage(), KVM_REFUSED.iter().any(|words| said.contains(words)))
-            }
-            _ => (death.shortage(), false),
-        };
-        let (lack, is_hosts) = match self {
-            Self::Died(death) | Self::Machine(MachineError::DiedAtStart(death)) => of_death(death),
+    /// What the host lacked, where that is why.
+    fn shortage(&self) -> Option<Shortage> {
+        match self {
+            Self::Died(death) | Self::Machine(MachineError::DiedAtStart(death)) => death.shortage(),
             error => {
                 let mut chain =
                     std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
-                let lack = chain.find_map(|error| Shortage::in_words(&error.to_string()));
-                let is_hosts = match error {
-                    Self::Machine(MachineError::Failed(failure)) => failure.is_hosts,
-                    // What is done before the machine is there, and takes nothing from the template.
-                    Self::Machine(error) => !matches!(error, MachineError::Device(_)),
-                    _ => false,
-                };
-                (lack, is_hosts)
+                chain.find_map(|error| Shortage::in_words(&error.to_string()))
             }
-        };
-        // Room is different: what wrote a gibibyte in vain need not do so again at once.
-        lack.map_or(is_hosts, |lack| lack != Shortage::Room)
+        }
+    }
+
+    /// Whether the host lacked something or was in the way: that says nothing about a template.
+    fn is_hosts(&self) -> bool {
+        match (self.shortage(), self) {
+            // Room is different: what wrote a gibibyte in vain need not do so again at once.
+            (Some(lack), _) => lack != Shortage::Room,
+            (None, Self::Died(death) | Self::Machine(MachineError::DiedAtStart(death))) => match death {
+                Death::Failed(failure) => failure.is_hosts,
+                // QEMU's, where KVM does not serve it.
+                Death::Killed { said, .. } => KVM_REFUSED.iter().any(|words| said.contains(words)),
+                _ => false,
+            },
+            (None, Self::Machine(MachineError::Failed(failure))) => failure.is_hosts,
+            // What is done before the machine is there, and takes nothing from the template.
+            (None, Self::Machine(error)) => !matches!(error, MachineError::Device(_)),
+            (None, _) => false,
+        }
     }
 
     /// Whether another machine of the same parts may fare better.
@@ -359,8 +361,8 @@ impl Templates {
                 files::remove(&path, &self.temporary);
             }
         }
-        let barren = self.folder.join(format!("{key}.barren"));
-        if files::is_younger(&barren, &lock, BARREN) {
+        let barren = |why: &str| self.folder.join(format!("{key}.{why}"));
+        if BARREN.iter().any(|(why, age)| files::is_younger(&barren(why), &lock, *age)) {
             return Err(TemplateError::Barren);
         }
         // Where there is no room at all nothing is booted for it.
@@ -376,7 +378,8 @@ impl Templates {
         }
         if let Err(error) = made {
             if !error.is_hosts() {
-                let _ = writes::create(&barren);
+                let is_full = error.shortage() == Some(Shortage::Room);
+                let _ = writes::create(&barren(BARREN[usize::from(is_full)].0));
             }
             return Err(error);
         }
@@ -648,14 +651,19 @@ mod tests {
         }
     }
 
-    /// Which of the template and the word that there can be none are left after a copy was wanted, in this order.
-    fn left_by(freezing: Option<fn() -> TemplateError>, thawing: fn() -> TemplateError) -> [bool; 2] {
+    /// Which of the template and the words that there can be none and that there was no room are left after a copy was
+    /// wanted, in this order.
+    fn left_by(freezing: Option<fn() -> TemplateError>, thawing: fn() -> TemplateError) -> [bool; 3] {
         let place = tempfile::tempdir().expect("a folder");
         let templates = Templates::new(place.path().join("templates"), place.path().to_owned());
         let notes = templates.copy(&Failing { freezing, thawing }, &nobodys()).err().expect("no copy");
         assert!(!notes.is_empty());
         let path = place.path().join("templates").join(Digest::of(b"a template").to_string());
-        [path.is_dir(), path.with_extension("barren").exists()]
+        [path.is_dir(), path.with_extension("barren").exists(), path.with_extension("full").exists()]
+    }
+
+    fn full() -> TemplateError {
+        TemplateError::io("keep a template")(rustix::io::Errno::NOSPC.into())
     }
 
     fn refused() -> TemplateError {
@@ -675,11 +683,12 @@ mod tests {
     #[test]
     fn a_host_that_lost_kvm_keeps_its_templates_and_makes_them_when_it_is_back() {
         for error in [refused, busy] {
-            assert_eq!(left_by(None, error), [true, false], "{}", error());
-            assert_eq!(left_by(Some(error), damaged), [false, false], "{}", error());
+            assert_eq!(left_by(None, error), [true, false, false], "{}", error());
+            assert_eq!(left_by(Some(error), damaged), [false, false, false], "{}", error());
         }
-        assert_eq!(left_by(None, damaged), [false, false]);
-        assert_eq!(left_by(Some(damaged), damaged), [false, true]);
+        assert_eq!(left_by(None, damaged), [false, false, false]);
+        assert_eq!(left_by(Some(damaged), damaged), [false, true, false]);
+        assert_eq!(left_by(Some(full), damaged), [false, false, true]);
     }
 
     #[test]
