@@ -98,6 +98,7 @@ impl Runner for Player<'_> {
         Ok(Ran {
             ended: Ended::Ran(Outcome::Exit(0), Usage::default()),
             outputs: Some(outputs),
+            unmerged: None,
             shares,
             spoiled: None,
             undeclared: Vec::new(),

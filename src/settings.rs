@@ -6,11 +6,14 @@ mod recipe;
 
 use std::env;
 use std::fmt;
+use std::fs;
 use std::io;
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+
+use kiln_digest::Digest;
 
 use crate::plan::recipe::{Fault, GivenError, Recipe, RecipeDebian, Text};
 use crate::plan::{parse_bytes, parse_duration};
@@ -403,6 +406,11 @@ impl Settings {
             .map(PathBuf::from)
             .or_else(|| home.as_ref().map(|home| home.join(".cache")));
         let work = pick(flags.work, "WORK", PathBuf::from, file.work.clone().map(beside_recipe), || {
+            // Two recipes that name no project must not take each other's outputs for their own.
+            let name = match (&project.origin, recipe_folder) {
+                (Origin::Default, Some(folder)) => name_of_folder(folder),
+                _ => name.clone(),
+            };
             let preferred = Path::new("/x").join(&name);
             let usable = if preferred.is_dir() { &preferred } else { Path::new("/x") };
             let usable = if usable.is_dir() { usable } else { Path::new("/") };
@@ -586,6 +594,18 @@ fn on_or_off(name: &'static str, setting: Setting<String>) -> Result<Setting<boo
             wanted: "it takes on or off",
         }),
     }
+}
+
+/// A project name for what lies in `folder`: like its own, and no other folder's.
+fn name_of_folder(folder: &Path) -> String {
+    let real = fs::canonicalize(folder);
+    let path = real.as_deref().unwrap_or(folder);
+    let own = path.file_name().unwrap_or_default().to_string_lossy();
+    let good = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let own: String = own.chars().filter(good).skip_while(|c| !c.is_ascii_alphanumeric()).take(40).collect();
+    let own = if own.is_empty() { DEFAULT_PROJECT } else { &own };
+    let digest = Digest::of(path.as_os_str().as_bytes()).to_string();
+    format!("{own}-{}", &digest[..8])
 }
 
 fn is_project_name(name: &str) -> bool {

@@ -75,6 +75,15 @@ pub struct Found {
     line: Line,
 }
 
+/// What the name of a step's line begins with among those that say what WORK looks like: no step's name alone may be what
+/// a pack means something by.
+const PLACED: &str = "step ";
+
+/// The step whose outputs a line of this name tells of.
+pub fn step_of(placed: &str) -> &str {
+    placed.strip_prefix(PLACED).unwrap_or(placed)
+}
+
 /// What the names of the lines of a key begin with.
 fn names_of(key: &Digest) -> String {
     format!("{key}.")
@@ -131,7 +140,9 @@ impl Index {
             let free = || (0..MOST).map(|number| format!("{names}{number}")).find(is_free);
             let alike = lines.iter().find(is_alike).map(|line| line.name.clone());
             let name = alike.or_else(free).or_else(|| Some(lines.last()?.name.clone()));
-            pack.append(&line(&name.unwrap_or_else(|| format!("{names}0")), trace))
+            let name = name.unwrap_or_else(|| format!("{names}0"));
+            let text = line(&name, trace);
+            pack.append([(name, text)])
         })
     }
 
@@ -169,17 +180,32 @@ impl Index {
         self.store.placed().join(format!("{}{SUFFIX}", Digest::of(&[b"placed in\0", work].concat())))
     }
 
-    /// What the outputs of the step `step` look like in the WORK that `work` names: a trace whose one share is WORK.
+    /// What the outputs of the step `step` look like in the WORK that `work` names: a trace whose one share is WORK. None where
+    /// a run of a scope put them there that is not read.
     pub fn placed(&self, work: &[u8], step: &str) -> Option<Trace> {
-        read_line(&self.placed.lines(&self.placed_path(work), Which::Name(step)).pop()?.text)
+        let name = [PLACED, step].concat();
+        let placed = read_line(&self.placed.lines(&self.placed_path(work), Which::Name(&name)).pop()?.text)?;
+        let is_read = [&self.own].into_iter().chain(&self.others).any(|scope| scope.0 == placed.machine);
+        is_read.then_some(placed)
     }
 
-    /// Notes that.
+    /// Notes that, with the scope that is written in place of a machine.
     ///
     /// # Errors
     /// What locking and writing say.
-    pub fn note_placed(&self, work: &[u8], step: &str, placed: &Trace) -> io::Result<()> {
-        self.placed.change(&self.placed_path(work), |pack| pack.append(&line(step, placed)))
+    pub fn note_placed(&self, work: &[u8], step: &str, placed: Trace) -> io::Result<()> {
+        let name = [PLACED, step].concat();
+        let text = line(&name, &Trace { machine: self.own.0.clone(), ..placed });
+        self.placed.change(&self.placed_path(work), |pack| pack.append([(name, text)]))
+    }
+
+    /// Notes that it is not known what the outputs of the step `step` look like in the WORK that `work` names.
+    ///
+    /// # Errors
+    /// What locking, reading and writing say.
+    pub fn forget_placed(&self, work: &[u8], step: &str) -> io::Result<()> {
+        let name = [PLACED, step].concat();
+        self.placed.rewrite(&self.placed_path(work), |line| line.name != name)
     }
 }
 
@@ -199,4 +225,52 @@ fn read_alike(one: &Trace, other: &Trace) -> bool {
                     .zip(&other.entries)
                     .all(|(a, b)| a.path == b.path && digests(a) == digests(b))
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn placed() -> Trace {
+        Trace {
+            stamped_nanos: 1,
+            shares: Vec::new(),
+            outputs: Digest::of(b"outputs"),
+            log: None,
+            command_ms: 0,
+            machine: "trusted".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_step_may_be_called_what_a_pack_means_something_by() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path()).expect("a store");
+        let index = || Index::new(&store, Scope::default(), Vec::new());
+        let names = ["used", "used x", "step", "step used", "a\nb"];
+        for step in names {
+            index().note_placed(b"work", step, placed()).expect("room");
+        }
+        for step in names {
+            assert_eq!(index().placed(b"work", step), Some(placed()), "{step}");
+        }
+        assert_eq!(index().placed(b"work", "x"), None);
+        index().forget_placed(b"work", "used").expect("room");
+        assert_eq!(index().placed(b"work", "used"), None);
+        assert_eq!(index().placed(b"work", "used x"), Some(placed()));
+    }
+
+    #[test]
+    fn what_another_scope_put_into_work_is_not_seen_unless_that_is_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let store = Store::open(folder.path()).expect("a store");
+        let scope = |name: &str| name.parse::<Scope>().expect("a scope");
+        let index = |own, others| Index::new(&store, scope(own), others);
+        index("pr", Vec::new()).note_placed(b"work", "deps", placed()).expect("room");
+        assert_eq!(index("trusted", Vec::new()).placed(b"work", "deps"), None);
+        let seen = index("trusted", vec![scope("pr")]).placed(b"work", "deps");
+        assert_eq!(seen.map(|placed| placed.machine), Some("pr".to_owned()));
+        index("trusted", Vec::new()).note_placed(b"work", "deps", placed()).expect("room");
+        assert_eq!(index("trusted", Vec::new()).placed(b"work", "deps"), Some(placed()));
+    }
 }

@@ -1,25 +1,38 @@
 //! A step's key: what it is, in named parts, so that two keys that differ can be told apart in words.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use kiln_digest::Digest;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Counts up when a step of the same key would be shown something else by this kiln than by earlier ones.
 const CONTRACT: u32 = 2;
 
+/// What the digest of a key is of, before its parts.
+const FIRST: &[u8] = b"kiln step key\0";
+
 /// What a step is.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Key {
-    parts: Vec<(String, String)>,
+    // Shared: whoever notes what a step did has its key too, which may be long.
+    #[serde(serialize_with = "write_parts", deserialize_with = "read_parts")]
+    parts: Arc<Vec<(String, String)>>,
     /// Of the parts, once somebody asked for it.
     #[serde(skip)]
     digest: OnceLock<Digest>,
 }
 
+fn write_parts<S: Serializer>(parts: &[(String, String)], serializer: S) -> Result<S::Ok, S::Error> {
+    parts.serialize(serializer)
+}
+
+fn read_parts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<Vec<(String, String)>>, D::Error> {
+    Vec::deserialize(deserializer).map(Arc::new)
+}
+
 impl Default for Key {
     fn default() -> Self {
-        let parts = vec![("contract".to_owned(), CONTRACT.to_string())];
+        let parts = Arc::new(vec![("contract".to_owned(), CONTRACT.to_string())]);
         Self { parts, digest: OnceLock::new() }
     }
 }
@@ -35,7 +48,7 @@ impl Eq for Key {}
 impl Key {
     /// Adds a part. Names are for people; their order counts.
     pub fn add(&mut self, name: impl Into<String>, value: impl Into<String>) {
-        self.parts.push((name.into(), value.into()));
+        Arc::make_mut(&mut self.parts).push((name.into(), value.into()));
         self.digest = OnceLock::new();
     }
 
@@ -51,7 +64,9 @@ impl Key {
 
     fn digest_of_parts(&self) -> Digest {
         // In one piece: to hash so many short ones takes twice as long.
-        let mut bytes = b"kiln step key\0".to_vec();
+        let length: usize = self.parts.iter().map(|(name, value)| 16 + name.len() + value.len()).sum();
+        let mut bytes = Vec::with_capacity(FIRST.len() + length);
+        bytes.extend(FIRST);
         for text in self.parts.iter().flat_map(|(name, value)| [name, value]) {
             bytes.extend((text.len() as u64).to_le_bytes());
             bytes.extend(text.as_bytes());

@@ -1,8 +1,10 @@
 //! What each step did last in each WORK: a pack for each WORK, to which every run adds a line.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use kiln_digest::Digest;
 use serde::{Deserialize, Serialize};
@@ -59,12 +61,22 @@ pub(super) fn read_line(text: &[u8]) -> Option<LastRun> {
 pub(super) struct Notes {
     store: Store,
     packs: Packs,
+    // Protects what is to be written.
+    unwritten: Mutex<Unwritten>,
+}
+
+/// Notes on their way to a pack. Nobody waits for them while somebody writes others: that one writes them too, in one piece.
+#[derive(Debug, Default)]
+struct Unwritten {
+    /// By the paths of their packs; each with its step.
+    lines: BTreeMap<PathBuf, Vec<(String, Vec<u8>)>>,
+    is_somebody_writing: bool,
 }
 
 impl Notes {
     /// Those of `store`.
     pub fn new(store: &Store) -> Self {
-        Self { store: store.clone(), packs: Family::Notes.packs(store) }
+        Self { store: store.clone(), packs: Family::Notes.packs(store), unwritten: Mutex::default() }
     }
 
     fn path(&self, work: &[u8]) -> PathBuf {
@@ -76,12 +88,30 @@ impl Notes {
         self.packs.lines(&self.path(work), Which::Name(step)).pop().and_then(|line| read_line(&line.text))
     }
 
-    /// Notes what a step did in the WORK that `work` names.
+    /// Notes what a step did in the WORK that `work` names; another thread that is about it may write it.
     ///
     /// # Errors
-    /// What locking and writing say.
+    /// What locking and writing say, of all that this thread wrote.
     pub fn add(&self, work: &[u8], run: &LastRun) -> io::Result<()> {
-        let text = serde_json::to_vec(run)?;
-        self.packs.change(&self.path(work), |pack| pack.append(&text))
+        let line = (run.step.clone(), serde_json::to_vec(run)?);
+        let unwritten = || self.unwritten.lock().unwrap_or_else(PoisonError::into_inner);
+        {
+            let mut unwritten = unwritten();
+            unwritten.lines.entry(self.path(work)).or_default().push(line);
+            if std::mem::replace(&mut unwritten.is_somebody_writing, true) {
+                return Ok(());
+            }
+        }
+        let mut written = Ok(());
+        loop {
+            let next = {
+                let mut unwritten = unwritten();
+                let next = unwritten.lines.pop_first();
+                unwritten.is_somebody_writing = next.is_some();
+                next
+            };
+            let Some((path, lines)) = next else { return written };
+            written = written.and(self.packs.change(&path, |pack| pack.append(lines)));
+        }
     }
 }

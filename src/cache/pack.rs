@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::store::{LockFile, Store, seal_line, unseal_line};
+use crate::store::{LockFile, SEAL_BYTES, Store, seal_line, unseal_line};
 use crate::writes::{self, Through};
 
 /// A pack is written anew when it has so many bytes beside twice those that count.
@@ -61,7 +61,9 @@ fn parts(line: &[u8]) -> Option<(SystemTime, &[u8])> {
 
 fn sealed(pack: &str, when: SystemTime, text: &[u8]) -> Vec<u8> {
     let nanos = when.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
-    let mut line = format!("{nanos} ").into_bytes();
+    let date = format!("{nanos} ");
+    let mut line = Vec::with_capacity(date.len() + text.len() + SEAL_BYTES);
+    line.extend(date.as_bytes());
     line.extend(text);
     seal_line(pack, line)
 }
@@ -94,6 +96,8 @@ struct Open {
     /// The how manieth it is that was opened.
     opened: u64,
     inode: u64,
+    /// How many names its file had: one less when another took its place.
+    links: u64,
     /// How much of it is read: up to the end of a line.
     end: u64,
     /// Of what was read, what counts.
@@ -102,21 +106,37 @@ struct Open {
 }
 
 impl Open {
-    /// Notes that there is a line at the end.
-    fn push(&mut self, line: &[u8], name_of: NameOf) {
-        let (start, length_bytes) = (self.end, line.len());
-        self.end += length_bytes as u64;
-        let Some((when, text)) = parts(line) else { return };
+    /// Notes the line at the end that was read there.
+    fn push_read(&mut self, line: &[u8], name_of: NameOf) {
+        let Some((when, text)) = parts(line) else {
+            self.end += line.len() as u64;
+            return;
+        };
         if text.starts_with(USED) {
             // Its seal is looked at now: nobody reads it later.
             let used = line.strip_suffix(b"\n").and_then(|line| used(&self.pack, line));
-            if let Some((at, when)) = used.and_then(|(name, when)| Some((self.lines.get_mut(&name)?, when))) {
-                at.when = at.when.max(when);
-            }
-        } else if let Some(name) = name_of(text) {
-            let before = self.lines.insert(name.into_owned(), At { start, length_bytes, when });
+            self.push_used(used.as_ref().map(|(name, when)| (name.as_str(), *when)), line.len());
+        } else {
+            self.push(name_of(text).map(Cow::into_owned), line.len(), when);
+        }
+    }
+
+    /// Notes that there is a line of so many bytes at the end, which is that of a name if it has one.
+    fn push(&mut self, name: Option<String>, length_bytes: usize, when: SystemTime) {
+        let start = self.end;
+        self.end += length_bytes as u64;
+        if let Some(name) = name {
+            let before = self.lines.insert(name, At { start, length_bytes, when });
             self.live_bytes += length_bytes as u64;
             self.live_bytes -= before.map_or(0, |at| at.length_bytes as u64);
+        }
+    }
+
+    /// Notes that there is a line of so many bytes at the end, which says that one of a name was used, and when.
+    fn push_used(&mut self, used: Option<(&str, SystemTime)>, length_bytes: usize) {
+        self.end += length_bytes as u64;
+        if let Some((at, when)) = used.and_then(|(name, when)| Some((self.lines.get_mut(name)?, when))) {
+            at.when = at.when.max(when);
         }
     }
 
@@ -131,7 +151,7 @@ impl Open {
             if line.last() != Some(&b'\n') {
                 return Ok(());
             }
-            self.push(&line, name_of);
+            self.push_read(&line, name_of);
         }
     }
 
@@ -239,10 +259,18 @@ impl State {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => File::open(path)?,
                 file => file?,
             };
-            let (pack, inode) = (pack.to_owned(), file.metadata()?.ino());
+            let meta = file.metadata()?;
             self.opened += 1;
-            let (opened, lines) = (self.opened, BTreeMap::new());
-            let open = Open { pack, file, opened, inode, end: 0, live_bytes: 0, lines };
+            let open = Open {
+                pack: pack.to_owned(),
+                file,
+                opened: self.opened,
+                inode: meta.ino(),
+                links: meta.nlink(),
+                end: 0,
+                live_bytes: 0,
+                lines: BTreeMap::new(),
+            };
             self.open.insert(path.to_owned(), open);
         }
         let open = self.open.get_mut(path);
@@ -272,7 +300,6 @@ pub(super) struct Pack<'a> {
     open: &'a mut Open,
     path: &'a Path,
     when: SystemTime,
-    name_of: NameOf,
 }
 
 impl Pack<'_> {
@@ -281,19 +308,37 @@ impl Pack<'_> {
         self.open.lines(which)
     }
 
-    /// Adds a line, which is dated now.
+    /// Adds lines, each of which is a name and the text that begins with it, and dates them now.
     ///
     /// # Errors
     /// What writing says; the pack is as it was then.
-    pub fn append(&mut self, text: &[u8]) -> io::Result<()> {
-        let line = sealed(&self.open.pack, self.when, text);
-        let written = Through::new(&self.open.file, self.path).write_all(&line);
+    pub fn append(&mut self, lines: impl IntoIterator<Item = (String, Vec<u8>)>) -> io::Result<()> {
+        let sealed = |(name, text): (String, Vec<u8>)| (name, sealed(&self.open.pack, self.when, &text));
+        let lines: Vec<_> = lines.into_iter().map(sealed).collect();
+        match &lines[..] {
+            [(_, line)] => self.write(line)?,
+            lines => self.write(&lines.iter().flat_map(|(_, line)| line).copied().collect::<Vec<_>>())?,
+        }
+        for (name, line) in lines {
+            self.open.push(Some(name), line.len(), self.when);
+        }
+        Ok(())
+    }
+
+    /// Adds that the line `name` is used now.
+    fn append_used(&mut self, name: &str) -> io::Result<()> {
+        let line = sealed(&self.open.pack, self.when, &[USED, name.as_bytes()].concat());
+        self.write(&line)?;
+        self.open.push_used(Some((name, self.when)), line.len());
+        Ok(())
+    }
+
+    fn write(&self, lines: &[u8]) -> io::Result<()> {
+        let written = Through::new(&self.open.file, self.path).write_all(lines);
         if written.is_err() {
             let _ = writes::set_length(&self.open.file, self.path, self.open.end);
         }
-        written?;
-        self.open.push(&line, self.name_of);
-        Ok(())
+        written
     }
 }
 
@@ -311,8 +356,16 @@ impl Packs {
 
     /// The lines of the pack at `path` that `which` names, the last first.
     pub fn lines(&self, path: &Path, which: Which<'_>) -> Vec<Line> {
-        let pack = self.called(path);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        // To ask the file takes half as long as to look for its name.
+        let is_as_it_was = |open: &&Open| {
+            let now = open.file.metadata();
+            now.is_ok_and(|now| now.len() == open.end && now.nlink() == open.links)
+        };
+        if let Some(open) = state.open.get(path).filter(is_as_it_was) {
+            return open.lines(which);
+        }
+        let pack = self.called(path);
         match state.open(path, &pack, self.name_of, || Ok(false)) {
             Ok(Some((open, _))) => open.lines(which),
             _ => Vec::new(),
@@ -336,7 +389,7 @@ impl Packs {
         if length_bytes > open.end {
             writes::set_length(&open.file, path, open.end)?;
         }
-        let done = does(&mut Pack { open, path, when: self.store.date(), name_of: self.name_of })?;
+        let done = does(&mut Pack { open, path, when: self.store.date() })?;
         if open.end > open.live_bytes.saturating_mul(2).saturating_add(SLACK_BYTES) {
             self.rewrite_alone(path, |_| true)?;
         }
@@ -362,7 +415,7 @@ impl Packs {
             }
             // Not to be dated costs it nothing as long as it is not collected, as in a store that can only be read.
             if pack.open.lines.get(&line.name).is_some_and(|at| at.when < since) {
-                let _ = pack.append(&[USED, line.name.as_bytes()].concat());
+                let _ = pack.append_used(&line.name);
             }
             Ok(true)
         });
@@ -434,7 +487,8 @@ mod tests {
 
     impl World {
         fn add(&self, packs: &Packs, text: &str) {
-            packs.change(&self.path, |pack| pack.append(text.as_bytes())).expect("room");
+            let name = name_of(text.as_bytes()).expect("a name").into_owned();
+            packs.change(&self.path, |pack| pack.append([(name, text.into())])).expect("room");
         }
 
         /// What each line says, the last first.

@@ -515,6 +515,7 @@ mod tests {
         Box::new(Ran {
             ended,
             outputs: Some(Digest::of(b"x")),
+            unmerged: None,
             shares: Vec::new(),
             spoiled: None,
             undeclared: vec![kiln_artifact::tree::TreePath::new(b"a/b").expect("a path")],

@@ -162,7 +162,10 @@ fn needed(
             continue;
         }
         let placed = index.placed(&work_name(work), need).ok_or_else(|| {
-            let text = format!("step `{need}` has put nothing into WORK `{}`", work.display());
+            let text = format!(
+                "step `{need}` has put nothing into WORK `{}` in a scope that this run reads",
+                work.display()
+            );
             usage(text, Some("run it before the step that needs it: `kiln run --step`, or `kiln build`"))
         })?;
         given.insert(StepId(plan.steps.len()), placed.outputs);

@@ -80,7 +80,7 @@ pub(super) struct RunArguments {
     /// Set a variable, or pass the host's on
     #[arg(long, value_name = "NAME[=VALUE]")]
     pub env: Vec<String>,
-    /// Working directory in the guest [default: /ws/PROJECT, else /x/PROJECT]
+    /// Working directory in the guest, or one below the default [default: /ws/PROJECT, else /x/PROJECT]
     #[arg(long, short = 'C', value_name = "PATH")]
     directory: Option<String>,
     /// Pass standard input to the command

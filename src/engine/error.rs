@@ -136,9 +136,12 @@ impl RunError {
             Self::MissingOutputs(_) => Some(
                 "outputs are paths below WORK, which is $WORK in the step; nothing was merged".to_owned(),
             ),
-            Self::Printed { .. } => Some("--limit printed=SIZE allows more".to_owned()),
+            Self::Printed { .. } => Some("--limit printed=SIZE, or printed in a step's `limits`, allows more".to_owned()),
             Self::Transfer(TransferError::TooMany { .. } | TransferError::TooMuch { .. }) => {
-                Some("--limit outputs=SIZE and --limit files=COUNT allow more".to_owned())
+                Some(
+                    "--limit outputs=SIZE and --limit files=COUNT, or outputs and files in a step's `limits`, allow more"
+                        .to_owned(),
+                )
             }
             Self::RecordFull => Some(
                 "past that it got errors instead of answers, so nothing was merged; a step that searches less, or \
@@ -156,7 +159,7 @@ impl RunError {
             }
             Self::Died { death, .. } if death.shortage().is_some() => death.hint(),
             Self::Died { death: Death::Panicked(line), .. } if line.to_lowercase().contains("memory") => {
-                Some("--memory gives the machine more memory".to_owned())
+                Some("--memory, or memory in a step's `limits`, gives the machine more".to_owned())
             }
             Self::Session(SessionError::Silent { .. }) => Some(
                 "the machine's last console lines are above; fewer --cpus boot faster under emulation"

@@ -55,6 +55,12 @@ pub enum MergeError {
         /// What it is.
         kind: &'static str,
     },
+    /// What an interrupted merge had yet to do.
+    #[error("cannot make out what an interrupted merge had yet to do: `{}/journal` is none of this kiln's", staging.display())]
+    Unreadable {
+        /// The folder.
+        staging: PathBuf,
+    },
     /// A name that kiln needs for itself.
     #[error("output `{path}` lies in {STAGING}, which kiln keeps for itself")]
     Reserved {
@@ -75,6 +81,10 @@ impl MergeError {
                 Some("declare the outputs without it, or pack it into an archive".to_owned())
             }
             Self::Reserved { .. } => Some("give the output another name".to_owned()),
+            Self::Unreadable { staging } => Some(format!(
+                "complete it with the kiln that began it, or remove `{}`: some outputs may be of the build before then, which                  the next one puts right",
+                staging.display()
+            )),
             Self::Io { .. } => None,
         }
     }
@@ -137,6 +147,8 @@ fn open(store: &Store, work: &Path) -> Result<Locked, MergeError> {
     let lock = File::create(&lock_path).map_err(at("lock", &lock_path))?;
     lock.lock().map_err(at("lock", &lock_path))?;
     let top = File::open(&path).map_err(at("open", &path))?;
+    // For kilns of other stores. A file system that has no locks for folders leaves the store's.
+    let _ = top.lock();
     let locked = Locked { work: Work::new(top.into(), path.clone()), path, _lock: lock };
     let staging = locked.path.join(STAGING);
     if fs::symlink_metadata(&staging).is_ok_and(|meta| meta.is_dir()) {
@@ -144,7 +156,14 @@ fn open(store: &Store, work: &Path) -> Result<Locked, MergeError> {
         // Without one nothing was changed yet; with one that cannot be read just now, something may have been.
         let journal = match journal {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            journal => serde_json::from_slice(&journal.map_err(at("read what was left in", &staging))?).ok(),
+            journal => {
+                let journal = journal.map_err(at("read what was left in", &staging))?;
+                // Whoever removed it would leave WORK half as it was, and say nothing.
+                Some(
+                    serde_json::from_slice(&journal)
+                        .map_err(|_| MergeError::Unreadable { staging: staging.clone() })?,
+                )
+            }
         };
         match journal {
             Some(journal) => complete(store, &locked, journal)?,
@@ -655,5 +674,33 @@ mod tests {
         assert_eq!(world.read("a").as_deref(), Some("1"));
         assert_eq!(world.read("b").as_deref(), Some("2"));
         assert!(!staging.exists());
+    }
+
+    #[test]
+    fn a_journal_that_cannot_be_read_is_an_error_and_stays() {
+        let world = World::new();
+        let staging = world.work().join(STAGING);
+        fs::create_dir_all(&staging).expect("a folder");
+        fs::write(staging.join("journal"), "of another kiln").expect("room");
+        let error = world.merge(&[("a", "1")]).expect_err("nobody knows what is half done");
+        assert!(error.to_string().contains("none of this kiln's") && error.hint().is_some(), "{error}");
+        assert!(staging.join("journal").exists() && world.read("a").is_none());
+        fs::remove_dir_all(&staging).expect("as the hint says");
+        world.merge(&[("a", "1")]).expect("a merge");
+    }
+
+    #[test]
+    fn kilns_of_other_stores_wait_until_a_work_is_free() {
+        let (world, other) = (World::new(), tempfile::tempdir().expect("a folder"));
+        let store = Store::open(&other.path().join("store")).expect("a store");
+        fs::create_dir(world.work()).expect("a folder");
+        let held = open(&store, &world.work()).expect("the lock");
+        std::thread::scope(|scope| {
+            let merging = scope.spawn(|| world.merge(&[("a", "1")]).map(|changed| changed.len()));
+            std::thread::sleep(std::time::Duration::from_millis(200));
+            assert!(!merging.is_finished() && world.read("a").is_none());
+            drop(held);
+            assert!(matches!(merging.join().expect("no panic"), Ok(1)));
+        });
     }
 }

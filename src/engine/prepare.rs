@@ -198,10 +198,11 @@ pub(super) fn prepare(
     for text in host.store.take_damage() {
         let _ = events(Event::Warning(&text));
     }
-    let directory = match (&step.directory, &settings.srcdir.value) {
-        (Some(directory), _) => directory.clone(),
-        (None, Some(_)) => source_target,
-        (None, None) => work_target.clone(),
+    let place = if settings.srcdir.value.is_some() { source_target } else { work_target.clone() };
+    let directory = match &step.directory {
+        Some(directory) if directory.starts_with('/') => directory.clone(),
+        Some(directory) => format!("{place}/{directory}"),
+        None => place,
     };
     if let Root::Live(path) = &root {
         let directory = open_share("root", path, secrets)?;

@@ -18,7 +18,7 @@ use super::collect::{Collect, Collection, collect};
 use super::error::RunError;
 use super::event::{Event, Listener, Phase};
 use super::host::Host;
-use super::merge::{self, Merge};
+use super::merge::{self, Merge, MergeError};
 use super::prepare::{Prepared, describe, host_clock, prepare, seconds, toolbox_mount};
 use super::reads::{self, Beside, ReadsReport};
 use super::ready::{Readiness, Series};
@@ -91,6 +91,8 @@ pub struct Report {
     pub held_bytes: Option<u64>,
     /// Where WORK is.
     pub work: PathBuf,
+    /// Why WORK was not given the outputs, which the store has.
+    pub unmerged: Option<MergeError>,
 }
 
 /// A run that is over.
@@ -103,10 +105,15 @@ pub struct Run {
 
 /// Runs `step` on `host`, telling `events` what happens. `input` is the command's standard input.
 pub fn run(step: &Step, host: &Host, input: Option<OwnedFd>, events: Listener<'_>) -> Run {
-    run_among(step, host, input, &Series::new(1, 0), events)
+    let Run { result, kept } = run_among(step, host, input, &Series::new(1, 0), events);
+    let merged = |mut report: Report| match report.unmerged.take() {
+        Some(error) => Err(error.into()),
+        None => Ok(report),
+    };
+    Run { result: result.and_then(merged), kept }
 }
 
-/// Does what [`run`] does, as one run of `series`.
+/// Does what [`run`] does, as one run of `series`. A merge that was refused is left for the caller to tell.
 pub fn run_among(
     step: &Step,
     host: &Host,
@@ -116,7 +123,8 @@ pub fn run_among(
 ) -> Run {
     let mut standing = None;
     let result = carry_through(step, host, input, series, events, &mut standing);
-    let failed = !result.as_ref().is_ok_and(|report| report.ended.is_success());
+    let is_good = |report: &Report| report.ended.is_success() && report.unmerged.is_none();
+    let failed = !result.as_ref().is_ok_and(is_good);
     let standing = standing.filter(|_| step.keeps(!failed));
     Run { result, kept: standing.map(|kept| with_toolbox(kept, step, events)) }
 }
@@ -226,6 +234,7 @@ fn carry_through(
     }
     let _ = events(Event::Phase(Phase::Record, stopwatch.lap()));
 
+    let mut unmerged = None;
     let collected = match collection {
         None => None,
         Some(collection) => {
@@ -238,10 +247,14 @@ fn carry_through(
             } else {
                 let merge =
                     Merge { store: &host.store, work: &work, step: &step.name, overwrite: step.overwrite };
-                match step.outputs.are_everything() {
-                    true => merge.run_upon(&collection.outputs, &collection.removed)?,
-                    false => merge.run(&collection.outputs)?,
-                }
+                let merged = match step.outputs.are_everything() {
+                    true => merge.run_upon(&collection.outputs, &collection.removed),
+                    false => merge.run(&collection.outputs),
+                };
+                merged.unwrap_or_else(|error| {
+                    unmerged = Some(error);
+                    Vec::new()
+                })
             };
             let files = collection.outputs.iter().filter_map(|(_, node)| match node.kind {
                 Kind::File { size, .. } => Some(size),
@@ -256,7 +269,7 @@ fn carry_through(
     let _ = events(Event::Phase(Phase::Merge, stopwatch.lap()));
     drop(ordered.map(JoinHandle::join));
     let (bundle, modules) = (prepared.bundle.digest(), prepared.bundle.modules);
-    Ok(Report { ended, identity, bundle, modules, collected, reads, held_bytes, work })
+    Ok(Report { ended, identity, bundle, modules, collected, reads, held_bytes, work, unmerged })
 }
 
 /// A machine that was started for a step, before its agent's first word.

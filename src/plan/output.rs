@@ -79,6 +79,9 @@ impl Outputs {
             if trimmed.is_empty() || trimmed.split('/').any(|part| part.is_empty()) {
                 return Err(malformed("it has an empty part".to_owned()));
             }
+            if trimmed.split('/').any(|part| part == ".") {
+                return Err(malformed("no path has `.` in it; `**` is all that is written".to_owned()));
+            }
             let glob = glob(trimmed).map_err(malformed)?;
             outputs.globs.push((text.to_owned(), glob.compile_matcher()));
         }
@@ -161,7 +164,7 @@ mod tests {
             assert_eq!(Outputs::parse([bad]).err(), Some(OutputError::Escapes(bad.to_owned())));
         }
         let (deep, long) = ("{".repeat(3000) + "a" + &"}".repeat(3000), "a".repeat(5000));
-        for bad in ["", "a//b", "a[", "{a", &deep[2900..3101], &deep, &long] {
+        for bad in ["", "a//b", ".", "./", "././a", "a/./b", "a[", "{a", &deep[2900..3101], &deep, &long] {
             assert!(matches!(Outputs::parse([bad]), Err(OutputError::Malformed { .. })), "{bad}");
         }
     }

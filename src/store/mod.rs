@@ -32,7 +32,7 @@ use limit::Limit;
 pub use limit::{Full, MakeRoom, Room, taken_bytes};
 pub use lock_file::{Held, LockFile};
 pub use record::Records;
-pub use seal::{seal, seal_line, unseal, unseal_line};
+pub use seal::{SEAL_BYTES, seal, seal_line, unseal, unseal_line};
 
 /// The file that says which form a store has.
 const VERSION_FILE: &str = "version";

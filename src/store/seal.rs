@@ -1,12 +1,17 @@
 //! Small documents, and single lines, whose ends tell whether they are what was written, and under this name.
 
-use kiln_digest::Digest;
+use kiln_digest::{Digest, Hasher};
 
 /// What the last line begins with.
 const MARK: &[u8] = b"sha256 ";
 
+/// What a line has more when it is sealed: a blank, the sum in hexadecimal digits, and its end.
+pub const SEAL_BYTES: usize = 1 + 64 + 1;
+
 fn sum(name: &str, text: &[u8]) -> Digest {
-    Digest::of(&[name.as_bytes(), b"\0", text].concat())
+    let mut hasher = Hasher::default();
+    [name.as_bytes(), b"\0", text].into_iter().for_each(|piece| hasher.update(piece));
+    hasher.finish().0
 }
 
 /// `text` and the line that seals it under `name`.

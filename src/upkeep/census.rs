@@ -11,6 +11,7 @@ use kiln_digest::Digest;
 use serde::Serialize;
 
 use super::UpkeepError;
+use crate::cache::index::step_of;
 use crate::cache::stock::{Content, Stored, files, key_of, left_behind, stock};
 use crate::cache::{LOCKED, ledger};
 use crate::root::bundle::Bundle;
@@ -199,7 +200,8 @@ impl Census {
                         (What::Note(line.name.clone()), format!("the last run of step `{}`", run.step))
                     }
                     Content::Placed(_) => {
-                        let name = format!("where the outputs of step `{}` were put", line.name);
+                        let step = step_of(&line.name);
+                        let name = format!("where the outputs of step `{step}` were put");
                         (What::Note(line.name.clone()), name)
                     }
                 };

@@ -39,6 +39,15 @@ fn a_working_directory_that_is_not_there_is_named() {
 }
 
 #[test]
+fn a_working_directory_may_be_one_of_srcdir() {
+    let host = Host::new();
+    host.file("src/inner/a", "text");
+    let told = host.run(&["--src", "src", "-C", "inner"], &["cat", "a"]);
+    told.ends(0, &[]);
+    assert_eq!(told.stdout, b"text");
+}
+
+#[test]
 fn a_signal_is_128_and_its_number() {
     let told = Host::new().script(&["--json"], "echo 1; kill -SEGV $$");
     assert_eq!(told.code, Some(128 + 11));

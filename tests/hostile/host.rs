@@ -172,6 +172,7 @@ fn merge_end(error: &MergeError) -> Found {
         MergeError::Changed { .. } => "changed",
         MergeError::Kind { .. } => "kind",
         MergeError::Reserved { .. } => "reserved",
+        MergeError::Unreadable { .. } => "unreadable",
         MergeError::Io { .. } => "io",
     };
     (word, error.to_string())

@@ -30,10 +30,11 @@ use crate::plan::boot::{self as plan, Alteration, Boot, Expected, Trust};
 use crate::plan::make::Pattern;
 use crate::plan::script::{self, ScriptError, Statement};
 use crate::plan::{PlannedStep, StepId};
+use crate::sign::close_process;
 use crate::writes::Folder;
 
 /// Changes with how images are booted and judged.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Memory of the machine, where the recipe does not say.
 const MEMORY_BYTES: u64 = 1 << 30;
 /// The private key for ssh below SECRETS.
@@ -140,6 +141,7 @@ struct Parts {
 impl Parts {
     /// What says that the key for ssh is another.
     fn ssh_key_now(&self) -> String {
+        close_process();
         let read = fs::read(&self.ssh_key).map(|bytes| Digest::of(&bytes).to_string());
         read.unwrap_or_else(|_| "none".to_owned())
     }
@@ -337,6 +339,9 @@ impl<R: Runner> Worker<'_, '_, R> {
             report: planned.report.is_some().then(|| report.clone()),
             scratch: PathBuf::new(),
         };
+        if wanted.ssh.is_some() {
+            close_process();
+        }
         boot::check(&wanted, &build.settings.secrets.value)?;
         let started = Instant::now();
         let mut log = build.store.blobs().writer().map_err(io("write a log in"))?;

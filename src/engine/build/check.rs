@@ -20,6 +20,7 @@ use super::{Build, BuildError, view};
 use crate::cache::verify::{Hashed, Verdict, verify};
 use crate::cache::{Entry, Found, Hidden, Index, Key, LastRun, Place, Places, Scope, ShareTrace, Trace};
 use crate::engine::merge::Merge;
+use crate::machine::in_full;
 use crate::plan::{PlannedStep, StepId};
 use crate::sign::Leaks;
 use crate::writes::Folder;
@@ -69,7 +70,7 @@ pub(super) struct Checker<'a, R> {
     pub hidden: Hidden,
     nothing_hidden: Hidden,
     source: Option<OwnedFd>,
-    work: Vec<u8>,
+    pub work: Vec<u8>,
     /// What steps see that are shown nothing.
     nothing: OnceLock<Arc<Folder>>,
     leaks: OnceLock<Leaks>,
@@ -288,7 +289,7 @@ impl<'a, R> Checker<'a, R> {
             match verify(&placed, &places, &self.hashed, now_nanos()) {
                 Verdict::Holds(None) => return Ok(0),
                 Verdict::Holds(Some(renewed)) => {
-                    let _ = self.index.note_placed(&self.work, &step.name, &renewed);
+                    let _ = self.index.note_placed(&self.work, &step.name, *renewed);
                     return Ok(0);
                 }
                 Verdict::Differs(_) => {}
@@ -317,9 +318,9 @@ impl<'a, R> Checker<'a, R> {
     fn note_placed(&self, step: &PlannedStep, manifest: &Digest, tree: &Tree) {
         let stamped_nanos = now_nanos();
         let Ok(work) = File::open(&self.build.settings.work.value) else { return };
-        let entry = |path: &TreePath| {
+        let look = |path: &TreePath| {
             let read = Observed::METADATA | Observed::CONTENT;
-            let (kind, observed, content) = match &tree.shown(path)?.kind {
+            Some(match &tree.shown(path)?.kind {
                 NodeKind::File { digest, .. } => (Kind::Regular, read, Some(*digest)),
                 NodeKind::Symlink(text) => (Kind::Link, read, Some(Digest::of(text))),
                 // That one is there with nothing in it says no other entry; more of it is a person's to change.
@@ -327,7 +328,9 @@ impl<'a, R> Checker<'a, R> {
                     (Kind::Directory, Observed::empty(), None)
                 }
                 _ => return None,
-            };
+            })
+        };
+        let entry = |(path, (kind, observed, content)): (&TreePath, _)| {
             let stat = rustix::fs::statat(&work, path.as_bytes(), AtFlags::SYMLINK_NOFOLLOW).ok()?;
             Some(Entry {
                 path: path.as_bytes().to_vec(),
@@ -339,13 +342,15 @@ impl<'a, R> Checker<'a, R> {
                 xattrs: None,
             })
         };
-        let entries = tree.iter().filter_map(|(path, _)| entry(path)).collect();
+        let looks = tree.iter().filter_map(|(path, _)| Some((path, look(path)?)));
+        // What is gone already would be missed by nobody later.
+        let Some(entries) = looks.map(entry).collect::<Option<Vec<_>>>() else { return };
         let share =
             ShareTrace { name: "work".to_owned(), guest: "WORK".to_owned(), entries, missed: Vec::new() };
         let (log, command_ms, machine) = (None, 0, String::new());
         let placed =
             Trace { stamped_nanos, shares: vec![share], outputs: *manifest, log, command_ms, machine };
-        let _ = self.index.note_placed(&self.work, &step.name, &placed);
+        let _ = self.index.note_placed(&self.work, &step.name, placed);
     }
 
     /// Makes what a trace names survive a power failure, but for a log. The merge has synced the outputs, where they and
@@ -359,6 +364,23 @@ impl<'a, R> Checker<'a, R> {
         };
         let path = self.build.settings.store.value.clone();
         synced.map_err(|error| Self::io("sync", path)(std::io::Error::other(error)))
+    }
+
+    /// Notes that the step began, printed `log` and came to no end of its own but `error`. Without the note, the one of the time
+    /// before is what people are shown.
+    pub fn note_error(&self, step: &PlannedStep, key: &Key, log: Digest, why: &str, error: &BuildError) {
+        let run = LastRun {
+            step: step.name.clone(),
+            key: key.clone(),
+            failure: Some(format!("ended with an error: {}", in_full(error))),
+            why: why.to_owned(),
+            log: Some(log),
+            outputs: None,
+            not_kept: Some("it failed".to_owned()),
+            command_ms: 0,
+            held_bytes: self.last_held_bytes(step),
+        };
+        let _ = self.index.note_run(&self.work, &run);
     }
 
     /// What a step's run left behind, kept: a trace where it may be believed. Gives why it may not, and whether its outputs
@@ -379,6 +401,7 @@ impl<'a, R> Checker<'a, R> {
         let failure = failure(ran);
         if let (Some(outputs), None) = (ran.outputs, &failure) {
             if !step.outputs.is_empty()
+                && ran.unmerged.is_none()
                 && let Some(tree) = self.tree(&outputs)
             {
                 self.note_placed(step, &outputs, &tree);

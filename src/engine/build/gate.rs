@@ -26,10 +26,12 @@ impl Gate {
         }
     }
 
-    /// Lets the step in that is about to merge; once the gate is shut, nobody gets further than here.
+    /// Lets the step in that is about to merge; once the gate is shut, nobody gets further than here. Who is inside stays
+    /// there. It must wait for nobody who may be kept from going on when the build is ended: it tells what it has to tell
+    /// when it is outside.
     pub(super) fn enter(&self, id: StepId) {
         let mut passing = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while passing.is_shut {
+        while passing.is_shut && !passing.merging.contains(&id.0) {
             passing = self.0.1.wait(passing).unwrap_or_else(PoisonError::into_inner);
         }
         passing.merging.insert(id.0);
@@ -63,6 +65,8 @@ mod tests {
             thread::yield_now();
         }
         assert!(!shut.is_finished());
+        // Once more: it is there already.
+        gate.enter(StepId(0));
         gate.leave(StepId(0));
         shut.join().expect("it ends");
     }

@@ -16,11 +16,11 @@ use crate::engine::merge::Merge;
 use crate::engine::run::Ended;
 use crate::plan::StepId;
 use crate::plan::make::Make;
-use crate::sign::SignError;
 use crate::sign::images::Source;
 use crate::sign::keys::{KeyError, Keys};
 use crate::sign::local::Local;
 use crate::sign::work::Work;
+use crate::sign::{SignError, close_process};
 
 /// What did it, in words.
 pub(super) const HERE: &str = "kiln, without a machine";
@@ -69,6 +69,8 @@ impl<R: Runner> Worker<'_, '_, R> {
 
     /// Signs what the build's record names, where there are keys.
     pub(super) fn sign(&self, id: StepId) -> Result<Kept, BuildError> {
+        // This process reads private keys.
+        close_process();
         let (build, started) = (self.checker.build, Instant::now());
         let (work, secrets) = (&build.settings.work.value, &build.settings.secrets.value);
         let now = crate::clock::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
@@ -97,15 +99,26 @@ impl<R: Runner> Worker<'_, '_, R> {
                     let to = kernel.signed.join(", ");
                     self.tell(id, &format!("to be signed: kernel {} as {to}", kernel.release));
                 }
-                format!(
+                let mut said = format!(
                     "nothing was signed: SECRETS ({}) has no keys; `kiln sign` makes them and signs",
                     secrets.display()
-                )
+                );
+                // WORK has the new images all the same.
+                let left = opened.left();
+                if !left.is_empty() {
+                    said.push_str("; of an earlier signing, which starts nothing that changed since: ");
+                    said.push_str(&left.join(", "));
+                }
+                said
             }
         };
         // Whoever needs it sees what was signed, and nothing where there are no keys.
         let outputs = self.manifest(&signed)?;
-        Ok(Kept { ran: ran(Some(outputs), 0, started.elapsed()), not_kept: Some(not_kept), same: true })
+        Ok(Kept {
+            ran: Box::new(ran(Some(outputs), 0, started.elapsed())),
+            not_kept: Some(not_kept),
+            same: true,
+        })
     }
 
     /// Puts a file into `tree`, at a path in WORK, with the folders above it; its content is in the store then.
@@ -137,6 +150,7 @@ pub(super) fn ran(outputs: Option<Digest>, changed: usize, command: Duration) ->
     Ran {
         ended: Ended::Ran(Outcome::Exit(0), Usage::default()),
         outputs,
+        unmerged: None,
         shares: Vec::new(),
         spoiled: None,
         undeclared: Vec::new(),

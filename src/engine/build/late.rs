@@ -162,7 +162,7 @@ impl<R: Runner> Checker<'_, R> {
             }
         }
         let key = lower::key(step, &lowered, build.settings, &build.plan.ignore, &build.sources, host);
-        let key = key.map_err(RunError::from)?;
+        let key = key.map_err(|source| BuildError::Environment { step: step.name.clone(), source })?;
         Ok(Lowered { step: lowered, key })
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use kiln_digest::Digest;
 use kiln_virtio::fs::record::PathBytes;
 
+use super::BuildError;
 use super::sources::Locked;
 use crate::agent::Limits;
 use crate::cache::{Hidden, Key};
@@ -170,6 +171,13 @@ pub(super) fn key(
     let (source, work) = guest_places(settings);
     key.add("the place of SRCDIR", if settings.srcdir.value.is_some() { source } else { "none".to_owned() });
     key.add("the place of WORK", work);
+    // It is hidden there, and what lies in its place in another build is not. By the words alone: a thousand steps ask.
+    if let Some(source) = &settings.srcdir.value
+        && let Ok(inner) =
+            settings.directory.join(&settings.work.value).strip_prefix(settings.directory.join(source))
+    {
+        key.add("the place of WORK in SRCDIR", text(inner.as_os_str().as_bytes()));
+    }
     key.add("the working directory", step.directory.clone().unwrap_or_default());
     key.add("writable-source", step.source_layer.to_string());
     key.add("the clock", if step.clock == Clock::Fixed { "fixed" } else { "host" });
@@ -185,15 +193,20 @@ pub(super) fn key(
 }
 
 /// What of SRCDIR steps are not shown: what the recipe ignores, and WORK where it lies in there.
-pub(super) fn hidden(settings: &Settings, ignore: &Ignore) -> Hidden {
+///
+/// # Errors
+/// WORK is SRCDIR: what steps put out would be among what they are made of.
+pub(super) fn hidden(settings: &Settings, ignore: &Ignore) -> Result<Hidden, BuildError> {
     let mut hidden = Hidden { ignore: ignore.clone(), ..Hidden::default() };
     let real = |path: &Path| std::fs::canonicalize(path).ok();
     let source = settings.srcdir.value.as_ref().and_then(|source| real(&settings.directory.join(source)));
     if let (Some(source), Some(work)) = (source, real(&settings.work.value))
         && let Ok(inner) = work.strip_prefix(&source)
-        && !inner.as_os_str().is_empty()
     {
+        if inner.as_os_str().is_empty() {
+            return Err(BuildError::OnePlace { path: work });
+        }
         hidden.paths.insert(inner.as_os_str().as_bytes().to_vec());
     }
-    hidden
+    Ok(hidden)
 }

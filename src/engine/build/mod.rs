@@ -44,7 +44,7 @@ use super::event::Event;
 use super::make::MakeError;
 use super::merge::MergeError;
 use crate::cache::{Index, Scope};
-use crate::plan::{Plan, StepId};
+use crate::plan::{EnvError, Plan, StepId};
 use crate::settings::Settings;
 use crate::sign::SignError;
 use crate::store::Store;
@@ -104,6 +104,21 @@ pub enum BuildError {
         what: &'static str,
         /// What is named, as it was written.
         output: String,
+    },
+    /// What a step is given of the host's environment.
+    #[error("the environment of step `{step}` cannot be made")]
+    Environment {
+        /// The step.
+        step: String,
+        /// Why not.
+        #[source]
+        source: EnvError,
+    },
+    /// WORK is SRCDIR.
+    #[error("WORK and SRCDIR are one folder, `{path}`: what steps put out would be among what they read")]
+    OnePlace {
+        /// The folder.
+        path: PathBuf,
     },
     /// Two steps put out the same path.
     #[error("steps `{one}` and `{other}` both put out `{path}`")]
@@ -195,6 +210,13 @@ impl BuildError {
             Self::NotPutOut { .. } => {
                 Some("step:NAME/PATH names an image, an archive or a folder among what the step puts out".to_owned())
             }
+            Self::Environment { source: EnvError::Unset(name), .. } => {
+                Some(format!("set {name} where kiln is called, or take it out of the step's `pass-env`"))
+            }
+            Self::Environment { .. } => None,
+            Self::OnePlace { .. } => Some(
+                "name a folder for WORK, in SRCDIR or elsewhere: --work DIR, or work in [settings]".to_owned(),
+            ),
             Self::SamePath { .. } => Some("give their outputs names or folders of their own".to_owned()),
             Self::Lost { .. } => Some("build again: the step runs anew, and puts it back".to_owned()),
             Self::LostOf { .. } => Some("build again: it is taken in anew".to_owned()),

@@ -16,6 +16,7 @@ use crate::cache::{Entry, ShareTrace};
 use crate::engine::error::RunError;
 use crate::engine::event::{Event, Listener};
 use crate::engine::host::{Boundary, Host, KernelChoice};
+use crate::engine::merge::MergeError;
 use crate::engine::reads::ReadsReport;
 use crate::engine::ready::Series;
 use crate::engine::run::{Ended, Report, run_among};
@@ -36,8 +37,10 @@ const MOST_SPARE: usize = 2;
 pub struct Ran {
     /// How the command ended.
     pub ended: Ended,
-    /// Digest of the manifest of what it put out, where it succeeded. It is in WORK.
+    /// Digest of the manifest of what it put out, where it succeeded. It is in WORK, unless that is refused.
     pub outputs: Option<Digest>,
+    /// Why it is not in WORK.
+    pub unmerged: Option<MergeError>,
     /// What it read.
     pub shares: Vec<ShareTrace>,
     /// Why what it read does not say all, in words.
@@ -235,8 +238,14 @@ impl Runner for Machines<'_> {
         let root = self.host.root(&step.root, &qemu, &bundle, processors(), progress)?;
         let digest = root.digest().map_or_else(|| "live".to_owned(), |digest| digest.to_string());
         let modules = bundle.modules.map_or_else(|| "none".to_owned(), |modules| modules.to_string());
+        // Where a folder or a file lies is no part of what it is.
+        let root_name = match &step.root {
+            RootSpec::Directory(_) => "dir:".to_owned(),
+            RootSpec::File(_) => "file:".to_owned(),
+            spec => spec.to_string(),
+        };
         let parts = vec![
-            ("root".to_owned(), format!("{} {digest}", step.root)),
+            ("root".to_owned(), format!("{root_name} {digest}")),
             ("kernel".to_owned(), format!("{} {} modules {modules}", bundle.release, bundle.kernel)),
         ];
         let (root, bundle) = (root.digest(), (bundle.digest(), bundle.modules));
@@ -325,6 +334,7 @@ impl Runner for Machines<'_> {
         Ok(Ran {
             ended: report.ended,
             outputs,
+            unmerged: report.unmerged,
             spoiled: report.reads.spoiled().or(differs).or(unknown).or_else(not_fixed),
             shares: shares(&report.reads),
             undeclared,

@@ -103,7 +103,7 @@ impl<R: Runner> Build<'_, R> {
             made.map_err(|source| BuildError::Io { what: "make", path: work.clone(), source })?;
             crate::engine::merge::recover(self.store, work)?;
         }
-        let hidden = lower::hidden(self.settings, &self.plan.ignore);
+        let hidden = lower::hidden(self.settings, &self.plan.ignore)?;
         let checker = Checker::new(self, hidden);
         let processors = thread::available_parallelism().map_or(1, usize::from);
         let keys = Keys::new(self.plan.steps.len());
@@ -210,7 +210,8 @@ impl<R: Runner> Build<'_, R> {
         );
         let host = self.runner.identify(&step, progress)?;
         let key = lower::key(planned, &step, self.settings, &self.plan.ignore, &self.sources, host);
-        Ok(lower::Lowered { key: key.map_err(RunError::from)?, step })
+        let of_step = |source| BuildError::Environment { step: planned.name.clone(), source };
+        Ok(lower::Lowered { key: key.map_err(of_step)?, step })
     }
 }
 
@@ -492,8 +493,8 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
                 self.summary.commands += ran.command;
                 self.outputs[id.0] = ran.outputs;
                 match ran.failure() {
-                    Some(_) => Outcome::CommandFailed(Box::new(ran)),
-                    None => Outcome::Ran { ran: Box::new(ran), not_kept, same },
+                    Some(_) => Outcome::CommandFailed(ran),
+                    None => Outcome::Ran { ran, not_kept, same },
                 }
             }
         };

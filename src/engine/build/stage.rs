@@ -24,7 +24,7 @@ impl<R: Runner> Build<'_, R> {
     /// # Errors
     /// [`BuildError`] where it cannot be given its view or its sources.
     pub fn stage(&self, id: StepId, outputs: &BTreeMap<StepId, Digest>) -> Result<Step, BuildError> {
-        let checker = Checker::new(self, lower::hidden(self.settings, &self.plan.ignore));
+        let checker = Checker::new(self, lower::hidden(self.settings, &self.plan.ignore)?);
         let needs = self.plan.step(id).needs.iter();
         let needs: Vec<_> = needs.filter_map(|need| Some((*need, *outputs.get(need)?))).collect();
         let staged = checker.stage(id, &needs, &OnceLock::new());
@@ -52,7 +52,7 @@ impl<R: Runner> Build<'_, R> {
         let planned = self.plan.step(id);
         let needs = planned.needs.iter().map(|need| Some((*need, *outputs.get(need)?)));
         let Some(needs) = needs.collect::<Option<Vec<_>>>() else { return Ok(None) };
-        let checker = Checker::new(self, lower::hidden(self.settings, &self.plan.ignore));
+        let checker = Checker::new(self, lower::hidden(self.settings, &self.plan.ignore)?);
         let key = match planned.follows_outputs() {
             true => checker.late_key(id, &needs)?,
             false => self.lower(id, &mut |_| {})?.key,
@@ -139,6 +139,8 @@ impl<R: Runner> Checker<'_, R> {
     ) {
         let BuildError::Lost { step, digest, .. } = error else { return };
         self.build.store.blobs().discard_damaged(digest);
+        // Its outputs are looked for in the store again before it counts as up to date, whoever's its trace is.
+        let _ = self.index.forget_placed(&self.work, step);
         for (need, manifest) in needs.iter().filter(|(need, _)| self.build.plan.step(*need).name == *step) {
             if let Some(key) = key(*need) {
                 let _ = self.index.forget(&key, manifest);

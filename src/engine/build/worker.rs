@@ -54,7 +54,7 @@ pub(super) struct Checked {
 
 /// A run and what became of it.
 pub(super) struct Kept {
-    pub ran: Ran,
+    pub ran: Box<Ran>,
     pub not_kept: Option<String>,
     pub same: bool,
 }
@@ -112,9 +112,14 @@ impl<R: Runner> Worker<'_, '_, R> {
                     // What is done here has a turn from the start; a machine takes one when it is set up.
                     let is_here = !self.checker.build.plan.step(id).command.is_run();
                     let may = if is_here { self.turns.take(id) } else { self.turns.prepare(id) };
-                    let kept = may.then(|| self.run(id, &needs, &why));
+                    let mut untold = Vec::new();
+                    let kept = may.then(|| self.run(id, &needs, &why, &mut untold));
                     self.checker.let_go(&self.checker.build.plan.step(id).name);
                     self.gate.leave(id);
+                    for told in untold {
+                        // Nobody hears it where the build is over.
+                        let _ = self.messages.send(Message::Event(id, told));
+                    }
                     match kept {
                         Some(kept) if !self.turns.has_refused(id) => {
                             Message::Ran(id, kept.inspect_err(|error| self.forget(error, &needs)))
@@ -164,7 +169,14 @@ impl<R: Runner> Worker<'_, '_, R> {
         self.checker.check(step, &key, needs, &merges)
     }
 
-    fn run(&self, id: StepId, needs: &[(StepId, Digest)], why: &str) -> Result<Kept, BuildError> {
+    /// Runs the step `id`. What there was to tell while it was inside the gate is left in `untold`.
+    fn run(
+        &self,
+        id: StepId,
+        needs: &[(StepId, Digest)],
+        why: &str,
+        untold: &mut Vec<Told>,
+    ) -> Result<Kept, BuildError> {
         let build = self.checker.build;
         let planned = build.plan.step(id);
         let stamped_nanos = now_nanos();
@@ -179,7 +191,7 @@ impl<R: Runner> Worker<'_, '_, R> {
 
         let io = |source| BuildError::Io { what: "write a log in", path: build.store.temporary(), source };
         let mut log = build.store.blobs().writer().map_err(io)?;
-        let mut log_error = None;
+        let (mut log_error, mut is_inside) = (None, false);
         let mut listen = |event: Event<'_>| {
             let told = match event {
                 Event::Progress(text) => Told::Progress(text.to_owned()),
@@ -193,13 +205,20 @@ impl<R: Runner> Worker<'_, '_, R> {
                     match phase {
                         // All that its machine was for is done.
                         Phase::Collect => self.turns.give_back(id),
-                        Phase::Record => self.gate.enter(id),
+                        Phase::Record => {
+                            self.gate.enter(id);
+                            is_inside = true;
+                        }
                         _ => {}
                     }
                     Told::Phase(phase, time, Instant::now())
                 }
                 Event::Kept(name, idle) => Told::Kept(name.to_owned(), idle),
             };
+            if is_inside {
+                untold.push(told);
+                return Ok(());
+            }
             let is_ready = matches!(told, Told::Phase(Phase::Setup, ..));
             let sent = self.messages.send(Message::Event(id, told));
             if is_ready && !self.turns.take(id) {
@@ -207,12 +226,32 @@ impl<R: Runner> Worker<'_, '_, R> {
             }
             sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
         };
-        let ran = build.runner.run(&step, &mut listen)?;
+        let ran = build.runner.run(&step, &mut listen);
         if let Some(error) = log_error {
             return Err(io(error));
         }
         let (log, _) = log.finish().map_err(io)?;
-        self.keep(id, ran, Some(log), why, stamped_nanos)
+        match ran {
+            Ok(ran) => {
+                // Kept in any case: it need not run again for WORK to have its outputs.
+                let mut kept = self.keep(id, ran, Some(log), why, stamped_nanos)?;
+                kept.ran.unmerged.take().map_or(Ok(kept), |error| Err(error.into()))
+            }
+            Err(error) => {
+                let error = BuildError::from(error);
+                if error.is_of_a_command() && !self.turns.has_refused(id) {
+                    self.gate.enter(id);
+                    self.checker.note_error(
+                        planned,
+                        &self.keys.get(id).unwrap_or_default(),
+                        log,
+                        why,
+                        &error,
+                    );
+                }
+                Err(error)
+            }
+        }
     }
 
     /// Keeps what came of the step `id`, which began at `stamped_nanos` and printed `log`.
@@ -226,7 +265,7 @@ impl<R: Runner> Worker<'_, '_, R> {
     ) -> Result<Kept, BuildError> {
         let (step, key) = (self.checker.build.plan.step(id), self.keys.get(id).unwrap_or_default());
         let (not_kept, same) = self.checker.keep(step, &key, &ran, log, why, stamped_nanos)?;
-        Ok(Kept { ran, not_kept, same })
+        Ok(Kept { ran: Box::new(ran), not_kept, same })
     }
 }
 

@@ -261,7 +261,7 @@ pub struct StepTable {
     /// Variables of the host's that are passed on.
     #[serde(default)]
     pub pass_env: Vec<String>,
-    /// Working directory; SRCDIR unless said.
+    /// Working directory: SRCDIR unless said, or one below it, or with `/` before it any of the machine.
     pub directory: Option<String>,
     /// Give its view of SRCDIR a private writable layer, dropped at the end.
     #[serde(default)]

@@ -8,6 +8,7 @@ use kiln_artifact::squashfs;
 use kiln_artifact::tree::{Kind, TreePath};
 use kiln_artifact::verity;
 use kiln_digest::Digest;
+use rustix::process::{DumpableBehavior, Resource};
 
 use super::world::{World, done, settle};
 
@@ -257,4 +258,15 @@ fn what_is_made_of_a_damaged_or_lost_output_waits_for_the_next_build_which_has_i
             assert!(world.build(&recipe).reasons.is_empty());
         }
     }
+}
+
+#[test]
+fn a_build_that_signs_leaves_no_core_and_nobody_looks_into_it() {
+    let world = World::new();
+    let built = world.build("[steps.s]\nsign = true\n");
+    // That there is nothing to sign shows after that.
+    assert!(matches!(built.outcome("s"), Outcome::Failed(_)), "{:?}", built.outcome("s"));
+    assert_eq!(rustix::process::getrlimit(Resource::Core).current, Some(0));
+    let dumpable = rustix::process::dumpable_behavior().expect("Linux says so");
+    assert_eq!(dumpable, DumpableBehavior::NotDumpable);
 }

@@ -16,10 +16,13 @@ mod workload;
 mod world;
 
 use std::fs;
+use std::sync::mpsc::channel;
+use std::thread;
 use std::time::{Duration, SystemTime};
 
-use kiln::cache::Scope;
-use kiln::engine::build::{BuildError, Outcome};
+use kiln::cache::{Index, Scope};
+use kiln::engine::Event;
+use kiln::engine::build::{BuildError, Gate, News, Outcome, work_name};
 use world::{World, settle};
 
 use crate::acceptance::held;
@@ -336,6 +339,89 @@ fn what_a_needed_step_put_out_and_the_store_has_lost_comes_back_with_the_next_bu
     let built = world.build(&recipe);
     assert_eq!(sorted(built.ran), ["link", "more"]);
     assert!(world.build(&recipe).ran.is_empty());
+}
+
+#[test]
+fn what_a_step_of_another_scope_put_out_and_the_store_has_lost_comes_back_too() {
+    let mut world = world();
+    world.options.scope = "nightly".parse().expect("a scope");
+    world.build(RECIPE);
+    world.options.scope = Scope::default();
+    world.options.read_scopes = vec!["nightly".parse().expect("a scope")];
+    assert!(world.build(RECIPE).ran.is_empty());
+    fs::remove_file(world.store.blobs().path(&kiln_digest::Digest::of(b"ab"))).expect("there");
+    let recipe = format!("{RECIPE}[steps.more]\nneeds = [\"link\"]\nrun = \"use bin/program\"\n");
+    let built = world.build(&recipe);
+    assert!(
+        matches!(built.outcome("more"), Outcome::Failed(error) if matches!(**error, BuildError::Lost { .. }))
+    );
+    let built = world.build(&recipe);
+    assert_eq!(sorted(built.ran), ["link", "more"]);
+    assert!(world.build(&recipe).ran.is_empty());
+}
+
+#[test]
+fn a_step_whose_outputs_work_refused_need_not_run_again() {
+    let world = world();
+    fs::create_dir_all(world.path("work/bin")).expect("a folder");
+    fs::write(world.path("work/bin/program"), "mine").expect("room");
+    for ran in [vec!["a", "b", "link"], vec![]] {
+        let built = world.build_targets(RECIPE, &["link"]);
+        assert_eq!(sorted(built.ran.clone()), ran, "{:?}", built.reasons);
+        assert!(
+            matches!(built.outcome("link"), Outcome::Failed(error) if matches!(**error, BuildError::Merge(_)))
+        );
+        assert_eq!(world.work("bin/program").as_deref(), Some("mine"));
+    }
+    fs::remove_file(world.path("work/bin/program")).expect("there");
+    assert!(world.build_targets(RECIPE, &["link"]).ran.is_empty());
+    assert_eq!(world.work("bin/program").as_deref(), Some("ab"));
+}
+
+#[test]
+fn a_step_that_ended_with_an_error_is_known_by_that_and_by_what_it_printed() {
+    let world = world();
+    let recipe = |command: &str| format!("[steps.s]\nrun = \"\"\"\n{command}\n\"\"\"\noutputs = [\"o\"]\n");
+    world.build(&recipe("write o 1"));
+    assert!(!world.build(&recipe("lose")).summary.is_good());
+    let index = Index::new(&world.store, Scope::default(), Vec::new());
+    let last = index.last_run(&work_name(&world.settings.work.value), "s").expect("a note");
+    let failure = last.failure.expect("it failed");
+    assert!(failure.starts_with("ended with an error: ") && failure.contains("nothing"), "{failure}");
+    let log = world.store.blobs().read(&last.log.expect("a log")).expect("there");
+    assert_eq!(log, b"s speaks\n");
+    let built = world.build(&recipe("lose"));
+    assert!(
+        built.reasons["s"].contains("it failed the last time: it ended with an error"),
+        "{:?}",
+        built.reasons
+    );
+}
+
+#[test]
+fn a_build_can_be_ended_while_a_step_is_merged_and_nobody_hears_what_is_told() {
+    let world = world();
+    // More than may be under way at once.
+    let recipe = "[steps.s]\nrun = \"\"\"\nlater 2000\n\"\"\"\n";
+    let gate = Gate::default();
+    let (sender, shut) = channel();
+    let mut is_shut = None;
+    thread::scope(|scope| {
+        let ended = gate.clone();
+        world.build_through(recipe, &gate, &mut |news| {
+            if is_shut.is_none() && matches!(news, News::Event(_, Event::Output(..))) {
+                // It is at the gate, or will be; nothing more is heard until the gate is shut.
+                let (ended, sender) = (ended.clone(), sender.clone());
+                thread::sleep(Duration::from_millis(300));
+                scope.spawn(move || {
+                    ended.shut();
+                    let _ = sender.send(());
+                });
+                is_shut = Some(shut.recv_timeout(Duration::from_secs(20)).is_ok());
+            }
+        });
+    });
+    assert_eq!(is_shut, Some(true));
 }
 
 #[test]

@@ -138,11 +138,28 @@ impl World {
         step
     }
 
+    /// Builds all of `recipe`, through `gate`, and lets `hear` hear each piece of news first.
+    pub fn build_through(&self, recipe: &str, gate: &Gate, hear: &mut dyn FnMut(&News<'_>)) -> Built {
+        let (built, _) = self.build_with(recipe, &[], gate, hear, |_, _| ());
+        built
+    }
+
     /// Builds `targets`, and does something more with the build.
     fn build_then<T>(
         &self,
         text: &str,
         targets: &[&str],
+        more: impl FnOnce(&Build<'_, Player<'_>>, &Summary) -> T,
+    ) -> (Built, T) {
+        self.build_with(text, targets, &Gate::default(), &mut |_| {}, more)
+    }
+
+    fn build_with<T>(
+        &self,
+        text: &str,
+        targets: &[&str],
+        gate: &Gate,
+        hear: &mut dyn FnMut(&News<'_>),
         more: impl FnOnce(&Build<'_, Player<'_>>, &Summary) -> T,
     ) -> (Built, T) {
         let recipe = Recipe::parse(text, "kiln.toml").unwrap_or_else(|fault| panic!("{fault}"));
@@ -166,13 +183,13 @@ impl World {
         };
         let mut reasons = BTreeMap::new();
         let mut news = |news: News<'_>| {
+            hear(&news);
             if let News::Starts(step, why) = news {
                 reasons.insert(step.to_owned(), why.to_owned());
             }
             Ok(())
         };
-        let summary =
-            build.run(&wanted, &Gate::default(), &mut Timeline::default(), &mut news).expect("it goes");
+        let summary = build.run(&wanted, gate, &mut Timeline::default(), &mut news).expect("it goes");
         let more = more(&build, &summary);
         let ran = runner.ran.into_inner().expect("no panic");
         let [most, most_ready] = [runner.most, runner.most_ready].map(AtomicUsize::into_inner);
@@ -182,7 +199,7 @@ impl World {
 
 /// Plays steps: their commands are lines of `read PATH`, `stat PATH`, `list FOLDER`, `use PATH` (of WORK), `write PATH TEXT`,
 /// `copy PATH FROM…` (all of SRCDIR, or of WORK with `work:` before), `change PATH` (of SRCDIR, as a person does meanwhile),
-/// `wait` and `fail`.
+/// `wait`, `fail`, `lose` (its outputs) and `later COUNT` (so many words while it is merged).
 pub struct Player<'a> {
     world: &'a World,
     ran: Mutex<Vec<String>>,
@@ -290,7 +307,7 @@ impl<'a> Player<'a> {
         let mut source = seen("src", &self.world.path("src"));
         let mut work = seen("work", &view.work);
         let mut outputs: BTreeMap<String, Vec<u8>> = BTreeMap::new();
-        let (mut spoiled, mut code) = (None, 0);
+        let (mut spoiled, mut code, mut said_later, mut is_lost) = (None, 0, 0, false);
         let script = String::from_utf8(step.argv.last().expect("a command").clone()).expect("text");
         for line in script.lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
@@ -318,19 +335,27 @@ impl<'a> Player<'a> {
                 }
                 ["wait"] => std::thread::sleep(Duration::from_millis(30)),
                 ["fail"] => code = 3,
+                ["lose"] => is_lost = true,
+                ["later", count] => said_later = count.parse().expect("a number"),
                 [] => {}
                 _ => panic!("what is `{line}`?"),
             }
         }
         let told = events(Event::Output(Stream::Stdout, format!("{} speaks\n", step.name).as_bytes()));
         told.map_err(|source| RunError::Io { what: "tell", source })?;
+        if is_lost {
+            return Err(RunError::MissingOutputs(vec!["nothing".to_owned()]));
+        }
         self.now.fetch_sub(1, Ordering::SeqCst);
         if code == 0 {
             let _ = events(Event::Phase(Phase::Collect, Duration::ZERO));
         }
         let _ = events(Event::Phase(Phase::Record, Duration::ZERO));
+        for _ in 0..said_later {
+            let _ = events(Event::Warning("inside the gate"));
+        }
         let mut manifest = None;
-        let mut changed = 0;
+        let (mut changed, mut unmerged) = (0, None);
         if code == 0 {
             let tree = self.tree(&outputs).map_err(|source| RunError::Io { what: "keep outputs", source })?;
             let merge = Merge {
@@ -339,13 +364,19 @@ impl<'a> Player<'a> {
                 step: &step.name,
                 overwrite: step.overwrite,
             };
-            changed = if step.outputs.is_empty() { 0 } else { merge.run(&tree)?.len() };
+            if !step.outputs.is_empty() {
+                match merge.run(&tree) {
+                    Ok(placed) => changed = placed.len(),
+                    Err(error) => unmerged = Some(error),
+                }
+            }
             let io = |source: io::Error| RunError::Io { what: "keep the manifest", source };
             manifest = Some(self.world.store.blobs().put(&tree.manifest()[..]).map_err(io)?.0);
         }
         Ok(Ran {
             ended: Ended::Ran(Exit::Exit(code), Usage::default()),
             outputs: manifest,
+            unmerged,
             shares: vec![source.share(), work.share()],
             spoiled,
             undeclared: Vec::new(),
