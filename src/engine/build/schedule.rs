@@ -18,7 +18,7 @@ use super::admission::Admission;
 use super::check::{Checker, Standing};
 use super::gate::Gate;
 use super::runner::Runner;
-use super::tasks::{Ending, Queue, Task, Tasks};
+use super::tasks::{AWAKE, Ending, Queue, Task, Tasks, soon};
 use super::turns::Turns;
 use super::worker::{Checked, Kept, Keys, Message, Told, Worker};
 use super::{Build, BuildError, News, Outcome, Summary, Timeline, boot_step, lower};
@@ -298,10 +298,13 @@ impl<'b, 'a, R: Runner> Schedule<'b, 'a, R> {
             }
             self.admission.settle();
             let gathers = !stops && !self.checks.is_empty();
-            let first = match gathers {
-                true => messages.recv_timeout(GATHERING),
-                false => messages.recv().map_err(RecvTimeoutError::from),
-            };
+            let first = soon(AWAKE, || messages.try_recv().ok()).map_or_else(
+                || match gathers {
+                    true => messages.recv_timeout(GATHERING),
+                    false => messages.recv().map_err(RecvTimeoutError::from),
+                },
+                Ok,
+            );
             is_late = matches!(first, Err(RecvTimeoutError::Timeout));
             match first {
                 Ok(first) => {

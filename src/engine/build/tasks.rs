@@ -2,10 +2,30 @@
 
 use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use kiln_digest::Digest;
 
 use crate::plan::StepId;
+
+/// How long a thread of a build looks for what comes next before it sleeps: a processor that has nothing to do takes as long to
+/// wake as a short step takes altogether.
+pub(super) const AWAKE: Duration = Duration::from_micros(50);
+
+/// What `look` finds within a time, while others may have the processor; none where that is nothing.
+pub(super) fn soon<T>(most: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return Some(found);
+        }
+        if began.elapsed() > most {
+            return None;
+        }
+        thread::yield_now();
+    }
+}
 
 /// What a worker does.
 pub(super) enum Task {
@@ -51,6 +71,9 @@ impl<T> Queue<T> {
 
     /// Waits for the next; none where no more come.
     pub fn pop(&self) -> Option<T> {
+        if let Some(task) = soon(AWAKE, || self.state().tasks.pop_front()) {
+            return Some(task);
+        }
         let mut state = self.state();
         loop {
             if let Some(task) = state.tasks.pop_front() {
@@ -90,8 +113,6 @@ impl Drop for Ending<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::thread;
-
     use super::*;
 
     #[test]
