@@ -360,7 +360,7 @@ impl Packs {
         // To ask the file takes half as long as to look for its name.
         let is_as_it_was = |open: &&Open| {
             let now = open.file.metadata();
-            now.is_ok_and(|now| now.len() == open.end && now.nlink() == open.links)
+            now.is_ok_and(|now| now.len() == open.end && now.nlink() == open.links && open.links > 0)
         };
         if let Some(open) = state.open.get(path).filter(is_as_it_was) {
             return open.lines(which);

@@ -231,8 +231,7 @@ fn script_of(arguments: &BootArguments) -> Result<Vec<Statement>, Failure> {
     Ok(all)
 }
 
-/// Boots, says what happens, and whether it was as wanted. The report of what was judged is written however that ends: none
-/// of another run is left.
+/// Boots, says what happens, and whether it was as wanted. The report of what was judged is written however that ends.
 pub(super) fn run(arguments: &BootArguments, mut wanted: Boot, host: &Host) -> Result<ExitCode, Failure> {
     let mut narrator = Narrator::new(false);
     let (verdict, failure) = match observe(arguments, &mut wanted, host, &mut narrator) {

@@ -22,7 +22,7 @@ use super::run::FULL;
 use super::screen::Screen;
 use super::trace::TraceOut;
 use super::{FAILED, Failure, USAGE, recipe, show};
-use crate::cache::{Index, Scope};
+use crate::cache::Scope;
 use crate::engine::Host;
 use crate::engine::build::sources::{self, Locked, Permission};
 use crate::engine::build::{Build, Gate, KeptStep, Machines, Options, Outcome, Timeline};
@@ -236,8 +236,7 @@ fn carry_out(
         manner => manner,
     };
     let (settings, store) = (&opened.host.settings, &opened.host.store);
-    let index = Index::new(store, options.scope.clone(), options.read_scopes.clone());
-    let mut reporter = Reporter::begin(manner, wanted.len(), &opened.host, index);
+    let mut reporter = Reporter::begin(manner, wanted.len(), &opened.host);
     let gate = Gate::default();
     let without_machine = opened.plan.steps.iter().filter(|step| !step.command.is_run());
     reporter = reporter.with_commands(Commands {

@@ -516,6 +516,7 @@ mod tests {
             ended,
             outputs: Some(Digest::of(b"x")),
             unmerged: None,
+            log: None,
             shares: Vec::new(),
             spoiled: None,
             undeclared: vec![kiln_artifact::tree::TreePath::new(b"a/b").expect("a path")],

@@ -14,7 +14,6 @@ use super::show::Narrator;
 use super::trace::TraceOut;
 use super::{FAILED, Failure, USAGE, recipe};
 use crate::agent::{Session, SessionError};
-use crate::cache::Index;
 use crate::engine::build::sources;
 use crate::engine::build::{Gate, Machines, Timeline};
 use crate::engine::{Entered, Event, Step, enter};
@@ -82,8 +81,7 @@ pub(super) fn start(
     (options.keep_going, options.dry_run) = (false, false);
 
     let gate = Gate::default();
-    let index = Index::new(&opened.host.store, options.scope.clone(), options.read_scopes.clone());
-    let mut reporter = Reporter::begin(Manner::Plain, wanted.len(), &opened.host, index);
+    let mut reporter = Reporter::begin(Manner::Plain, wanted.len(), &opened.host);
     let watch = Watch::start(&gate, &opened.host, reporter.leaving(false, TraceOut::default()))?;
     let mut narrator = Narrator::new(false);
     let permission = opened.host.permission();

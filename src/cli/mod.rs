@@ -259,6 +259,7 @@ fn code_of_build(error: &BuildError) -> u8 {
         BuildError::Run(error) => code_of_run(error),
         BuildError::Boot(error) if error.is_the_hosts() => CANNOT,
         BuildError::Source(error) if error.is_the_users() => USAGE,
+        BuildError::Environment { .. } | BuildError::OnePlace { .. } => USAGE,
         _ => FAILED,
     }
 }

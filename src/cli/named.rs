@@ -111,7 +111,7 @@ fn try_run(arguments: &RunArguments, name: &str, flags: Flags) -> Result<u8, Fai
     plan.steps.push(PlannedStep { needs: given.keys().copied().collect(), ..planned });
 
     let gate = Gate::default();
-    let mut reporter = Reporter::begin(Manner::of(arguments.json, arguments.quiet), 1, &host, index);
+    let mut reporter = Reporter::begin(Manner::of(arguments.json, arguments.quiet), 1, &host);
     let watch = Watch::start(&gate, &host, reporter.leaving(arguments.json, TraceOut::default()))?;
     let machines = Machines::new(&host);
     let build = Build {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::time::Duration;
 
+use kiln_digest::Digest;
 use kiln_wire::Stream;
 
 use super::again::StepCommands;
@@ -14,8 +15,7 @@ use super::screen::{Change, Doing, Screen};
 use super::show::{self, Narrator, chain, for_people, line, try_line};
 use super::totals::{Totals, counted, counts};
 use super::trace::TraceOut;
-use crate::cache::Index;
-use crate::engine::build::{News, Outcome, Summary, work_name};
+use crate::engine::build::{News, Outcome, Summary};
 use crate::engine::{Event, Host, Phase};
 use crate::plan::{show_bytes, show_duration};
 use crate::settings::Settings;
@@ -74,7 +74,6 @@ pub(super) struct Commands {
 pub(super) struct Reporter<'a> {
     shown: Shown,
     host: &'a Host,
-    index: Index,
     steps: usize,
     ended: usize,
     /// Output whose line has not ended yet, by step and stream.
@@ -89,8 +88,8 @@ pub(super) struct Reporter<'a> {
 }
 
 impl<'a> Reporter<'a> {
-    /// One for a build of so many steps, which begins. What they print is found by `index`.
-    pub fn begin(manner: Manner, steps: usize, host: &'a Host, index: Index) -> Self {
+    /// One for a build of so many steps, which begins.
+    pub fn begin(manner: Manner, steps: usize, host: &'a Host) -> Self {
         let shown = match manner {
             Manner::Json => {
                 line(&Line::begin(steps).to_string());
@@ -108,7 +107,6 @@ impl<'a> Reporter<'a> {
         Self {
             shown,
             host,
-            index,
             steps,
             ended: 0,
             pending: BTreeMap::new(),
@@ -321,7 +319,7 @@ impl<'a> Reporter<'a> {
                 }
             }
             Outcome::CommandFailed(ran) => {
-                let is_all_shown = self.whole_output(step, tail);
+                let is_all_shown = self.whole_output(step, ran.log, tail);
                 let hint = format!("`kiln log {step}` prints all it said");
                 let how = ran.failure().unwrap_or_else(|| "failed".to_owned());
                 self.fail(&format!("step `{step}` {how}"), (!is_all_shown).then_some(hint.as_str()));
@@ -344,10 +342,10 @@ impl<'a> Reporter<'a> {
     }
 
     /// Shows what a step whose command failed has printed, where it was not shown as it came. Whether all of it was shown together.
-    fn whole_output(&mut self, step: &str, tail: VecDeque<String>) -> bool {
+    fn whole_output(&mut self, step: &str, log: Option<Digest>, tail: VecDeque<String>) -> bool {
         match self.shown {
             Shown::Json | Shown::Plain(_) => false,
-            Shown::Quiet(_) | Shown::Drawn(_) => match self.log(step) {
+            Shown::Quiet(_) | Shown::Drawn(_) => match self.log(log) {
                 Ok((left_out, log)) => {
                     if left_out > 0 {
                         self.show(step, &format!("… {} before", show_bytes(left_out)));
@@ -364,10 +362,8 @@ impl<'a> Reporter<'a> {
         }
     }
 
-    /// The end of what a step has printed that is over, and how many bytes are before it.
-    fn log(&self, step: &str) -> io::Result<(u64, Vec<u8>)> {
-        let work = work_name(&self.host.settings.work.value);
-        let log = self.index.last_run(&work, step).and_then(|last| last.log);
+    /// The end of the `log` of a step, and how many bytes are before it.
+    fn log(&self, log: Option<Digest>) -> io::Result<(u64, Vec<u8>)> {
         let mut file = self.host.store.blobs().file(&log.ok_or(io::ErrorKind::NotFound)?)?;
         let left_out = file.metadata()?.len().saturating_sub(LONGEST_LOG_BYTES);
         file.seek(SeekFrom::Start(left_out))?;

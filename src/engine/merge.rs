@@ -82,7 +82,8 @@ impl MergeError {
             }
             Self::Reserved { .. } => Some("give the output another name".to_owned()),
             Self::Unreadable { staging } => Some(format!(
-                "complete it with the kiln that began it, or remove `{}`: some outputs may be of the build before then, which                  the next one puts right",
+                "complete it with the kiln that began it, or remove `{}` and say --overwrite: some outputs in WORK are of \
+                 before it and some of after it",
                 staging.display()
             )),
             Self::Io { .. } => None,
@@ -147,8 +148,6 @@ fn open(store: &Store, work: &Path) -> Result<Locked, MergeError> {
     let lock = File::create(&lock_path).map_err(at("lock", &lock_path))?;
     lock.lock().map_err(at("lock", &lock_path))?;
     let top = File::open(&path).map_err(at("open", &path))?;
-    // For kilns of other stores. A file system that has no locks for folders leaves the store's.
-    let _ = top.lock();
     let locked = Locked { work: Work::new(top.into(), path.clone()), path, _lock: lock };
     let staging = locked.path.join(STAGING);
     if fs::symlink_metadata(&staging).is_ok_and(|meta| meta.is_dir()) {
@@ -687,20 +686,5 @@ mod tests {
         assert!(staging.join("journal").exists() && world.read("a").is_none());
         fs::remove_dir_all(&staging).expect("as the hint says");
         world.merge(&[("a", "1")]).expect("a merge");
-    }
-
-    #[test]
-    fn kilns_of_other_stores_wait_until_a_work_is_free() {
-        let (world, other) = (World::new(), tempfile::tempdir().expect("a folder"));
-        let store = Store::open(&other.path().join("store")).expect("a store");
-        fs::create_dir(world.work()).expect("a folder");
-        let held = open(&store, &world.work()).expect("the lock");
-        std::thread::scope(|scope| {
-            let merging = scope.spawn(|| world.merge(&[("a", "1")]).map(|changed| changed.len()));
-            std::thread::sleep(std::time::Duration::from_millis(200));
-            assert!(!merging.is_finished() && world.read("a").is_none());
-            drop(held);
-            assert!(matches!(merging.join().expect("no panic"), Ok(1)));
-        });
     }
 }

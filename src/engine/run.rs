@@ -266,7 +266,9 @@ fn carry_through(
             Some(Collected { manifest, files, changed, undeclared: collection.undeclared })
         }
     };
-    let _ = events(Event::Phase(Phase::Merge, stopwatch.lap()));
+    if unmerged.is_none() {
+        let _ = events(Event::Phase(Phase::Merge, stopwatch.lap()));
+    }
     drop(ordered.map(JoinHandle::join));
     let (bundle, modules) = (prepared.bundle.digest(), prepared.bundle.modules);
     Ok(Report { ended, identity, bundle, modules, collected, reads, held_bytes, work, unmerged })

@@ -142,8 +142,8 @@ impl Limit {
         ceiling.as_mut().map_or(Ok(()), |ceiling| ceiling.take(wanted_bytes))
     }
 
-    /// Shows other processes what is left of the room that was taken, once what it was taken for is written: until then
-    /// the bytes count twice, and never not at all.
+    /// Shows other processes what is left of the room that was taken, once what this thread took it for is written: until then
+    /// the bytes count twice.
     pub fn settle(&self) {
         let ceiling = self.ceiling.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(ceiling) = ceiling.as_ref() {

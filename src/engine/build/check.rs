@@ -390,12 +390,11 @@ impl<'a, R> Checker<'a, R> {
         step: &PlannedStep,
         key: &Key,
         ran: &Ran,
-        log: Option<Digest>,
         why: &str,
         stamped_nanos: i64,
     ) -> Result<(Option<String>, bool), BuildError> {
         let store = || self.build.settings.store.value.clone();
-        let before = self.before(step);
+        let (before, log) = (self.before(step), ran.log);
         let command_ms = u64::try_from(ran.command.as_millis()).unwrap_or(u64::MAX);
         let mut not_kept = ran.spoiled.clone();
         let failure = failure(ran);

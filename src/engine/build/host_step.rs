@@ -85,12 +85,13 @@ impl<R: Runner> Worker<'_, '_, R> {
         let mut signed = Tree::new();
         let not_kept = match &keys {
             Some(keys) => {
+                // Outside the gate: nobody may hear it.
+                keys.warnings.iter().for_each(|warning| self.tell(id, &format!("warning: {warning}")));
                 let _passed = Passed::enter(self.gate, id);
                 opened.sign(&roots, &local, keys, Source::Keys)?;
                 for (path, file) in opened.written(keys)? {
                     self.put_out(&mut signed, &path, file)?;
                 }
-                keys.warnings.iter().for_each(|warning| self.tell(id, &format!("warning: {warning}")));
                 "signatures are made anew each time".to_owned()
             }
             None => {
@@ -151,6 +152,7 @@ pub(super) fn ran(outputs: Option<Digest>, changed: usize, command: Duration) ->
         ended: Ended::Ran(Outcome::Exit(0), Usage::default()),
         outputs,
         unmerged: None,
+        log: None,
         shares: Vec::new(),
         spoiled: None,
         undeclared: Vec::new(),

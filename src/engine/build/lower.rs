@@ -169,6 +169,11 @@ pub(super) fn key(
         key.add(format!("variable {name}"), value);
     }
     let (source, work) = guest_places(settings);
+    let directory = match &step.directory {
+        // One below where it starts otherwise.
+        Some(directory) if !directory.starts_with('/') => format!("./{directory}"),
+        directory => directory.clone().unwrap_or_default(),
+    };
     key.add("the place of SRCDIR", if settings.srcdir.value.is_some() { source } else { "none".to_owned() });
     key.add("the place of WORK", work);
     // It is hidden there, and what lies in its place in another build is not. By the words alone: a thousand steps ask.
@@ -178,7 +183,7 @@ pub(super) fn key(
     {
         key.add("the place of WORK in SRCDIR", text(inner.as_os_str().as_bytes()));
     }
-    key.add("the working directory", step.directory.clone().unwrap_or_default());
+    key.add("the working directory", directory);
     key.add("writable-source", step.source_layer.to_string());
     key.add("the clock", if step.clock == Clock::Fixed { "fixed" } else { "host" });
     key.add("the network", if step.network { "full" } else { "none" });

@@ -41,6 +41,8 @@ pub struct Ran {
     pub outputs: Option<Digest>,
     /// Why it is not in WORK.
     pub unmerged: Option<MergeError>,
+    /// Digest of what it printed, where that is kept.
+    pub log: Option<Digest>,
     /// What it read.
     pub shares: Vec<ShareTrace>,
     /// Why what it read does not say all, in words.
@@ -335,6 +337,7 @@ impl Runner for Machines<'_> {
             ended: report.ended,
             outputs,
             unmerged: report.unmerged,
+            log: None,
             spoiled: report.reads.spoiled().or(differs).or(unknown).or_else(not_fixed),
             shares: shares(&report.reads),
             undeclared,

@@ -227,19 +227,24 @@ impl<R: Runner> Worker<'_, '_, R> {
             sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
         };
         let ran = build.runner.run(&step, &mut listen);
-        if let Some(error) = log_error {
-            return Err(io(error));
-        }
-        let (log, _) = log.finish().map_err(io)?;
+        let log = match log_error {
+            Some(error) => Err(error),
+            None => log.finish().map(|(log, _)| log),
+        };
         match ran {
             Ok(ran) => {
+                let log = log.map_err(io)?;
                 // Kept in any case: it need not run again for WORK to have its outputs.
                 let mut kept = self.keep(id, ran, Some(log), why, stamped_nanos)?;
                 kept.ran.unmerged.take().map_or(Ok(kept), |error| Err(error.into()))
             }
             Err(error) => {
                 let error = BuildError::from(error);
-                if error.is_of_a_command() && !self.turns.has_refused(id) {
+                // What it printed may be lost too: that it failed is what is told.
+                if let Ok(log) = log
+                    && error.is_of_a_command()
+                    && !self.turns.has_refused(id)
+                {
                     self.gate.enter(id);
                     self.checker.note_error(
                         planned,
@@ -264,7 +269,8 @@ impl<R: Runner> Worker<'_, '_, R> {
         stamped_nanos: i64,
     ) -> Result<Kept, BuildError> {
         let (step, key) = (self.checker.build.plan.step(id), self.keys.get(id).unwrap_or_default());
-        let (not_kept, same) = self.checker.keep(step, &key, &ran, log, why, stamped_nanos)?;
+        let ran = Ran { log, ..ran };
+        let (not_kept, same) = self.checker.keep(step, &key, &ran, why, stamped_nanos)?;
         Ok(Kept { ran: Box::new(ran), not_kept, same })
     }
 }

@@ -183,6 +183,8 @@ impl TemplateError {
     fn shortage(&self) -> Option<Shortage> {
         match self {
             Self::Died(death) | Self::Machine(MachineError::DiedAtStart(death)) => death.shortage(),
+            // The store's ceiling.
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => Some(Shortage::Room),
             error => {
                 let mut chain =
                     std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
@@ -666,6 +668,11 @@ mod tests {
         TemplateError::io("keep a template")(rustix::io::Errno::NOSPC.into())
     }
 
+    fn refused_by_the_ceiling() -> TemplateError {
+        let source = io::Error::new(io::ErrorKind::StorageFull, "the store may hold 1 MiB");
+        TemplateError::io("keep a template")(source)
+    }
+
     fn refused() -> TemplateError {
         MachineError::Kvm(rustix::io::Errno::ACCESS.into()).into()
     }
@@ -688,7 +695,9 @@ mod tests {
         }
         assert_eq!(left_by(None, damaged), [false, false, false]);
         assert_eq!(left_by(Some(damaged), damaged), [false, true, false]);
-        assert_eq!(left_by(Some(full), damaged), [false, false, true]);
+        for error in [full, refused_by_the_ceiling] {
+            assert_eq!(left_by(Some(error), damaged), [false, false, true]);
+        }
     }
 
     #[test]

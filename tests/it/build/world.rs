@@ -377,6 +377,7 @@ impl<'a> Player<'a> {
             ended: Ended::Ran(Exit::Exit(code), Usage::default()),
             outputs: manifest,
             unmerged,
+            log: None,
             shares: vec![source.share(), work.share()],
             spoiled,
             undeclared: Vec::new(),
