@@ -205,10 +205,7 @@ fn become_program<'a>(
         rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
     }
     let mut command = Command::new(program);
-    command.args(arguments).env_clear().stdin(Stdio::null());
-    // Its threads hardly ever ask the C library for memory at once, and a heap of each one's own keeps some for good.
-    command.env("MALLOC_ARENA_MAX", "1");
-    Err(command.exec().into())
+    Err(command.args(arguments).env_clear().stdin(Stdio::null()).exec().into())
 }
 
 /// Tells the parent which layers of the jail hold.
