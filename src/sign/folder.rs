@@ -152,20 +152,16 @@ impl Folder {
 
     /// Reads the file `name`, of at most `limit_bytes`, once and whole.
     pub fn read(&self, name: &Path, limit_bytes: u64) -> Result<Vec<u8>, FolderError> {
-        self.contents(name, self.file(name)?, limit_bytes)
+        self.read_opened(name, self.file(name)?, limit_bytes)
     }
 
     /// The same of a file that none but its owner may write.
     pub fn read_guarded(&self, name: &Path, limit_bytes: u64) -> Result<Vec<u8>, FolderError> {
-        self.contents(name, self.guarded(name)?, limit_bytes)
+        self.read_opened(name, self.guarded(name)?, limit_bytes)
     }
 
     /// Reads `file`, which is the file `name` and was opened before, as [`Folder::read`] does.
     pub fn read_opened(&self, name: &Path, file: File, limit_bytes: u64) -> Result<Vec<u8>, FolderError> {
-        self.contents(name, file, limit_bytes)
-    }
-
-    fn contents(&self, name: &Path, file: File, limit_bytes: u64) -> Result<Vec<u8>, FolderError> {
         let path = self.path.join(name);
         let length = file.metadata().map_or(0, |metadata| metadata.len());
         // Before it is read: the limit of images is more than a host may have memory.

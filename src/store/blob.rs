@@ -205,6 +205,14 @@ impl ContentSink for &Blobs {
     }
 }
 
+/// Takes room for `bytes` and writes them. No sooner: what others do not see written nobody may take for free.
+fn write_within(limit: &Limit, file: &mut Unfinished, bytes: &[u8]) -> io::Result<()> {
+    limit.take(bytes.len() as u64)?;
+    file.write_all(bytes)?;
+    limit.settle();
+    Ok(())
+}
+
 /// A blob being written. Dropped before [`BlobWriter::finish`], it leaves nothing.
 #[derive(Debug)]
 pub struct BlobWriter {
@@ -223,10 +231,7 @@ impl BlobWriter {
             Some(file) => file,
             None => Unfinished::new_in(self.blobs.lease.temporary())?,
         };
-        // Not before: what others do not see written nobody may take for free.
-        self.blobs.limit.take(self.memory.len() as u64)?;
-        file.write_all(&self.memory)?;
-        self.blobs.limit.settle();
+        write_within(&self.blobs.limit, &mut file, &self.memory)?;
         self.memory = Vec::new();
         Ok(self.file.insert(file))
     }
@@ -285,10 +290,9 @@ impl Write for BlobWriter {
             self.memory.write(bytes)?
         } else {
             self.spill()?;
-            self.blobs.limit.take(bytes.len() as u64)?;
-            let count = self.file.as_mut().map_or(Ok(0), |file| file.write(bytes))?;
-            self.blobs.limit.settle();
-            count
+            let file = self.file.as_mut().ok_or(io::ErrorKind::NotFound)?;
+            write_within(&self.blobs.limit, file, bytes)?;
+            bytes.len()
         };
         self.hasher.update(&bytes[..count]);
         Ok(count)

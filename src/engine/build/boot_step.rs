@@ -141,6 +141,7 @@ struct Parts {
 impl Parts {
     /// What says that the key for ssh is another.
     fn ssh_key_now(&self) -> String {
+        // It is part of the step's key, so this comes before anybody speaks with it.
         close_process();
         let read = fs::read(&self.ssh_key).map(|bytes| Digest::of(&bytes).to_string());
         read.unwrap_or_else(|_| "none".to_owned())
@@ -339,9 +340,6 @@ impl<R: Runner> Worker<'_, '_, R> {
             report: planned.report.is_some().then(|| report.clone()),
             scratch: PathBuf::new(),
         };
-        if wanted.ssh.is_some() {
-            close_process();
-        }
         boot::check(&wanted, &build.settings.secrets.value)?;
         let started = Instant::now();
         let mut log = build.store.blobs().writer().map_err(io("write a log in"))?;

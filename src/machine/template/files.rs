@@ -263,6 +263,11 @@ pub fn touch(file: &File) -> io::Result<()> {
     Ok(rustix::fs::futimens(file, &times)?)
 }
 
+/// What the name of a file ends with that says that a template could not be made,
+pub const BARREN: &str = "barren";
+/// and of one that says that there was no room to keep it.
+pub const FULL: &str = "full";
+
 /// Whether the file at `path` was modified less than `age` before `now` was.
 pub fn is_younger(path: &Path, now: &File, age: Duration) -> bool {
     let times = || Some((fs::metadata(path).ok()?.modified().ok()?, now.metadata().ok()?.modified().ok()?));
@@ -287,7 +292,7 @@ pub fn collect(folder: &Path, temporary: &Path, latest: &Digest) {
         let old = now.duration_since(*used).is_ok_and(|unused| unused > UNUSED);
         if old || index < too_many {
             remove(&folder.join(name), temporary);
-            for kind in ["lock", "barren", "full"] {
+            for kind in ["lock", BARREN, FULL] {
                 let _ = writes::remove(&folder.join(format!("{name}.{kind}")));
             }
         }

@@ -58,8 +58,8 @@ const DEATH_PATIENCE: Duration = Duration::from_secs(2);
 /// What a guest's clock may lack that counts the ticks of a timer.
 const CLOCK_TICKS: Duration = Duration::from_millis(20);
 /// How long no template is tried again after it could not be made, or there was no room to keep it: a file says so for each.
-const BARREN: [(&str, Duration); 2] =
-    [("barren", Duration::from_secs(600)), ("full", Duration::from_secs(30))];
+const LEFT_ALONE: [(&str, Duration); 2] =
+    [(files::BARREN, Duration::from_secs(600)), (files::FULL, Duration::from_secs(30))];
 
 /// In these words QEMU says that KVM does not serve it (accel/kvm/kvm-all.c, system/vl.c).
 const KVM_REFUSED: [&str; 3] =
@@ -364,7 +364,7 @@ impl Templates {
             }
         }
         let barren = |why: &str| self.folder.join(format!("{key}.{why}"));
-        if BARREN.iter().any(|(why, age)| files::is_younger(&barren(why), &lock, *age)) {
+        if LEFT_ALONE.iter().any(|(why, age)| files::is_younger(&barren(why), &lock, *age)) {
             return Err(TemplateError::Barren);
         }
         // Where there is no room at all nothing is booted for it.
@@ -381,7 +381,7 @@ impl Templates {
         if let Err(error) = made {
             if !error.is_hosts() {
                 let is_full = error.shortage() == Some(Shortage::Room);
-                let _ = writes::create(&barren(BARREN[usize::from(is_full)].0));
+                let _ = writes::create(&barren(if is_full { files::FULL } else { files::BARREN }));
             }
             return Err(error);
         }
