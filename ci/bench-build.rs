@@ -99,6 +99,7 @@ impl Runner for Player<'_> {
             ended: Ended::Ran(Outcome::Exit(0), Usage::default()),
             outputs: Some(outputs),
             unmerged: None,
+            looks: None,
             log: None,
             shares,
             spoiled: None,

@@ -516,6 +516,7 @@ mod tests {
             ended,
             outputs: Some(Digest::of(b"x")),
             unmerged: None,
+            looks: None,
             log: None,
             shares: Vec::new(),
             spoiled: None,

@@ -16,7 +16,6 @@ mod reads;
 mod ready;
 mod run;
 mod step;
-mod work;
 
 pub use enter::{Entered, enter};
 pub use error::RunError;

@@ -18,7 +18,7 @@ use super::collect::{Collect, Collection, collect};
 use super::error::RunError;
 use super::event::{Event, Listener, Phase};
 use super::host::Host;
-use super::merge::{self, Merge, MergeError};
+use super::merge::{self, Looks, Merge, MergeError};
 use super::prepare::{Prepared, describe, host_clock, prepare, seconds, toolbox_mount};
 use super::reads::{self, Beside, ReadsReport};
 use super::ready::{Readiness, Series};
@@ -70,6 +70,8 @@ pub struct Collected {
     pub changed: Vec<TreePath>,
     /// Paths written in WORK that nobody declared.
     pub undeclared: Vec<TreePath>,
+    /// What the outputs look like in WORK; none where nothing was merged.
+    pub looks: Option<Looks>,
 }
 
 /// What a run came to.
@@ -242,8 +244,8 @@ fn carry_through(
             let manifest = collection.outputs.manifest();
             let io = |source| RunError::Io { what: "keep the outputs' manifest", source };
             let (manifest, _) = host.store.blobs().put(&manifest[..]).map_err(io)?;
-            let changed = if step.outputs.is_empty() {
-                Vec::new()
+            let merged = if step.outputs.is_empty() {
+                None
             } else {
                 let merge =
                     Merge { store: &host.store, work: &work, step: &step.name, overwrite: step.overwrite };
@@ -251,11 +253,10 @@ fn carry_through(
                     true => merge.run_upon(&collection.outputs, &collection.removed),
                     false => merge.run(&collection.outputs),
                 };
-                merged.unwrap_or_else(|error| {
-                    unmerged = Some(error);
-                    Vec::new()
-                })
+                merged.map_err(|error| unmerged = Some(error)).ok()
             };
+            let (changed, looks) = merged.map(|merged| (merged.placed, merged.looks)).unzip();
+            let changed = changed.unwrap_or_default();
             let files = collection.outputs.iter().filter_map(|(_, node)| match node.kind {
                 Kind::File { size, .. } => Some(size),
                 // Another name of one that was counted.
@@ -263,7 +264,7 @@ fn carry_through(
                 _ => None,
             });
             let files = files.fold((0, 0), |(count, bytes), size| (count + 1, bytes + size));
-            Some(Collected { manifest, files, changed, undeclared: collection.undeclared })
+            Some(Collected { manifest, files, changed, undeclared: collection.undeclared, looks })
         }
     };
     if unmerged.is_none() {

@@ -2,7 +2,7 @@
 //! WORK is touched, whatever a step's outputs are named and whatever links lie in WORK.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -75,7 +75,7 @@ impl World {
     fn merge(&self, step: &str, nodes: Vec<(&[u8], Node)>) -> Result<Vec<TreePath>, MergeError> {
         let work = self.work("");
         let merge = Merge { store: &self.store, work: &work, step, overwrite: false };
-        merge.run(&self.tree(nodes))
+        Ok(merge.run(&self.tree(nodes))?.placed)
     }
 
     fn placed_by(&self, step: &str) -> Vec<String> {
@@ -366,6 +366,51 @@ fn set_user_bits_do_not_reach_work() {
     let mode = |name| fs::metadata(world.work(name)).expect("it is there").permissions().mode() & 0o7777;
     assert_eq!(mode("a"), 0o755);
     assert_eq!(mode("b"), 0o600, "what is in WORK can be read and replaced by its owner");
+}
+
+#[test]
+fn kilns_of_two_stores_merge_into_one_work_by_turns() {
+    let world = World::new();
+    let kiln = |number: usize| {
+        let store = Store::open(&world.folder.join(format!("store{number}"))).expect("a store");
+        let mine = World { folder: world.folder.clone(), _temporary: None, store };
+        let step = format!("s{number}");
+        for time in 0..150 {
+            // Many, so that each has more than one to rename.
+            let text = time.to_string();
+            let names: Vec<String> = (0..4).map(|file| format!("{step}/{file}")).collect();
+            let nodes = names.iter().map(|name| (name.as_bytes(), mine.file(&text, 0o644))).collect();
+            mine.merge(&step, nodes).expect("nobody is in the way of another");
+            for name in names {
+                assert_eq!(fs::read_to_string(mine.work(&name)).expect("it is placed"), text, "{name}");
+            }
+        }
+    };
+    let kiln = &kiln;
+    std::thread::scope(|scope| {
+        (1..4).for_each(|number| drop(scope.spawn(move || kiln(number))));
+    });
+    world.is_sound();
+}
+
+#[test]
+fn a_kiln_of_another_store_completes_a_merge_only_when_nobody_is_at_it() {
+    let world = World::new();
+    let staging = world.work(STAGING);
+    fs::create_dir(&staging).expect("a folder");
+    let held = fs::File::open(&staging).expect("it is there");
+    held.lock().expect("nobody has it");
+    let outputs = vec![(&b"a"[..], world.file("1", 0o644))];
+    std::thread::scope(|scope| {
+        let merges = scope.spawn(|| world.merge("s", outputs));
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let now = fs::metadata(&staging).expect("it is there").ino();
+        assert_eq!(now, held.metadata().expect("it is open").ino(), "it waits for who holds the folder");
+        drop(held);
+        merges.join().expect("no panic").expect("nothing is in the way");
+    });
+    assert!(world.work("a").exists());
+    world.is_sound();
 }
 
 /// Where the process of [`merges_and_ends`] merges.

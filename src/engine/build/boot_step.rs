@@ -12,7 +12,7 @@ use kiln_artifact::tree::{Kind, Meta, Tree, TreePath};
 use kiln_digest::Digest;
 use kiln_wire::{Outcome as Exit, Stream, Usage};
 
-use super::check::{Checker, now_nanos};
+use super::check::Checker;
 use super::host_step::{HERE, ran};
 use super::runner::{Ran, Runner};
 use super::tamper::{self, TamperError};
@@ -22,6 +22,7 @@ use crate::boot::firmware::SecureBoot;
 use crate::boot::trial::{Moment, Outcome, What};
 use crate::boot::{self, BootError, DiskChoice, SshChoice, report};
 use crate::cache::Key;
+use crate::clock::now_nanos;
 use crate::engine::event::Phase;
 use crate::engine::host::Boundary;
 use crate::engine::run::Ended;
@@ -395,13 +396,13 @@ impl<R: Runner> Worker<'_, '_, R> {
         let spoiled = (wants_ssh(&parts.statements) && !is_of_key())
             .then(|| format!("`{}` was modified while the step ran", parts.ssh_key.display()));
         let _passed = Passed::enter(self.gate, id);
-        let changed = self.merge(id, &left)?;
+        let merged = self.merge(id, &left)?;
         let is_met = matches!(verdict.outcome, Outcome::Met);
         let ran = Ran {
             ended: Ended::Ran(Exit::Exit(u8::from(!is_met)), Usage::default()),
             machine,
             spoiled,
-            ..ran(Some(outputs), changed, took)
+            ..ran(Some(outputs), merged, took)
         };
         self.keep(id, ran, Some(log), why, stamped_nanos)
     }

@@ -6,20 +6,18 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::UNIX_EPOCH;
 
 use kiln_artifact::tree::{Kind as NodeKind, Tree, TreePath};
 use kiln_digest::Digest;
-use kiln_virtio::fs::fingerprint_of;
 use kiln_virtio::fs::record::{Kind, Observed};
-use rustix::fs::AtFlags;
 
 use super::late::Taken;
 use super::runner::{Ran, failure};
 use super::{Build, BuildError, view};
 use crate::cache::verify::{Hashed, Verdict, verify};
 use crate::cache::{Entry, Found, Hidden, Index, Key, LastRun, Place, Places, Scope, ShareTrace, Trace};
-use crate::engine::merge::Merge;
+use crate::clock::now_nanos;
+use crate::engine::merge::{Looks, Merge};
 use crate::machine::in_full;
 use crate::plan::{PlannedStep, StepId};
 use crate::sign::Leaks;
@@ -45,12 +43,6 @@ pub enum Standing {
 
 /// How a step stands, for people.
 pub type Explained = Standing;
-
-/// The time of day, nanoseconds since 1970.
-pub(super) fn now_nanos() -> i64 {
-    let since = crate::clock::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
-}
 
 /// What the WORK at `work` is called in the store's notes of what steps did in it.
 pub fn work_name(work: &Path) -> Vec<u8> {
@@ -309,16 +301,14 @@ impl<'a, R> Checker<'a, R> {
         }
         let overwrite = self.build.options.overwrite;
         let _passed = merges();
-        let changed = Merge { store: self.build.store, work, step: &step.name, overwrite }.run(&tree)?;
-        self.note_placed(step, manifest, &tree);
-        Ok(changed.len())
+        let merged = Merge { store: self.build.store, work, step: &step.name, overwrite }.run(&tree)?;
+        self.note_placed(step, manifest, &tree, &merged.looks);
+        Ok(merged.placed.len())
     }
 
-    /// Notes what WORK looks like where a step's outputs are. Without it they are read again next time.
-    fn note_placed(&self, step: &PlannedStep, manifest: &Digest, tree: &Tree) {
-        let stamped_nanos = now_nanos();
-        let Ok(work) = File::open(&self.build.settings.work.value) else { return };
-        let look = |path: &TreePath| {
+    /// Notes what WORK looks like where a step's outputs are, as the merge saw it. Without it they are read again next time.
+    fn note_placed(&self, step: &PlannedStep, manifest: &Digest, tree: &Tree, looks: &Looks) {
+        let kind = |path: &TreePath| {
             let read = Observed::METADATA | Observed::CONTENT;
             Some(match &tree.shown(path)?.kind {
                 NodeKind::File { digest, .. } => (Kind::Regular, read, Some(*digest)),
@@ -331,23 +321,23 @@ impl<'a, R> Checker<'a, R> {
             })
         };
         let entry = |(path, (kind, observed, content)): (&TreePath, _)| {
-            let stat = rustix::fs::statat(&work, path.as_bytes(), AtFlags::SYMLINK_NOFOLLOW).ok()?;
             Some(Entry {
                 path: path.as_bytes().to_vec(),
                 kind,
                 observed,
-                fingerprint: fingerprint_of(&stat),
+                fingerprint: *looks.fingerprints.get(path)?,
                 content,
                 listing: None,
                 xattrs: None,
             })
         };
-        let looks = tree.iter().filter_map(|(path, _)| Some((path, look(path)?)));
+        let kinds = tree.iter().filter_map(|(path, _)| Some((path, kind(path)?)));
         // What is gone already would be missed by nobody later.
-        let Some(entries) = looks.map(entry).collect::<Option<Vec<_>>>() else { return };
+        let Some(entries) = kinds.map(entry).collect::<Option<Vec<_>>>() else { return };
         let share =
             ShareTrace { name: "work".to_owned(), guest: "WORK".to_owned(), entries, missed: Vec::new() };
         let (log, command_ms, machine) = (None, 0, String::new());
+        let stamped_nanos = looks.stamped_nanos;
         let placed =
             Trace { stamped_nanos, shares: vec![share], outputs: *manifest, log, command_ms, machine };
         let _ = self.index.note_placed(&self.work, &step.name, placed);
@@ -400,10 +390,10 @@ impl<'a, R> Checker<'a, R> {
         let failure = failure(ran);
         if let (Some(outputs), None) = (ran.outputs, &failure) {
             if !step.outputs.is_empty()
-                && ran.unmerged.is_none()
+                && let Some(looks) = &ran.looks
                 && let Some(tree) = self.tree(&outputs)
             {
-                self.note_placed(step, &outputs, &tree);
+                self.note_placed(step, &outputs, &tree, looks);
             }
             if not_kept.is_none() {
                 self.sync(&outputs)?;

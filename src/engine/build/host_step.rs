@@ -8,11 +8,11 @@ use kiln_digest::Digest;
 use kiln_wire::{Outcome, Usage};
 
 use super::BuildError;
-use super::check::now_nanos;
 use super::runner::{Ran, Runner};
 use super::worker::{Kept, Message, Passed, Told, Worker};
+use crate::clock::now_nanos;
 use crate::engine::make::MakeError;
-use crate::engine::merge::Merge;
+use crate::engine::merge::{Merge, Merged};
 use crate::engine::run::Ended;
 use crate::plan::StepId;
 use crate::plan::make::Make;
@@ -47,16 +47,16 @@ impl<R: Runner> Worker<'_, '_, R> {
         }
         let manifest = self.manifest(&made)?;
         let _passed = Passed::enter(self.gate, id);
-        let changed = self.merge(id, &made)?;
-        self.keep(id, ran(Some(manifest), changed, started.elapsed()), None, why, stamped_nanos)
+        let merged = self.merge(id, &made)?;
+        self.keep(id, ran(Some(manifest), merged, started.elapsed()), None, why, stamped_nanos)
     }
 
-    /// Merges what the step `id` puts out into WORK, for somebody who is inside the gate; says how many files changed.
-    pub(super) fn merge(&self, id: StepId, outputs: &Tree) -> Result<usize, BuildError> {
+    /// Merges what the step `id` puts out into WORK, for somebody who is inside the gate.
+    pub(super) fn merge(&self, id: StepId, outputs: &Tree) -> Result<Option<Merged>, BuildError> {
         let build = self.checker.build;
         let step = build.plan.step(id);
         if step.outputs.is_empty() {
-            return Ok(0);
+            return Ok(None);
         }
         let merge = Merge {
             store: build.store,
@@ -64,7 +64,7 @@ impl<R: Runner> Worker<'_, '_, R> {
             step: &step.name,
             overwrite: build.options.overwrite,
         };
-        Ok(merge.run(outputs)?.len())
+        Ok(Some(merge.run(outputs)?))
     }
 
     /// Signs what the build's record names, where there are keys.
@@ -116,7 +116,7 @@ impl<R: Runner> Worker<'_, '_, R> {
         // Whoever needs it sees what was signed, and nothing where there are no keys.
         let outputs = self.manifest(&signed)?;
         Ok(Kept {
-            ran: Box::new(ran(Some(outputs), 0, started.elapsed())),
+            ran: Box::new(ran(Some(outputs), None, started.elapsed())),
             not_kept: Some(not_kept),
             same: true,
         })
@@ -147,11 +147,13 @@ impl<R: Runner> Worker<'_, '_, R> {
 }
 
 /// What came of a step that ran here and succeeded.
-pub(super) fn ran(outputs: Option<Digest>, changed: usize, command: Duration) -> Ran {
+pub(super) fn ran(outputs: Option<Digest>, merged: Option<Merged>, command: Duration) -> Ran {
+    let changed = merged.as_ref().map_or(0, |merged| merged.placed.len());
     Ran {
         ended: Ended::Ran(Outcome::Exit(0), Usage::default()),
         outputs,
         unmerged: None,
+        looks: merged.map(|merged| merged.looks),
         log: None,
         shares: Vec::new(),
         spoiled: None,

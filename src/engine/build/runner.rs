@@ -16,10 +16,10 @@ use crate::cache::{Entry, ShareTrace};
 use crate::engine::error::RunError;
 use crate::engine::event::{Event, Listener};
 use crate::engine::host::{Boundary, Host, KernelChoice};
-use crate::engine::merge::MergeError;
+use crate::engine::merge::{Looks, MergeError};
 use crate::engine::reads::ReadsReport;
 use crate::engine::ready::Series;
-use crate::engine::run::{Ended, Report, run_among};
+use crate::engine::run::{Collected, Ended, Report, run_among};
 use crate::engine::step::{Keep, Step, View};
 use crate::keeper::{Keeper, Kept};
 use crate::machine::Carrier;
@@ -41,6 +41,8 @@ pub struct Ran {
     pub outputs: Option<Digest>,
     /// Why it is not in WORK.
     pub unmerged: Option<MergeError>,
+    /// What it looks like in WORK; none where nothing was merged.
+    pub looks: Option<Looks>,
     /// Digest of what it printed, where that is kept.
     pub log: Option<Digest>,
     /// What it read.
@@ -329,14 +331,17 @@ impl Runner for Machines<'_> {
             Some(format!("`{}` shows the host's own owners and times", real.guest))
         };
         let unknown = unrecorded.map(|what| format!("nothing says what it read of {what}"));
-        let (outputs, changed, undeclared) = match report.collected {
-            Some(collected) => (Some(collected.manifest), collected.changed.len(), collected.undeclared),
-            None => (None, 0, Vec::new()),
+        let (outputs, changed, undeclared, looks) = match report.collected {
+            Some(Collected { manifest, changed, undeclared, looks, .. }) => {
+                (Some(manifest), changed.len(), undeclared, looks)
+            }
+            None => (None, 0, Vec::new(), None),
         };
         Ok(Ran {
             ended: report.ended,
             outputs,
             unmerged: report.unmerged,
+            looks,
             log: None,
             spoiled: report.reads.spoiled().or(differs).or(unknown).or_else(not_fixed),
             shares: shares(&report.reads),

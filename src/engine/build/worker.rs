@@ -9,12 +9,13 @@ use kiln_digest::Digest;
 use kiln_wire::Stream;
 
 use super::BuildError;
-use super::check::{Checker, Standing, now_nanos};
+use super::check::{Checker, Standing};
 use super::gate::Gate;
 use super::runner::{Ran, Runner};
 use super::tasks::{Queue, Task};
 use super::turns::Turns;
 use crate::cache::Key;
+use crate::clock::now_nanos;
 use crate::engine::event::{Event, Phase};
 use crate::machine::{Identity, PathBytes};
 use crate::plan::StepId;

@@ -376,6 +376,17 @@ fn a_step_whose_outputs_work_refused_need_not_run_again() {
 }
 
 #[test]
+fn what_another_kiln_put_in_place_of_an_output_is_not_taken_for_it() {
+    let world = World::new();
+    let recipe = "[steps.a]\nrun = \"write out one\\nthen out two\"\noutputs = ['out']";
+    assert!(world.build(recipe).summary.is_good());
+    assert_eq!(world.work("out").as_deref(), Some("two"));
+    let again = world.build(recipe);
+    assert!(again.ran.is_empty(), "{:?}", again.reasons);
+    assert_eq!(world.work("out").as_deref(), Some("one"), "the trace says so, and WORK has to");
+}
+
+#[test]
 fn a_step_that_ended_with_an_error_is_known_by_that_and_by_what_it_printed() {
     let world = world();
     let recipe = |command: &str| format!("[steps.s]\nrun = \"\"\"\n{command}\n\"\"\"\noutputs = [\"o\"]\n");

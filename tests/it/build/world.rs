@@ -199,7 +199,8 @@ impl World {
 
 /// Plays steps: their commands are lines of `read PATH`, `stat PATH`, `list FOLDER`, `use PATH` (of WORK), `write PATH TEXT`,
 /// `copy PATH FROM…` (all of SRCDIR, or of WORK with `work:` before), `change PATH` (of SRCDIR, as a person does meanwhile),
-/// `wait`, `fail`, `lose` (its outputs) and `later COUNT` (so many words while it is merged).
+/// `wait`, `fail`, `lose` (its outputs), `later COUNT` (so many words while it is merged) and `then PATH TEXT` (what another
+/// kiln's run of the same step puts out as soon as this one has merged).
 pub struct Player<'a> {
     world: &'a World,
     ran: Mutex<Vec<String>>,
@@ -308,6 +309,7 @@ impl<'a> Player<'a> {
         let mut work = seen("work", &view.work);
         let mut outputs: BTreeMap<String, Vec<u8>> = BTreeMap::new();
         let (mut spoiled, mut code, mut said_later, mut is_lost) = (None, 0, 0, false);
+        let mut of_another = None;
         let script = String::from_utf8(step.argv.last().expect("a command").clone()).expect("text");
         for line in script.lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
@@ -336,6 +338,9 @@ impl<'a> Player<'a> {
                 ["wait"] => std::thread::sleep(Duration::from_millis(30)),
                 ["fail"] => code = 3,
                 ["lose"] => is_lost = true,
+                ["then", path, text] => {
+                    of_another = Some(BTreeMap::from([(path.to_owned(), text.as_bytes().to_vec())]));
+                }
                 ["later", count] => said_later = count.parse().expect("a number"),
                 [] => {}
                 _ => panic!("what is `{line}`?"),
@@ -355,9 +360,11 @@ impl<'a> Player<'a> {
             let _ = events(Event::Warning("inside the gate"));
         }
         let mut manifest = None;
-        let (mut changed, mut unmerged) = (0, None);
+        let (mut changed, mut unmerged, mut looks) = (0, None, None);
         if code == 0 {
-            let tree = self.tree(&outputs).map_err(|source| RunError::Io { what: "keep outputs", source })?;
+            let tree_of =
+                |outputs| self.tree(outputs).map_err(|source| RunError::Io { what: "keep outputs", source });
+            let tree = tree_of(&outputs)?;
             let merge = Merge {
                 store: &self.world.store,
                 work: &self.world.settings.work.value,
@@ -366,9 +373,16 @@ impl<'a> Player<'a> {
             };
             if !step.outputs.is_empty() {
                 match merge.run(&tree) {
-                    Ok(placed) => changed = placed.len(),
+                    Ok(merged) => {
+                        changed = merged.placed.len();
+                        looks = Some(merged.looks);
+                    }
                     Err(error) => unmerged = Some(error),
                 }
+            }
+            if let Some(outputs) = &of_another {
+                merge.run(&tree_of(outputs)?).expect("the other kiln merges too");
+                settle(self.world);
             }
             let io = |source: io::Error| RunError::Io { what: "keep the manifest", source };
             manifest = Some(self.world.store.blobs().put(&tree.manifest()[..]).map_err(io)?.0);
@@ -377,6 +391,7 @@ impl<'a> Player<'a> {
             ended: Ended::Ran(Exit::Exit(code), Usage::default()),
             outputs: manifest,
             unmerged,
+            looks,
             log: None,
             shares: vec![source.share(), work.share()],
             spoiled,

@@ -9,23 +9,23 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::AsFd;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use kiln_artifact::tree::{Kind, Node, Tree, TreePath};
-use kiln_digest::Digest;
-use kiln_virtio::fs::record::PathBytes;
-use serde::{Deserialize, Serialize};
+use kiln_virtio::fs::record::{Fingerprint, PathBytes};
 
-use super::work::{Seen, Work};
 use crate::cache::ledger::{Changes, Identity, Ledger, Placed};
 use crate::store::Store;
 use crate::writes::{self, Through};
 
-/// The staging folder's name in WORK: reserved, and gone after every merge.
-pub const STAGING: &str = ".kiln-staging";
+mod staging;
+mod work;
+
+use staging::{Journal, Locked, Staging};
+pub use staging::{STAGING, recover};
+use work::Seen;
 
 /// Why outputs cannot be merged. WORK is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -96,20 +96,22 @@ fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MergeError {
     move |source| MergeError::Io { what, path, source }
 }
 
-/// A merge that will be completed whatever happens.
-#[derive(Debug, Serialize, Deserialize)]
-struct Journal {
-    /// Leaves to be removed first.
-    removals: Vec<PathBytes>,
-    /// Folders to be cleared of empty folders, and removed, for a leaf to take their place.
-    cleared: Vec<PathBytes>,
-    /// Folders to be made, with their modes.
-    folders: Vec<(PathBytes, u32)>,
-    /// Paths that the staged files 0, 1, … are renamed to.
-    places: Vec<PathBytes>,
-    /// What becomes of the ledger. A journal of an earlier kiln has none, and is completed all the same.
-    #[serde(default)]
-    changes: Changes,
+/// What WORK looks like where a merge put outputs, before anybody else could merge something there.
+#[derive(Debug, Clone, Default)]
+pub struct Looks {
+    /// When that was at the earliest, nanoseconds since 1970.
+    pub stamped_nanos: i64,
+    /// By path; what is gone already is not there.
+    pub fingerprints: BTreeMap<TreePath, Fingerprint>,
+}
+
+/// What a merge came to.
+#[derive(Debug)]
+pub struct Merged {
+    /// Files that it placed.
+    pub placed: Vec<TreePath>,
+    /// What the outputs look like then.
+    pub looks: Looks,
 }
 
 /// One step's outputs, on their way into WORK.
@@ -133,53 +135,6 @@ fn bytes(path: &TreePath) -> PathBytes {
     PathBytes(path.as_bytes().to_vec())
 }
 
-/// A WORK that no other kiln merges into while this is held.
-struct Locked {
-    path: PathBuf,
-    work: Work,
-    _lock: File,
-}
-
-/// Takes the lock of a WORK, and completes or undoes what an earlier kiln left there in the middle of a merge.
-fn open(store: &Store, work: &Path) -> Result<Locked, MergeError> {
-    writes::make_folders(work).map_err(at("make", work))?;
-    let path = fs::canonicalize(work).map_err(at("find", work))?;
-    let lock_path = store.lock_path("work", &Digest::of(path.as_os_str().as_bytes()));
-    let lock = File::create(&lock_path).map_err(at("lock", &lock_path))?;
-    lock.lock().map_err(at("lock", &lock_path))?;
-    let top = File::open(&path).map_err(at("open", &path))?;
-    let locked = Locked { work: Work::new(top.into(), path.clone()), path, _lock: lock };
-    let staging = locked.path.join(STAGING);
-    if fs::symlink_metadata(&staging).is_ok_and(|meta| meta.is_dir()) {
-        let journal = fs::read(staging.join("journal"));
-        // Without one nothing was changed yet; with one that cannot be read just now, something may have been.
-        let journal = match journal {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            journal => {
-                let journal = journal.map_err(at("read what was left in", &staging))?;
-                // Whoever removed it would leave WORK half as it was, and say nothing.
-                Some(
-                    serde_json::from_slice(&journal)
-                        .map_err(|_| MergeError::Unreadable { staging: staging.clone() })?,
-                )
-            }
-        };
-        match journal {
-            Some(journal) => complete(store, &locked, journal)?,
-            None => remove_tree(&staging)?,
-        }
-    }
-    Ok(locked)
-}
-
-/// Completes or undoes an interrupted merge at `work`, if there was one.
-///
-/// # Errors
-/// [`MergeError::Io`].
-pub fn recover(store: &Store, work: &Path) -> Result<(), MergeError> {
-    if fs::symlink_metadata(work.join(STAGING)).is_ok() { open(store, work).map(drop) } else { Ok(()) }
-}
-
 /// What `step` put into `work` before and kiln is still answerable for: its own next run does not see it, so that
 /// what it puts out then is all that it puts out.
 ///
@@ -200,26 +155,26 @@ fn is_reserved(path: &TreePath) -> bool {
 }
 
 impl Merge<'_> {
-    /// Merges `outputs` (every node a declared output or a folder above one) and says which files changed.
+    /// Merges `outputs` (every node a declared output or a folder above one).
     ///
     /// # Errors
     /// [`MergeError`]; nothing was changed then.
-    pub fn run(&self, outputs: &Tree) -> Result<Vec<TreePath>, MergeError> {
+    pub fn run(&self, outputs: &Tree) -> Result<Merged, MergeError> {
         self.carry_out(outputs, None)
     }
 
     /// Merges `outputs` into what is there, whatever put it there: what this step put out before stays. What lies at or
-    /// beneath the paths `removed` and is no output goes. Says which files were placed.
+    /// beneath the paths `removed` and is no output goes.
     ///
     /// # Errors
     /// [`MergeError`]; nothing was changed then.
-    pub fn run_upon(&self, outputs: &Tree, removed: &[TreePath]) -> Result<Vec<TreePath>, MergeError> {
+    pub fn run_upon(&self, outputs: &Tree, removed: &[TreePath]) -> Result<Merged, MergeError> {
         let over = Merge { overwrite: true, ..*self };
         over.carry_out(outputs, Some(removed))
     }
 
-    fn carry_out(&self, outputs: &Tree, removed: Option<&[TreePath]>) -> Result<Vec<TreePath>, MergeError> {
-        let locked = open(self.store, self.work)?;
+    fn carry_out(&self, outputs: &Tree, removed: Option<&[TreePath]>) -> Result<Merged, MergeError> {
+        let locked = Locked::open(self.store, self.work)?;
         let mut wanted = BTreeMap::new();
         for (path, node) in outputs.iter() {
             if is_reserved(path) {
@@ -229,18 +184,27 @@ impl Merge<'_> {
                 wanted.insert(path.clone(), identity);
             }
         }
-        let (journal, places) = self.plan(&locked, outputs, &wanted, removed)?;
-        let staging = locked.path.join(STAGING);
-        writes::make_folder(&staging, 0o700).map_err(at("make", &staging))?;
-        let staged = self.stage(&staging, outputs, &places).and_then(|()| write_journal(&staging, &journal));
-        match staged {
-            Ok(()) => complete(self.store, &locked, journal)?,
+        let staging = locked.begin(self.store)?;
+        let staged = self.plan(&locked, outputs, &wanted, removed).and_then(|(journal, places)| {
+            self.stage(&staging, outputs, &places)?;
+            staging.write(&journal)?;
+            Ok((journal, places))
+        });
+        let places = match staged {
+            Ok((journal, places)) => {
+                locked.complete(self.store, &staging, &journal)?;
+                places
+            }
             Err(error) => {
-                remove_tree(&staging)?;
+                staging.remove()?;
                 return Err(error);
             }
-        }
-        Ok(places)
+        };
+        let stamped_nanos = crate::clock::now_nanos();
+        let paths = outputs.iter().map(|(path, _)| path).filter(|path| !path.is_root());
+        let look = |path: &TreePath| Some((path.clone(), locked.work.fingerprint(path)?));
+        let looks = Looks { stamped_nanos, fingerprints: paths.filter_map(look).collect() };
+        Ok(Merged { placed: places, looks })
     }
 
     /// What has to be done for WORK to have the outputs, or why it must not be.
@@ -385,11 +349,11 @@ impl Merge<'_> {
         Ok(removals)
     }
 
-    fn stage(&self, staging: &Path, outputs: &Tree, places: &[TreePath]) -> Result<(), MergeError> {
+    fn stage(&self, staging: &Staging, outputs: &Tree, places: &[TreePath]) -> Result<(), MergeError> {
         for (number, path) in places.iter().enumerate() {
             let Some(node) = outputs.get(path) else { continue };
             let node = resolve(outputs, node);
-            let staged = staging.join(number.to_string());
+            let staged = staging.path.join(number.to_string());
             match &node.kind {
                 Kind::File { digest, size } => {
                     let mode = mode_in_work(node);
@@ -405,8 +369,7 @@ impl Merge<'_> {
                 _ => {}
             }
         }
-        let folder = File::open(staging).map_err(at("sync", staging))?;
-        writes::sync_all(&folder, staging).map_err(at("sync", staging))
+        writes::sync_all(&staging.folder, &staging.path).map_err(at("sync", &staging.path))
     }
 }
 
@@ -484,52 +447,6 @@ fn identity(path: &TreePath, node: &Node, outputs: &Tree) -> Result<Option<Ident
     Err(MergeError::Kind { path: path.clone(), kind })
 }
 
-fn write_journal(staging: &Path, journal: &Journal) -> Result<(), MergeError> {
-    let path = staging.join("journal");
-    let temporary = staging.join("journal.new");
-    let write = || {
-        let file = writes::create(&temporary)?;
-        Through::new(&file, &temporary).write_all(&serde_json::to_vec(journal)?)?;
-        writes::sync(&file, &temporary)?;
-        writes::rename(&temporary, &path)?;
-        writes::sync_folder(staging)
-    };
-    write().map_err(at("write", &path))
-}
-
-/// Does what the journal says; every part may have been done already.
-fn complete(store: &Store, locked: &Locked, journal: Journal) -> Result<(), MergeError> {
-    let Locked { path: top, work, .. } = locked;
-    let staging = top.join(STAGING);
-    let staged = File::open(&staging).map_err(at("open", &staging))?;
-    let each = |names: &[PathBytes], act: &dyn Fn(usize, &TreePath) -> io::Result<()>| {
-        for (number, name) in names.iter().enumerate() {
-            let path = TreePath::new(&name.0);
-            let path = path.map_err(|_| at("read", &staging)(io::ErrorKind::InvalidData.into()))?;
-            act(number, &path).map_err(at("change", &on_host(top, &path)))?;
-        }
-        Ok(())
-    };
-    each(&journal.removals, &|_, path| work.remove(path))?;
-    // Done before the leaf is placed; afterwards the path is no folder any more.
-    each(&journal.cleared, &|_, path| work.remove_empty_folders(path))?;
-    for (name, mode) in &journal.folders {
-        each(std::slice::from_ref(name), &|_, path| work.make_folder(path, *mode))?;
-    }
-    each(&journal.places, &|number, path| work.place((staged.as_fd(), &staging), &number.to_string(), path))?;
-    Ledger::of(store, top).change(&journal.changes).map_err(at("record the outputs of", top))?;
-    // The journal goes when what it says is done for good: else a power failure could take it and leave half of that.
-    writes::sync_all(&staged, &staging).map_err(at("sync", top))?;
-    if !store.is_beside(top) {
-        store.sync().map_err(|error| at("sync", top)(io::Error::other(error)))?;
-    }
-    remove_tree(&staging)
-}
-
-fn remove_tree(path: &Path) -> Result<(), MergeError> {
-    writes::remove_tree(path).map_err(at("remove", path))
-}
-
 /// Copies a blob's data and leaves its holes.
 fn copy_sparse(source: &mut File, target: &mut File, path: &Path, size: u64) -> io::Result<()> {
     use rustix::fs::SeekFrom as Seek2;
@@ -589,7 +506,7 @@ mod tests {
 
         fn merge(&self, files: &[(&str, &str)]) -> Result<Vec<TreePath>, MergeError> {
             let merge = Merge { store: &self.store, work: &self.work(), step: "s", overwrite: false };
-            merge.run(&self.outputs(files))
+            Ok(merge.run(&self.outputs(files))?.placed)
         }
 
         fn read(&self, path: &str) -> Option<String> {
@@ -650,15 +567,16 @@ mod tests {
         let outputs = world.outputs(&[("a", "1"), ("b", "2")]);
         fs::create_dir_all(world.work().join(STAGING)).expect("a folder");
         let staging = world.work().join(STAGING);
+        let held = || Staging { path: staging.clone(), folder: File::open(&staging).expect("a folder") };
         let merge = Merge { store: &world.store, work: &world.work(), step: "s", overwrite: false };
         let places: Vec<TreePath> =
             ["a", "b"].map(|name| TreePath::new(name.as_bytes()).expect("good")).into();
-        merge.stage(&staging, &outputs, &places).expect("staged");
+        merge.stage(&held(), &outputs, &places).expect("staged");
         // Killed before the journal: undone.
         recover(&world.store, &world.work()).expect("recovered");
         assert_eq!(world.read("a"), None);
         fs::create_dir(&staging).expect("a folder");
-        merge.stage(&staging, &outputs, &places).expect("staged");
+        merge.stage(&held(), &outputs, &places).expect("staged");
         let journal = Journal {
             removals: Vec::new(),
             cleared: Vec::new(),
@@ -666,7 +584,7 @@ mod tests {
             places: places.iter().map(bytes).collect(),
             changes: Changes::default(),
         };
-        write_journal(&staging, &journal).expect("written");
+        held().write(&journal).expect("written");
         fs::rename(staging.join("0"), world.work().join("a")).expect("one rename done");
         // Killed after the first rename: completed.
         recover(&world.store, &world.work()).expect("recovered");

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use kiln_artifact::tree::TreePath;
 use kiln_digest::Digest;
+use kiln_virtio::fs::fingerprint_of;
+use kiln_virtio::fs::record::Fingerprint;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -48,6 +50,12 @@ impl Work {
     /// The WORK whose directory `top` is. `path` is what it is called.
     pub fn new(top: OwnedFd, path: PathBuf) -> Self {
         Self { top, path }
+    }
+
+    /// What the host says of `path` without looking into it; none where nothing is there.
+    pub fn fingerprint(&self, path: &TreePath) -> Option<Fingerprint> {
+        let stat = rustix::fs::statat(&self.top, name(path.as_bytes()), AtFlags::SYMLINK_NOFOLLOW);
+        stat.ok().map(|stat| fingerprint_of(&stat))
     }
 
     /// What a path in it is called.
