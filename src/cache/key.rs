@@ -1,5 +1,6 @@
 //! A step's key: what it is, in named parts, so that two keys that differ can be told apart in words.
 
+use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 use kiln_digest::Digest;
@@ -11,28 +12,31 @@ const CONTRACT: u32 = 2;
 /// What the digest of a key is of, before its parts.
 const FIRST: &[u8] = b"kiln step key\0";
 
+/// A part's name, most of which are the same for all steps, and its value.
+type Part = (Cow<'static, str>, String);
+
 /// What a step is.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Key {
     // Shared: whoever notes what a step did has its key too, which may be long.
     #[serde(serialize_with = "write_parts", deserialize_with = "read_parts")]
-    parts: Arc<Vec<(String, String)>>,
+    parts: Arc<Vec<Part>>,
     /// Of the parts, once somebody asked for it.
     #[serde(skip)]
     digest: OnceLock<Digest>,
 }
 
-fn write_parts<S: Serializer>(parts: &[(String, String)], serializer: S) -> Result<S::Ok, S::Error> {
+fn write_parts<S: Serializer>(parts: &[Part], serializer: S) -> Result<S::Ok, S::Error> {
     parts.serialize(serializer)
 }
 
-fn read_parts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<Vec<(String, String)>>, D::Error> {
+fn read_parts<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Arc<Vec<Part>>, D::Error> {
     Vec::deserialize(deserializer).map(Arc::new)
 }
 
 impl Default for Key {
     fn default() -> Self {
-        let parts = Arc::new(vec![("contract".to_owned(), CONTRACT.to_string())]);
+        let parts = Arc::new(vec![("contract".into(), CONTRACT.to_string())]);
         Self { parts, digest: OnceLock::new() }
     }
 }
@@ -47,7 +51,7 @@ impl Eq for Key {}
 
 impl Key {
     /// Adds a part. Names are for people; their order counts.
-    pub fn add(&mut self, name: impl Into<String>, value: impl Into<String>) {
+    pub fn add(&mut self, name: impl Into<Cow<'static, str>>, value: impl Into<String>) {
         Arc::make_mut(&mut self.parts).push((name.into(), value.into()));
         self.digest = OnceLock::new();
     }
@@ -67,7 +71,7 @@ impl Key {
         let length: usize = self.parts.iter().map(|(name, value)| 16 + name.len() + value.len()).sum();
         let mut bytes = Vec::with_capacity(FIRST.len() + length);
         bytes.extend(FIRST);
-        for text in self.parts.iter().flat_map(|(name, value)| [name, value]) {
+        for text in self.parts.iter().flat_map(|(name, value)| [&**name, value]) {
             bytes.extend((text.len() as u64).to_le_bytes());
             bytes.extend(text.as_bytes());
         }
@@ -120,7 +124,7 @@ mod tests {
 
     fn key(parts: &[(&str, &str)]) -> Key {
         let mut key = Key::default();
-        parts.iter().for_each(|(name, value)| key.add(*name, *value));
+        parts.iter().for_each(|(name, value)| key.add((*name).to_owned(), *value));
         key
     }
 

@@ -1,5 +1,6 @@
 //! From a step of a plan to one that [`crate::engine::run`] takes, and to its key.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
@@ -146,11 +147,14 @@ pub(super) fn key(
 ) -> Result<Key, EnvError> {
     let mut key = Key::default();
     // Escaped, so that no two commands are one text.
-    let text = |bytes: &[u8]| PathBytes(bytes.to_vec()).to_string();
+    let text = |bytes: &[u8]| PathBytes::shown(bytes.to_vec());
     for (number, word) in step.argv.iter().enumerate() {
         let is_last = number + 1 == step.argv.len();
         key.add(
-            if is_last { "the command".to_owned() } else { format!("word {number} of the command line") },
+            match is_last {
+                true => Cow::Borrowed("the command"),
+                false => format!("word {number} of the command line").into(),
+            },
             text(word),
         );
     }

@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::Outcome;
 use crate::engine::event::Phase;
@@ -37,20 +37,28 @@ struct Noted {
 #[derive(Debug, Default)]
 struct Lane {
     /// The step that runs, and since when.
-    runs: Option<(String, u64)>,
+    runs: Option<(Arc<str>, u64)>,
     /// When the last that lies in it was over.
     last: u64,
 }
 
 #[derive(Debug, Clone)]
 struct Span {
-    process: u32,
+    what: What,
+    /// The step that it is of.
+    step: Arc<str>,
     lane: usize,
-    name: String,
-    category: &'static str,
     start: u64,
     end: u64,
-    arguments: Value,
+}
+
+/// What a span is of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum What {
+    /// All of it, and how it ended.
+    Step(&'static str),
+    Phase(Phase),
+    Check,
 }
 
 impl Default for Timeline {
@@ -79,7 +87,7 @@ impl Timeline {
         }
         let lane = &mut noted.lanes[number];
         let start = now.max(lane.last);
-        *lane = Lane { runs: Some((step.to_owned(), start)), last: start };
+        *lane = Lane { runs: Some((step.into(), start)), last: start };
         number
     }
 
@@ -92,15 +100,7 @@ impl Timeline {
         let end = end.max(*last);
         let start = end.saturating_sub(microseconds(length)).max(*last);
         *last = end;
-        let span = Span {
-            process: STEPS.0,
-            lane,
-            name: phase.name().to_owned(),
-            category: "phase",
-            start,
-            end,
-            arguments: json!({"step": step}),
-        };
+        let span = Span { what: What::Phase(phase), step: Arc::clone(step), lane, start, end };
         noted.spans.push(span);
     }
 
@@ -112,7 +112,7 @@ impl Timeline {
         let end = now.max(found.last);
         found.last = end;
         if let Some((step, start)) = found.runs.take() {
-            noted.spans.push(whole(lane, step, start, end, json!({"outcome": outcome.name()})));
+            noted.spans.push(Span { what: What::Step(outcome.name()), step, lane, start, end });
         }
     }
 
@@ -127,8 +127,7 @@ impl Timeline {
             noted.checks.push(0);
         }
         noted.checks[lane] = end;
-        let (name, arguments) = (step.to_owned(), json!({}));
-        noted.spans.push(Span { process: CHECKS.0, lane, name, category: "check", start, end, arguments });
+        noted.spans.push(Span { what: What::Check, step: step.into(), lane, start, end });
     }
 
     /// How long ago the build began.
@@ -147,12 +146,15 @@ impl Timeline {
             let mut spans = noted.spans.clone();
             spans.extend(noted.lanes.iter().enumerate().filter_map(|(number, lane)| {
                 let (step, start) = lane.runs.clone()?;
-                Some(whole(number, step, start, now.max(lane.last), json!({"outcome": "unfinished"})))
+                let what = What::Step("unfinished");
+                Some(Span { what, step, lane: number, start, end: now.max(lane.last) })
             }));
             (spans, noted.lanes.len(), noted.checks.len())
         };
         // What holds others comes before them.
-        spans.sort_by_key(|span| (span.start, std::cmp::Reverse(span.end), span.category == "phase"));
+        spans.sort_by_key(|span| {
+            (span.start, std::cmp::Reverse(span.end), matches!(span.what, What::Phase(_)))
+        });
         let named = |what: &str, process: u32, lane: usize, name: String| json!({"name": what, "ph": "M", "pid": process, "tid": lane, "args": {"name": name}});
         let mut events = Vec::new();
         for ((process, name), lanes) in [(STEPS, steps), (CHECKS, checks)] {
@@ -164,9 +166,15 @@ impl Timeline {
             );
         }
         let spans = spans.into_iter().map(|span| {
+            let Span { what, step, lane, start, end } = span;
+            let (process, category, name, arguments) = match what {
+                What::Step(outcome) => (STEPS.0, "step", &*step, json!({"outcome": outcome})),
+                What::Phase(phase) => (STEPS.0, "phase", phase.name(), json!({"step": &*step})),
+                What::Check => (CHECKS.0, "check", &*step, json!({})),
+            };
             json!({
-                "name": span.name, "cat": span.category, "ph": "X", "pid": span.process, "tid": span.lane,
-                "ts": span.start, "dur": span.end - span.start, "args": span.arguments,
+                "name": name, "cat": category, "ph": "X", "pid": process, "tid": lane,
+                "ts": start, "dur": end - start, "args": arguments,
             })
         });
         out.write_all(b"{\"displayTimeUnit\":\"ms\",\"traceEvents\":[")?;
@@ -176,11 +184,6 @@ impl Timeline {
         }
         out.write_all(b"\n]}\n")
     }
-}
-
-/// A step from its beginning to its end.
-fn whole(lane: usize, step: String, start: u64, end: u64, arguments: Value) -> Span {
-    Span { process: STEPS.0, lane, name: step, category: "step", start, end, arguments }
 }
 
 fn microseconds(time: Duration) -> u64 {

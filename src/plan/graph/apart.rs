@@ -11,7 +11,7 @@ use crate::plan::recipe::{Expanded, Fault, Text};
 impl Reader<'_> {
     /// Refuses two steps that put out the same path, and a step that takes as input what one puts out that it does
     /// not need.
-    pub fn outputs_apart(&self, plan: &Plan, expanded: &[Expanded]) -> Result<(), Fault> {
+    pub fn outputs_apart(&self, plan: &Plan, expanded: &[Expanded<'_>]) -> Result<(), Fault> {
         let mut all = Globs::default();
         for (index, step) in expanded.iter().enumerate() {
             let outputs = &plan.step(StepId(index)).outputs;

@@ -17,7 +17,7 @@ const BUSES: [(&str, Bus); 4] =
 
 impl Reader<'_> {
     /// What `step` boots.
-    pub fn boot(&self, step: &Expanded, table: &BootTable) -> Result<Boot, Fault> {
+    pub fn boot(&self, step: &Expanded<'_>, table: &BootTable) -> Result<Boot, Fault> {
         let report = table.report.as_ref().map(|text| self.pattern(text)).transpose()?;
         if let (Some(text), Some(path)) = (&table.report, &report)
             && (path.text().is_empty() || path.has_star())
@@ -75,7 +75,7 @@ impl Reader<'_> {
         }
     }
 
-    fn expected(&self, step: &Expanded, table: &BootTable) -> Result<Expected, Fault> {
+    fn expected(&self, step: &Expanded<'_>, table: &BootTable) -> Result<Expected, Fault> {
         match (&table.expect, &table.script) {
             (Some(_), Some(script)) => {
                 Err(self.fault(script.span(), format!("step `{}` has both expect and script", step.name)))

@@ -20,11 +20,11 @@ type Compression<'a> = (&'a str, Option<u32>, &'a Text);
 
 impl Reader<'_> {
     /// What `step` makes.
-    pub fn makes(&self, step: &Expanded) -> Result<Vec<Make>, Fault> {
+    pub fn makes(&self, step: &Expanded<'_>) -> Result<Vec<Make>, Fault> {
         step.table.make.0.iter().map(|table| self.make(step, table)).collect()
     }
 
-    fn make(&self, step: &Expanded, table: &MakeTable) -> Result<Make, Fault> {
+    fn make(&self, step: &Expanded<'_>, table: &MakeTable) -> Result<Make, Fault> {
         let named = [
             ("squashfs", &table.squashfs),
             ("erofs", &table.erofs),
@@ -104,7 +104,7 @@ impl Reader<'_> {
 
     fn what(
         &self,
-        step: &Expanded,
+        step: &Expanded<'_>,
         name: &str,
         table: &MakeTable,
         span: &Range<usize>,
@@ -126,7 +126,7 @@ impl Reader<'_> {
         })
     }
 
-    fn unified(&self, step: &Expanded, table: &MakeTable, span: &Range<usize>) -> Result<Unified, Fault> {
+    fn unified(&self, step: &Expanded<'_>, table: &MakeTable, span: &Range<usize>) -> Result<Unified, Fault> {
         let part = |name: &str, from: &Option<FromTable>| match from {
             Some(from) => self.from(step, from),
             None => Err(self.fault(span.clone(), format!("a unified kernel image takes {name}"))),
@@ -149,7 +149,12 @@ impl Reader<'_> {
         })
     }
 
-    fn recorded(&self, step: &Expanded, table: &MakeTable, span: &Range<usize>) -> Result<Recorded, Fault> {
+    fn recorded(
+        &self,
+        step: &Expanded<'_>,
+        table: &MakeTable,
+        span: &Range<usize>,
+    ) -> Result<Recorded, Fault> {
         let parts = self.unified(step, table, span)?;
         let all = [&parts.stub, &parts.linux, &parts.command_line].into_iter();
         let all = all.chain(&parts.initrds).chain(&parts.os_release).chain(&parts.sbat);
@@ -186,7 +191,7 @@ impl Reader<'_> {
         Pattern::parse(text.get_ref()).map_err(wrong)
     }
 
-    fn from(&self, step: &Expanded, table: &FromTable) -> Result<From, Fault> {
+    fn from(&self, step: &Expanded<'_>, table: &FromTable) -> Result<From, Fault> {
         let says = &table.says;
         let span = || if table.span.is_empty() { step.span.clone() } else { table.span.clone() };
         let fault = |message: &str| self.fault(span(), message.to_owned());

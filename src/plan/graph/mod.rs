@@ -274,7 +274,7 @@ impl Plan {
         }
         let names: Vec<&str> = expanded.iter().map(|step| step.name.as_str()).collect();
         for (index, (step, needs)) in expanded.iter().zip(needs).enumerate() {
-            plan.families.entry(step.family.clone()).or_default().push(StepId(index));
+            plan.families.entry(step.family.to_owned()).or_default().push(StepId(index));
             plan.families.entry(step.name.clone()).or_default().push(StepId(index));
             plan.steps.push(reader.step(step, needs, &names)?);
         }

@@ -43,10 +43,10 @@ impl Reader<'_> {
     }
 
     /// Puts `steps` into an order in which each comes after all it needs, and says which those are.
-    pub fn order(&self, steps: &mut Vec<Expanded>) -> Result<Vec<Vec<StepId>>, Fault> {
+    pub fn order(&self, steps: &mut Vec<Expanded<'_>>) -> Result<Vec<Vec<StepId>>, Fault> {
         let mut families: BTreeMap<&str, Vec<usize>> = BTreeMap::new();
         for (index, step) in steps.iter().enumerate() {
-            families.entry(&step.family).or_default().push(index);
+            families.entry(step.family).or_default().push(index);
             if step.family != step.name {
                 families.entry(&step.name).or_default().push(index);
             }
@@ -127,7 +127,7 @@ impl Reader<'_> {
             ids
         };
         let needs = order.iter().map(in_order).collect();
-        let mut taken: Vec<Option<Expanded>> = steps.drain(..).map(Some).collect();
+        let mut taken: Vec<Option<Expanded<'_>>> = steps.drain(..).map(Some).collect();
         steps.extend(order.iter().filter_map(|at| taken[*at].take()));
         Ok(needs)
     }
@@ -177,7 +177,7 @@ impl Reader<'_> {
         }
     }
 
-    fn root(&self, step: &Expanded, names: &[&str]) -> Result<Root, Fault> {
+    fn root(&self, step: &Expanded<'_>, names: &[&str]) -> Result<Root, Fault> {
         match of_step(&step.table.root) {
             Some((text, _)) => self.output(text, names).map(Root::Step),
             None => self.spec_of_root(step).map(Root::Spec),
@@ -197,7 +197,7 @@ impl Reader<'_> {
         Ok(Output { step, shown: shown.to_owned(), path: path.trim_end_matches('/').to_owned() })
     }
 
-    fn spec_of_root(&self, step: &Expanded) -> Result<RootSpec, Fault> {
+    fn spec_of_root(&self, step: &Expanded<'_>) -> Result<RootSpec, Fault> {
         let roots = &self.recipe.roots;
         // Those that are only files no step means without saying so.
         let meant: Vec<_> =
@@ -308,7 +308,7 @@ impl Reader<'_> {
     }
 
     /// What `step` does, and what runs that unless it says.
-    fn command(&self, step: &Expanded) -> Result<(Command, &'static [&'static str]), Fault> {
+    fn command(&self, step: &Expanded<'_>) -> Result<(Command, &'static [&'static str]), Fault> {
         let table = &step.table;
         let make = (!table.make.0.is_empty()).then(|| ("make", step.span.clone()));
         let sign = table.sign.then(|| ("sign", step.span.clone()));
@@ -362,7 +362,7 @@ impl Reader<'_> {
     }
 
     /// What a step that is not trusted runs on must not have this host's network.
-    fn network(&self, step: &Expanded) -> Result<NetworkWord, Fault> {
+    fn network(&self, step: &Expanded<'_>) -> Result<NetworkWord, Fault> {
         match (step.table.network, step.table.untrusted) {
             (NetworkWord::Full, true) => {
                 let message = "`untrusted` and `network = \"full\"` contradict each other: QEMU would keep this host's network";
@@ -373,7 +373,12 @@ impl Reader<'_> {
     }
 
     /// The step; `names` are those of all steps, in their order.
-    pub fn step(&self, step: &Expanded, needs: Vec<StepId>, names: &[&str]) -> Result<PlannedStep, Fault> {
+    pub fn step(
+        &self,
+        step: &Expanded<'_>,
+        needs: Vec<StepId>,
+        names: &[&str],
+    ) -> Result<PlannedStep, Fault> {
         let table = &step.table;
         let (command, interpreter) = self.command(step)?;
         let outputs = match &command {

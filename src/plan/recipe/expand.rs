@@ -2,7 +2,7 @@
 //! without the steps that these leave out.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 use toml::Spanned;
 
@@ -18,22 +18,54 @@ pub const NAMES: &str = "names are letters, digits and `.`, `_`, `-`, `+`, and s
 
 /// A plain step.
 #[derive(Debug, Clone)]
-pub struct Expanded {
+pub struct Expanded<'a> {
     /// Its name: the step's own and, of a matrix, the values.
     pub name: String,
     /// The step it comes from.
-    pub family: String,
+    pub family: &'a str,
     /// Where that stands.
     pub span: Range<usize>,
     /// What it is, its placeholders filled in.
-    pub table: StepTable,
+    pub table: Table<'a>,
+}
+
+/// What a plain step is. Of ten thousand steps most are as they were written, and a copy of each would take longer than all
+/// that is done with them.
+#[derive(Debug, Clone)]
+pub enum Table<'a> {
+    /// As it was written.
+    Written(&'a StepTable),
+    /// Another than that.
+    Filled(Box<StepTable>),
+}
+
+impl Deref for Table<'_> {
+    type Target = StepTable;
+
+    fn deref(&self) -> &StepTable {
+        match self {
+            Self::Written(table) => table,
+            Self::Filled(table) => table,
+        }
+    }
+}
+
+impl Table<'_> {
+    fn retain_needs(&mut self, stays: impl Fn(&Text) -> bool) {
+        if self.needs.iter().all(&stays) {
+            return;
+        }
+        let mut table = (**self).clone();
+        table.needs.retain(stays);
+        *self = Self::Filled(Box::new(table));
+    }
 }
 
 /// The plain steps of a recipe.
 #[derive(Debug, Default)]
-pub struct Steps {
+pub struct Steps<'a> {
     /// Those that there are, in the order of their names.
-    pub all: Vec<Expanded>,
+    pub all: Vec<Expanded<'a>>,
     /// Names of those that variables leave out.
     pub left_out: BTreeSet<String>,
 }
@@ -48,7 +80,7 @@ pub fn is_name(text: &str) -> bool {
 ///
 /// # Errors
 /// [`Fault`] where a name is none, two steps get one name, a matrix is empty or too large, or a variable is not there.
-pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Steps, Fault> {
+pub fn expand<'a>(recipe: &'a Recipe, text: &str, file: &str) -> Result<Steps<'a>, Fault> {
     let mut steps: BTreeMap<String, Expanded> = BTreeMap::new();
     let mut left_out = BTreeSet::new();
     if let Some(name) = recipe.variables.keys().find(|name| !is_name(name.get_ref())) {
@@ -124,7 +156,7 @@ pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Steps, Fault> {
             }
             let step = Expanded {
                 name: full.clone(),
-                family: name.get_ref().clone(),
+                family: name.get_ref(),
                 span: name.span(),
                 table: filled(table, &[&variables[..], &values].concat()),
             };
@@ -137,16 +169,16 @@ pub fn expand(recipe: &Recipe, text: &str, file: &str) -> Result<Steps, Fault> {
     }
     let mut all: Vec<Expanded> = steps.into_values().collect();
     for step in &mut all {
-        step.table.needs.retain(|need| !left_out.contains(need.get_ref()));
+        step.table.retain_needs(|need| !left_out.contains(need.get_ref()));
     }
     Ok(Steps { all, left_out })
 }
 
-fn filled(table: &StepTable, values: &[(&str, &str)]) -> StepTable {
-    let mut table = table.clone();
+fn filled<'a>(table: &'a StepTable, values: &[(&str, &str)]) -> Table<'a> {
     if values.is_empty() {
-        return table;
+        return Table::Written(table);
     }
+    let mut table = table.clone();
     let fill = |text: &str| {
         values.iter().fold(text.to_owned(), |text, (key, value)| text.replace(&format!("%{{{key}}}"), value))
     };
@@ -161,5 +193,5 @@ fn filled(table: &StepTable, values: &[(&str, &str)]) -> StepTable {
         list.iter_mut().for_each(fill_text);
     }
     table.env.values_mut().for_each(|value| *value = fill(value));
-    table
+    Table::Filled(Box::new(table))
 }

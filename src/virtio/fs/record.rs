@@ -55,6 +55,15 @@ impl fmt::Debug for PathBytes {
 }
 
 impl PathBytes {
+    /// `bytes` as such a path is shown.
+    pub fn shown(bytes: Vec<u8>) -> String {
+        match String::from_utf8(bytes) {
+            Ok(text) if !text.contains('%') => text,
+            Ok(text) => Self(text.into_bytes()).to_string(),
+            Err(error) => Self(error.into_bytes()).to_string(),
+        }
+    }
+
     /// The order of a walk: a directory, then all that is in it, name by name.
     pub fn cmp_as_walked(&self, other: &Self) -> Ordering {
         // No name has a zero byte in it.
