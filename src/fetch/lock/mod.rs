@@ -37,12 +37,14 @@ pub enum LockError {
         source: io::Error,
     },
     /// The file is not what kiln writes.
-    #[error("lock file `{path}`, line {line}: {reason}")]
+    #[error("lock file `{path}`, line {line}, column {column}: {reason}")]
     Malformed {
         /// The lock file.
         path: PathBuf,
         /// The line, counted from one.
         line: usize,
+        /// The column, characters from one.
+        column: usize,
         /// What is wrong there.
         reason: String,
     },

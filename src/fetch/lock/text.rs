@@ -45,17 +45,19 @@ impl Lock {
     /// # Errors
     /// [`LockError::Malformed`] and [`LockError::Version`].
     pub fn parse(text: &str, path: &Path) -> Result<Self, LockError> {
-        let line_of = |offset: usize| {
-            text.as_bytes()[..offset.min(text.len())].iter().filter(|&&b| b == b'\n').count() + 1
+        let malformed = |offset: usize, reason: String| {
+            let before = &text[..text.floor_char_boundary(offset)];
+            let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+            LockError::Malformed {
+                path: path.to_owned(),
+                line: before.matches('\n').count() + 1,
+                column: before[line_start..].chars().count() + 1,
+                reason,
+            }
         };
-        let malformed = |offset: usize, reason: String| LockError::Malformed {
-            path: path.to_owned(),
-            line: line_of(offset),
-            reason,
-        };
-        if let Some(line) = text.lines().position(|line| line.starts_with("<<<<<<< ")) {
-            let reason = BOTH_SIDES.to_owned();
-            return Err(LockError::Malformed { path: path.to_owned(), line: line + 1, reason });
+        let marks = text.match_indices("<<<<<<< ").map(|(offset, _)| offset);
+        if let Some(offset) = marks.filter(|at| *at == 0 || text[..*at].ends_with('\n')).min() {
+            return Err(malformed(offset, BOTH_SIDES.to_owned()));
         }
         let parse_error = |error: toml::de::Error| {
             malformed(error.span().map_or(0, |span| span.start), error.message().to_owned())
