@@ -286,6 +286,51 @@ mod tests {
     }
 
     #[test]
+    fn of_those_that_want_one_at_once_one_has_it_and_the_others_do_not_wait() {
+        let run = tempfile::tempdir().expect("a folder");
+        let registry = Registry::open(run.path()).expect("a registry");
+        let key = Digest::of(b"key");
+        let (sender, callers) = channel();
+        let _ready = registry.register_ready(ready(&key), sender).expect("registered");
+        let borrowers: Vec<_> = (0..8)
+            .map(|_| {
+                let registry = registry.clone();
+                thread::spawn(move || registry.borrow(&key).is_some())
+            })
+            .collect();
+        let Ok(Caller::Borrower(stream)) = callers.recv() else { panic!("nobody borrows it") };
+        // The machine is not given before the others have been turned away.
+        let mut open = borrowers;
+        while open.len() > 1 {
+            let (over, left): (Vec<_>, Vec<_>) = open.into_iter().partition(thread::JoinHandle::is_finished);
+            over.into_iter().for_each(|other| assert!(!other.join().expect("no panic")));
+            open = left;
+            thread::yield_now();
+        }
+        assert!(callers.try_recv().is_err(), "it was promised twice");
+        say(&stream, &Answer::Refused(String::new())).expect("it listens");
+        assert!(open.into_iter().all(|last| !last.join().expect("no panic")));
+    }
+
+    #[test]
+    fn a_machine_of_another_version_of_kiln_goes_when_one_of_this_version_comes() {
+        let run = tempfile::tempdir().expect("a folder");
+        let registry = Registry::open(run.path()).expect("a registry");
+        let [theirs, ours] = [&b"theirs"[..], b"ours"].map(Digest::of);
+        let (sender, callers) = channel();
+        let old = Entry { kiln: "0.0.1".to_owned(), ..ready(&theirs) };
+        let old = registry.register_ready(old, sender.clone()).expect("registered");
+        let kept = registry.register_ready(ready(&ours), sender).expect("registered");
+        let making = registry.clone();
+        // It waits for the process that held the machine, which is this one.
+        let _maker = thread::spawn(move || making.make_room(&ours, 2, 4));
+        assert!(matches!(callers.recv(), Ok(Caller::Stop)));
+        drop(old);
+        assert_eq!(names(&registry), [kept.entry().name.clone()]);
+        assert!(callers.try_recv().is_err(), "one of this version was told to end");
+    }
+
+    #[test]
     fn a_socket_that_is_another_users_gets_nothing() {
         if !rustix::process::geteuid().is_root() {
             // Nobody else can be played.

@@ -86,6 +86,15 @@ fn shows_the_same(script: &str, flag: &str) {
 }
 
 #[test]
+fn the_kernel_of_a_copy_is_told_that_it_is_another_machine() {
+    let host = Host::new();
+    // By the generation id: the kernel says so itself.
+    let told = host.script(&["--json"], "dmesg | grep 'crng reseeded due to virtual machine fork'");
+    told.ends(0, &[]);
+    assert_eq!(origin(&told), "template");
+}
+
+#[test]
 fn copies_share_no_random_number_no_boot_id_and_no_temporary_name() {
     let host = Host::new();
     let script = "cat /proc/sys/kernel/random/boot_id; cat /proc/sys/kernel/random/uuid; mktemp; mktemp -d; \

@@ -173,6 +173,8 @@ fn merge_end(error: &MergeError) -> Found {
         MergeError::Kind { .. } => "kind",
         MergeError::Reserved { .. } => "reserved",
         MergeError::Unreadable { .. } => "unreadable",
+        MergeError::InTheWay { .. } => "in-the-way",
+        MergeError::NoStaging { .. } => "no-staging",
         MergeError::Io { .. } => "io",
     };
     (word, error.to_string())

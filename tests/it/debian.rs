@@ -97,7 +97,7 @@ fn a_lock_that_is_damaged_is_named_with_its_line() {
     let host = Host::new();
     host.file("kiln.lock", "version = 1\nnonsense\n");
     run(&host, NOWHERE, &["kernel"])
-        .fails(1, &["kiln.lock", "line 2, column "])
+        .fails(1, &["kiln.lock", "line 2, column 9"])
         .hints(&["kiln.lock", "version control"]);
     host.file("kiln.lock", "version = 99\n");
     run(&host, NOWHERE, &["kernel"]).fails(1, &["kiln.lock", "version 99"]).hints(&["newer kiln"]);

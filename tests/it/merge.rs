@@ -403,9 +403,14 @@ fn a_kiln_of_another_store_completes_a_merge_only_when_nobody_is_at_it() {
     let outputs = vec![(&b"a"[..], world.file("1", 0o644))];
     std::thread::scope(|scope| {
         let merges = scope.spawn(|| world.merge("s", outputs));
-        std::thread::sleep(std::time::Duration::from_millis(200));
-        let now = fs::metadata(&staging).expect("it is there").ino();
-        assert_eq!(now, held.metadata().expect("it is open").ino(), "it waits for who holds the folder");
+        let inode = held.metadata().expect("it is open").ino();
+        // As the system lists whoever waits for a lock.
+        let waits = |line: &str| line.contains("-> FLOCK") && line.contains(&format!(":{inode} "));
+        while !fs::read_to_string("/proc/locks").expect("a list").lines().any(waits) {
+            assert!(!merges.is_finished(), "it does not wait for who holds the folder");
+            std::thread::yield_now();
+        }
+        assert_eq!(fs::metadata(&staging).expect("it is there").ino(), inode);
         drop(held);
         merges.join().expect("no panic").expect("nothing is in the way");
     });

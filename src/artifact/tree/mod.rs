@@ -167,6 +167,12 @@ impl Tree {
         self.nodes.is_empty()
     }
 
+    /// Whether `path` is a folder other than the root that holds nothing.
+    pub fn is_empty_folder(&self, path: &TreePath) -> bool {
+        let is_folder = self.get(path).is_some_and(|node| node.kind == Kind::Directory);
+        is_folder && !path.is_root() && self.subtree(path).nth(1).is_none()
+    }
+
     /// `path` and everything beneath it, in path order.
     pub fn subtree<'a>(&'a self, path: &'a TreePath) -> impl Iterator<Item = (&'a TreePath, &'a Node)> {
         within(&self.nodes, path)

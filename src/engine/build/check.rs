@@ -49,11 +49,6 @@ pub fn work_name(work: &Path) -> Vec<u8> {
     std::fs::canonicalize(work).as_deref().unwrap_or(work).as_os_str().as_bytes().to_vec()
 }
 
-/// Whether the folder at `path` has nothing in it.
-fn is_empty_folder(tree: &Tree, path: &TreePath) -> bool {
-    !path.is_root() && tree.subtree(path).nth(1).is_none()
-}
-
 /// What all checks of a build share.
 pub(super) struct Checker<'a, R> {
     pub build: &'a Build<'a, R>,
@@ -314,7 +309,7 @@ impl<'a, R> Checker<'a, R> {
                 NodeKind::File { digest, .. } => (Kind::Regular, read, Some(*digest)),
                 NodeKind::Symlink(text) => (Kind::Link, read, Some(Digest::of(text))),
                 // That one is there with nothing in it says no other entry; more of it is a person's to change.
-                NodeKind::Directory if is_empty_folder(tree, path) => {
+                NodeKind::Directory if tree.is_empty_folder(path) => {
                     (Kind::Directory, Observed::empty(), None)
                 }
                 _ => return None,

@@ -147,7 +147,7 @@ pub(super) fn key(
 ) -> Result<Key, EnvError> {
     let mut key = Key::default();
     // Escaped, so that no two commands are one text.
-    let text = |bytes: &[u8]| PathBytes::shown(bytes.to_vec());
+    let text = |bytes: &[u8]| PathBytes(bytes.to_vec()).into_text();
     for (number, word) in step.argv.iter().enumerate() {
         let is_last = number + 1 == step.argv.len();
         key.add(

@@ -23,7 +23,7 @@ use crate::writes::{self, Through};
 mod staging;
 mod work;
 
-use staging::{Journal, Locked, Staging};
+use staging::{Journal, Locked, Staging, name_of};
 pub use staging::{STAGING, recover};
 use work::Seen;
 
@@ -61,6 +61,18 @@ pub enum MergeError {
         /// The folder.
         staging: PathBuf,
     },
+    /// Somebody put a file where an interrupted merge has something yet to do.
+    #[error("`{path}` is in the way of a merge that was interrupted, and is not what stood there then")]
+    InTheWay {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Something that is no folder has the staging folder's name.
+    #[error("`{path}` is in the place of the folder in which kiln gets outputs ready")]
+    NoStaging {
+        /// What it is called.
+        path: PathBuf,
+    },
     /// A name that kiln needs for itself.
     #[error("output `{path}` lies in {STAGING}, which kiln keeps for itself")]
     Reserved {
@@ -86,22 +98,36 @@ impl MergeError {
                  before it and some of after it",
                 staging.display()
             )),
+            Self::InTheWay { path } => Some(format!(
+                "move `{}` away; kiln completes the merge then, and you can put it back",
+                path.display()
+            )),
+            Self::NoStaging { path } => Some(format!("move `{}` away", path.display())),
+            Self::Io { path, source, .. } if path.ends_with(STAGING) && is_denied(source) => Some(
+                "another user's kiln merges there, or was killed: wait for it, or let that user run kiln at this WORK"
+                    .to_owned(),
+            ),
             Self::Io { .. } => None,
         }
     }
 }
 
-fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MergeError {
+fn is_denied(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied
+}
+
+fn at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MergeError + use<> {
     let path = path.to_owned();
     move |source| MergeError::Io { what, path, source }
 }
 
-/// What WORK looks like where a merge put outputs, before anybody else could merge something there.
-#[derive(Debug, Clone, Default)]
+/// What WORK looks like where a merge put outputs, while no kiln can merge anything else there.
+#[derive(Debug, Clone)]
 pub struct Looks {
     /// When that was at the earliest, nanoseconds since 1970.
     pub stamped_nanos: i64,
-    /// By path; what is gone already is not there.
+    /// Of files, links and empty folders. What somebody changed since it was put there, or found there and read, is not among
+    /// them.
     pub fingerprints: BTreeMap<TreePath, Fingerprint>,
 }
 
@@ -185,25 +211,22 @@ impl Merge<'_> {
             }
         }
         let staging = locked.begin(self.store)?;
-        let staged = self.plan(&locked, outputs, &wanted, removed).and_then(|(journal, places)| {
-            self.stage(&staging, outputs, &places)?;
-            staging.write(&journal)?;
-            Ok((journal, places))
+        let planned = self.plan(&locked, outputs, &wanted, removed).and_then(|planned| {
+            self.stage(&staging, outputs, &planned.places)?;
+            staging.write(&planned.journal)?;
+            Ok(planned)
         });
-        let places = match staged {
-            Ok((journal, places)) => {
-                locked.complete(self.store, &staging, &journal)?;
-                places
-            }
+        let Planned { journal, places, mut seen } = match planned {
+            Ok(planned) => planned,
             Err(error) => {
-                staging.remove()?;
+                staging.discard()?;
                 return Err(error);
             }
         };
-        let stamped_nanos = crate::clock::now_nanos();
-        let paths = outputs.iter().map(|(path, _)| path).filter(|path| !path.is_root());
-        let look = |path: &TreePath| Some((path.clone(), locked.work.fingerprint(path)?));
-        let looks = Looks { stamped_nanos, fingerprints: paths.filter_map(look).collect() };
+        let placed = locked.complete(self.store, &staging, &journal)?;
+        seen.extend(places.iter().zip(placed).filter_map(|(path, placed)| Some((path.clone(), placed?))));
+        let looks = looks(&locked, outputs, &wanted, &seen);
+        staging.remove()?;
         Ok(Merged { placed: places, looks })
     }
 
@@ -214,7 +237,7 @@ impl Merge<'_> {
         outputs: &Tree,
         wanted: &BTreeMap<TreePath, Identity>,
         removed: Option<&[TreePath]>,
-    ) -> Result<(Journal, Vec<TreePath>), MergeError> {
+    ) -> Result<Planned, MergeError> {
         let look = |path: &TreePath| locked.work.look(path).map_err(at("read", &on_host(&locked.path, path)));
         let changed = |path: &TreePath| MergeError::Changed { path: on_host(&locked.path, path) };
         let ledger = Ledger::of(self.store, &locked.path);
@@ -235,8 +258,13 @@ impl Merge<'_> {
                 Ok(of_others.get(step).and_then(|placed| placed.get(path)).copied())
             }
         };
+        let (mut stood, mut seen) = (BTreeMap::new(), BTreeMap::new());
         let (mut removals, mut cleared) = match removed {
-            None => (self.removals(locked, (&ledger, &own), wanted)?, Vec::new()),
+            None => {
+                let removals = self.removals(locked, (&ledger, &own), wanted)?;
+                stood.extend(removals.iter().map(|(path, found)| (bytes(path), *found)));
+                (removals.into_keys().collect(), Vec::new())
+            }
             Some(removed) => taken_away(locked, wanted, removed)?,
         };
         let mut places = Vec::new();
@@ -247,12 +275,15 @@ impl Merge<'_> {
         for (path, identity) in wanted {
             match look(path)? {
                 Seen::Nothing => places.push(path.clone()),
-                Seen::Leaf(found) if found == *identity => {}
-                Seen::Leaf(found)
+                Seen::Leaf(found, looks) if found == *identity => {
+                    seen.insert(path.clone(), looks);
+                }
+                Seen::Leaf(found, _)
                     if self.overwrite
                         || found.digest == identity.digest
                         || known(&bytes(path))?.is_some_and(|placed| placed.digest == found.digest) =>
                 {
+                    stood.insert(bytes(path), found);
                     places.push(path.clone());
                 }
                 Seen::Blocked(above) if gives_way(&above, &mut removals) => places.push(path.clone()),
@@ -268,7 +299,7 @@ impl Merge<'_> {
                     cleared.push(path.clone());
                     places.push(path.clone());
                 }
-                Seen::Leaf(_) | Seen::Other => return Err(changed(path)),
+                Seen::Leaf(..) | Seen::Other => return Err(changed(path)),
                 Seen::Blocked(above) => return Err(changed(&above)),
             }
         }
@@ -279,8 +310,10 @@ impl Merge<'_> {
             match look(path)? {
                 Seen::Nothing | Seen::Folder => {}
                 Seen::Blocked(at) if gives_way(&at, &mut removals) => {}
-                Seen::Leaf(_) if gives_way(path, &mut removals) => {}
-                Seen::Leaf(_) | Seen::Other => return Err(changed(path)),
+                Seen::Leaf(found, _) if gives_way(path, &mut removals) => {
+                    stood.insert(bytes(path), found);
+                }
+                Seen::Leaf(..) | Seen::Other => return Err(changed(path)),
                 Seen::Blocked(at) => return Err(changed(&at)),
             }
             folders.push((bytes(path), u32::from(node.meta.mode)));
@@ -312,18 +345,20 @@ impl Merge<'_> {
             folders,
             places: places.iter().map(bytes).collect(),
             changes,
+            stood: Some(stood.into_iter().collect()),
+            store: Some(name_of(self.store)),
         };
-        Ok((journal, places))
+        Ok(Planned { journal, places, seen })
     }
 
-    /// What this step put out before, is still as it was, and is no longer among its outputs.
+    /// What this step put out before, is still as it was, and is no longer among its outputs; and what that is.
     fn removals(
         &self,
         locked: &Locked,
         (ledger, own): (&Ledger<'_>, &Placed),
         wanted: &BTreeMap<TreePath, Identity>,
-    ) -> Result<BTreeSet<TreePath>, MergeError> {
-        let mut removals = BTreeSet::new();
+    ) -> Result<BTreeMap<TreePath, Identity>, MergeError> {
+        let mut removals = BTreeMap::new();
         let paths = own.iter().map(|(name, placed)| (TreePath::new(&name.0), name, placed));
         let dropped: Vec<_> = paths
             .filter_map(|(path, name, placed)| path.ok().map(|path| (path, name, placed)))
@@ -338,10 +373,10 @@ impl Merge<'_> {
             }
             let host = on_host(&locked.path, &path);
             match locked.work.look(&path).map_err(at("read", &host))? {
-                Seen::Leaf(found) if self.overwrite || found.digest == placed.digest => {
-                    removals.insert(path);
+                Seen::Leaf(found, _) if self.overwrite || found.digest == placed.digest => {
+                    removals.insert(path, found);
                 }
-                Seen::Leaf(_) => return Err(MergeError::Changed { path: host }),
+                Seen::Leaf(..) => return Err(MergeError::Changed { path: host }),
                 // A person removed it, moved it, or put something else there: not kiln's any more.
                 Seen::Nothing | Seen::Blocked(_) | Seen::Folder | Seen::Other => {}
             }
@@ -373,6 +408,28 @@ impl Merge<'_> {
     }
 }
 
+/// What has to be done, and what need not be.
+struct Planned {
+    journal: Journal,
+    places: Vec<TreePath>,
+    /// What the outputs that are there already looked like before they were read.
+    seen: BTreeMap<TreePath, Fingerprint>,
+}
+
+/// What the outputs look like now, of those whose content is known: `seen` is what they looked like when it was.
+fn looks(
+    locked: &Locked,
+    outputs: &Tree,
+    wanted: &BTreeMap<TreePath, Identity>,
+    seen: &BTreeMap<TreePath, Fingerprint>,
+) -> Looks {
+    let stamped_nanos = crate::clock::now_nanos();
+    let look = |path: &TreePath| Some((path.clone(), locked.work.fingerprint(path)?));
+    let leaves = wanted.keys().filter_map(look).filter(|(path, looks)| seen.get(path) == Some(looks));
+    let folders = outputs.iter().map(|(path, _)| path).filter(|path| outputs.is_empty_folder(path));
+    Looks { stamped_nanos, fingerprints: leaves.chain(folders.filter_map(look)).collect() }
+}
+
 /// Of what lies at or beneath the paths `removed` and is not `wanted`: the leaves, and the folders that go with them.
 fn taken_away(
     locked: &Locked,
@@ -383,7 +440,7 @@ fn taken_away(
     for path in removed.iter().filter(|path| !is_reserved(path)) {
         let failed = |source| at("read", &on_host(&locked.path, path))(source);
         match locked.work.look(path).map_err(failed)? {
-            Seen::Leaf(_) => leaves.extend(Some(path.clone())),
+            Seen::Leaf(..) => leaves.extend(Some(path.clone())),
             Seen::Folder => {
                 leaves.extend(locked.work.leaves(path).map_err(failed)?);
                 folders.push(path.clone());
@@ -583,6 +640,8 @@ mod tests {
             folders: Vec::new(),
             places: places.iter().map(bytes).collect(),
             changes: Changes::default(),
+            stood: None,
+            store: None,
         };
         held().write(&journal).expect("written");
         fs::rename(staging.join("0"), world.work().join("a")).expect("one rename done");
@@ -591,6 +650,71 @@ mod tests {
         assert_eq!(world.read("a").as_deref(), Some("1"));
         assert_eq!(world.read("b").as_deref(), Some("2"));
         assert!(!staging.exists());
+    }
+
+    /// A merge of `files` by the step `s` of `world` that ends when its journal is written.
+    fn interrupted(world: &World, files: &[(&str, &str)]) {
+        let outputs = world.outputs(files);
+        let merge = Merge { store: &world.store, work: &world.work(), step: "s", overwrite: false };
+        let locked = Locked::open(&world.store, &world.work()).expect("nobody has it");
+        let staging = locked.begin(&world.store).expect("nobody has it");
+        let identities = outputs.iter().filter_map(|(path, node)| {
+            Some((path.clone(), identity(path, node, &outputs).expect("a file")?))
+        });
+        let planned =
+            merge.plan(&locked, &outputs, &identities.collect(), None).expect("nothing is in the way");
+        merge.stage(&staging, &outputs, &planned.places).expect("staged");
+        staging.write(&planned.journal).expect("written");
+    }
+
+    #[test]
+    fn what_a_person_puts_where_an_interrupted_merge_has_something_to_do_stays() {
+        for name in ["gone", "changed", "new"] {
+            let world = World::new();
+            world.merge(&[("gone", "1"), ("changed", "1")]).expect("a first merge");
+            interrupted(&world, &[("changed", "2"), ("new", "2")]);
+            let file = world.work().join(name);
+            fs::write(&file, "mine").expect("room");
+            let error = recover(&world.store, &world.work()).expect_err("it is a person's");
+            assert!(matches!(&error, MergeError::InTheWay { path } if path.ends_with(name)), "{error}");
+            let was = |name: &str| (name != "new").then(|| "1".to_owned());
+            for other in ["gone", "changed", "new"].into_iter().filter(|other| *other != name) {
+                assert_eq!(world.read(other), was(other), "{other} was changed all the same");
+            }
+            fs::rename(&file, world.folder.path().join("away")).expect("as the hint says");
+            recover(&world.store, &world.work()).expect("nothing is in the way");
+            let now = ["gone", "changed", "new"].map(|name| world.read(name));
+            assert_eq!(now, [None, Some("2".to_owned()), Some("2".to_owned())]);
+        }
+    }
+
+    #[test]
+    fn a_kiln_of_another_store_completes_a_merge_and_keeps_its_own_ledger() {
+        let world = World::new();
+        let store = Store::open(&world.folder.path().join("other")).expect("a store");
+        let other = World { folder: tempfile::tempdir().expect("a folder"), store };
+        let merge = Merge { store: &other.store, work: &world.work(), step: "s", overwrite: false };
+        merge.run(&other.outputs(&[("theirs", "1")])).expect("nothing is in the way");
+        interrupted(&world, &[("ours", "1")]);
+        recover(&other.store, &world.work()).expect("it completes it");
+        assert_eq!(world.read("ours").as_deref(), Some("1"));
+        let placed = |store| placed_by(store, &world.work(), "s").expect("a ledger");
+        assert_eq!(placed(&other.store), [PathBytes(b"theirs".to_vec())]);
+        assert_eq!(placed(&world.store), []);
+        // What is there as it should be is its own again when its step runs.
+        world.merge(&[("ours", "1")]).expect("nothing is in the way");
+    }
+
+    #[test]
+    fn a_merge_that_is_given_up_after_its_journal_was_written_is_not_completed() {
+        let world = World::new();
+        interrupted(&world, &[("a", "1")]);
+        let locked = Locked::open(&world.store, &world.work()).expect("nobody has it");
+        let path = world.work().join(STAGING);
+        Staging { folder: File::open(&path).expect("a folder"), path }.discard().expect("removed");
+        drop(locked);
+        recover(&world.store, &world.work()).expect("nothing is left");
+        assert!(world.read("a").is_none() && !world.work().join(STAGING).exists());
     }
 
     #[test]

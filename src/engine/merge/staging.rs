@@ -3,6 +3,7 @@
 //! Whoever merges makes it and holds its lock, so that kilns of different stores keep out of each other's way too; those of
 //! one store have a lock there already. Whoever finds one and gets its lock finishes what its maker could not.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -12,19 +13,21 @@ use std::path::{Path, PathBuf};
 
 use kiln_artifact::tree::TreePath;
 use kiln_digest::Digest;
-use kiln_virtio::fs::record::PathBytes;
-use rustix::fs::{Mode, OFlags};
+use kiln_virtio::fs::record::{Fingerprint, PathBytes};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::work::Work;
+use super::work::{Seen, Work};
 use super::{MergeError, at, on_host};
-use crate::cache::ledger::{Changes, Ledger};
+use crate::cache::ledger::{Changes, Identity, Ledger};
 use crate::store::Store;
 use crate::writes::{self, Through};
 
 /// The staging folder's name in WORK: reserved, and gone after every merge.
 pub const STAGING: &str = ".kiln-staging";
+/// The journal's name in there.
+const JOURNAL: &str = "journal";
 
 /// A merge that will be completed whatever happens.
 #[derive(Debug, Serialize, Deserialize)]
@@ -40,6 +43,12 @@ pub(super) struct Journal {
     /// What becomes of the ledger. A journal of an earlier kiln has none, and is completed all the same.
     #[serde(default)]
     pub changes: Changes,
+    /// What stood where something is removed or replaced, as far as it was looked at. A journal of an earlier kiln does not say.
+    #[serde(default)]
+    pub stood: Option<Vec<(PathBytes, Identity)>>,
+    /// The store whose ledger that is; this one's where it is not said.
+    #[serde(default)]
+    pub store: Option<PathBytes>,
 }
 
 /// A WORK that no other kiln of its store merges into while this is held.
@@ -55,19 +64,36 @@ pub(super) struct Staging {
     pub folder: File,
 }
 
+/// What `store` is called in journals.
+pub(super) fn name_of(store: &Store) -> PathBytes {
+    let path = fs::canonicalize(store.path());
+    PathBytes(path.as_deref().unwrap_or(store.path()).as_os_str().as_bytes().to_vec())
+}
+
 impl Staging {
     /// From now on the merge is completed.
     pub fn write(&self, journal: &Journal) -> Result<(), MergeError> {
-        let path = self.path.join("journal");
+        let path = self.path.join(JOURNAL);
         let temporary = self.path.join("journal.new");
         let write = || {
             let file = writes::create(&temporary)?;
             Through::new(&file, &temporary).write_all(&serde_json::to_vec(journal)?)?;
             writes::sync(&file, &temporary)?;
             writes::rename(&temporary, &path)?;
-            writes::sync_folder(&self.path)
+            writes::sync(&self.folder, &self.path)
         };
         write().map_err(at("write", &path))
+    }
+
+    /// Takes it away before anything in WORK was changed.
+    pub fn discard(&self) -> Result<(), MergeError> {
+        let journal = self.path.join(JOURNAL);
+        if fs::symlink_metadata(&journal).is_ok() {
+            // First, and for good: with a part of what it places it would be completed as if that were all.
+            let gone = writes::remove(&journal).and_then(|()| writes::sync(&self.folder, &self.path));
+            gone.map_err(at("remove", &journal))?;
+        }
+        self.remove()
     }
 
     /// Takes it away, with all that is in it.
@@ -90,23 +116,26 @@ impl Locked {
 
     /// Waits for the staging folder that is there; none where there is none.
     ///
-    /// Kilns of one store have their lock; those of two meet here. Whoever holds the lock of a folder that is not there any
+    /// Kilns of one store have their lock; those of two meet here, on one host: a lock of a folder goes no further. Whoever holds the lock of a folder that is not there any
     /// more holds nothing.
     fn staging(&self) -> Result<Option<Staging>, MergeError> {
         let path = self.path.join(STAGING);
         loop {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let folder = match rustix::fs::open(&path, flags, Mode::empty()) {
-                Ok(folder) => File::from(folder),
+                Ok(folder) => folder,
                 Err(Errno::NOENT) => return Ok(None),
+                Err(Errno::NOTDIR | Errno::LOOP) => return Err(MergeError::NoStaging { path }),
                 Err(errno) => return Err(at("open", &path)(errno.into())),
             };
-            match folder.lock() {
+            match rustix::fs::flock(&folder, FlockOperation::LockExclusive) {
                 Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // Some file systems, such as NFS, lock no folder: there the lock of the store has to do.
-                Err(_) => return Ok(Some(Staging { path, folder })),
+                Err(Errno::INTR) => continue,
+                // Where a file system locks no folder, the lock of the store has to do.
+                Err(Errno::NOSYS | Errno::OPNOTSUPP | Errno::INVAL | Errno::BADF) => {}
+                Err(errno) => return Err(at("lock", &path)(errno.into())),
             }
+            let folder = File::from(folder);
             let ours = folder.metadata().map_err(at("open", &path))?;
             match fs::symlink_metadata(&path) {
                 Ok(now) if (now.dev(), now.ino()) == (ours.dev(), ours.ino()) => {
@@ -130,7 +159,7 @@ impl Locked {
 
     /// Completes what the journal in `staging` says, or undoes what has none.
     fn finish(&self, store: &Store, staging: &Staging) -> Result<(), MergeError> {
-        let journal = match fs::read(staging.path.join("journal")) {
+        let journal = match fs::read(staging.path.join(JOURNAL)) {
             // Nothing was changed yet.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return staging.remove(),
             // Something may have been: whoever removed it would leave WORK half as it was, and say nothing.
@@ -138,63 +167,99 @@ impl Locked {
         };
         let journal = serde_json::from_slice(&journal);
         let journal = journal.map_err(|_| MergeError::Unreadable { staging: staging.path.clone() })?;
-        self.complete(store, staging, &journal)
+        self.is_as_it_stood(staging, &journal)?;
+        self.complete(store, staging, &journal)?;
+        staging.remove()
     }
 
-    /// An empty staging folder, after what an earlier kiln left is settled.
+    /// That nobody has put anything since where `journal` removes and replaces.
+    fn is_as_it_stood(&self, staging: &Staging, journal: &Journal) -> Result<(), MergeError> {
+        let Some(stood) = &journal.stood else { return Ok(()) };
+        let stood: BTreeMap<&PathBytes, &Identity> = stood.iter().map(|(path, what)| (path, what)).collect();
+        let waits = |number: usize| fs::symlink_metadata(staging.path.join(number.to_string())).is_ok();
+        let places = journal.places.iter().enumerate();
+        let places = places.filter(|(number, _)| waits(*number)).map(|(_, name)| name);
+        // What was removed for another reason than that it stood there was looked at by nobody.
+        let removals = journal.removals.iter().filter(|name| stood.contains_key(name));
+        for name in places.chain(removals) {
+            let Ok(path) = TreePath::new(&name.0) else { continue };
+            let host = on_host(&self.path, &path);
+            let Seen::Leaf(found, _) = self.work.look(&path).map_err(at("read", &host))? else { continue };
+            if Some(&&found) != stood.get(name) && Some(&found) != journal.changes.placed.get(name) {
+                return Err(MergeError::InTheWay { path: host });
+            }
+        }
+        Ok(())
+    }
+
+    /// A staging folder with nothing in it, after what an earlier kiln left is settled.
     pub fn begin(&self, store: &Store) -> Result<Staging, MergeError> {
-        self.settle(store)?;
+        let path = self.path.join(STAGING);
         loop {
-            let path = self.path.join(STAGING);
-            let is_new = match writes::make_folder(&path, 0o700) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => false,
-                made => made.map(|()| true).map_err(at("make", &path))?,
-            };
+            match writes::make_folder(&path, 0o700) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                made => made.map_err(at("make", &path))?,
+            }
             let Some(staging) = self.staging()? else { continue };
-            // Another kiln may have taken it away, put its own there and died.
             let mut inside = fs::read_dir(&path).map_err(at("read", &path))?;
-            if is_new && inside.next().is_none() {
+            if inside.next().is_none() {
                 return Ok(staging);
             }
             self.finish(store, &staging)?;
         }
     }
 
-    /// Does what the journal says; every part may have been done already.
-    pub fn complete(&self, store: &Store, staging: &Staging, journal: &Journal) -> Result<(), MergeError> {
+    /// Does what the journal says; every part may have been done already. What is placed then looks like what comes back. The
+    /// caller removes the staging folder.
+    pub fn complete(
+        &self,
+        store: &Store,
+        staging: &Staging,
+        journal: &Journal,
+    ) -> Result<Vec<Option<Fingerprint>>, MergeError> {
         let Self { path: top, work, .. } = self;
         let Staging { path, folder } = staging;
-        let each = |names: &[PathBytes], act: &dyn Fn(usize, &TreePath) -> io::Result<()>| {
-            for (number, name) in names.iter().enumerate() {
-                let output = TreePath::new(&name.0);
-                let output = output.map_err(|_| at("read", path)(io::ErrorKind::InvalidData.into()))?;
-                act(number, &output).map_err(at("change", &on_host(top, &output)))?;
-            }
-            Ok(())
+        let output = |name: &PathBytes| {
+            let output = TreePath::new(&name.0);
+            output.map_err(|_| at("read", path)(io::ErrorKind::InvalidData.into()))
         };
-        each(&journal.removals, &|_, path| work.remove(path))?;
-        // Done before the leaf is placed; afterwards the path is no folder any more.
-        each(&journal.cleared, &|_, path| work.remove_empty_folders(path))?;
-        for (name, mode) in &journal.folders {
-            each(std::slice::from_ref(name), &|_, path| work.make_folder(path, *mode))?;
+        let failed = |output: &TreePath| at("change", &on_host(top, output));
+        for name in &journal.removals {
+            let output = output(name)?;
+            work.remove(&output).map_err(failed(&output))?;
         }
-        each(&journal.places, &|number, output| {
-            work.place((folder.as_fd(), path), &number.to_string(), output)
-        })?;
-        Ledger::of(store, top).change(&journal.changes).map_err(at("record the outputs of", top))?;
+        // Done before the leaf is placed; afterwards the path is no folder any more.
+        for name in &journal.cleared {
+            let output = output(name)?;
+            work.remove_empty_folders(&output).map_err(failed(&output))?;
+        }
+        for (name, mode) in &journal.folders {
+            let output = output(name)?;
+            work.make_folder(&output, *mode).map_err(failed(&output))?;
+        }
+        let place = |(number, name): (usize, &PathBytes)| {
+            let output = output(name)?;
+            let placed = work.place((folder.as_fd(), path), &number.to_string(), &output);
+            placed.map_err(failed(&output))
+        };
+        let placed = journal.places.iter().enumerate().map(place).collect::<Result<_, _>>()?;
+        // Of a kiln of another store: this one's ledger may know a step of that name, and what it put out here.
+        if journal.store.as_ref().is_none_or(|of| *of == name_of(store)) {
+            Ledger::of(store, top).change(&journal.changes).map_err(at("record the outputs of", top))?;
+        }
         // The journal goes when what it says is done for good: else a power failure could take it and leave half of that.
         writes::sync_all(folder, path).map_err(at("sync", top))?;
         if !store.is_beside(top) {
             store.sync().map_err(|error| at("sync", top)(io::Error::other(error)))?;
         }
-        staging.remove()
+        Ok(placed)
     }
 }
 
 /// Completes or undoes an interrupted merge at `work`, if there was one.
 ///
 /// # Errors
-/// [`MergeError::Io`].
+/// [`MergeError`]; the merge is still to be completed then.
 pub fn recover(store: &Store, work: &Path) -> Result<(), MergeError> {
     if fs::symlink_metadata(work.join(STAGING)).is_err() {
         return Ok(());

@@ -23,8 +23,8 @@ use crate::writes::{self, Act};
 pub(super) enum Seen {
     /// Nothing.
     Nothing,
-    /// A file or a symbolic link.
-    Leaf(Identity),
+    /// A file or a symbolic link, and what it looked like before it was read.
+    Leaf(Identity, Fingerprint),
     /// A folder.
     Folder,
     /// Something that is neither, such as a device.
@@ -46,16 +46,22 @@ fn name(bytes: &[u8]) -> &OsStr {
     OsStr::from_bytes(bytes)
 }
 
+/// What the last component of `path` looks like in the folder `parent`.
+fn fingerprint(parent: BorrowedFd<'_>, path: &TreePath) -> Option<Fingerprint> {
+    let stat = rustix::fs::statat(parent, name(path.name()), AtFlags::SYMLINK_NOFOLLOW);
+    stat.ok().map(|stat| fingerprint_of(&stat))
+}
+
 impl Work {
     /// The WORK whose directory `top` is. `path` is what it is called.
     pub fn new(top: OwnedFd, path: PathBuf) -> Self {
         Self { top, path }
     }
 
-    /// What the host says of `path` without looking into it; none where nothing is there.
+    /// What `path`, which is not the top, looks like; none where nothing is there.
     pub fn fingerprint(&self, path: &TreePath) -> Option<Fingerprint> {
-        let stat = rustix::fs::statat(&self.top, name(path.as_bytes()), AtFlags::SYMLINK_NOFOLLOW);
-        stat.ok().map(|stat| fingerprint_of(&stat))
+        let parent = self.parent(path).ok()?.ok()?;
+        fingerprint(parent.as_fd(), path)
     }
 
     /// What a path in it is called.
@@ -110,13 +116,13 @@ impl Work {
             FileType::Directory => Ok(Seen::Folder),
             FileType::Symlink => {
                 let text = rustix::fs::readlinkat(&parent, name(path.name()), Vec::new())?;
-                Ok(Seen::Leaf(Identity::link(text.as_bytes())))
+                Ok(Seen::Leaf(Identity::link(text.as_bytes()), fingerprint_of(&stat)))
             }
             FileType::RegularFile => {
                 let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
                 let file = File::from(rustix::fs::openat(&parent, name(path.name()), flags, Mode::empty())?);
                 let (digest, _) = Digest::of_reader(file)?;
-                Ok(Seen::Leaf(Identity::file(digest, stat.st_mode)))
+                Ok(Seen::Leaf(Identity::file(digest, stat.st_mode), fingerprint_of(&stat)))
             }
             _ => Ok(Seen::Other),
         }
@@ -172,13 +178,14 @@ impl Work {
         Ok(())
     }
 
-    /// Renames `staged` in the open folder `staging`, whose path is `folder`, to `path`. What was renamed before is no error.
+    /// Renames `staged` in the open folder `staging`, whose path is `folder`, to `path`, and says what that looks like then.
+    /// What was renamed before is no error.
     pub fn place(
         &self,
         (staging, folder): (BorrowedFd<'_>, &Path),
         staged: &str,
         path: &TreePath,
-    ) -> io::Result<()> {
+    ) -> io::Result<Option<Fingerprint>> {
         if let Some(above) = path.parent() {
             self.make_folder(&above, 0o755)?;
         }
@@ -189,7 +196,8 @@ impl Work {
                 Ok(()) | Err(Errno::NOENT) => Ok(()),
                 Err(errno) => Err(errno.into()),
             }
-        })
+        })?;
+        Ok(fingerprint(parent.as_fd(), path))
     }
 
     /// Removes the leaf at `path` and the folders above it that are empty then. What is gone is no error.

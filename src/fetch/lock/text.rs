@@ -55,8 +55,8 @@ impl Lock {
                 reason,
             }
         };
-        let marks = text.match_indices("<<<<<<< ").map(|(offset, _)| offset);
-        if let Some(offset) = marks.filter(|at| *at == 0 || text[..*at].ends_with('\n')).min() {
+        let mut marks = text.match_indices("<<<<<<< ").map(|(offset, _)| offset);
+        if let Some(offset) = marks.find(|at| *at == 0 || text[..*at].ends_with('\n')) {
             return Err(malformed(offset, BOTH_SIDES.to_owned()));
         }
         let parse_error = |error: toml::de::Error| {

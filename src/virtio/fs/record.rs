@@ -55,9 +55,9 @@ impl fmt::Debug for PathBytes {
 }
 
 impl PathBytes {
-    /// `bytes` as such a path is shown.
-    pub fn shown(bytes: Vec<u8>) -> String {
-        match String::from_utf8(bytes) {
+    /// The text that it is shown as, without a copy where that has the same bytes.
+    pub fn into_text(self) -> String {
+        match String::from_utf8(self.0) {
             Ok(text) if !text.contains('%') => text,
             Ok(text) => Self(text.into_bytes()).to_string(),
             Err(error) => Self(error.into_bytes()).to_string(),

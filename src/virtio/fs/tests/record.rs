@@ -327,6 +327,7 @@ fn taking_the_record_leaves_the_guest_served() {
 fn escaped_paths_come_back_and_malformed_ones_do_not() {
     for bytes in [b"".as_slice(), b"plain", b"%", b"100%25", b"\xff\xfe", "é\u{1}".as_bytes(), b"%\xc3"] {
         let path = PathBytes(bytes.to_vec());
+        assert_eq!(path.clone().into_text(), path.to_string());
         assert_eq!(PathBytes::from_escaped(&path.to_string()), Some(path));
     }
     for text in ["%", "%2", "%zz", "a%+1", "%é"] {
