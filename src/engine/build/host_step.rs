@@ -12,7 +12,7 @@ use super::runner::{Ran, Runner};
 use super::worker::{Kept, Message, Passed, Told, Worker};
 use crate::clock::now_nanos;
 use crate::engine::make::MakeError;
-use crate::engine::merge::{Merge, Merged};
+use crate::engine::merge::{Merge, MergeError, Merged};
 use crate::engine::run::Ended;
 use crate::plan::StepId;
 use crate::plan::make::Make;
@@ -47,12 +47,12 @@ impl<R: Runner> Worker<'_, '_, R> {
         }
         let manifest = self.manifest(&made)?;
         let _passed = Passed::enter(self.gate, id);
-        let merged = self.merge(id, &made)?;
-        self.keep(id, ran(Some(manifest), merged, started.elapsed()), None, why, stamped_nanos)
+        let ran = ran(Some(manifest), self.merge(id, &made), started.elapsed());
+        self.keep(id, ran, None, why, stamped_nanos)
     }
 
     /// Merges what the step `id` puts out into WORK, for somebody who is inside the gate.
-    pub(super) fn merge(&self, id: StepId, outputs: &Tree) -> Result<Option<Merged>, BuildError> {
+    pub(super) fn merge(&self, id: StepId, outputs: &Tree) -> Result<Option<Merged>, MergeError> {
         let build = self.checker.build;
         let step = build.plan.step(id);
         if step.outputs.is_empty() {
@@ -64,7 +64,7 @@ impl<R: Runner> Worker<'_, '_, R> {
             step: &step.name,
             overwrite: build.options.overwrite,
         };
-        Ok(Some(merge.run(outputs)?))
+        merge.run(outputs).map(Some)
     }
 
     /// Signs what the build's record names, where there are keys.
@@ -116,7 +116,7 @@ impl<R: Runner> Worker<'_, '_, R> {
         // Whoever needs it sees what was signed, and nothing where there are no keys.
         let outputs = self.manifest(&signed)?;
         Ok(Kept {
-            ran: Box::new(ran(Some(outputs), None, started.elapsed())),
+            ran: Box::new(ran(Some(outputs), Ok(None), started.elapsed())),
             not_kept: Some(not_kept),
             same: true,
         })
@@ -146,13 +146,18 @@ impl<R: Runner> Worker<'_, '_, R> {
     }
 }
 
-/// What came of a step that ran here and succeeded.
-pub(super) fn ran(outputs: Option<Digest>, merged: Option<Merged>, command: Duration) -> Ran {
+/// What came of a step that ran here and succeeded, and of its outputs in WORK.
+pub(super) fn ran(
+    outputs: Option<Digest>,
+    merged: Result<Option<Merged>, MergeError>,
+    command: Duration,
+) -> Ran {
+    let (merged, unmerged) = merged.map_or_else(|error| (None, Some(error)), |merged| (merged, None));
     let changed = merged.as_ref().map_or(0, |merged| merged.placed.len());
     Ran {
         ended: Ended::Ran(Outcome::Exit(0), Usage::default()),
         outputs,
-        unmerged: None,
+        unmerged,
         looks: merged.map(|merged| merged.looks),
         log: None,
         shares: Vec::new(),

@@ -235,9 +235,7 @@ impl<R: Runner> Worker<'_, '_, R> {
         match ran {
             Ok(ran) => {
                 let log = log.map_err(io)?;
-                // Kept in any case: it need not run again for WORK to have its outputs.
-                let mut kept = self.keep(id, ran, Some(log), why, stamped_nanos)?;
-                kept.ran.unmerged.take().map_or(Ok(kept), |error| Err(error.into()))
+                self.keep(id, ran, Some(log), why, stamped_nanos)
             }
             Err(error) => {
                 let error = BuildError::from(error);
@@ -260,7 +258,8 @@ impl<R: Runner> Worker<'_, '_, R> {
         }
     }
 
-    /// Keeps what came of the step `id`, which began at `stamped_nanos` and printed `log`.
+    /// Keeps what came of the step `id`, which began at `stamped_nanos` and printed `log`; also where WORK refuses its outputs: it
+    /// need not run again for WORK to have them.
     pub(super) fn keep(
         &self,
         id: StepId,
@@ -270,9 +269,12 @@ impl<R: Runner> Worker<'_, '_, R> {
         stamped_nanos: i64,
     ) -> Result<Kept, BuildError> {
         let (step, key) = (self.checker.build.plan.step(id), self.keys.get(id).unwrap_or_default());
-        let ran = Ran { log, ..ran };
+        let mut ran = Ran { log, ..ran };
         let (not_kept, same) = self.checker.keep(step, &key, &ran, why, stamped_nanos)?;
-        Ok(Kept { ran: Box::new(ran), not_kept, same })
+        match ran.unmerged.take() {
+            Some(error) => Err(error.into()),
+            None => Ok(Kept { ran: Box::new(ran), not_kept, same }),
+        }
     }
 }
 

@@ -94,6 +94,19 @@ fn artifacts_are_made_of_outputs_sources_and_texts_and_only_when_these_change() 
 }
 
 #[test]
+fn what_was_made_and_work_refused_need_not_be_made_again() {
+    let world = world();
+    fs::create_dir_all(world.path("work/boot")).expect("a folder");
+    fs::write(world.path("work/boot/initrd"), "mine").expect("room");
+    let first = world.build_targets(RECIPE, &["initrd"]);
+    assert!(matches!(first.outcome("initrd"), Outcome::Failed(_)) && !first.reasons.is_empty());
+    fs::remove_file(world.path("work/boot/initrd")).expect("it is there");
+    let again = world.build_targets(RECIPE, &["initrd"]);
+    assert!(again.summary.is_good() && again.reasons.is_empty(), "{:?}", again.reasons);
+    assert!(world.path("work/boot/initrd").exists());
+}
+
+#[test]
 fn two_worlds_make_the_same_bytes() {
     let (one, other) = (world(), world());
     done(&one, RECIPE);
