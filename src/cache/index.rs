@@ -11,11 +11,12 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use kiln_digest::Digest;
+use kiln_virtio::fs::record::Kind;
 
 use super::notes::{LastRun, Notes};
 use super::pack::{Line, Packs, Which};
 use super::stock::{Family, SUFFIX};
-use super::trace::{Trace, line, read_line};
+use super::trace::{Entry, Trace, line, read_line};
 use crate::store::Store;
 
 /// Most traces of one key: each has one of so many names.
@@ -211,19 +212,19 @@ impl Index {
 
 /// Whether two traces tell of the same answers to the same questions: only the stamps may differ.
 fn read_alike(one: &Trace, other: &Trace) -> bool {
+    let answer = |entry: &Entry| {
+        let is_sized = matches!(entry.kind, Kind::Regular | Kind::Link);
+        let size = is_sized.then_some(entry.fingerprint.size_bytes);
+        (entry.kind, entry.observed, entry.fingerprint.mode, size, entry.content, entry.listing, entry.xattrs)
+    };
+    let are_alike = |(a, b): (&Entry, &Entry)| a.path == b.path && answer(a) == answer(b);
     one.outputs == other.outputs
         && one.shares.len() == other.shares.len()
         && one.shares.iter().zip(&other.shares).all(|(one, other)| {
-            let digests =
-                |entry: &super::Entry| (entry.observed, entry.content, entry.listing, entry.fingerprint.mode);
             one.name == other.name
                 && one.missed == other.missed
                 && one.entries.len() == other.entries.len()
-                && one
-                    .entries
-                    .iter()
-                    .zip(&other.entries)
-                    .all(|(a, b)| a.path == b.path && digests(a) == digests(b))
+                && one.entries.iter().zip(&other.entries).all(are_alike)
         })
 }
 

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::sync::{Arc, OnceLock};
 
 use kiln_digest::Digest;
+use kiln_virtio::fs::record::PathBytes;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Counts up when a step of the same key would be shown something else by this kiln than by earlier ones.
@@ -87,7 +88,10 @@ impl Key {
                 Some(was) if was.contains('\n') || now.contains('\n') => {
                     format!("{name} changed{}", first_line(was, now))
                 }
-                Some(was) => format!("{name} was {} and is {}", short(was), short(now)),
+                Some(was) => {
+                    let (was, now) = both(was, now);
+                    format!("{name} was {was} and is {now}")
+                }
             });
         }
         let gone = earlier.parts.iter().find(|(name, _)| self.value(name).is_none());
@@ -95,13 +99,36 @@ impl Key {
     }
 }
 
-/// A value that fits on a line.
-fn short(text: &str) -> String {
-    let text = text.trim_end().replace('\n', "\\n");
-    match text.chars().count() {
-        0..=100 => format!("`{text}`"),
-        _ => format!("`{}…`", text.chars().take(99).collect::<String>()),
+/// Most characters of a value that are shown.
+const LONGEST: usize = 100;
+
+/// A value as it was written, on one line.
+fn on_a_line(value: &str) -> String {
+    // Most are escaped, so that no two are one text; what it meant is more to a reader.
+    let written = PathBytes::from_escaped(value).and_then(|bytes| String::from_utf8(bytes.0).ok());
+    written.as_deref().unwrap_or(value).trim_end().replace('\n', "\\n")
+}
+
+/// What of `text` is shown: all of it, or what follows the first `from` characters.
+fn cut(text: &str, from: usize) -> String {
+    let (before, rest) = (if from == 0 { "" } else { "…" }, text.chars().skip(from));
+    match rest.clone().count() {
+        0..=LONGEST => format!("`{before}{}`", rest.collect::<String>()),
+        _ => format!("`{before}{}…`", rest.take(LONGEST - 1).collect::<String>()),
     }
+}
+
+/// A value that fits on a line.
+fn short(value: &str) -> String {
+    cut(&on_a_line(value), 0)
+}
+
+/// Two values that differ, of long ones what is about the first difference.
+fn both(was: &str, now: &str) -> (String, String) {
+    let [was, now] = [was, now].map(on_a_line);
+    let alike = was.chars().zip(now.chars()).take_while(|(was, now)| was == now).count();
+    let from = if alike < LONGEST / 2 { 0 } else { alike - LONGEST / 4 };
+    (cut(&was, from), cut(&now, from))
 }
 
 /// The first line in which two texts differ.
@@ -113,7 +140,10 @@ fn first_line(was: &str, now: &str) -> String {
             (Some(was), Some(now)) if was == now => {}
             (Some(was), None) => return format!(": the line {} is gone", short(was)),
             (None, Some(now)) => return format!(": the line {} is new", short(now)),
-            (Some(was), Some(now)) => return format!(": {} was {}", short(now), short(was)),
+            (Some(was), Some(now)) => {
+                let (was, now) = both(was, now);
+                return format!(": {now} was {was}");
+            }
         }
     }
 }
@@ -145,9 +175,23 @@ mod tests {
             (&[("command", "a\nb\nc"), ("variable CFLAGS", "-O3")], "variable CFLAGS was `-O2` and is `-O3`"),
             (&[("command", "a\nb\nc"), ("variable CC", "gcc")], "variable CC is new: `gcc`"),
             (&[("command", "a\nb\nc")], "variable CFLAGS is gone: it was `-O2`"),
+            (
+                &[("command", "a\nb\nc"), ("variable CFLAGS", "-O2 %25s")],
+                "variable CFLAGS was `-O2` and is `-O2 %s`",
+            ),
         ] {
             assert_eq!(key(parts).difference(&was).as_deref(), Some(words));
         }
         assert_eq!(was.difference(&was), None);
+    }
+
+    #[test]
+    fn of_long_values_the_part_is_shown_in_which_they_differ() {
+        let flags = |last: &str| format!("{}{last}{}", "-fsame ".repeat(40), " -fmore".repeat(40));
+        let [was, now] = ["-O2", "-O3"].map(flags);
+        let told = key(&[("variable CFLAGS", &now)]).difference(&key(&[("variable CFLAGS", &was)]));
+        let told = told.expect("they differ");
+        assert!(told.contains("-fsame -O2 -fmore") && told.contains("-fsame -O3 -fmore"), "{told}");
+        assert!(told.chars().count() < 300, "{told}");
     }
 }

@@ -167,7 +167,7 @@ impl Open {
         Place { opened: self.opened, start: at.start }
     }
 
-    /// The lines that `which` names, the last first: those that are what was written.
+    /// The lines that `which` names, those written or used last first: those that are what was written.
     fn lines(&self, which: Which<'_>) -> Vec<Line> {
         let (first, is_one) = match which {
             Which::Name(name) => (name, true),
@@ -177,7 +177,7 @@ impl Open {
         let is_named = |name: &str| if is_one { name == first } else { name.starts_with(first) };
         let mut found: Vec<(&String, At)> =
             all.take_while(|(name, _)| is_named(name)).map(|(name, at)| (name, *at)).collect();
-        found.sort_by_key(|(_, at)| Reverse(at.start));
+        found.sort_by_key(|(_, at)| Reverse((at.when, at.start)));
         let line = |(name, at): (&String, At)| {
             let line = self.read(at).ok()?;
             let (_, text) = parts(unseal_line(&self.pack, &line)?)?;
@@ -303,7 +303,7 @@ pub(super) struct Pack<'a> {
 }
 
 impl Pack<'_> {
-    /// The lines that `which` names, the last first.
+    /// The lines that `which` names, those written or used last first.
     pub fn lines(&self, which: Which<'_>) -> Vec<Line> {
         self.open.lines(which)
     }
@@ -354,7 +354,7 @@ impl Packs {
         path.strip_prefix(self.store.path()).unwrap_or(path).to_string_lossy().into_owned()
     }
 
-    /// The lines of the pack at `path` that `which` names, the last first.
+    /// The lines of the pack at `path` that `which` names, those written or used last first.
     pub fn lines(&self, path: &Path, which: Which<'_>) -> Vec<Line> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // To ask the file takes half as long as to look for its name.

@@ -31,6 +31,8 @@ pub(super) fn command() -> String {
 pub(super) struct StepCommands {
     /// Those that name other settings than there are without them.
     settings: String,
+    /// Those of them that every verb about a step has.
+    common: String,
     /// Those that only `kiln build` has.
     build: String,
 }
@@ -38,11 +40,11 @@ pub(super) struct StepCommands {
 impl StepCommands {
     /// Those of a build with these flags.
     pub fn new(flags: &Flags, scopes: &ScopeFlags, overwrite: bool) -> Self {
-        let mut settings = String::new();
-        let mut add = |name: &str, value: &OsStr| {
-            settings.push_str(&format!(" --{name} {}", quote(value.as_bytes())));
+        let mut common = String::new();
+        let add = |to: &mut String, name: &str, value: &OsStr| {
+            to.push_str(&format!(" --{name} {}", quote(value.as_bytes())));
         };
-        flags.variables.iter().for_each(|given| add("set", given.as_ref()));
+        flags.variables.iter().for_each(|given| add(&mut common, "set", given.as_ref()));
         let texts = [
             ("project", &flags.project),
             ("store-limit", &flags.store_limit),
@@ -61,11 +63,12 @@ impl StepCommands {
         ];
         let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text.as_ref()?.as_ref())));
         let paths = paths.into_iter().filter_map(|(name, path)| Some((name, path.as_ref()?.as_os_str())));
-        texts.chain(paths).for_each(|(name, value)| add(name, value));
+        texts.chain(paths).for_each(|(name, value)| add(&mut common, name, value));
+        let mut settings = common.clone();
         if scopes.scope != ScopeFlags::trusted().scope {
-            add("scope", scopes.scope.as_ref());
+            add(&mut settings, "scope", scopes.scope.as_ref());
         }
-        scopes.read_scope.iter().for_each(|scope| add("read-scope", scope.as_ref()));
+        scopes.read_scope.iter().for_each(|scope| add(&mut settings, "read-scope", scope.as_ref()));
         let switches = [
             ("debian-allow-expired", flags.debian_allow_expired),
             ("locked", flags.locked),
@@ -79,12 +82,21 @@ impl StepCommands {
         if flags.network {
             settings.push_str(" --net full");
         }
-        Self { settings, build: words(&[("overwrite", overwrite), ("no-template", flags.no_template)]) }
+        Self {
+            settings,
+            common,
+            build: words(&[("overwrite", overwrite), ("no-template", flags.no_template)]),
+        }
     }
 
     /// What does the step again.
     pub fn build(&self, step: &str) -> String {
         format!("kiln build{}{} {}", self.settings, self.build, quote(step.as_bytes()))
+    }
+
+    /// What prints all that the step said.
+    pub fn log(&self, step: &str) -> String {
+        format!("kiln log{} {}", self.common, quote(step.as_bytes()))
     }
 
     /// What opens a shell in a machine as the step gets it.
@@ -113,6 +125,7 @@ mod tests {
         let settings = "--set layout=single --store s --work 'my work' --scope ci --read-scope trusted --offline --net full";
         assert_eq!(commands.build("a"), format!("kiln build {settings} --overwrite --no-template a"));
         assert_eq!(commands.shell("a"), format!("kiln shell {settings} a"));
+        assert_eq!(commands.log("a"), "kiln log --set layout=single --store s --work 'my work' a");
         let plain = StepCommands::new(&Flags::default(), &ScopeFlags::trusted(), false);
         assert_eq!((&*plain.build("a"), &*plain.shell("a")), ("kiln build a", "kiln shell a"));
     }

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
@@ -12,13 +13,26 @@ use serde::Serialize;
 
 use super::build::{Opened, ScopeFlags, looking, open_for_scripts};
 use super::show::{self, line};
-use super::{FAILED, Failure, recipe};
+use super::{FAILED, Failure, USAGE, recipe};
 use crate::cache::{Index, LastRun, Trace};
 use crate::engine::build::sources;
-use crate::engine::build::{Gate, Machines, News, Outcome, Timeline, work_name};
-use crate::plan::graph::UnknownTarget;
+use crate::engine::build::{Gate, Machines, NEVER_RAN, News, Outcome, Timeline, work_name};
 use crate::plan::{Plan, StepId, harmless, show_bytes};
 use crate::settings::{Flags, Settings};
+
+/// Which WORK a question is about.
+#[derive(Debug, Args)]
+struct WorkFlag {
+    /// Where outputs went [env: WORK] [default: as of `kiln build`]
+    #[arg(long, value_name = "DIR")]
+    work: Option<PathBuf>,
+}
+
+impl WorkFlag {
+    fn among(&self, flags: Flags) -> Flags {
+        Flags { work: self.work.clone().or(flags.work), ..flags }
+    }
+}
 
 /// Arguments of `kiln why`.
 #[derive(Debug, Args)]
@@ -26,6 +40,8 @@ pub(super) struct WhyArguments {
     /// The step
     #[arg(value_name = "STEP")]
     step: String,
+    #[command(flatten)]
+    work: WorkFlag,
     #[command(flatten)]
     scopes: ScopeFlags,
 }
@@ -43,6 +59,8 @@ pub(super) struct InputsArguments {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    work: WorkFlag,
+    #[command(flatten)]
     scopes: ScopeFlags,
 }
 
@@ -52,6 +70,8 @@ pub(super) struct LogArguments {
     /// The step
     #[arg(value_name = "STEP")]
     step: String,
+    #[command(flatten)]
+    work: WorkFlag,
 }
 
 /// Arguments of `kiln graph`.
@@ -71,11 +91,15 @@ impl Opened {
         if let Some(id) = self.plan.named(name) {
             return Ok(id);
         }
-        let error = match self.plan.wanted(&[name.to_owned()]) {
-            Err(error) => error,
-            Ok(_) => UnknownTarget { name: name.to_owned(), meant: None },
+        let names = match self.plan.wanted(&[name.to_owned()]) {
+            Err(error) => return Err(error.into()),
+            Ok(_) => self.plan.members(name),
         };
-        Err(error.into())
+        Err(Failure {
+            text: format!("`{name}` is no step but a name for several"),
+            hint: Some(format!("one of {}", names.join(", "))),
+            code: USAGE,
+        })
     }
 
     /// The step of this very name: of the recipe, or none where it is a script's that ran here.
@@ -149,12 +173,14 @@ struct Foreseen {
 fn last(last: LastRun) -> String {
     let ended = last.failure.or(last.not_kept.map(|why| format!("was not kept: {why}")));
     let ended = ended.map_or_else(String::new, |how| format!("; it {how}"));
-    format!("it ran last because {}{ended}", last.why)
+    // When it is told, it has run.
+    let why = if last.why == NEVER_RAN { "it had never run here" } else { &last.why };
+    format!("it ran last because {why}{ended}")
 }
 
 /// `kiln why`.
 pub(super) fn why(arguments: &WhyArguments, flags: Flags) -> Result<ExitCode, Failure> {
-    let opened = open_for_scripts(flags)?;
+    let opened = open_for_scripts(arguments.work.among(flags))?;
     let index = opened.index(&arguments.scopes)?;
     let Some(id) = opened.step_or_script(&index, &arguments.step)? else {
         // Only the script knows what the step is now.
@@ -185,7 +211,7 @@ pub(super) fn why(arguments: &WhyArguments, flags: Flags) -> Result<ExitCode, Fa
 
 /// `kiln log`.
 pub(super) fn log(arguments: &LogArguments, flags: Flags) -> Result<ExitCode, Failure> {
-    let opened = open_for_scripts(flags)?;
+    let opened = open_for_scripts(arguments.work.among(flags))?;
     let scopes = ScopeFlags::trusted();
     let index = opened.index(&scopes)?;
     let id = opened.step_or_script(&index, &arguments.step)?;
@@ -223,7 +249,7 @@ pub(super) fn log(arguments: &LogArguments, flags: Flags) -> Result<ExitCode, Fa
 
 /// `kiln inputs`.
 pub(super) fn inputs(arguments: &InputsArguments, flags: Flags) -> Result<ExitCode, Failure> {
-    let opened = open_for_scripts(flags)?;
+    let opened = open_for_scripts(arguments.work.among(flags))?;
     let index = opened.index(&arguments.scopes)?;
     let id = opened.step_or_script(&index, &arguments.step)?;
     let trace = match (opened.ran(&index, &arguments.step), id) {

@@ -303,7 +303,8 @@ impl<'a> Reporter<'a> {
         match outcome {
             Outcome::UpToDate { restored: 0, .. } | Outcome::Skipped | Outcome::WouldRun => {}
             Outcome::UpToDate { restored, .. } => {
-                self.say(&format!("{of} {step}: up to date; {restored} outputs put back into WORK"));
+                let outputs = if *restored == 1 { "output" } else { "outputs" };
+                self.say(&format!("{of} {step}: up to date; {restored} {outputs} put back into WORK"));
             }
             Outcome::Ran { ran, not_kept, same } => {
                 let same = if *same { ", as before" } else { "" };
@@ -320,7 +321,9 @@ impl<'a> Reporter<'a> {
             }
             Outcome::CommandFailed(ran) => {
                 let is_all_shown = self.whole_output(step, ran.log, tail);
-                let hint = format!("`kiln log {step}` prints all it said");
+                let command = self.commands.as_ref().map(|commands| commands.words.log(step));
+                let hint =
+                    format!("`{}` prints all it said", command.unwrap_or_else(|| format!("kiln log {step}")));
                 let how = ran.failure().unwrap_or_else(|| "failed".to_owned());
                 self.fail(&format!("step `{step}` {how}"), (!is_all_shown).then_some(hint.as_str()));
                 self.tell_commands(step, outcome);

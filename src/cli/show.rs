@@ -1,7 +1,6 @@
 //! How things are written for people: errors, progress, and a guest's own output.
 
-#![expect(clippy::print_stderr, reason = "this is where kiln speaks")]
-
+use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::sync::OnceLock;
 
@@ -20,7 +19,7 @@ pub(super) fn chain(error: &dyn std::error::Error) -> String {
 
 /// What failed and what to do.
 pub(super) fn failure(text: &str, hint: Option<&str>) {
-    eprint!("{}", failure_lines(text, hint));
+    told(format_args!("{}", failure_lines(text, hint)));
 }
 
 /// The lines that say what failed and what to do, each with its end.
@@ -41,7 +40,12 @@ fn quoted(text: &str) -> String {
 
 /// A line of kiln's own on standard error, which nobody else had a word in.
 pub(super) fn note(text: &str) {
-    eprintln!("kiln: {text}");
+    told(format_args!("kiln: {text}\n"));
+}
+
+/// Writes to standard error. Where nobody reads it any more, what kiln does goes on.
+fn told(text: fmt::Arguments<'_>) {
+    let _ = io::stderr().lock().write_fmt(text);
 }
 
 /// A line on standard output.
@@ -77,10 +81,10 @@ impl Narrator {
         if self.terminal {
             // Of a line that the terminal breaks, only the last part could be taken away.
             let columns = usize::from(terminal::size_of(io::stderr()).columns);
-            eprint!("\r\x1b[2K{}", cut(&format!("kiln: {text}"), columns.saturating_sub(1)));
+            told(format_args!("\r\x1b[2K{}", cut(&format!("kiln: {text}"), columns.saturating_sub(1))));
             self.over = true;
         } else if skeleton(&text) != skeleton(&self.last) {
-            eprintln!("kiln: {text}");
+            told(format_args!("kiln: {text}\n"));
         }
         self.last = text;
     }
@@ -89,14 +93,14 @@ impl Narrator {
     pub fn say(&mut self, text: &str) {
         if !self.quiet {
             self.clear();
-            eprintln!("kiln: {}", for_people(text));
+            told(format_args!("kiln: {}\n", for_people(text)));
         }
     }
 
     /// A line that stays and is not kiln's own, also when all else is quiet.
     pub fn show(&mut self, text: &str) {
         self.clear();
-        eprintln!("{}", for_people(text));
+        told(format_args!("{}\n", for_people(text)));
     }
 
     /// A line that stays, also when all else is quiet.
@@ -105,20 +109,20 @@ impl Narrator {
             return self.alarm(text);
         }
         self.clear();
-        eprintln!("kiln: warning: {}", for_people(text));
+        told(format_args!("kiln: warning: {}\n", for_people(text)));
     }
 
     /// A warning about what the user gave up, in red on a terminal.
     fn alarm(&mut self, text: &str) {
         self.clear();
         let (red, plain) = if io::stderr().is_terminal() { ("\x1b[31m", "\x1b[0m") } else { ("", "") };
-        eprintln!("{red}kiln: warning: {}{plain}", for_people(text));
+        told(format_args!("{red}kiln: warning: {}{plain}\n", for_people(text)));
     }
 
     /// Takes the progress line away.
     pub fn clear(&mut self) {
         if std::mem::take(&mut self.over) {
-            eprint!("\r\x1b[2K");
+            told(format_args!("\r\x1b[2K"));
         }
     }
 }

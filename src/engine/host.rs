@@ -212,10 +212,16 @@ pub struct Host {
     has_said_so: AtomicBool,
 }
 
+/// How long it is believed that the probe came to no end: the host may have been busy.
+const HANG_SECONDS: u64 = 600;
+
 /// The probe's verdict is good for one boot of the host and one kiln.
 #[derive(Serialize, Deserialize)]
 struct Remembered {
     verdict: Verdict,
+    /// When it was found, seconds since 1970.
+    #[serde(default)]
+    found: i64,
 }
 
 /// What of the jail this host grants the processes of a machine, `qemu`'s or kiln's own VMM's, found out by locking some in.
@@ -285,12 +291,17 @@ impl Host {
     }
 
     /// What the code-running probe says about KVM, remembered until the host boots again. That it can be used is believed
-    /// only as long as its device can be opened.
+    /// only as long as its device can be opened, and that it came to no end for ten minutes.
     pub fn kvm(&self, afresh: bool) -> Verdict {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let key = Digest::of(format!("kvm-probe 2 {boot} {}", env!("CARGO_PKG_VERSION")).as_bytes());
         let records = self.store.records("probe");
-        if !afresh && let Some(Remembered { verdict }) = records.get(&key) {
+        let today = crate::clock::timestamp().as_second();
+        let is_old = |found: i64| today.saturating_sub(found).unsigned_abs() > HANG_SECONDS;
+        let remembered = records
+            .get(&key)
+            .filter(|remembered: &Remembered| !(remembered.verdict.has_hung() && is_old(remembered.found)));
+        if !afresh && let Some(Remembered { verdict, .. }) = remembered {
             if !verdict.is_usable() || probe::open().is_ok() {
                 return verdict;
             }
@@ -303,7 +314,7 @@ impl Host {
         let verdict = probe::probe();
         // A device that could not be opened may be granted in a minute; figures stay.
         if !matches!(verdict, Verdict::Absent { .. }) {
-            let _ = records.put(&key, &Remembered { verdict: verdict.clone() });
+            let _ = records.put(&key, &Remembered { verdict: verdict.clone(), found: today });
         }
         verdict
     }

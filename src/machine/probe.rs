@@ -127,6 +127,11 @@ impl Verdict {
         matches!(self, Self::Usable { .. })
     }
 
+    /// Whether the probe came to no end, as it may on a host that is busy.
+    pub fn has_hung(&self) -> bool {
+        matches!(self, Self::Slow { mips } if *mips == 0.0)
+    }
+
     /// What the user can do to have KVM.
     pub fn fix(&self) -> Option<&'static str> {
         match self {
@@ -147,7 +152,7 @@ impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Usable { mips } => write!(f, "KVM runs guest code ({mips:.0} MIPS)"),
-            Self::Slow { mips } if *mips == 0.0 => {
+            Self::Slow { .. } if self.has_hung() => {
                 write!(
                     f,
                     "KVM is present but did not finish a short loop in {} s: not usable",

@@ -26,6 +26,10 @@ pub enum Model {
 const FEATURES_ECX: u32 = 1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 23;
 /// Leaf 1, ECX: the timer by the time-stamp counter, which KVM gives without listing it.
 const DEADLINE_TIMER: u32 = 1 << 24;
+/// Leaf 1, ECX, and leaf 0x80000001, ECX: virtualisation, of which the latter has a leaf of its own.
+const VMX: u32 = 1 << 5;
+const SVM: u32 = 1 << 2;
+const SVM_LEAF: u32 = 0x8000_000a;
 /// Leaf 1, ECX: a hypervisor is there.
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 1, EDX: FPU, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE36, CLFLUSH, MMX,
@@ -126,8 +130,9 @@ pub fn leaves(
         });
     }
     for leaf in &mut leaves {
-        if model == Model::Fixed {
-            fix(leaf);
+        match model {
+            Model::Fixed => fix(leaf),
+            Model::Host => hide_virtualisation(leaf),
         }
         match leaf.function {
             1 => {
@@ -144,6 +149,16 @@ pub fn leaves(
         }
     }
     leaves
+}
+
+/// Takes VMX and SVM out of the host's leaf: a guest has no machines of its own, and their state is in no snapshot.
+fn hide_virtualisation(leaf: &mut kvm_cpuid_entry2) {
+    match leaf.function {
+        1 => leaf.ecx &= !VMX,
+        0x8000_0001 => leaf.ecx &= !SVM,
+        SVM_LEAF => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
+        _ => {}
+    }
 }
 
 /// Makes of the host's leaf the fixed model's.
@@ -298,6 +313,16 @@ mod tests {
 
     fn leaf(leaves: &[kvm_cpuid_entry2], function: u32) -> kvm_cpuid_entry2 {
         *leaves.iter().find(|leaf| leaf.function == function).expect("a leaf")
+    }
+
+    #[test]
+    fn a_guest_with_the_hosts_processor_has_no_machines_of_its_own() {
+        let leaves = leaves(Model::Host, &host(), true, 0);
+        assert_eq!(leaf(&leaves, 1).ecx >> 5 & 1, 0, "VMX");
+        let extended = leaf(&leaves, 0x8000_0001).ecx;
+        assert_eq!(extended >> 2 & 1, 0, "SVM");
+        assert_eq!(extended.count_ones(), 31, "what else the host has is there");
+        assert_eq!(leaf(&leaves, 0x8000_000a).edx, 0);
     }
 
     #[test]

@@ -80,13 +80,22 @@ impl Processor {
         for registers in &self.model_specific {
             let one = Msrs::from_entries(&[*registers]).map_err(|_| CpuError::TooManyLeaves)?;
             let taken = vcpu.set_msrs(&one).map_err(doing())?;
-            // One that cannot be set and holds nothing is one that the guest has no use for.
-            if taken == 0 && registers.data != 0 {
+            // One that cannot be set and holds nothing is one that the guest has no use for; and some tell what the host can do, and
+            // are what they were (IA32_PERF_CAPABILITIES, of a processor without counters).
+            if taken == 0 && registers.data != 0 && !holds(vcpu, registers)? {
                 return Err(CpuError::Msr(registers.index));
             }
         }
         vcpu.set_vcpu_events(&self.events).map_err(doing())
     }
+}
+
+/// Whether the register of `wanted` has its value.
+fn holds(vcpu: &VcpuFd, wanted: &kvm_msr_entry) -> Result<bool, CpuError> {
+    let asked = kvm_msr_entry { index: wanted.index, ..kvm_msr_entry::default() };
+    let mut asked = Msrs::from_entries(&[asked]).map_err(|_| CpuError::TooManyLeaves)?;
+    let told = vcpu.get_msrs(&mut asked).map_err(kvm("tell registers"))?;
+    Ok(told == 1 && asked.as_slice()[0].data == wanted.data)
 }
 
 /// The registers of `indices` that this processor has, in the order in which they are to be set.

@@ -144,7 +144,10 @@ impl Host {
         for name in settings.iter().chain(&["CI", "GITHUB_ACTIONS", "TF_BUILD", "TEAMCITY_VERSION"]) {
             command.env_remove(name);
         }
+        // One backend on every host: what KVM's does is for ci/test-kvm to say.
+        let backend = variable("KILN_BACKEND").unwrap_or_else(|| "tcg".into());
         command
+            .env("KILN_BACKEND", backend)
             .env("HOME", self.path("home"))
             .env("TMPDIR", self.path("tmp"))
             .env("KILN_STORE", self.path("store"))

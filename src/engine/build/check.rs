@@ -41,6 +41,9 @@ pub enum Standing {
     Must(String),
 }
 
+/// Why a step runs of which nothing is known.
+pub const NEVER_RAN: &str = "it never ran here";
+
 /// How a step stands, for people.
 pub type Explained = Standing;
 
@@ -230,7 +233,7 @@ impl<'a, R> Checker<'a, R> {
     /// Why there is no trace under a key.
     fn why_unknown(&self, step: &PlannedStep, key: &Key) -> String {
         let Some(last) = self.before(step) else {
-            return "it never ran here".to_owned();
+            return NEVER_RAN.to_owned();
         };
         let failure = last.failure.as_ref().map(|how| format!("it failed the last time: it {how}"));
         let not_kept = || last.not_kept.as_ref().map(|why| format!("its last result was not kept: {why}"));

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
 use kiln_digest::Digest;
@@ -180,10 +180,10 @@ pub(super) fn key(
     };
     key.add("the place of SRCDIR", if settings.srcdir.value.is_some() { source } else { "none".to_owned() });
     key.add("the place of WORK", work);
-    // It is hidden there, and what lies in its place in another build is not. By the words alone: a thousand steps ask.
+    // It is hidden there, and what lies in its place in another build is not.
     if let Some(source) = &settings.srcdir.value
         && let Ok(inner) =
-            settings.directory.join(&settings.work.value).strip_prefix(settings.directory.join(source))
+            meant(&settings.directory, &settings.work.value).strip_prefix(meant(&settings.directory, source))
     {
         key.add("the place of WORK in SRCDIR", text(inner.as_os_str().as_bytes()));
     }
@@ -199,6 +199,15 @@ pub(super) fn key(
         key.add(format!("source {}", source.name), digest.unwrap_or_default());
     }
     Ok(key)
+}
+
+/// Where `path` leads from `directory`: by its words alone where they say it, since a thousand steps ask.
+fn meant(directory: &Path, path: &Path) -> PathBuf {
+    let path = directory.join(path);
+    match path.components().any(|component| component == Component::ParentDir) {
+        true => std::fs::canonicalize(&path).unwrap_or(path),
+        false => path,
+    }
 }
 
 /// What of SRCDIR steps are not shown: what the recipe ignores, and WORK where it lies in there.

@@ -50,7 +50,7 @@ use crate::sign::SignError;
 use crate::store::Store;
 
 pub use boot_step::BootStepError;
-pub use check::{Explained, Standing, work_name};
+pub use check::{Explained, NEVER_RAN, Standing, work_name};
 pub use gate::Gate;
 pub use lower::Lowered;
 pub use runner::{KeptStep, Machines, Ran, Runner};

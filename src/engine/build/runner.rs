@@ -1,6 +1,7 @@
 //! What runs the steps of a build: machines of this host, or what a test puts in their place.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,8 +24,8 @@ use crate::engine::run::{Collected, Ended, Report, run_among};
 use crate::engine::step::{Keep, Step, View};
 use crate::keeper::{Keeper, Kept};
 use crate::machine::Carrier;
-use crate::plan::RootSpec;
 use crate::plan::boot::Trust;
+use crate::plan::{RootSpec, harmless};
 use crate::root;
 use crate::root::debian::DEFAULT_KERNEL_SUITE;
 
@@ -338,7 +339,7 @@ impl Runner for Machines<'_> {
             None => (None, 0, Vec::new(), None),
         };
         Ok(Ran {
-            ended: report.ended,
+            ended: with_program(report.ended, step),
             outputs,
             unmerged: report.unmerged,
             looks,
@@ -374,6 +375,18 @@ fn shares(reads: &ReadsReport) -> Vec<ShareTrace> {
         missed: share.record.missed.iter().map(|path| path.0).collect(),
     };
     reads.shares.iter().map(share).collect()
+}
+
+/// Of a command that did not start: which one that was.
+fn with_program(ended: Ended, step: &Step) -> Ended {
+    let Ended::NotStarted { error, why } = ended else { return ended };
+    let program = harmless(step.argv.first().map(Vec::as_slice).unwrap_or_default());
+    let why = match (why.is_empty(), error.kind()) {
+        (true, ErrorKind::NotFound) => format!("there is no `{program}` in its root, or none in its PATH"),
+        (true, _) => format!("`{program}`: {error}"),
+        (false, _) => format!("`{program}`: {why}"),
+    };
+    Ended::NotStarted { error, why }
 }
 
 /// How a command ended, in words; nothing where it succeeded.

@@ -128,7 +128,7 @@ impl<R: Runner> Build<'_, R> {
         let hidden = OnceLock::new();
         thread::scope(|scope| {
             // The workers end when all is done.
-            let _ending = Ending(&tasks);
+            let _ending = Ending(&tasks, &turns);
             for (queue, workers) in [(&tasks.checks, processors), (&tasks.runs, runners)] {
                 for count in 0..workers.min(wanted.len()) {
                     let (messages, turns, hidden) = (sender.clone(), &turns, &hidden);
@@ -143,8 +143,7 @@ impl<R: Runner> Build<'_, R> {
             }
             drop(sender);
             let result = schedule.attend(&tasks, &turns, &messages, timeline, news);
-            // Whoever still has something to say must not wait for somebody to hear it, nor for a turn.
-            turns.end();
+            // Whoever still has something to say must not wait for somebody to hear it.
             drop(messages);
             result
         })?;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use kiln_digest::Digest;
 
+use super::turns::Turns;
 use crate::plan::StepId;
 
 /// How long a thread of a build looks for what comes next before it sleeps: a processor that has nothing to do takes as long to
@@ -101,11 +102,12 @@ pub(super) struct Tasks {
     pub runs: Queue<Task>,
 }
 
-/// No more tasks come once this is dropped, however that happens.
-pub(super) struct Ending<'a>(pub &'a Tasks);
+/// No more tasks and turns come once this is dropped, however that happens.
+pub(super) struct Ending<'a>(pub &'a Tasks, pub &'a Turns);
 
 impl Drop for Ending<'_> {
     fn drop(&mut self) {
+        self.1.end();
         self.0.checks.end();
         self.0.runs.end();
     }

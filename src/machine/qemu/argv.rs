@@ -70,8 +70,9 @@ pub(super) fn arguments(shape: &Shape<'_>) -> Vec<String> {
     };
     let model = match (shape.cpu, shape.accelerator) {
         (Cpu::Fixed, _) => CPU_MODEL,
-        (Cpu::Host | Cpu::Nested, Accelerator::Kvm) => "host",
-        (Cpu::Host, Accelerator::Tcg) => "max",
+        (Cpu::Nested, Accelerator::Kvm) => "host",
+        (Cpu::Host, Accelerator::Kvm) => "host,-vmx,-svm",
+        (Cpu::Host, Accelerator::Tcg) => "max,-svm",
         (Cpu::Nested, Accelerator::Tcg) => NESTED_CPU_MODEL,
     };
     option("name", "guest={machine}");

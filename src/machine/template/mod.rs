@@ -312,7 +312,14 @@ impl Templates {
                 }
             }
         }
+        // The second was new: a third would cost every run as much, and fare no better.
+        let _ = writes::create(&self.left_alone(&key, files::BARREN));
         Err(notes)
+    }
+
+    /// The file that says for a while why there is no template `key`.
+    fn left_alone(&self, key: &Digest, why: &str) -> PathBuf {
+        self.folder.join(format!("{key}.{why}"))
     }
 
     /// The working set of `template`, which is kept then; none where nobody says what is to be rehearsed, or another kiln is at it.
@@ -363,8 +370,8 @@ impl Templates {
                 files::remove(&path, &self.temporary);
             }
         }
-        let barren = |why: &str| self.folder.join(format!("{key}.{why}"));
-        if LEFT_ALONE.iter().any(|(why, age)| files::is_younger(&barren(why), &lock, *age)) {
+        let left_alone = |why: &str| self.left_alone(key, why);
+        if LEFT_ALONE.iter().any(|(why, age)| files::is_younger(&left_alone(why), &lock, *age)) {
             return Err(TemplateError::Barren);
         }
         // Where there is no room at all nothing is booted for it.
@@ -381,7 +388,7 @@ impl Templates {
         if let Err(error) = made {
             if !error.is_hosts() {
                 let is_full = error.shortage() == Some(Shortage::Room);
-                let _ = writes::create(&barren(if is_full { files::FULL } else { files::BARREN }));
+                let _ = writes::create(&left_alone(if is_full { files::FULL } else { files::BARREN }));
             }
             return Err(error);
         }
@@ -693,7 +700,7 @@ mod tests {
             assert_eq!(left_by(None, error), [true, false, false], "{}", error());
             assert_eq!(left_by(Some(error), damaged), [false, false, false], "{}", error());
         }
-        assert_eq!(left_by(None, damaged), [false, false, false]);
+        assert_eq!(left_by(None, damaged), [false, true, false]);
         assert_eq!(left_by(Some(damaged), damaged), [false, true, false]);
         for error in [full, refused_by_the_ceiling] {
             assert_eq!(left_by(Some(error), damaged), [false, false, true]);

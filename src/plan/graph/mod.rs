@@ -309,6 +309,12 @@ impl Plan {
         self.steps.iter().position(|step| step.name == name).map(StepId)
     }
 
+    /// The names of the steps that `name`, a target or a step with a matrix, stands for, without what they need.
+    pub fn members(&self, name: &str) -> Vec<&str> {
+        let ids = self.targets.get(name).or_else(|| self.families.get(name));
+        ids.into_iter().flatten().map(|id| self.step(*id).name.as_str()).collect()
+    }
+
     /// The steps that `names` (targets, steps, or steps with a matrix) stand for, and all they need, in order. Without
     /// names: the target `default`, or every step.
     ///

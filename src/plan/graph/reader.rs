@@ -12,6 +12,11 @@ use crate::plan::recipe::{
 };
 use crate::plan::{MEMORY_BYTES, Outputs, RootSpec, SCRATCH_BYTES, parse_bytes, parse_duration, show_bytes};
 
+/// Of so many names at most all are told to whoever wrote another.
+const MOST_NAMED: usize = 8;
+/// Variables that say where a step finds what it works on.
+const OWN_VARIABLES: [&str; 3] = ["WORK", "SRCDIR", "KILN_SOURCES"];
+
 /// What names something that a step puts out begins with.
 const STEP: &str = "step:";
 
@@ -36,8 +41,12 @@ impl Reader<'_> {
 
     pub fn unknown<'a>(&self, word: &Text, what: &str, known: impl Iterator<Item = &'a str>) -> Fault {
         let fault = self.fault(word.span(), format!("there is no {what} `{}`", word.get_ref()));
-        match nearest(word.get_ref(), known) {
+        let known: Vec<&str> = known.collect();
+        match nearest(word.get_ref(), known.iter().copied()) {
             Some(meant) => fault.hint(format!("did you mean `{meant}`?")),
+            None if (1..=MOST_NAMED).contains(&known.len()) => {
+                fault.hint(format!("the recipe has {}", known.join(", ")))
+            }
             None => fault,
         }
     }
@@ -397,6 +406,14 @@ impl Reader<'_> {
         if let Some(bad) = table.env.keys().chain(&table.pass_env).find(|name| !is_variable(name)) {
             let message = format!("`{}` is no name of a variable", bad.escape_debug());
             return Err(self.fault(step.span.clone(), message));
+        }
+        let mut variables = table.env.keys().chain(&table.pass_env);
+        if let Some(own) = variables.find(|name| OWN_VARIABLES.contains(&name.as_str())) {
+            let message =
+                format!("`{own}` says where step `{}` finds what it works on: kiln sets it", step.name);
+            return Err(self
+                .fault(step.span.clone(), message)
+                .hint("take another name for a variable of your own"));
         }
         let named = table.env.iter().map(|(name, value)| format!("{name}={value}"));
         Ok(PlannedStep {

@@ -16,6 +16,7 @@ mod workload;
 mod world;
 
 use std::fs;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, SystemTime};
@@ -384,6 +385,68 @@ fn what_another_kiln_put_in_place_of_an_output_is_not_taken_for_it() {
     let again = world.build(recipe);
     assert!(again.ran.is_empty(), "{:?}", again.reasons);
     assert_eq!(world.work("out").as_deref(), Some("one"), "the trace says so, and WORK has to");
+}
+
+#[test]
+fn the_same_work_by_another_path_is_the_same_work() {
+    let mut world = world();
+    assert!(world.build(RECIPE).summary.is_good());
+    world.settings.work.value = world.path("src/../work");
+    let again = world.build(RECIPE);
+    assert!(again.ran.is_empty(), "{:?}", again.reasons);
+}
+
+#[test]
+fn what_differs_in_a_size_alone_is_kept_beside_what_was_there() {
+    let world = World::new();
+    let recipe = "[steps.a]\nrun = \"stat x\\nwrite out same\"\noutputs = ['out']";
+    for (text, runs) in [("1", true), ("long", true), ("2", false), ("more", false)] {
+        world.source("x", text);
+        settle(&world);
+        assert_eq!(!world.build(recipe).ran.is_empty(), runs, "{text}");
+    }
+}
+
+#[test]
+fn of_many_results_those_stay_that_are_used() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let recipe = "[steps.a]\nrun = 'copy out x'\noutputs = ['out']";
+    let build = |text: &str| {
+        // As a kiln of its own.
+        let world = World::at(folder.path());
+        world.source("x", text);
+        settle(&world);
+        world.build(recipe)
+    };
+    build("base");
+    for number in 0..20 {
+        assert!(!build(&number.to_string()).ran.is_empty());
+        let again = build("base");
+        assert!(again.ran.is_empty(), "after {number}: {:?}", again.reasons);
+    }
+    // What is told is how it differs from what was used last.
+    let told = build("other").reasons.remove("a").expect("it ran");
+    let was = kiln_digest::Digest::of(b"base").to_string();
+    assert!(told.contains(&was[..8]), "{told}");
+}
+
+#[test]
+fn a_build_whose_listener_dies_ends() {
+    let (over, ends) = channel();
+    thread::spawn(move || {
+        let mut world = World::new();
+        // The second waits for its turn, which nobody gives back.
+        (world.options.jobs, world.ahead) = (1, 1);
+        let first = "wait\n".repeat(15) + "say\nwait\nsay";
+        let recipe = format!("[steps.a]\nrun = '''{first}'''\n[steps.b]\nrun = 'wait'");
+        let died = panic::catch_unwind(AssertUnwindSafe(|| {
+            world.build_through(&recipe, &Gate::default(), &mut |news| {
+                assert!(!matches!(news, News::Event(..)), "nobody hears this");
+            })
+        }));
+        over.send(died.is_err()).expect("somebody waits");
+    });
+    assert_eq!(ends.recv_timeout(Duration::from_secs(60)), Ok(true), "its workers wait for ever");
 }
 
 #[test]

@@ -199,7 +199,7 @@ impl World {
 
 /// Plays steps: their commands are lines of `read PATH`, `stat PATH`, `list FOLDER`, `use PATH` (of WORK), `write PATH TEXT`,
 /// `copy PATH FROM…` (all of SRCDIR, or of WORK with `work:` before), `change PATH` (of SRCDIR, as a person does meanwhile),
-/// `wait`, `fail`, `lose` (its outputs), `later COUNT` (so many words while it is merged) and `then PATH TEXT` (what another
+/// `wait`, `say`, `fail`, `lose` (its outputs), `later COUNT` (so many words while it is merged) and `then PATH TEXT` (what another
 /// kiln's run of the same step puts out as soon as this one has merged).
 pub struct Player<'a> {
     world: &'a World,
@@ -334,6 +334,10 @@ impl<'a> Player<'a> {
                 ["change", path] => {
                     fs::write(self.world.path("src").join(path), "changed meanwhile").expect("room");
                     spoiled = Some(format!("`/ws/p/{path}` was modified while the step ran"));
+                }
+                ["say"] => {
+                    let said = events(Event::Output(Stream::Stdout, b"said\n"));
+                    said.map_err(|source| RunError::Io { what: "tell", source })?;
                 }
                 ["wait"] => std::thread::sleep(Duration::from_millis(30)),
                 ["fail"] => code = 3,
