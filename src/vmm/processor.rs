@@ -57,6 +57,12 @@ impl Processor {
         })
     }
 
+    /// The same with one register more.
+    #[cfg(test)]
+    pub(crate) fn push_register(&mut self, index: u32, data: u64) {
+        self.model_specific.push(kvm_msr_entry { index, data, ..kvm_msr_entry::default() });
+    }
+
     /// Makes `vcpu`, which has the same leaves, go on from here.
     ///
     /// # Errors

@@ -248,5 +248,9 @@ fn a_snapshot_is_of_its_own_machine_alone() {
     assert!(matches!(error, Some(VmError::OtherMachine("another size of memory"))));
     let error = thawed(1, |snapshot| snapshot.processors[0].leaves[0].ebx ^= 1);
     assert!(matches!(error, Some(VmError::OtherMachine("other processors than this host's can be"))));
+    // IA32_MTRRCAP can be set by nobody: what it holds in a machine is its value in all of them.
+    let error = thawed(1, |snapshot| snapshot.processors[0].push_register(0xfe, 1));
+    assert!(matches!(error, Some(VmError::Cpu(CpuError::Msr(0xfe)))), "{error:?}");
+    assert!(thawed(1, |snapshot| snapshot.processors[0].push_register(0xfe, 0x508)).is_none());
     assert!(thawed(1, |_| {}).is_none());
 }
