@@ -23,7 +23,7 @@ fn a_step_that_is_up_to_date_says_why_it_ran_last() {
     host.run(&["build"]).succeeds();
     assert_eq!(
         host.run(&["why", "m"]).succeeds().stdout,
-        "m: up to date; it ran last because it never ran here\n"
+        "m: up to date; it ran last because it had never run here\n"
     );
     host.file("src/x", "other");
     host.run(&["build"]).succeeds();
@@ -33,6 +33,32 @@ fn a_step_that_is_up_to_date_says_why_it_ran_last() {
         "{}",
         told.stdout
     );
+}
+
+#[test]
+fn a_question_takes_the_work_that_the_build_took_and_one_about_several_steps_names_them() {
+    let host = host();
+    host.file(
+        "kiln.toml",
+        "project = \"p\"\n[settings]\nsrcdir = \"src\"\n[steps.m]\nmatrix = { of = [\"a\", \"b\"] }\n\
+         make = { files = \"m-%{of}\", from = [{ src = \"x\" }] }\n",
+    );
+    host.run(&["build", "--work", "there"]).succeeds();
+    for verb in ["why", "log", "inputs"] {
+        host.run(&[verb, "m-a", "--work", "there"]).succeeds();
+        host.run(&[verb, "m"]).fails(2, &["`m` is no step but a name for several"]).hints(&["m-a, m-b"]);
+    }
+}
+
+#[test]
+fn nobody_has_to_read_what_is_said() {
+    let host = host();
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let mut kiln = host.kiln();
+    let status = kiln.arg("build").stdout(std::process::Stdio::null()).stderr(writer).status();
+    assert_eq!(status.expect("kiln can be started").code(), Some(0));
+    assert!(host.path("work/m").exists());
 }
 
 #[test]
