@@ -31,14 +31,19 @@ pub(super) struct Place {
 impl Place {
     /// Takes a place in `area` for `entry`, which is given its name, and listens there.
     pub fn take(area: &Path, entry: &mut Entry) -> io::Result<(Self, UnixListener)> {
-        let path = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(area)?.keep();
-        let folder = File::open(&path)?;
-        folder.lock()?;
-        let mut place = Self { path, folder };
-        // Between the two steps another kiln may have swept the folder as a dead one's.
-        if !place.path.is_dir() {
-            return Self::take(area, entry);
-        }
+        let mut place = loop {
+            let path = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(area)?.keep();
+            // Until it is locked another kiln may sweep it as a dead one's.
+            let folder = match File::open(&path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                folder => folder?,
+            };
+            let place = Self { path, folder };
+            place.folder.lock()?;
+            if place.path.is_dir() {
+                break place;
+            }
+        };
         let listener = UnixListener::bind(inside(&place.folder, SOCKET))?;
         for _ in 0..ATTEMPTS {
             let mut salt = [0; 16];

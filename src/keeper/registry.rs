@@ -217,6 +217,23 @@ mod tests {
     }
 
     #[test]
+    fn whoever_registers_while_others_sweep_has_a_place() {
+        let run = tempfile::tempdir().expect("a folder");
+        Registry::open(run.path()).expect("a registry");
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        let registry = Registry::open(run.path()).expect("it sweeps");
+                        let one = registry.register(entry(), || {}).expect("registered");
+                        assert!(names(&registry).contains(&one.entry().name));
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
     fn what_the_dead_left_is_swept_whatever_it_is() {
         let run = tempfile::tempdir().expect("a folder");
         let registry = Registry::open(run.path()).expect("a registry");
