@@ -106,7 +106,7 @@ const LONGEST: usize = 100;
 fn on_a_line(value: &str) -> String {
     // Most are escaped, so that no two are one text; what it meant is more to a reader.
     let written = PathBytes::from_escaped(value).and_then(|bytes| String::from_utf8(bytes.0).ok());
-    written.as_deref().unwrap_or(value).trim_end().replace('\n', "\\n")
+    written.as_deref().unwrap_or(value).replace('\n', "\\n")
 }
 
 /// What of `text` is shown: all of it, or what follows the first `from` characters.
@@ -120,14 +120,16 @@ fn cut(text: &str, from: usize) -> String {
 
 /// A value that fits on a line.
 fn short(value: &str) -> String {
-    cut(&on_a_line(value), 0)
+    cut(&on_a_line(value.trim_end()), 0)
 }
 
 /// Two values that differ, of long ones what is about the first difference.
 fn both(was: &str, now: &str) -> (String, String) {
-    let [was, now] = [was, now].map(on_a_line);
+    let differ_before = was.trim_end() != now.trim_end();
+    let [was, now] = [was, now].map(|value| on_a_line(if differ_before { value.trim_end() } else { value }));
     let alike = was.chars().zip(now.chars()).take_while(|(was, now)| was == now).count();
-    let from = if alike < LONGEST / 2 { 0 } else { alike - LONGEST / 4 };
+    let fit = [&was, &now].iter().all(|value| value.chars().count() <= LONGEST);
+    let from = if fit || alike < LONGEST / 2 { 0 } else { alike - LONGEST / 4 };
     (cut(&was, from), cut(&now, from))
 }
 

@@ -20,6 +20,9 @@ use crate::engine::build::{Gate, Machines, NEVER_RAN, News, Outcome, Timeline, w
 use crate::plan::{Plan, StepId, harmless, show_bytes};
 use crate::settings::{Flags, Settings};
 
+/// Of so many steps at most all are named to whoever asked about one.
+const MOST_NAMED: usize = 8;
+
 /// Which WORK a question is about.
 #[derive(Debug, Args)]
 struct WorkFlag {
@@ -95,11 +98,14 @@ impl Opened {
             Err(error) => return Err(error.into()),
             Ok(_) => self.plan.members(name),
         };
-        Err(Failure {
-            text: format!("`{name}` is no step but a name for several"),
-            hint: Some(format!("one of {}", names.join(", "))),
-            code: USAGE,
-        })
+        let hint = match names.len() {
+            0 => None,
+            1..=MOST_NAMED => Some(format!("one of {}", names.join(", "))),
+            count => {
+                Some(format!("one of {} and {} more", names[..MOST_NAMED].join(", "), count - MOST_NAMED))
+            }
+        };
+        Err(Failure { text: format!("`{name}` is no step but a name for several"), hint, code: USAGE })
     }
 
     /// The step of this very name: of the recipe, or none where it is a script's that ran here.

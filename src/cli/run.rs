@@ -92,7 +92,7 @@ pub(super) struct RunArguments {
     /// Processors of the machine [default: the host's]
     #[arg(long, value_name = "N")]
     cpus: Option<u16>,
-    /// One model that is the same on every host, or all that this one can give: what the command does may depend on it then
+    /// One model that is the same on every host, or all that this one can give but virtualisation: what the command does may depend on it then
     #[arg(long, value_name = "CPU", default_value = "fixed", value_parser = Choice(&["fixed", "host"]))]
     cpu: String,
     /// Space for what the command writes, beyond memory

@@ -296,8 +296,8 @@ impl Host {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let key = Digest::of(format!("kvm-probe 2 {boot} {}", env!("CARGO_PKG_VERSION")).as_bytes());
         let records = self.store.records("probe");
-        let today = crate::clock::timestamp().as_second();
-        let is_old = |found: i64| today.saturating_sub(found).unsigned_abs() > HANG_SECONDS;
+        let now_seconds = crate::clock::timestamp().as_second();
+        let is_old = |found: i64| now_seconds.saturating_sub(found).unsigned_abs() > HANG_SECONDS;
         let remembered = records
             .get(&key)
             .filter(|remembered: &Remembered| !(remembered.verdict.has_hung() && is_old(remembered.found)));
@@ -314,7 +314,7 @@ impl Host {
         let verdict = probe::probe();
         // A device that could not be opened may be granted in a minute; figures stay.
         if !matches!(verdict, Verdict::Absent { .. }) {
-            let _ = records.put(&key, &Remembered { verdict: verdict.clone(), found: today });
+            let _ = records.put(&key, &Remembered { verdict: verdict.clone(), found: now_seconds });
         }
         verdict
     }

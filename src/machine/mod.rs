@@ -118,7 +118,7 @@ pub enum Cpu {
     /// One model, whatever the host has: what a step does with its processor's features is the same everywhere.
     #[default]
     Fixed,
-    /// All that the host can give: what a step gives may depend on the host.
+    /// All that the host can give but virtualisation: what a step gives may depend on the host.
     Host,
     /// That, with virtualisation.
     Nested,

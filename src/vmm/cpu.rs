@@ -18,7 +18,7 @@ pub enum Model {
     /// The fixed one.
     #[default]
     Fixed,
-    /// All that the host's KVM can give: results may depend on the host.
+    /// All that the host's KVM can give but virtualisation: results may depend on the host.
     Host,
 }
 

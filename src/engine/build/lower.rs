@@ -201,11 +201,17 @@ pub(super) fn key(
     Ok(key)
 }
 
+/// Where `path` is, by what there is of it: the folder `above` it.
+fn real(above: &Path, path: &Path) -> Option<PathBuf> {
+    let rest = path.strip_prefix(above).ok()?;
+    std::fs::canonicalize(above).ok().map(|above| above.join(rest))
+}
+
 /// Where `path` leads from `directory`: by its words alone where they say it, since a thousand steps ask.
 fn meant(directory: &Path, path: &Path) -> PathBuf {
     let path = directory.join(path);
     match path.components().any(|component| component == Component::ParentDir) {
-        true => std::fs::canonicalize(&path).unwrap_or(path),
+        true => path.ancestors().find_map(|above| real(above, &path)).unwrap_or(path),
         false => path,
     }
 }

@@ -270,11 +270,12 @@ impl<R: Runner> Worker<'_, '_, R> {
     ) -> Result<Kept, BuildError> {
         let (step, key) = (self.checker.build.plan.step(id), self.keys.get(id).unwrap_or_default());
         let mut ran = Ran { log, ..ran };
-        let (not_kept, same) = self.checker.keep(step, &key, &ran, why, stamped_nanos)?;
-        match ran.unmerged.take() {
-            Some(error) => Err(error.into()),
-            None => Ok(Kept { ran: Box::new(ran), not_kept, same }),
+        let kept = self.checker.keep(step, &key, &ran, why, stamped_nanos);
+        if let Some(error) = ran.unmerged.take() {
+            return Err(error.into());
         }
+        let (not_kept, same) = kept?;
+        Ok(Kept { ran: Box::new(ran), not_kept, same })
     }
 }
 

@@ -4,6 +4,7 @@
 //! one store have a lock there already. Whoever finds one and gets its lock finishes what its maker could not.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -46,7 +47,7 @@ pub(super) struct Journal {
     /// What stood where something is removed or replaced, as far as it was looked at. A journal of an earlier kiln does not say.
     #[serde(default)]
     pub stood: Option<Vec<(PathBytes, Identity)>>,
-    /// The store whose ledger that is; this one's where it is not said.
+    /// The store whose ledger that is; that of whoever completes it where it is not said, or gone.
     #[serde(default)]
     pub store: Option<PathBytes>,
 }
@@ -184,8 +185,15 @@ impl Locked {
         for name in places.chain(removals) {
             let Ok(path) = TreePath::new(&name.0) else { continue };
             let host = on_host(&self.path, &path);
-            let Seen::Leaf(found, _) = self.work.look(&path).map_err(at("read", &host))? else { continue };
-            if Some(&&found) != stood.get(name) && Some(&found) != journal.changes.placed.get(name) {
+            let is_in_the_way = match self.work.look(&path).map_err(at("read", &host))? {
+                Seen::Leaf(found, _) => {
+                    Some(&&found) != stood.get(name) && Some(&found) != journal.changes.placed.get(name)
+                }
+                Seen::Folder => !journal.cleared.contains(name) && journal.places.contains(name),
+                Seen::Other => true,
+                Seen::Nothing | Seen::Blocked(_) => false,
+            };
+            if is_in_the_way {
                 return Err(MergeError::InTheWay { path: host });
             }
         }
@@ -243,10 +251,16 @@ impl Locked {
             placed.map_err(failed(&output))
         };
         let placed = journal.places.iter().enumerate().map(place).collect::<Result<_, _>>()?;
-        // Of a kiln of another store: this one's ledger may know a step of that name, and what it put out here.
-        if journal.store.as_ref().is_none_or(|of| *of == name_of(store)) {
-            Ledger::of(store, top).change(&journal.changes).map_err(at("record the outputs of", top))?;
-        }
+        // What another store's kiln began is in that store's ledger, where there still is one.
+        let other = journal
+            .store
+            .as_ref()
+            .filter(|of| **of != name_of(store))
+            .map(|of| PathBuf::from(OsStr::from_bytes(&of.0)));
+        let other =
+            other.filter(|path| path.join("version").is_file()).and_then(|path| Store::open(&path).ok());
+        let ledger = Ledger::of(other.as_ref().unwrap_or(store), top);
+        ledger.change(&journal.changes).map_err(at("record the outputs of", top))?;
         // The journal goes when what it says is done for good: else a power failure could take it and leave half of that.
         writes::sync_all(folder, path).map_err(at("sync", top))?;
         if !store.is_beside(top) {

@@ -57,7 +57,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(10);
 const DEATH_PATIENCE: Duration = Duration::from_secs(2);
 /// What a guest's clock may lack that counts the ticks of a timer.
 const CLOCK_TICKS: Duration = Duration::from_millis(20);
-/// How long no template is tried again after it could not be made, or there was no room to keep it: a file says so for each.
+/// How long no template is tried again after it could not be made or no copy of it came up, or there was no room to keep it: a file says so
+/// for each.
 const LEFT_ALONE: [(&str, Duration); 2] =
     [(files::BARREN, Duration::from_secs(600)), (files::FULL, Duration::from_secs(30))];
 

@@ -45,7 +45,7 @@ impl Reader<'_> {
         match nearest(word.get_ref(), known.iter().copied()) {
             Some(meant) => fault.hint(format!("did you mean `{meant}`?")),
             None if (1..=MOST_NAMED).contains(&known.len()) => {
-                fault.hint(format!("the recipe has {}", known.join(", ")))
+                fault.hint(format!("there is {}", known.join(", ")))
             }
             None => fault,
         }
