@@ -107,7 +107,8 @@ impl Index {
         self.store.traces().join(format!("{scope}{SUFFIX}"))
     }
 
-    /// The traces under `key`, those of the own scope first, the one used last before others. A collection may take one that is not held.
+    /// The traces under `key`, those of the own scope first, the one used last before others. A collection may take one that is
+    /// not held.
     pub fn traces(&self, key: &Digest) -> Vec<Found> {
         let names = names_of(key);
         let scopes = [&self.own].into_iter().chain(&self.others);
@@ -127,8 +128,8 @@ impl Index {
         self.traces.mark(&self.path(&found.scope), &found.line)
     }
 
-    /// Adds `trace` to those under `key`, in place of what was read alike, or of the one that was not used for longest where there are many. The caller
-    /// has synced what it names.
+    /// Adds `trace` to those under `key`, in place of what was read alike, or of the one that was not used for longest where there
+    /// are many. The caller has synced what it names.
     ///
     /// # Errors
     /// What locking and writing say.

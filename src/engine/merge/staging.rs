@@ -117,8 +117,8 @@ impl Locked {
 
     /// Waits for the staging folder that is there; none where there is none.
     ///
-    /// Kilns of one store have their lock; those of two meet here, on one host: a lock of a folder goes no further. Whoever holds the lock of a folder that is not there any
-    /// more holds nothing.
+    /// Kilns of one store have their lock; those of two meet here, on one host: a lock of a folder goes no further. Whoever
+    /// holds the lock of a folder that is not there any more holds nothing.
     fn staging(&self) -> Result<Option<Staging>, MergeError> {
         let path = self.path.join(STAGING);
         loop {
@@ -166,10 +166,15 @@ impl Locked {
             // Something may have been: whoever removed it would leave WORK half as it was, and say nothing.
             journal => journal.map_err(at("read what was left in", &staging.path))?,
         };
-        let journal = serde_json::from_slice(&journal);
+        let journal: Result<Journal, _> = serde_json::from_slice(&journal);
         let journal = journal.map_err(|_| MergeError::Unreadable { staging: staging.path.clone() })?;
         self.is_as_it_stood(staging, &journal)?;
-        self.complete(store, staging, &journal)?;
+        // What another store's kiln began is in that store's ledger, where there still is one.
+        let begun_in = journal.store.as_ref().filter(|of| **of != name_of(store));
+        let begun_in = begun_in.map(|of| PathBuf::from(OsStr::from_bytes(&of.0)));
+        let begun_in = begun_in.filter(|path| path.join("version").is_file());
+        let other = begun_in.and_then(|path| Store::open(&path).ok());
+        self.complete(other.as_ref().unwrap_or(store), staging, &journal)?;
         staging.remove()
     }
 
@@ -217,8 +222,8 @@ impl Locked {
         }
     }
 
-    /// Does what the journal says; every part may have been done already. What is placed then looks like what comes back. The
-    /// caller removes the staging folder.
+    /// Does what the journal says, which is of the ledger in `store`; every part may have been done already. What is placed then
+    /// looks like what comes back. The caller removes the staging folder.
     pub fn complete(
         &self,
         store: &Store,
@@ -251,16 +256,7 @@ impl Locked {
             placed.map_err(failed(&output))
         };
         let placed = journal.places.iter().enumerate().map(place).collect::<Result<_, _>>()?;
-        // What another store's kiln began is in that store's ledger, where there still is one.
-        let other = journal
-            .store
-            .as_ref()
-            .filter(|of| **of != name_of(store))
-            .map(|of| PathBuf::from(OsStr::from_bytes(&of.0)));
-        let other =
-            other.filter(|path| path.join("version").is_file()).and_then(|path| Store::open(&path).ok());
-        let ledger = Ledger::of(other.as_ref().unwrap_or(store), top);
-        ledger.change(&journal.changes).map_err(at("record the outputs of", top))?;
+        Ledger::of(store, top).change(&journal.changes).map_err(at("record the outputs of", top))?;
         // The journal goes when what it says is done for good: else a power failure could take it and leave half of that.
         writes::sync_all(folder, path).map_err(at("sync", top))?;
         if !store.is_beside(top) {
