@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, setsid};
 
 use crate::failure::{Doing, Failure};
+use crate::stock::{Pieces, Stock};
 use crate::sys::{self, Fork, StringArray};
 use crate::{reap, setup, swap};
 
@@ -31,9 +32,11 @@ impl Beside {
     ///
     /// # Errors
     /// There can be no process.
-    pub fn rehearsing(setup: &Setup, shares: Option<OwnedFd>) -> Result<Self, Failure> {
-        let namespaces = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC;
-        Self::start_in(namespaces, "rehearsing a step".to_owned(), || rehearse(setup, shares))
+    pub fn rehearsing(setup: &Setup, shares: Option<OwnedFd>, stock: &mut Stock) -> Result<Self, Failure> {
+        let pieces = stock.take()?;
+        Self::start_in(sys::OWN_WORLD, "rehearsing a step".to_owned(), || {
+            rehearse(setup, shares, pieces, stock)
+        })
     }
 
     fn start_in(
@@ -70,8 +73,8 @@ impl Beside {
     }
 }
 
-fn rehearse(what: &Setup, shares: Option<OwnedFd>) -> Result<(), Errno> {
-    let world = setup::make(what, shares).map_err(|failure| failure.errno)?;
+fn rehearse(what: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock) -> Result<(), Errno> {
+    let world = setup::make(what, shares, pieces, stock).map_err(|failure| failure.errno)?;
     reap::enter_root()?;
     let _signals = sys::child_signals()?;
     match sys::fork(0)? {

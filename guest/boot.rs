@@ -1,6 +1,7 @@
 //! What PID 1 does before it can hear the host: the kernel's file systems, modules, its own limits.
 
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use kiln_wire::DRIVERS_FOLDER;
@@ -43,6 +44,7 @@ pub fn prepare() -> Result<Booted, Failure> {
     ] {
         mounts::attach_at(&mount, path)?;
     }
+    link_devices()?;
     // The machine is useless without its agent; whatever a step starts is the better victim.
     std::fs::write("/proc/self/oom_score_adj", "-1000").doing(|| "setting oom_score_adj")?;
     sys::run_first().doing(|| "raising the agent's priority")?;
@@ -56,6 +58,20 @@ pub fn prepare() -> Result<Booted, Failure> {
     let complaints = modules::load_folder(Path::new(modules::AT_START));
     // Now, so that a frozen machine has it.
     Ok(Booted { shares: mounts::shares().ok(), complaints })
+}
+
+/// What programs expect in /dev beside devices, which every step sees.
+fn link_devices() -> Result<(), Failure> {
+    let links = [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "fd/0"),
+        ("stdout", "fd/1"),
+        ("stderr", "fd/2"),
+        ("core", "/proc/kcore"),
+    ];
+    links.into_iter().try_for_each(|(name, text)| {
+        symlink(text, Path::new("/dev").join(name)).doing(|| format!("linking /dev/{name}"))
+    })
 }
 
 /// Loads the drivers that nobody waits for, of the devices that are there. Returns what went wrong.

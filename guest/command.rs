@@ -16,6 +16,7 @@ use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::failure::cut;
+use crate::group::Group;
 use crate::link::Link;
 use crate::meter::Meter;
 use crate::program::Program;
@@ -98,8 +99,9 @@ impl Command {
         let refusals_before = meter.refusals();
         let usage = Usage { peak_memory_bytes: meter.used_bytes(), ..Usage::default() };
         let started = Instant::now();
-        let init = match sys::fork(libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC)? {
-            Fork::Child => reap::run(&program, &ends, meter.group.as_ref()),
+        let group = meter.group.as_ref().map(Group::place);
+        let init = match sys::fork_into(sys::OWN_WORLD, group)? {
+            Fork::Child => reap::run(&program, &ends),
             Fork::Parent { child } => child,
         };
         // Not racy: nobody but this process waits for it, so its number is its own until then.

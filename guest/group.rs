@@ -1,9 +1,8 @@
 //! How many processes a step's commands may have together: a control group (cgroup v2) that each command's first
-//! process enters before it starts anything. The agent itself stays outside, so that it can end what is inside.
+//! process is started in. The agent itself stays outside, so that it can end what is inside.
 
 use std::fs::{self, File};
-use std::io::Write;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 
 use rustix::mount::MountAttrFlags;
@@ -17,40 +16,47 @@ const STEP: &str = "/run/kiln/groups/step";
 
 /// The group of a step's commands.
 pub struct Group {
-    members: OwnedFd,
+    folder: File,
+    limit: File,
     events: File,
 }
 
 impl Group {
-    /// Makes it, for at most `processes` processes and threads.
+    /// Makes it, without a limit.
     ///
     /// # Errors
     /// The kernel has no control groups, or does not count processes.
-    pub fn make(processes: u32) -> Result<Self, Failure> {
+    pub fn make() -> Result<Self, Failure> {
         let quiet = MountAttrFlags::MOUNT_ATTR_NOSUID
             | MountAttrFlags::MOUNT_ATTR_NOEXEC
             | MountAttrFlags::MOUNT_ATTR_NODEV;
         mounts::attach_at(&mounts::filesystem("cgroup2", &[("source", "groups")], quiet)?, GROUPS)?;
-        let set = |path: String, value: &str| {
-            fs::write(&path, value).doing(|| format!("writing {value:?} to {path}"))
-        };
-        set(format!("{GROUPS}/cgroup.subtree_control"), "+pids")?;
+        let counting = format!("{GROUPS}/cgroup.subtree_control");
+        fs::write(&counting, "+pids").doing(|| format!("writing to {counting}"))?;
         fs::create_dir(STEP).doing(|| format!("making {STEP}"))?;
-        set(format!("{STEP}/pids.max"), &processes.to_string())?;
         let open = |name: &str, write: bool| {
             let path = format!("{STEP}/{name}");
             File::options().read(!write).write(write).open(&path).doing(|| format!("opening {path}"))
         };
-        Ok(Self { members: open("cgroup.procs", true)?.into(), events: open("pids.events", false)? })
+        Ok(Self {
+            folder: open("", false)?,
+            limit: open("pids.max", true)?,
+            events: open("pids.events", false)?,
+        })
     }
 
-    /// Puts the calling process into it, and with it whatever it starts from now on.
+    /// Lets it have at most `processes` processes and threads.
     ///
     /// # Errors
-    /// What the system says.
-    pub fn enter(&self) -> std::io::Result<()> {
-        // 0 is whoever writes.
-        File::from(self.members.try_clone()?).write_all(b"0")
+    /// What the kernel says.
+    pub fn limit(&self, processes: u32) -> Result<(), Failure> {
+        let number = processes.to_string();
+        self.limit.write_all_at(number.as_bytes(), 0).doing(|| format!("writing {number} to {STEP}/pids.max"))
+    }
+
+    /// What a process is started in it with.
+    pub fn place(&self) -> BorrowedFd<'_> {
+        self.folder.as_fd()
     }
 
     /// How often a process could not be started because there were as many as may be.

@@ -26,6 +26,7 @@ mod reap;
 mod session;
 mod setup;
 mod shutdown;
+mod stock;
 mod swap;
 mod sys;
 mod terminal;

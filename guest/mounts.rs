@@ -8,8 +8,9 @@ use kiln_wire::{FILESYSTEMS_FOLDER, SHARES_TAG};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
-    fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
+    fsconfig_reconfigure, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick, move_mount,
+    open_tree,
 };
 
 use crate::failure::{Doing, Failure};
@@ -47,6 +48,20 @@ pub fn filesystem(
         fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
     };
     configure().map_err(|errno| Failure::new(format!("{}{}", what(), kernel_words(&context)), errno))
+}
+
+/// Gives the tmpfs that `mount` is of another limit, in bytes; 0 is none. One that has none cannot be given any.
+///
+/// # Errors
+/// More is in it, or the kernel refuses.
+pub fn limit(mount: &OwnedFd, bytes: u64) -> Result<(), Failure> {
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_EMPTY_PATH;
+    let set = || {
+        let context = fspick(mount, "", flags)?;
+        fsconfig_set_string(&context, "size", bytes.to_string())?;
+        fsconfig_reconfigure(&context)
+    };
+    set().doing(|| format!("limiting a tmpfs to {bytes} bytes"))
 }
 
 /// What the kernel says of a file system that it does not open: whether it lists it, and the state of its module.

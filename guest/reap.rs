@@ -13,7 +13,6 @@ use rustix::mount::{MountFlags, mount, mount_move};
 use rustix::process::{Pid, Signal, chdir, chroot, ioctl_tiocsctty, setsid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
-use crate::group::Group;
 use crate::program::Program;
 use crate::setup::ROOT;
 use crate::sys::{self, Fork};
@@ -142,7 +141,7 @@ impl Verdict {
 }
 
 /// Runs as init of new pid, mount and ipc namespaces: the life of a command, start to end.
-pub fn run(program: &Program, ends: &Ends, group: Option<&Group>) -> ! {
+pub fn run(program: &Program, ends: &Ends) -> ! {
     let refuse = |stage, errno: Errno| -> ! {
         let why = if stage == Stage::Program { program.obstacle(errno) } else { String::new() };
         let errno = crate::failure::errno_number(errno);
@@ -152,9 +151,6 @@ pub fn run(program: &Program, ends: &Ends, group: Option<&Group>) -> ! {
     };
     // Priority is not inherited. If it cannot be had, time-outs are late under load, no more.
     let _ = sys::run_first();
-    if let Some(Err(error)) = group.map(Group::enter) {
-        refuse(Stage::Process, Errno::from_io_error(&error).unwrap_or(Errno::IO));
-    }
     if let Err(errno) = enter_root() {
         refuse(Stage::World, errno);
     }

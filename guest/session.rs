@@ -16,11 +16,11 @@ use crate::beside::Beside;
 use crate::boot::{self, Booted};
 use crate::command::Command;
 use crate::failure::{Doing, Failure, cut, errno_number};
-use crate::group::Group;
 use crate::layer::Listing;
 use crate::link::{ABSENCE, Link, LinkError};
 use crate::meter::Meter;
 use crate::setup::{self, World};
+use crate::stock::Stock;
 use crate::{shutdown, swap};
 
 /// How often memory in use is sampled while a command runs.
@@ -49,7 +49,10 @@ struct Session {
     complaints: Vec<Failure>,
     /// The device of shares, until `Setup`.
     shares: Option<OwnedFd>,
-    greeted: bool,
+    /// What the first host was answered, but for the time.
+    about: Option<About>,
+    /// Laid in once that host has its answer.
+    stock: Option<Stock>,
     /// The root of a rehearsal, until `Setup`: while it is mounted the kernel keeps what it has read of it.
     rehearsed: Option<OwnedFd>,
     world: Option<World>,
@@ -72,7 +75,8 @@ pub fn run(link: Link, booted: Booted) -> Result<(), SessionError> {
         null,
         complaints: booted.complaints,
         shares: booted.shares,
-        greeted: false,
+        about: None,
+        stock: None,
         rehearsed: None,
         world: None,
         commands: BTreeMap::new(),
@@ -92,57 +96,58 @@ pub fn run(link: Link, booted: Booted) -> Result<(), SessionError> {
     }
 }
 
-fn ready(meter: &Meter) -> FromAgent {
-    let uptime = clock_gettime(ClockId::Boottime);
-    let microseconds =
-        |time: Timespec| u64::try_from(time.tv_sec * 1_000_000 + time.tv_nsec / 1000).unwrap_or(0);
-    let cpus = std::thread::available_parallelism()
-        .map_or(1, |count| u16::try_from(count.get()).unwrap_or(u16::MAX));
-    FromAgent::Ready {
-        version: VERSION,
-        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
-        uptime_us: microseconds(uptime),
-        memory_bytes: meter.memory_bytes(),
-        cpus,
+/// What a machine is.
+struct About {
+    kernel: String,
+    memory_bytes: u64,
+    cpus: u16,
+}
+
+impl About {
+    fn new(meter: &Meter) -> Self {
+        let cpus = std::thread::available_parallelism();
+        Self {
+            kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+            memory_bytes: meter.memory_bytes(),
+            cpus: cpus.map_or(1, |count| u16::try_from(count.get()).unwrap_or(u16::MAX)),
+        }
+    }
+
+    fn ready(&self) -> FromAgent {
+        let uptime = clock_gettime(ClockId::Boottime);
+        let microseconds =
+            |time: Timespec| u64::try_from(time.tv_sec * 1_000_000 + time.tv_nsec / 1000).unwrap_or(0);
+        FromAgent::Ready {
+            version: VERSION,
+            kernel: self.kernel.clone(),
+            uptime_us: microseconds(uptime),
+            memory_bytes: self.memory_bytes,
+            cpus: self.cpus,
+        }
     }
 }
 
 impl Session {
     fn answer(&mut self, message: ToAgent) -> Result<(), SessionError> {
-        if !self.greeted && !matches!(message, ToAgent::Hello { .. }) {
-            return Err(SessionError::Protocol("a message before Hello"));
+        if let ToAgent::Hello { version } = message {
+            return self.greet(version);
         }
+        let Some(stock) = &mut self.stock else {
+            return Err(SessionError::Protocol("a message before Hello"));
+        };
         let result = match message {
-            ToAgent::Hello { version } => {
-                if self.world.is_some() {
-                    return Err(SessionError::Protocol("a Hello after Setup"));
-                }
-                self.link.queue(&ready(&self.meter));
-                if version != VERSION {
-                    self.link.flush()?;
-                    return Err(SessionError::Protocol("another version"));
-                }
-                let mut complaints = std::mem::take(&mut self.complaints);
-                if !std::mem::replace(&mut self.greeted, true) {
-                    // The host has its answer first. A machine is frozen after another, so its copies have these drivers.
-                    self.link.flush()?;
-                    complaints.extend(boot::load_drivers());
-                }
-                for complaint in complaints {
-                    self.link.queue(&FromAgent::Log(cut(complaint.to_string())));
-                }
-                return Ok(());
-            }
             ToAgent::Setup(setup) => {
                 if self.world.is_some() {
                     return Err(SessionError::Protocol("a second Setup"));
                 }
                 self.link.bind();
-                setup::make(&setup, self.shares.take()).map(|world| {
+                let world = stock.take();
+                let world = world.and_then(|pieces| setup::make(&setup, self.shares.take(), pieces, stock));
+                world.map(|world| {
                     self.world = Some(world);
                     self.rehearsed = None;
                     if setup.processes > 0 {
-                        match Group::make(setup.processes) {
+                        match stock.group(setup.processes) {
                             Ok(group) => self.meter.group = Some(group),
                             // A kernel without it runs steps all the same; memory limits them too.
                             Err(failure) => {
@@ -158,17 +163,21 @@ impl Session {
                 if self.world.is_some() {
                     return Err(SessionError::Protocol("a rehearsal after Setup"));
                 }
-                self.rehearsed = setup::mount_root(&setup);
+                self.rehearsed = setup::mount_root(&setup, &stock.disks);
                 let shares = self.shares.as_ref().and_then(|shares| shares.try_clone().ok());
-                Beside::rehearsing(&setup, shares)
-                    .and_then(Beside::join)
-                    .map(|()| self.link.queue(&FromAgent::SetupDone))
+                Beside::rehearsing(&setup, shares, stock).and_then(Beside::join).map(|()| {
+                    // What is swapped to is the machine's and not the rehearsal's.
+                    stock.swapped = setup.scratch.or(stock.swapped.take());
+                    self.link.queue(&FromAgent::SetupDone);
+                })
             }
-            ToAgent::Swap(scratch) => {
+            ToAgent::Settle { seed, scratch } => {
                 if self.world.is_some() {
-                    return Err(SessionError::Protocol("a disk to swap to after Setup"));
+                    return Err(SessionError::Protocol("a machine that settles after Setup"));
                 }
-                swap::begin_empty(&scratch).map(|()| self.link.queue(&FromAgent::SetupDone))
+                setup::seed(&seed)
+                    .and_then(|()| swap::begin_empty(&scratch, stock))
+                    .map(|()| self.link.queue(&FromAgent::SetupDone))
             }
             ToAgent::Mount(mount) => match &mut self.world {
                 Some(world) => world.mount(&mount).map(|()| self.link.queue(&FromAgent::Mounted)),
@@ -202,10 +211,35 @@ impl Session {
             }
             ToAgent::List { target } => self.list(&target),
             ToAgent::Fetch { ordinals } => self.fetch(&ordinals),
-            ToAgent::PowerOff => Ok(()),
+            // These come elsewhere.
+            ToAgent::Hello { .. } | ToAgent::PowerOff => Ok(()),
         };
         if let Err(failure) = result {
             self.link.queue(&failure.message());
+        }
+        Ok(())
+    }
+
+    fn greet(&mut self, version: u16) -> Result<(), SessionError> {
+        if self.world.is_some() {
+            return Err(SessionError::Protocol("a Hello after Setup"));
+        }
+        let about = self.about.get_or_insert_with(|| About::new(&self.meter));
+        self.link.queue(&about.ready());
+        if version != VERSION {
+            self.link.flush()?;
+            return Err(SessionError::Protocol("another version"));
+        }
+        let mut complaints = std::mem::take(&mut self.complaints);
+        if self.stock.is_none() {
+            // The host has its answer first. A machine is frozen after another, so its copies have these drivers, and what is
+            // in stock.
+            self.link.flush()?;
+            complaints.extend(boot::load_drivers());
+            self.stock = Some(Stock::lay_in());
+        }
+        for complaint in complaints {
+            self.link.queue(&FromAgent::Log(cut(complaint.to_string())));
         }
         Ok(())
     }

@@ -5,20 +5,20 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, chown};
-use std::path::Path;
 
 use kiln_wire::{ABOUT_ROOT, Access, Clock, Mount, Setup, Source};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, XattrFlags, openat, utimensat};
 use rustix::io::Errno;
-use rustix::mount::MountAttrFlags;
 use rustix::time::ClockId;
 
 use crate::beside::Beside;
+use crate::disk::Disks;
 use crate::failure::{Doing, Failure};
 use crate::layer::Layer;
 use crate::modules::ModuleTree;
 use crate::place::StepRoot;
-use crate::{disk, mounts, network, swap, sys};
+use crate::stock::{Pieces, Stock};
+use crate::{mounts, network, swap, sys};
 
 /// The step's root in the agent's own tree.
 pub const ROOT: &CStr = c"/run/kiln/root";
@@ -54,27 +54,28 @@ impl World {
     }
 }
 
-/// Makes the world, with the device of `shares` where it is mounted.
+/// Makes the world of `pieces` and what is in stock, with the device of `shares` where it is mounted.
 ///
 /// # Errors
 /// What failed, by name. The machine is of no use then.
-pub fn make(setup: &Setup, shares: Option<OwnedFd>) -> Result<World, Failure> {
-    let random = File::options().write(true).open("/dev/urandom").doing(|| "opening /dev/urandom")?;
-    sys::add_entropy(&random, &setup.seed).doing(|| "adding the seed to the kernel's entropy")?;
+pub fn make(setup: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock) -> Result<World, Failure> {
+    seed(&setup.seed)?;
     set_clock(setup.clock)?;
     rustix::system::sethostname(setup.hostname.as_bytes())
         .doing(|| format!("setting the host name {:?}", setup.hostname))?;
-    let swapping = setup.scratch.as_ref().map(swap::begin).transpose()?.flatten();
-    mount_layers(setup.layer_bytes)?;
+    let swapping = setup.scratch.as_ref().map(|scratch| swap::begin(scratch, stock)).transpose()?.flatten();
+    mounts::limit(&pieces.layers, setup.layer_bytes)?;
+    mounts::attach_at(&pieces.layers, LAYERS)?;
 
-    let mut maker = Maker { shares, lowers: 0, layers: Vec::new(), direct: Vec::new() };
+    let disks = stock.disks.clone();
+    let mut maker = Maker { shares, disks, lowers: 0, layers: Vec::new(), direct: Vec::new() };
     let about_root =
         |failure: Failure| Failure::new(format!("{ABOUT_ROOT}: {}", failure.what), failure.errno);
     let lower = maker.lower(&setup.root).map_err(about_root)?;
     let root = maker.layered(lower, b"/").map_err(about_root)?;
     mounts::attach_at(&root, ROOT_PATH)?;
     let root = StepRoot::open(ROOT_PATH)?;
-    let terminals = mount_system(&root)?;
+    mount_system(&root, &pieces)?;
     for mount in &setup.mounts {
         maker.mount(&root, mount, &setup.load_modules)?;
     }
@@ -89,14 +90,23 @@ pub fn make(setup: &Setup, shares: Option<OwnedFd>) -> Result<World, Failure> {
         layer.remember()?;
     }
     swapping.map_or(Ok(()), Beside::join)?;
-    Ok(World { root, maker, terminals })
+    Ok(World { root, maker, terminals: pieces.terminals })
 }
 
 /// The root of `setup` as a mount nobody sees; none where it is no disk, or cannot be mounted, which making the world says.
-pub fn mount_root(setup: &Setup) -> Option<OwnedFd> {
+pub fn mount_root(setup: &Setup, disks: &Disks) -> Option<OwnedFd> {
     // One that is mounted to be written to cannot be mounted twice.
     let Source::Disk { serial, filesystem, read_only: true } = &setup.root else { return None };
-    mounts::disk(&disk::find(serial).ok()?, filesystem, true).ok()
+    mounts::disk(&disks.find(serial).ok()?, filesystem, true).ok()
+}
+
+/// Gives the kernel's generator of random numbers a seed, of which it makes what it gives from now on.
+///
+/// # Errors
+/// It does not take it.
+pub fn seed(seed: &[u8; 64]) -> Result<(), Failure> {
+    let random = File::options().write(true).open("/dev/urandom").doing(|| "opening /dev/urandom")?;
+    sys::add_entropy(&random, seed).doing(|| "adding the seed to the kernel's entropy")
 }
 
 fn set_clock(clock: Clock) -> Result<(), Failure> {
@@ -105,44 +115,17 @@ fn set_clock(clock: Clock) -> Result<(), Failure> {
         .doing(|| format!("setting the clock to {}", clock.seconds))
 }
 
-/// The tmpfs of all layers. Inodes are not limited beside bytes: a step is told one limit, not two.
-fn mount_layers(bytes: u64) -> Result<(), Failure> {
-    let size = bytes.to_string();
-    let all = [("source", "layers"), ("mode", "0700"), ("nr_inodes", "0"), ("size", size.as_str())];
-    let options = if bytes == 0 { all.get(..3) } else { all.get(..) };
-    let tmpfs = mounts::filesystem("tmpfs", options.unwrap_or_default(), MountAttrFlags::empty())?;
-    mounts::attach_at(&tmpfs, LAYERS)
-}
-
 /// What every step finds whatever its root is: devices and kernel information. `/proc` is mounted by each command, in
-/// its own pid namespace; here it only gets its place. Gives the devpts.
-fn mount_system(root: &StepRoot) -> Result<OwnedFd, Failure> {
+/// its own pid namespace; here it only gets its place.
+fn mount_system(root: &StepRoot, pieces: &Pieces) -> Result<(), Failure> {
     for path in ["/proc", "/run"] {
         root.folder(path.as_bytes())?;
     }
     root.folder_with_mode(b"/tmp", 0o1777)?;
     attach(root, &mounts::bind(CWD, "/sys", mounts::READ_ONLY_KERNEL)?, b"/sys")?;
     attach(root, &mounts::bind(CWD, "/dev", 0)?, b"/dev")?;
-    for (name, text) in [
-        ("fd", "/proc/self/fd"),
-        ("stdin", "fd/0"),
-        ("stdout", "fd/1"),
-        ("stderr", "fd/2"),
-        ("core", "/proc/kcore"),
-    ] {
-        match std::os::unix::fs::symlink(text, Path::new("/dev").join(name)) {
-            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-            result => result.doing(|| format!("linking /dev/{name}"))?,
-        }
-    }
-    let no_programs = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let terminals = [("source", "devpts"), ("mode", "0620"), ("gid", "5"), ("ptmxmode", "0666")];
-    let terminals = mounts::filesystem("devpts", &terminals, no_programs)?;
-    attach(root, &terminals, b"/dev/pts")?;
-    let no_devices = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    let shared_memory = [("source", "shm"), ("mode", "1777")];
-    attach(root, &mounts::filesystem("tmpfs", &shared_memory, no_devices)?, b"/dev/shm")?;
-    Ok(terminals)
+    attach(root, &pieces.terminals, b"/dev/pts")?;
+    attach(root, &pieces.shared_memory, b"/dev/shm")
 }
 
 fn attach(root: &StepRoot, mount: &OwnedFd, target: &[u8]) -> Result<(), Failure> {
@@ -153,6 +136,7 @@ fn attach(root: &StepRoot, mount: &OwnedFd, target: &[u8]) -> Result<(), Failure
 /// Makes mounts and remembers what was made.
 struct Maker {
     shares: Option<OwnedFd>,
+    disks: Disks,
     lowers: usize,
     layers: Vec<Layer>,
     direct: Vec<String>,
@@ -163,13 +147,13 @@ impl Maker {
     fn mount(&mut self, root: &StepRoot, mount: &Mount, load_modules: &[String]) -> Result<(), Failure> {
         match (&mount.source, mount.access) {
             (Source::Disk { serial, filesystem, .. }, _) if filesystem.is_empty() => {
-                let device = disk::find(serial)?;
+                let device = self.disks.find(serial)?;
                 let file = root.file(&mount.target)?;
                 mounts::attach(&mounts::bind(CWD, &device, 0)?, &file)
                     .doing(|| format!("mounting {device} on {}", mount.target.escape_ascii()))
             }
             (Source::Modules(serial), _) => {
-                let tree = mounts::disk(&disk::find(serial)?, "erofs", true)?;
+                let tree = mounts::disk(&self.disks.find(serial)?, "erofs", true)?;
                 let release = rustix::system::uname();
                 let target = [b"/lib/modules/", release.release().to_bytes()].concat();
                 attach(root, &tree, &target)?;
@@ -191,7 +175,7 @@ impl Maker {
                 attach(root, &overlay, &mount.target)
             }
             (Source::Disk { serial, filesystem, read_only }, Access::Direct) => {
-                let device = disk::find(serial)?;
+                let device = self.disks.find(serial)?;
                 let own = format!("/run/kiln/direct/{}", self.direct.len());
                 mounts::attach_at(&mounts::disk(&device, filesystem, *read_only)?, &own)?;
                 let shown = mounts::bind(CWD, &own, 0)?;
@@ -207,8 +191,10 @@ impl Maker {
     /// A source as a mount that nobody can write to.
     fn read_only(&mut self, source: &Source) -> Result<OwnedFd, Failure> {
         match source {
-            Source::Disk { serial, filesystem, .. } => mounts::disk(&disk::find(serial)?, filesystem, true),
-            Source::Modules(serial) => mounts::disk(&disk::find(serial)?, "erofs", true),
+            Source::Disk { serial, filesystem, .. } => {
+                mounts::disk(&self.disks.find(serial)?, filesystem, true)
+            }
+            Source::Modules(serial) => mounts::disk(&self.disks.find(serial)?, "erofs", true),
             Source::Share(name) => self.share(name),
             Source::Within(path) => {
                 Err(Failure::new(format!("a layer over {}", path.escape_ascii()), Errno::INVAL))
@@ -258,12 +244,13 @@ impl Maker {
 /// Gives the top of a layer the attributes of the lower tree's top, because the overlay shows the layer's.
 fn copy_attributes(from: &str, to: &str) -> std::io::Result<()> {
     let stat = rustix::fs::stat(from)?;
-    let mut names = vec![0; 65_536];
-    let length = match rustix::fs::llistxattr(from, &mut names[..]) {
+    // Most have none, and room for what there is at most is more than a short step takes.
+    let mut names = match rustix::fs::llistxattr(from, &mut [0_u8; 0][..]) {
         // A share whose device has no extended attributes.
-        Err(Errno::NOTSUP | Errno::NOSYS) => 0,
-        result => result?,
+        Err(Errno::NOTSUP | Errno::NOSYS) => Vec::new(),
+        result => vec![0; result?],
     };
+    let length = if names.is_empty() { 0 } else { rustix::fs::llistxattr(from, &mut names[..])? };
     let names = names.get(..length).unwrap_or_default().split(|&byte| byte == 0);
     for name in names.filter(|name| !name.is_empty() && !name.starts_with(b"trusted.overlay.")) {
         let mut value = vec![0; 65_536];

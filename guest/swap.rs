@@ -9,7 +9,8 @@ use rustix::io::Errno;
 
 use crate::beside::Beside;
 use crate::failure::Failure;
-use crate::{disk, sys};
+use crate::stock::Stock;
+use crate::sys;
 
 const PAGE_BYTES: u64 = 4096;
 
@@ -18,22 +19,22 @@ const PAGE_BYTES: u64 = 4096;
 ///
 /// # Errors
 /// There is no such disk, or there can be no process.
-pub fn begin(scratch: &Scratch) -> Result<Option<Beside>, Failure> {
-    let device = disk::find(&scratch.serial)?;
-    match column(&fs::read_to_string("/proc/swaps").unwrap_or_default(), &device, 2) {
-        Some(bytes) if bytes == (scratch.bytes / PAGE_BYTES).saturating_sub(1) * PAGE_BYTES => Ok(None),
-        _ => Beside::swapping(&device, scratch.bytes).map(Some),
+pub fn begin(scratch: &Scratch, stock: &Stock) -> Result<Option<Beside>, Failure> {
+    if stock.swapped.as_ref() == Some(scratch) {
+        return Ok(None);
     }
+    Beside::swapping(&stock.disks.find(&scratch.serial)?, scratch.bytes).map(Some)
 }
 
 /// Does that, and makes sure that nothing is there yet: of a machine that is frozen, what was swapped out would be lost.
 ///
 /// # Errors
 /// Those of [`begin`] and [`to`]; `EBUSY` where something is.
-pub fn begin_empty(scratch: &Scratch) -> Result<(), Failure> {
-    begin(scratch)?.map_or(Ok(()), Beside::join)?;
+pub fn begin_empty(scratch: &Scratch, stock: &mut Stock) -> Result<(), Failure> {
+    begin(scratch, stock)?.map_or(Ok(()), Beside::join)?;
+    stock.swapped = Some(scratch.clone());
     let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
-    match column(&swaps, &disk::find(&scratch.serial)?, 3) {
+    match used(&swaps, &stock.disks.find(&scratch.serial)?) {
         Some(0) => Ok(()),
         _ => Err(Failure::new(format!("swapping to nothing but {:?}, unused", scratch.serial), Errno::BUSY)),
     }
@@ -58,12 +59,11 @@ pub fn to(device: &str, bytes: u64) -> Result<(), Errno> {
     sys::swap_on(&name)
 }
 
-/// What `swaps` says of `device`, the text of /proc/swaps (proc(5)), in bytes: in column 2 how many are swapped to, in column 3 how
-/// many are in use.
-fn column(swaps: &str, device: &str, number: usize) -> Option<u64> {
+/// How many bytes of `device` are in use as `swaps` has it, the text of /proc/swaps (proc(5)); none where it is not swapped to.
+fn used(swaps: &str, device: &str) -> Option<u64> {
     let mut lines = swaps.lines().map(str::split_whitespace);
     let mut line = lines.find(|line| line.clone().next() == Some(device))?;
-    line.nth(number)?.parse::<u64>().ok()?.checked_mul(1024)
+    line.nth(3)?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// The first page of a swap space of `size_bytes` (`union swap_header` of linux/swap.h): version 1, the number of the
@@ -111,9 +111,8 @@ mod tests {
     fn what_is_swapped_to_is_told_by_device() {
         let swaps = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n\
                      /dev/vdb                                partition\t16777212\t0\t\t-2\n";
-        assert_eq!(column(swaps, "/dev/vdb", 2), Some((16 << 30) - 4096));
-        assert_eq!(column(swaps, "/dev/vdb", 3), Some(0));
-        assert_eq!(column(swaps, "/dev/vd", 2), None);
-        assert_eq!(column("", "/dev/vdb", 2), None);
+        assert_eq!(used(swaps, "/dev/vdb"), Some(0));
+        assert_eq!(used(swaps, "/dev/vd"), None);
+        assert_eq!(used("", "/dev/vdb"), None);
     }
 }

@@ -30,6 +30,9 @@ fn check_long(result: libc::c_long) -> Result<libc::c_long, Errno> {
     if result == -1 { Err(last_errno()) } else { Ok(result) }
 }
 
+/// clone3(2): in the control group of `clone_args.cgroup`.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
 /// In which process a fork returned.
 pub enum Fork {
     /// The caller's.
@@ -41,17 +44,37 @@ pub enum Fork {
     Child,
 }
 
+/// The namespaces of a step's world: processes, mounts, and the IPC of System V.
+pub const OWN_WORLD: libc::c_int = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWIPC;
+
 /// fork(2), with new namespaces for the child (`libc::CLONE_NEW…`; 0 for none).
 ///
 /// # Errors
-/// Those of clone(2).
+/// Those of clone3(2).
 pub fn fork(namespaces: libc::c_int) -> Result<Fork, Errno> {
-    let flags = libc::c_ulong::try_from(namespaces | libc::SIGCHLD).map_err(|_| Errno::INVAL)?;
+    fork_into(namespaces, None)
+}
+
+/// The same, of which the child is in the control group whose folder `group` is.
+///
+/// # Errors
+/// Those of clone3(2); EAGAIN where the group has as many processes as it may.
+pub fn fork_into(namespaces: libc::c_int, group: Option<BorrowedFd<'_>>) -> Result<Fork, Errno> {
+    let flags = u64::try_from(namespaces).map_err(|_| Errno::INVAL)?;
+    // SAFETY: clone_args is a C struct of integers, for which all zeros is a value.
+    let mut arguments: libc::clone_args = unsafe { zeroed() };
+    arguments.exit_signal = u64::try_from(libc::SIGCHLD).map_err(|_| Errno::INVAL)?;
+    arguments.flags = flags;
+    if let Some(group) = group {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = u64::try_from(group.as_raw_fd()).map_err(|_| Errno::BADF)?;
+    }
     // SAFETY: Without CLONE_VM and with a null stack this is fork(2): the child runs on a copy of this memory, stack
     // included, so Rust's rules hold in each process by itself. What glibc's fork() adds (locks taken by other threads,
     // atfork handlers, the list of threads) concerns only programs with threads or handlers; there are none here. The
-    // null pointers are arguments that these flags do not use.
-    let result = unsafe { libc::syscall(libc::SYS_clone, flags, 0usize, 0usize, 0usize, 0usize) };
+    // arguments are live and as long as is said.
+    let result =
+        unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) };
     let child = i32::try_from(check_long(result)?).map_err(|_| Errno::RANGE)?;
     Ok(Pid::from_raw(child).map_or(Fork::Child, |child| Fork::Parent { child }))
 }

@@ -1,7 +1,7 @@
 //! What host and agent say to each other. The order of a machine's life:
 //!
 //! 1. host → `Hello`; agent → `Ready`. Versions must be equal. Until `Setup` another host may say `Hello` in this one's
-//!    place, as it does to the copy of a frozen machine. Before a machine is frozen, host → `Swap`; of one that is to wait for a
+//!    place, as it does to the copy of a frozen machine. Before a machine is frozen, host → `Settle`; of one that is to wait for a
 //!    step, host → `Rehearse`. Agent → `SetupDone` or `Failed`.
 //! 2. host → `Setup`; agent → `SetupDone` or `Failed`. Seed and clock come first inside it.
 //! 3. host → `Exec` (any number, also at once, `id` chosen by the host); agent → `Started`, `Output`…, `Exited`, or
@@ -13,7 +13,7 @@
 //! 5. host → `PowerOff`; agent syncs, answers `Bye` and powers off.
 
 /// The version of this protocol. Host and agent are installed together, so there is no negotiation.
-pub const VERSION: u16 = 7;
+pub const VERSION: u16 = 8;
 
 /// The vsock port on the host (CID 2) that an agent connects to when its carrier is vsock.
 pub const AGENT_VSOCK_PORT: u32 = 1024;
@@ -204,8 +204,14 @@ pub enum ToAgent {
     /// Before `Setup`: prepare a world in a process of its own, start a program in it and drop both. The kernel has been
     /// through it all then, and an emulator has translated what it did.
     Rehearse(Setup),
-    /// Before `Setup`: swap to this disk, where nothing may be in use yet. A `Setup` that names the same one finds that done.
-    Swap(Scratch),
+    /// Before `Setup`: do what each copy of this machine would have to do otherwise. What a generator has from this seed is no
+    /// copy's: each is seeded anew.
+    Settle {
+        /// Entropy, credited to the kernel's generator.
+        seed: [u8; 64],
+        /// A disk to swap to, where nothing may be in use yet. A `Setup` that names the same one finds that done.
+        scratch: Scratch,
+    },
     /// Mount another tree below the step's root. Commands started later see it.
     Mount(Mount),
     /// Start a command.
@@ -333,7 +339,7 @@ pub enum FromAgent {
         /// Processors online.
         cpus: u16,
     },
-    /// `Setup`, `Rehearse` or `Swap` succeeded.
+    /// `Setup`, `Rehearse` or `Settle` succeeded.
     SetupDone,
     /// `Mount` succeeded.
     Mounted,

@@ -18,7 +18,7 @@ const MOUNT: u8 = 0x09;
 const CREDIT: u8 = 0x0a;
 const RESIZE: u8 = 0x0b;
 const REHEARSE: u8 = 0x0c;
-const SWAP: u8 = 0x0d;
+const SETTLE: u8 = 0x0d;
 
 /// The kernel's _NSIG: the largest signal number.
 const MAX_SIGNAL: u8 = 64;
@@ -41,8 +41,9 @@ impl ToAgent {
                 w = Writer::new(REHEARSE);
                 write_setup(&mut w, setup);
             }
-            Self::Swap(scratch) => {
-                w = Writer::new(SWAP);
+            Self::Settle { seed, scratch } => {
+                w = Writer::new(SETTLE);
+                w.raw(seed);
                 write_scratch(&mut w, scratch);
             }
             Self::Mount(mount) => {
@@ -99,7 +100,7 @@ impl ToAgent {
             HELLO => Self::Hello { version: r.u16("version")? },
             SETUP => Self::Setup(read_setup(&mut r)?),
             REHEARSE => Self::Rehearse(read_setup(&mut r)?),
-            SWAP => Self::Swap(read_scratch(&mut r)?),
+            SETTLE => Self::Settle { seed: r.array("seed")?, scratch: read_scratch(&mut r)? },
             MOUNT => Self::Mount(read_mount(&mut r)?),
             EXEC => Self::Exec(read_exec(&mut r)?),
             STDIN => {

@@ -13,9 +13,6 @@ use crate::machine::{Death, MachineError};
 use crate::plan::{EnvError, OutputError, show_bytes};
 use crate::root::Filesystem;
 
-/// Linux's number for a file system that the kernel does not have.
-const ENODEV: i32 = 19;
-
 impl RunError {
     /// A root that cannot be had.
     pub(super) fn of_root(error: crate::root::RootError) -> Self {
@@ -151,7 +148,7 @@ impl RunError {
             Self::BareKernel { .. } => Some("name the folder of its modules with --modules DIR".to_owned()),
             Self::Root { filesystem, source: SessionError::Failed { errno, .. }, .. } => {
                 Some(match errno.raw_os_error() {
-                    Some(ENODEV) => format!("this kernel has no {filesystem}: see --kernel and --modules"),
+                    Some(libc::ENODEV) => format!("this kernel has no {filesystem}: see --kernel and --modules"),
                     _ => {
                         format!("the image is damaged, or uses what this kernel's {filesystem} does not know")
                     }

@@ -19,7 +19,7 @@ use super::step::{Clock, Keep, OPEN_NETWORK, Step};
 use crate::apart::{self, Kept};
 use crate::machine::qemu::Qemu;
 use crate::machine::vmm::KilnVmm;
-use crate::machine::{Attributes, Carrier, Cpu, Disk, PathBytes, Share, Spec, scratch, serial};
+use crate::machine::{Attributes, Carrier, Cpu, Disk, PathBytes, Share, Spec, drawn, scratch, serial};
 use crate::plan::{EnvError, Environment};
 use crate::root::bundle::Bundle;
 use crate::root::{Root, image, toolbox};
@@ -340,9 +340,7 @@ pub(super) fn describe(
         let file = File::open(path).map_err(io("open the toolbox's image"))?;
         disks.push(Disk { serial: serial::TOOLBOX.to_owned(), file: file.into(), read_only: true });
     }
-    let mut seed = [0; 64];
-    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty())
-        .map_err(|errno| io("draw a seed")(errno.into()))?;
+    let seed = drawn().map_err(io("draw a seed"))?;
     let clock = match step.clock {
         Clock::Fixed => kiln_wire::Clock { seconds: seconds(prepared)?, nanoseconds: 0 },
         Clock::Host => host_clock(),
@@ -395,9 +393,8 @@ pub(super) fn host_clock() -> kiln_wire::Clock {
 /// What a machine for such a step can rehearse; none where its root is a share.
 fn rehearsal(setup: &Setup) -> Option<Vec<u8>> {
     let Source::Disk { .. } = setup.root else { return None };
-    let mut seed = [0; 64];
-    rustix::rand::getrandom(&mut seed, rustix::rand::GetRandomFlags::empty()).ok()?;
-    let rehearsed = Setup { seed, mounts: Vec::new(), load_modules: Vec::new(), ..setup.clone() };
+    let rehearsed =
+        Setup { seed: drawn().ok()?, mounts: Vec::new(), load_modules: Vec::new(), ..setup.clone() };
     Some(ToAgent::Rehearse(rehearsed).encode())
 }
 

@@ -13,7 +13,7 @@ use crate::keeper::ready::{
     Backend as OrderedBackend, Order, is_in_succession, order, take_failure, take_turn,
 };
 use crate::machine::ready::{Lent, Readies as _};
-use crate::machine::{Machine, Spec, serial};
+use crate::machine::{Machine, Spec, drawn, serial};
 
 /// Runs that belong together, as the steps of a build do: of none are machines that are made ready taken from another.
 pub struct Series {
@@ -26,9 +26,8 @@ pub struct Series {
 impl Series {
     /// Runs of which so many go on `at_once`, beside so many that are got `ahead` for their turn.
     pub fn new(at_once: usize, ahead: usize) -> Self {
-        let mut number = [0; 16];
         // A turn that is another's makes more or fewer machines ready, and nothing else.
-        let _ = rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty());
+        let number = drawn().unwrap_or([0; 16]);
         let at_once = at_once.max(1);
         Self { turn: Digest::of(&number).to_string(), at_once, alike: at_once.saturating_add(ahead) }
     }

@@ -25,7 +25,7 @@ use super::ready::{Readiness, Series};
 use super::step::{Clock, Keep, Step};
 use crate::agent::{ExecEnd, RUNNING, Session, SessionError};
 use crate::keeper::{Entry, Kept, Registration, Registry};
-use crate::machine::{Backend, Identity, Machine, footprint};
+use crate::machine::{Accelerator, Backend, Identity, Machine, Origin, footprint, in_full};
 use crate::root::bundle::NEEDED;
 use crate::root::{Filesystem, Image, Root, toolbox};
 use crate::threads;
@@ -124,7 +124,7 @@ pub fn run_among(
     events: Listener<'_>,
 ) -> Run {
     let mut standing = None;
-    let result = carry_through(step, host, input, series, events, &mut standing);
+    let result = carry_through(step, host, input, series, events, &mut standing, true);
     let is_good = |report: &Report| report.ended.is_success() && report.unmerged.is_none();
     let failed = !result.as_ref().is_ok_and(is_good);
     let standing = standing.filter(|_| step.keeps(!failed));
@@ -150,7 +150,8 @@ pub(super) fn with_toolbox(mut kept: Kept, step: &Step, events: Listener<'_>) ->
     kept
 }
 
-/// Does what [`run`] says. A machine that may be wanted afterwards is left in `standing`.
+/// Does what [`run`] says. A machine that may be wanted afterwards is left in `standing`. Where it `may_boot_again`, a machine
+/// that came up badly is followed by another.
 fn carry_through(
     step: &Step,
     host: &Host,
@@ -158,6 +159,7 @@ fn carry_through(
     series: &Series,
     events: Listener<'_>,
     standing: &mut Option<Kept>,
+    may_boot_again: bool,
 ) -> Result<Report, RunError> {
     let mut stopwatch = Stopwatch::start();
     let has_input = input.is_some();
@@ -176,7 +178,17 @@ fn carry_through(
         readiness => (None, readiness),
     };
     let mut ordered = early.and_then(order);
-    let conversation = talk.open(wire, setup, events).and_then(|opened| {
+    let opened = talk.open(wire, setup, events);
+    if let Err(error) = &opened
+        && may_boot_again
+        && came_up_badly(error, machine.identity())
+    {
+        // Nothing of the step has run.
+        let _ = events(Event::Warning(&format!("the machine was booted again: {}", in_full(error))));
+        drop((machine, registration));
+        return carry_through(step, host, input, series, events, standing, false);
+    }
+    let conversation = opened.and_then(|opened| {
         ordered = ordered.take().or_else(|| late.and_then(order));
         talk.work(session.insert(opened), exec, input, events)
     });
@@ -325,6 +337,15 @@ pub(super) fn start(
     let wire = machine.wire()?;
     let (registration, stopped) = register(step, host, &prepared, &*machine, &wire)?;
     Ok(Started { prepared, setup, exec, machine, wire, registration, stopped, readiness })
+}
+
+/// Whether another machine may fare better than this one, where `error` came of preparing a step: an emulated kernel has been
+/// seen not to load a module of its own on a busy host.
+fn came_up_badly(error: &RunError, identity: &Identity) -> bool {
+    let (RunError::Root { source, .. } | RunError::Session(source)) = error else { return false };
+    let lacks_a_file_system =
+        matches!(source, SessionError::Failed { errno, .. } if errno.raw_os_error() == Some(libc::ENODEV));
+    lacks_a_file_system && identity.accelerator == Accelerator::Tcg && identity.origin == Origin::Boot
 }
 
 /// What `error`, in a conversation about `doing`, says of the machine: whether somebody ended it, and how it died. What its

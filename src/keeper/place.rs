@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use super::entry::{Entry, is_name};
+use crate::machine::drawn;
 
 const ENTRY: &str = "entry.json";
 const SOCKET: &str = "socket";
@@ -46,9 +47,7 @@ impl Place {
         };
         let listener = UnixListener::bind(inside(&place.folder, SOCKET))?;
         for _ in 0..ATTEMPTS {
-            let mut salt = [0; 16];
-            rustix::rand::getrandom(&mut salt, rustix::rand::GetRandomFlags::empty())?;
-            entry.name = entry.suggest_name(&salt);
+            entry.name = entry.suggest_name(&drawn::<16>()?);
             place.write(entry)?;
             let path = area.join(&entry.name);
             // A folder replaces an empty one only, and no machine's is.

@@ -64,8 +64,8 @@ pub use kiln_virtio::fs::record::PathBytes;
 /// filled from holding stale translated code under emulation. `cryptomgr.notests` leaves out tests of the kernel's ciphers, 0.4 s
 /// of an emulated boot. Of the security modules only `landlock` is there, which a step can use on itself: the others guard
 /// users of one system from each other, and their hooks are in every system call; nor does a machine of one step need to know
-/// its pressure (`psi`). Both are a MiB of translated code in an emulator.
-const KERNEL_WORDS: &str = "console=ttyS0 quiet loglevel=4 panic=-1 init_on_alloc=1 cryptomgr.notests lsm=landlock psi=0 \
+/// its pressure (`psi`), or share itself out among sessions (`noautogroup`). All are a MiB of translated code in an emulator.
+const KERNEL_WORDS: &str = "console=ttyS0 quiet loglevel=4 panic=-1 init_on_alloc=1 cryptomgr.notests lsm=landlock psi=0 noautogroup \
                             random.trust_cpu=off tsc=nowatchdog rcupdate.rcu_expedited=1";
 
 /// Serials of the disks that have a purpose of their own.
@@ -382,6 +382,16 @@ impl MachineError {
     fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
         move |source| Self::Io { what, source }
     }
+}
+
+/// Random bytes of the host's.
+///
+/// # Errors
+/// It has none.
+pub fn drawn<const N: usize>() -> std::io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(bytes)
 }
 
 /// What `error` says and what its sources say that it does not.

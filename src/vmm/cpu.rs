@@ -114,6 +114,15 @@ pub fn supported(kvm_device: &Kvm) -> Result<(Vec<kvm_cpuid_entry2>, bool), CpuE
     Ok((supported.as_slice().to_vec(), kvm_device.check_extension(Cap::TscDeadlineTimer)))
 }
 
+/// How many bits the physical addresses of a guest can have here (CPUID 0x8000_0008, EAX; SDM vol. 2).
+#[must_use]
+pub fn address_bits(supported: &[kvm_cpuid_entry2]) -> u8 {
+    /// Without the leaf, as the first processors of this architecture had it.
+    const LEAST: u8 = 36;
+    let leaf = supported.iter().find(|leaf| leaf.function == 0x8000_0008);
+    leaf.map_or(LEAST, |leaf| leaf.eax.to_le_bytes()[0])
+}
+
 /// The leaves of processor `number`, made of what the host supports.
 #[must_use]
 pub fn leaves(

@@ -10,6 +10,7 @@ use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use kiln_virtio::device::{COMMON_FEATURES, Device, Outcome, StateError, Wake};
 use kiln_virtio::ring::{Chain, Limits, QueueError, Readable, Taken, Writable};
@@ -40,6 +41,8 @@ const PIECE_BYTES: usize = 128 << 10;
 /// After how many requests, or bytes of them, a driver that wants to stop the device has its turn.
 const ROUND_REQUESTS: usize = 32;
 const ROUND_BYTES: usize = 4 << 20;
+/// After so long the same, where the host's disk is slow: what was taken and not begun is taken again.
+const ROUND_TIME: Duration = Duration::from_millis(50);
 /// After a round of so many bytes at most, it is worth to look out for the next one.
 const BRIEF_BYTES: usize = 64 << 10;
 
@@ -81,6 +84,7 @@ pub struct Disk {
     is_dead: bool,
     /// What is written dies with the machine.
     is_scratch: bool,
+    round_time: Duration,
     id: [u8; ID_BYTES],
     read_only: bool,
     /// Bytes that can be reached: whole sectors of the file within the capacity.
@@ -174,6 +178,7 @@ impl Disk {
             failed: Box::new(failed),
             is_dead: false,
             is_scratch: false,
+            round_time: ROUND_TIME,
             id,
             read_only,
             bytes: sectors * SECTOR_BYTES,
@@ -446,7 +451,9 @@ impl Disk {
             requests.push(request);
         }
         self.read_ahead(&requests);
-        for Request { head, asked } in requests {
+        let begun = Instant::now();
+        let mut requests = requests.into_iter();
+        while let Some(Request { head, asked }) = requests.next() {
             let mut written = 0;
             if let Some(mut asked) = asked {
                 let ended = match self.answer(&mut asked) {
@@ -462,6 +469,14 @@ impl Disk {
                 }
             }
             queue.add_used(memory, head, u32::try_from(written).unwrap_or(u32::MAX))?;
+            // Never more than are in a round.
+            let left = u16::try_from(requests.len()).unwrap_or(0);
+            if left > 0 && begun.elapsed() >= self.round_time {
+                queue.set_next_avail(queue.next_avail().wrapping_sub(left));
+                outcome.again = true;
+                outcome.lingers = false;
+                break;
+            }
         }
         if queue.needs_notification(memory)? {
             outcome.interrupt_for(0);

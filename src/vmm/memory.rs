@@ -5,7 +5,10 @@ use std::fs::File;
 use std::io;
 
 use kiln_virtio::ram;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
+};
 
 /// The descriptor table that the boot protocol asks for.
 pub const GDT: GuestAddress = GuestAddress(0x500);
@@ -34,8 +37,8 @@ pub const HOLE_END: GuestAddress = GuestAddress(0x1_0000_0000);
 
 /// Least memory of a machine: less holds no kernel.
 pub const LEAST_BYTES: u64 = 32 << 20;
-/// Most memory of a machine, far below what x86 processors can address (2^46 bytes at least).
-pub const MOST_BYTES: u64 = 1 << 44;
+/// Most memory of a machine: a region of KVM's has fewer than 2^31 pages, and this is in two.
+pub const MOST_BYTES: u64 = 1 << 43;
 /// Memory comes in whole pages.
 const PAGE_BYTES: u64 = 4096;
 
@@ -47,6 +50,14 @@ pub enum MemoryError {
     Size {
         /// What was asked for.
         bytes: u64,
+    },
+    /// The host's processor does not address as much.
+    #[error("{bytes} bytes are more memory than this processor can address in a machine: at most {most}")]
+    Beyond {
+        /// What was asked for.
+        bytes: u64,
+        /// The most.
+        most: u64,
     },
     /// The system gives none.
     #[error("cannot make guest memory")]
@@ -65,7 +76,9 @@ impl MemoryError {
                 LEAST_BYTES >> 20,
                 MOST_BYTES >> 40
             )),
-            Self::Make(_) | Self::Map(_) => Some("give the machine less memory".to_owned()),
+            Self::Beyond { .. } | Self::Make(_) | Self::Map(_) => {
+                Some("give the machine less memory".to_owned())
+            }
         }
     }
 
@@ -89,6 +102,20 @@ pub fn parts(bytes: u64) -> Result<Vec<(GuestAddress, u64)>, MemoryError> {
         parts.push((HOLE_END, bytes - low));
     }
     Ok(parts)
+}
+
+/// Whether a processor whose physical addresses have `bits` reaches all of `memory`.
+///
+/// # Errors
+/// [`MemoryError::Beyond`].
+pub fn check_reach(memory: &GuestMemoryMmap, bits: u8) -> Result<(), MemoryError> {
+    let end = 1_u64.checked_shl(bits.into()).unwrap_or(u64::MAX);
+    if memory.last_addr().0 < end {
+        return Ok(());
+    }
+    let bytes = memory.iter().map(GuestMemoryRegion::len).sum();
+    // The hole takes its addresses, too.
+    Err(MemoryError::Beyond { bytes, most: end.saturating_sub(HOLE_END.0 - HOLE.0) })
 }
 
 /// A memory file of `bytes` that can neither shrink nor grow, so that nobody who touches it can die of it.
@@ -140,7 +167,7 @@ fn map_with(file: &File, bytes: u64, how: libc::c_int) -> Result<GuestMemoryMmap
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryBackend};
+    use vm_memory::Bytes;
 
     #[test]
     fn memory_that_no_machine_can_have_is_refused() {
@@ -154,6 +181,19 @@ mod tests {
         assert_eq!(parts(LEAST_BYTES).expect("a size"), [(GuestAddress(0), LEAST_BYTES)]);
         assert_eq!(parts(HOLE.0).expect("a size").len(), 1);
         assert_eq!(parts(HOLE.0 + 8192).expect("a size"), [(GuestAddress(0), HOLE.0), (HOLE_END, 8192)]);
+    }
+
+    #[test]
+    fn memory_that_the_processor_does_not_address_is_refused() {
+        let bytes = HOLE.0 + (2 << 20);
+        let memory = map(&make_file(bytes).expect("memory"), bytes).expect("a mapping");
+        check_reach(&memory, 33).expect("8 GiB");
+        check_reach(&memory, 64).expect("all");
+        let refused = check_reach(&memory, 32);
+        assert!(
+            matches!(refused, Err(MemoryError::Beyond { bytes: all, most }) if all == bytes && most == HOLE.0),
+            "{refused:?}"
+        );
     }
 
     #[test]

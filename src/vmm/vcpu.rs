@@ -101,43 +101,65 @@ pub struct Buses {
     pub ports: Bus,
 }
 
-/// Lets `vcpu` finish what the guest was doing when it left it: only then are its registers those of a whole instruction.
+/// Most accesses of one instruction: it moves what it moves on both sides of a page's end, and in pieces of eight bytes.
+const MOST_ACCESSES: usize = 1024;
+
+/// Lets `vcpu`, the processor of that number, finish what the guest was doing when it left it: only then are its registers
+/// those of a whole instruction.
 ///
 /// # Errors
-/// What KVM says.
-pub fn complete(vcpu: &mut VcpuFd) -> Result<(), kvm_ioctls::Error> {
-    vcpu.set_kvm_immediate_exit(1);
-    let result = vcpu.run().map(drop);
-    vcpu.set_kvm_immediate_exit(0);
-    match result {
-        Err(error) if error.errno() != libc::EINTR => Err(error),
-        _ => Ok(()),
+/// How the instruction ends the machine, or that it does not come to an end.
+pub fn complete(vcpu: &mut VcpuFd, cpu: u8, buses: &Buses) -> Result<(), End> {
+    for _ in 0..MOST_ACCESSES {
+        vcpu.set_kvm_immediate_exit(1);
+        let left = vcpu.run();
+        let result = match left {
+            Err(error) if error.errno() == libc::EINTR => Ok(None),
+            // One more of its accesses, which is to be done as the first was.
+            left => follow(left, cpu, buses).map(Some),
+        };
+        vcpu.set_kvm_immediate_exit(0);
+        match result? {
+            None => return Ok(()),
+            Some(Effect::Nothing) => {}
+            Some(Effect::PowerOff) => return Err(End::PoweredOff),
+            Some(Effect::Reset) => return Err(End::Reset),
+        }
+    }
+    Err(End::Failed { cpu, what: "an instruction does not come to an end".to_owned() })
+}
+
+/// Does what `left`, with which processor `cpu` left the guest, asks for.
+fn follow(left: Result<VcpuExit<'_>, kvm_ioctls::Error>, cpu: u8, buses: &Buses) -> Result<Effect, End> {
+    match left {
+        // What a string instruction moves comes as one piece, longer than any register, and so moves ones.
+        Ok(VcpuExit::IoIn(port, data)) => {
+            buses.ports.read(port.into(), data);
+            Ok(Effect::Nothing)
+        }
+        Ok(VcpuExit::IoOut(port, data)) => Ok(buses.ports.write(port.into(), data)),
+        Ok(VcpuExit::MmioRead(address, data)) => {
+            buses.memory.read(address, data);
+            Ok(Effect::Nothing)
+        }
+        Ok(VcpuExit::MmioWrite(address, data)) => Ok(buses.memory.write(address, data)),
+        Ok(VcpuExit::Shutdown) => Err(End::TripleFault { cpu }),
+        Ok(VcpuExit::Hlt) => Err(End::Halted { cpu }),
+        Ok(VcpuExit::InternalError) => Err(End::InternalError { cpu }),
+        Ok(VcpuExit::FailEntry(reason, _)) => Err(End::FailedEntry { cpu, reason }),
+        Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => Ok(Effect::Nothing),
+        Ok(other) => Err(End::Unknown { cpu, what: format!("{other:?}") }),
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(Effect::Nothing),
+        Err(error) => Err(End::Failed { cpu, what: error.to_string() }),
     }
 }
 
 /// Runs `vcpu` until the machine ends or `stop` says so, which is asked each time that the processor leaves the guest.
 pub fn run(vcpu: &mut VcpuFd, cpu: u8, buses: &Buses, stop: &AtomicBool) -> End {
     while !stop.load(Ordering::Acquire) {
-        let effect = match vcpu.run() {
-            // What a string instruction moves comes as one piece, longer than any register, and so moves ones.
-            Ok(VcpuExit::IoIn(port, data)) => {
-                buses.ports.read(port.into(), data);
-                Effect::Nothing
-            }
-            Ok(VcpuExit::IoOut(port, data)) => buses.ports.write(port.into(), data),
-            Ok(VcpuExit::MmioRead(address, data)) => {
-                buses.memory.read(address, data);
-                Effect::Nothing
-            }
-            Ok(VcpuExit::MmioWrite(address, data)) => buses.memory.write(address, data),
-            Ok(VcpuExit::Shutdown) => return End::TripleFault { cpu },
-            Ok(VcpuExit::Hlt) => return End::Halted { cpu },
-            Ok(VcpuExit::InternalError) => return End::InternalError { cpu },
-            Ok(VcpuExit::FailEntry(reason, _)) => return End::FailedEntry { cpu, reason },
-            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => Effect::Nothing,
-            Ok(other) => return End::Unknown { cpu, what: format!("{other:?}") },
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Effect::Nothing,
-            Err(error) => return End::Failed { cpu, what: error.to_string() },
+        let effect = match follow(vcpu.run(), cpu, buses) {
+            Ok(effect) => effect,
+            Err(end) => return end,
         };
         match effect {
             Effect::Nothing => {}

@@ -31,7 +31,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError};
 use crate::cpu::{self, CpuError, Model, kvm};
-use crate::memory::{GENERATION_ID, MemoryError, WINDOW_BYTES};
+use crate::memory::{GENERATION_ID, MemoryError, WINDOW_BYTES, check_reach};
 use crate::mmio::{Carried, DeviceState, USED_BUFFER};
 use crate::processor::Processor;
 use crate::serial::{self, Console, Port, Power};
@@ -165,6 +165,9 @@ pub enum VmError {
         /// Why.
         why: String,
     },
+    /// The instruction that a processor was in the middle of does not end as it should.
+    #[error("a machine that is to be frozen ends: {0}")]
+    Instruction(#[source] vcpu::End),
     /// There is nothing left to freeze.
     #[error("the guest has ended")]
     Ended,
@@ -263,6 +266,7 @@ impl Machine {
         let devices: Vec<_> = parts.devices.iter().map(|slot| Arc::clone(&slot.device)).collect();
         let buses = Arc::new(attach(&vm, &line, &console, parts.devices)?);
         let (supported, deadline_timer) = cpu::supported(&kvm_device)?;
+        check_reach(&memory, cpu::address_bits(&supported))?;
         let leaves: Vec<_> = (0..parts.cpus)
             .map(|number| cpu::leaves(parts.model, &supported, deadline_timer, number))
             .collect();
@@ -434,8 +438,8 @@ impl Running {
         if self.stopped.iter().any(|halted| !halted.runs) {
             return Err(VmError::Ended);
         }
-        for halted in &mut self.stopped {
-            vcpu::complete(&mut halted.vcpu).map_err(kvm("finish an instruction"))?;
+        for (number, halted) in (0..).zip(&mut self.stopped) {
+            vcpu::complete(&mut halted.vcpu, number, &self.rest.buses).map_err(VmError::Instruction)?;
         }
         let vcpus: Vec<_> = self.stopped.iter().map(|halted| &halted.vcpu).collect();
         self.rest.freeze(&vcpus)

@@ -112,7 +112,7 @@ pub fn to_agent(random: &mut Random) -> ToAgent {
         8 => ToAgent::Credit { id: random.edge32(), bytes: random.u32().max(1) },
         9 => ToAgent::Resize { id: random.edge32(), size: size(random) },
         10 => ToAgent::Fetch { ordinals: (0..random.below(6)).map(|_| random.edge32()).collect() },
-        11 => ToAgent::Swap(scratch(random)),
+        11 => ToAgent::Settle { seed: [random.byte(); 64], scratch: scratch(random) },
         _ => ToAgent::PowerOff,
     }
 }

@@ -25,8 +25,6 @@ pub enum Subject {
     Balloon,
     /// A device behind the registers of kiln's own VMM.
     Mmio,
-    /// The same, of which a guest's processor does what the case says of registers.
-    Guest,
     /// The whole device process, by a front end that speaks vhost-user.
     Process,
     /// The host's side of the wire, and the collector behind it; the case is the agent.
@@ -39,14 +37,13 @@ pub enum Subject {
 
 impl Subject {
     /// All of them, by the words of the language.
-    pub const ALL: [(&'static str, Self); 11] = [
+    pub const ALL: [(&'static str, Self); 10] = [
         ("fs", Self::Fs),
         ("vsock", Self::Vsock),
         ("disk", Self::Disk),
         ("rng", Self::Rng),
         ("balloon", Self::Balloon),
         ("mmio", Self::Mmio),
-        ("guest", Self::Guest),
         ("process", Self::Process),
         ("host", Self::Host),
         ("agent", Self::Agent),
@@ -56,6 +53,11 @@ impl Subject {
     /// The subject of that name.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.iter().find(|(known, _)| *known == name).map(|(_, subject)| *subject)
+    }
+
+    /// Whether its driver can be a guest: it has queues in memory, and no process of its own.
+    pub fn has_driver(self) -> bool {
+        matches!(self, Self::Fs | Self::Vsock | Self::Disk | Self::Rng | Self::Balloon | Self::Mmio)
     }
 
     /// Its name.

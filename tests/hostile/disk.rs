@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use kiln_virtio::device::{Device, Wake};
 use kiln_vmm::disk::Disk;
 
-use super::rings::{POISON, Rings};
+use super::rings::{Driver, POISON, Rings};
 use super::script::{Step, Target};
 use super::value::Value;
 
@@ -55,11 +55,11 @@ fn header(kind: u32, sector: u64) -> Vec<u8> {
 
 impl DiskTarget {
     /// A disk that is written to.
-    pub fn new() -> Result<Self, String> {
+    pub fn new(driver: Driver) -> Result<Self, String> {
         let file = file()?;
         let failures = Arc::default();
         let device = disk(Some(&file), false, None, &failures)?;
-        Ok(Self { device, file: Some(file), rings: Rings::new(QUEUES)?, failures, reply: Vec::new() })
+        Ok(Self { device, file: Some(file), rings: Rings::new(QUEUES, driver)?, failures, reply: Vec::new() })
     }
 
     /// `disk [read_only=1] [capacity=BYTES] [file=0]`: another device with the same file, or none.

@@ -12,7 +12,7 @@ use super::changes::{change, inside};
 use super::folder::Folder;
 use super::fuse::{IN_BYTES, OUT_BYTES, REQUESTS, names};
 use super::layout;
-use super::rings::{POISON, Rings};
+use super::rings::{Driver, POISON, Rings};
 use super::script::{Step, Target, errno_name};
 use super::value::Value;
 
@@ -50,7 +50,7 @@ enum Answer {
 impl FsTarget {
     /// A device whose driver has said INIT and looked up `s` and what is in it. On the host, `s` holds `f` ("content"),
     /// `d/f` ("inside") and `x`, a link to `/`; `t` holds `g` ("good").
-    pub fn new() -> Result<Self, String> {
+    pub fn new(driver: Driver) -> Result<Self, String> {
         let folder = Folder::new();
         for (name, content) in [("s/f", &b"content"[..]), ("s/d/f", b"inside"), ("t/g", b"good")] {
             folder.file(name, content);
@@ -60,7 +60,7 @@ impl FsTarget {
         let (device, shares) =
             Fs::new(Settings { open_files: OPEN_FILES, missed_bytes: MISSED_BYTES, ..Settings::default() });
         let device = device.with_request_queues(2);
-        let (rings, reply, nodes) = (Rings::new(QUEUES)?, Vec::new(), Vec::new());
+        let (rings, reply, nodes) = (Rings::new(QUEUES, driver)?, Vec::new(), Vec::new());
         let mut target = Self { folder, device, shares, rings, unique: 0, reply, nodes };
         for name in ["s", "t"] {
             target.share(name, &target.folder.path(name), Attributes::Fixed { mtime_seconds: 1 })?;

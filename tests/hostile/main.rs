@@ -9,7 +9,7 @@
 //! ```text
 //! cargo test --test hostile                 all of them
 //! cargo test --test hostile -- fs01 vs      those whose name has one of the words; a slow one by its whole name
-//! KILN_KVM_REQUIRED=1 …                     those against `mmio` also by a guest's processor, `guest`, which needs KVM
+//! KILN_KVM_REQUIRED=1 …                     those with a driver also by a guest's processor, `guest::`, which needs KVM
 //! ```
 
 #![allow(clippy::disallowed_methods, reason = "a test fails by panicking")]
@@ -49,11 +49,14 @@ use rustix::fs::{Access, access};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use case::{Allowance, Case, Subject};
+use rings::Driver;
 use script::Target;
 
 const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/hostile/cases");
 /// The first argument of a run's own process.
 const ONE: &str = "--one-case";
+/// Begins the name of what a guest's processor drives.
+const GUEST: &str = "guest::";
 /// A file system in memory, where there is one.
 const MEMORY: &str = "/dev/shm";
 /// After this long a run's process ends itself, and one with a guest, which may be emulated.
@@ -73,11 +76,18 @@ enum Verdict {
 struct Run {
     case: Case,
     subject: Subject,
+    driver: Driver,
 }
 
 impl Run {
     fn name(&self) -> String {
-        format!("{}::{}", self.subject.name(), self.case.name)
+        format!("{}::{}", self.against(), self.case.name)
+    }
+
+    /// What it is run against, as the run's own process is told.
+    fn against(&self) -> String {
+        let by = if self.driver == Driver::Guest { GUEST } else { "" };
+        format!("{by}{}", self.subject.name())
     }
 }
 
@@ -123,11 +133,12 @@ fn select(words: &[String], exact: bool) -> (Vec<Run>, Vec<String>) {
         let parsed = std::fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()));
         match parsed.and_then(|text| Case::parse(&path, &text)) {
             Ok(case) => {
-                let mut subjects = case.against.clone();
-                if processor::is_wanted() && subjects.contains(&Subject::Mmio) {
-                    subjects.push(Subject::Guest);
+                for subject in case.against.clone() {
+                    let guest = (processor::is_wanted() && subject.has_driver()).then_some(Driver::Guest);
+                    for driver in [Driver::Process].into_iter().chain(guest) {
+                        runs.push(Run { case: case.clone(), subject, driver });
+                    }
                 }
-                runs.extend(subjects.into_iter().map(|subject| Run { case: case.clone(), subject }));
             }
             Err(what) => broken.push(what),
         }
@@ -215,7 +226,7 @@ fn in_a_process(run: &Run) -> Verdict {
     }
     let output = std::env::current_exe().and_then(|program| {
         let mut command = Command::new(program);
-        command.arg(ONE).arg(run.subject.name()).arg(&run.case.path);
+        command.arg(ONE).arg(run.against()).arg(&run.case.path);
         // Each store and each merge is synced, which takes no time in memory.
         if run.subject == Subject::Host && access(MEMORY, Access::WRITE_OK | Access::EXEC_OK).is_ok() {
             command.env("TMPDIR", MEMORY);
@@ -241,7 +252,7 @@ fn said(output: &Output) -> String {
 /// The process of one run. What does not hold is on its standard output.
 fn one(subject: &str, path: &Path) -> ExitCode {
     // It ends with the process, or ends it.
-    let hangs = if subject == Subject::Guest.name() { HANGS_WITH_GUESTS } else { HANGS };
+    let hangs = if subject.starts_with(GUEST) { HANGS_WITH_GUESTS } else { HANGS };
     std::thread::spawn(move || {
         std::thread::park_timeout(hangs);
         println!("it hangs");
@@ -257,6 +268,10 @@ fn one(subject: &str, path: &Path) -> ExitCode {
 }
 
 fn prepared(subject: &str, path: &Path) -> Result<(), String> {
+    let (driver, subject) = match subject.strip_prefix(GUEST) {
+        Some(subject) => (Driver::Guest, subject),
+        None => (Driver::Process, subject),
+    };
     let subject = Subject::named(subject).ok_or("there is no such subject")?;
     let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
     let case = Case::parse(path, &text)?;
@@ -266,19 +281,19 @@ fn prepared(subject: &str, path: &Path) -> Result<(), String> {
     let files = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files })
         .map_err(|error| error.to_string())?;
-    judged(&case, subject)
+    judged(&case, subject, driver)
 }
 
 /// Runs the case and asks the oracle.
-fn judged(case: &Case, subject: Subject) -> Result<(), String> {
+fn judged(case: &Case, subject: Subject, driver: Driver) -> Result<(), String> {
     // Descriptors are counted from here, memory once the target with its guest memory stands.
     let before = oracle::Before::now()?;
-    let mut target = target(subject)?;
+    let mut target = target(subject, driver)?;
     let started = oracle::Before::now()?;
     script::run(case, &mut *target)?;
-    let allow = match subject {
-        Subject::Guest => Allowance { seconds: Some(HANGS_WITH_GUESTS.as_secs()), ..case.allow },
-        _ => case.allow,
+    let allow = match driver {
+        Driver::Guest => Allowance { seconds: Some(HANGS_WITH_GUESTS.as_secs()), ..case.allow },
+        Driver::Process => case.allow,
     };
     started.within(allow)?;
     let after = |what: &str| format!("after the case: {what}");
@@ -288,15 +303,14 @@ fn judged(case: &Case, subject: Subject) -> Result<(), String> {
     before.closed().map_err(|what| after(&what))
 }
 
-fn target(subject: Subject) -> Result<Box<dyn Target>, String> {
+fn target(subject: Subject, driver: Driver) -> Result<Box<dyn Target>, String> {
     Ok(match subject {
-        Subject::Fs => Box::new(fs::FsTarget::new()?),
-        Subject::Vsock => Box::new(vsock::VsockTarget::new()?),
-        Subject::Disk => Box::new(disk::DiskTarget::new()?),
-        Subject::Rng => Box::new(plain::PlainTarget::rng()?),
-        Subject::Balloon => Box::new(plain::PlainTarget::balloon()?),
-        Subject::Mmio => Box::new(mmio::MmioTarget::new(false)?),
-        Subject::Guest => Box::new(mmio::MmioTarget::new(true)?),
+        Subject::Fs => Box::new(fs::FsTarget::new(driver)?),
+        Subject::Vsock => Box::new(vsock::VsockTarget::new(driver)?),
+        Subject::Disk => Box::new(disk::DiskTarget::new(driver)?),
+        Subject::Rng => Box::new(plain::PlainTarget::rng(driver)?),
+        Subject::Balloon => Box::new(plain::PlainTarget::balloon(driver)?),
+        Subject::Mmio => Box::new(mmio::MmioTarget::new(driver)?),
         Subject::Process => Box::new(process::ProcessTarget::new()?),
         Subject::Host => Box::new(host::HostTarget::new()?),
         Subject::Agent => Box::new(agent::AgentTarget::new()),

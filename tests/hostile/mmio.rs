@@ -1,7 +1,9 @@
 //! The registers of kiln's own VMM as a target, with a device behind them that a thread of its own serves: what a driver
 //! writes where, and what comes of its queues. The driver is this process, or the processor of a guest.
 
+use std::cell::RefCell;
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::{Duration, Instant};
@@ -20,7 +22,7 @@ use kiln_vmm::vcpu::End;
 use kiln_vmm::vm::Slot;
 
 use super::processor::Processor;
-use super::rings::Rings;
+use super::rings::{Driver, Rings};
 use super::script::{Step, Target};
 use super::value::{Value, little_endian};
 
@@ -93,21 +95,25 @@ impl Backend for Nobody {
 /// What a driver's accesses come by.
 enum Way {
     Bus(Bus),
-    Processor(Box<Processor>),
+    Processor(Rc<RefCell<Processor>>),
 }
 
 impl Way {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match self {
             Self::Bus(bus) => bus.read(offset, data),
-            Self::Processor(processor) => processor.read(offset, data),
+            Self::Processor(processor) => {
+                processor.borrow().read(Processor::window().wrapping_add(offset), data)
+            }
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         match self {
             Self::Bus(bus) => drop(bus.write(offset, data)),
-            Self::Processor(processor) => processor.write(offset, data, 1),
+            Self::Processor(processor) => {
+                processor.borrow().write(Processor::window().wrapping_add(offset), data, 1);
+            }
         }
     }
 }
@@ -115,8 +121,7 @@ impl Way {
 /// One device, its registers and its driver.
 pub struct MmioTarget {
     kind: Kind,
-    /// Whether the driver is a guest.
-    guests: bool,
+    driver: Driver,
     rings: Rings,
     way: Way,
     slot: Slot,
@@ -140,7 +145,7 @@ fn slot<D: Device<()> + 'static>(device: D, rings: &Rings) -> Result<(Slot, Rece
 }
 
 /// A device of that kind behind registers.
-fn made(kind: Kind, rings: &Rings, guests: bool) -> Result<(Way, Slot, Receiver<End>, UnixStream), String> {
+fn made(kind: Kind, rings: &mut Rings) -> Result<(Way, Slot, Receiver<End>, UnixStream), String> {
     let (reader, stream) = UnixStream::pair().map_err(say)?;
     let (slot, ends) = match kind {
         Kind::Balloon => slot(Balloon::new(), rings),
@@ -150,8 +155,8 @@ fn made(kind: Kind, rings: &Rings, guests: bool) -> Result<(Way, Slot, Receiver<
         Kind::Rng => slot(Rng::new(), rings),
         Kind::Vsock => slot(Vsock::new(77, 16, Box::new(Nobody)).map_err(say)?.0, rings),
     }?;
-    if guests {
-        return Ok((Way::Processor(Box::new(Processor::new(&slot)?)), slot, ends, reader));
+    if let Some(processor) = rings.engage(Some(&slot), kind.queues())? {
+        return Ok((Way::Processor(processor), slot, ends, reader));
     }
     let mut bus = Bus::default();
     if !bus.insert(0, WINDOW_BYTES, Arc::clone(&slot.device) as _) {
@@ -161,22 +166,24 @@ fn made(kind: Kind, rings: &Rings, guests: bool) -> Result<(Way, Slot, Receiver<
 }
 
 impl MmioTarget {
-    /// A disk whose driver has said nothing yet: this process, or one of `guests`.
-    pub fn new(guests: bool) -> Result<Self, String> {
-        let (kind, rings) = (Kind::Disk, Rings::new(Kind::Disk.queues())?);
-        let (way, slot, ends, reader) = made(kind, &rings, guests)?;
-        Ok(Self { kind, guests, rings, way, slot, ends, reader, ended: None })
+    /// A disk whose driver has said nothing yet.
+    pub fn new(driver: Driver) -> Result<Self, String> {
+        let (kind, mut rings) = (Kind::Disk, Rings::new(Kind::Disk.queues(), driver)?);
+        let (way, slot, ends, reader) = made(kind, &mut rings)?;
+        Ok(Self { kind, driver, rings, way, slot, ends, reader, ended: None })
     }
 
     fn patience(&self) -> Duration {
-        if self.guests { PATIENCE_WITH_GUESTS } else { PATIENCE }
+        if self.driver == Driver::Guest { PATIENCE_WITH_GUESTS } else { PATIENCE }
     }
 
     /// Another machine with a device of that kind.
     fn replace(&mut self, kind: Kind) -> Result<(), String> {
         self.retire()?;
         self.rings.renew(kind.queues())?;
-        (self.way, self.slot, self.ends, self.reader) = made(kind, &self.rings, self.guests)?;
+        // A guest ends with the way to it: the next has its memory.
+        self.way = Way::Bus(Bus::default());
+        (self.way, self.slot, self.ends, self.reader) = made(kind, &mut self.rings)?;
         (self.kind, self.ended) = (kind, None);
         Ok(())
     }
@@ -251,7 +258,8 @@ impl MmioTarget {
             Way::Processor(processor) => {
                 let queue = u32::try_from(self.rings.current).map_err(say)?;
                 if times > 0 {
-                    processor.write(QUEUE_NOTIFY, &queue.to_le_bytes(), times);
+                    let register = Processor::window() + QUEUE_NOTIFY;
+                    processor.borrow().write(register, &queue.to_le_bytes(), times);
                 }
                 Ok(())
             }

@@ -4,7 +4,7 @@ use kiln_virtio::balloon::Balloon;
 use kiln_virtio::device::{Device, Wake};
 use kiln_virtio::rng::Rng;
 
-use super::rings::{POISON, Rings};
+use super::rings::{Driver, POISON, Rings};
 use super::script::{Step, Target};
 use super::value::Value;
 
@@ -32,17 +32,17 @@ const BALLOON: Kind = Kind { queues: 3, queue: 2, room: 8192, used: 0, is_empty:
 
 impl PlainTarget {
     /// An entropy device.
-    pub fn rng() -> Result<Self, String> {
-        Self::new(Box::new(Rng::new()), RNG)
+    pub fn rng(driver: Driver) -> Result<Self, String> {
+        Self::new(Box::new(Rng::new()), RNG, driver)
     }
 
     /// A balloon, of which Linux has the queue of reports at this place.
-    pub fn balloon() -> Result<Self, String> {
-        Self::new(Box::new(Balloon::new()), BALLOON)
+    pub fn balloon(driver: Driver) -> Result<Self, String> {
+        Self::new(Box::new(Balloon::new()), BALLOON, driver)
     }
 
-    fn new(device: Box<dyn Device<()>>, kind: Kind) -> Result<Self, String> {
-        let mut target = Self { device, rings: Rings::new(kind.queues)?, kind };
+    fn new(device: Box<dyn Device<()>>, kind: Kind, driver: Driver) -> Result<Self, String> {
+        let mut target = Self { device, rings: Rings::new(kind.queues, driver)?, kind };
         target.renew()?;
         Ok(target)
     }

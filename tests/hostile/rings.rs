@@ -1,13 +1,18 @@
-//! Guest memory and virtqueues as a driver writes them, well or badly, and the statements about them.
+//! Guest memory and virtqueues as a driver writes them, well or badly, and the statements about them. The driver is this process,
+//! or the processor of a guest, whose memory it is then.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use kiln_virtio::device::{Device, Wake};
+use kiln_vmm::vm::Slot;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::processor::{Memory, Processor};
 use super::script::Step;
 use super::value::Value;
 
@@ -25,6 +30,22 @@ const MOST_ROUNDS: usize = 10_000;
 
 const RING_STRIDE: u64 = 0x1_0000;
 const DATA_STRIDE: u64 = 0x20_0000;
+
+/// Who a device's driver is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Driver {
+    /// This process.
+    Process,
+    /// A guest's processor.
+    Guest,
+}
+
+/// A guest that is the driver.
+struct Guest {
+    memory: Memory,
+    /// None while another one takes its place.
+    processor: Option<Rc<RefCell<Processor>>>,
+}
 
 /// One virtqueue, seen from the driver.
 pub struct Ring {
@@ -46,6 +67,7 @@ struct Flipper {
 /// Memory and queues of one device.
 pub struct Rings {
     pub memory: GuestMemoryMmap,
+    guest: Option<Guest>,
     rings: Vec<Ring>,
     /// The queue that statements are about.
     pub current: usize,
@@ -98,16 +120,49 @@ fn outside<T>(_: T) -> String {
 
 impl Rings {
     /// Memory in two regions, and `count` queues that are ready.
-    pub fn new(count: usize) -> Result<Self, String> {
+    pub fn new(count: usize, driver: Driver) -> Result<Self, String> {
+        if driver == Driver::Guest {
+            let memory = Memory::new()?;
+            let mut rings = Self::within(memory.of_case()?, count)?;
+            rings.guest = Some(Guest { memory, processor: None });
+            rings.engage(None, count)?;
+            return Ok(rings);
+        }
         let regions = REGIONS.map(|(start, length)| (GuestAddress(start), length));
         let memory = GuestMemoryMmap::from_ranges(&regions).map_err(|error| error.to_string())?;
         Self::within(memory, count)
     }
 
+    /// Has another guest for the driver, before the device of `slot`, and starts anew. None where the driver is no guest.
+    pub fn engage(
+        &mut self,
+        slot: Option<&Slot>,
+        count: usize,
+    ) -> Result<Option<Rc<RefCell<Processor>>>, String> {
+        let Some(guest) = &mut self.guest else { return Ok(None) };
+        // One at a time: they have one memory.
+        guest.processor = None;
+        let processor = Rc::new(RefCell::new(Processor::new(&guest.memory, slot)?));
+        guest.processor = Some(Rc::clone(&processor));
+        self.renew(count)?;
+        Ok(Some(processor))
+    }
+
+    fn processor(&self) -> Option<&RefCell<Processor>> {
+        self.guest.as_ref()?.processor.as_deref()
+    }
+
     /// Queues in memory whose regions are [`REGIONS`].
     pub fn within(memory: GuestMemoryMmap, count: usize) -> Result<Self, String> {
-        let mut rings =
-            Self { memory, rings: Vec::new(), current: 1, flippers: Vec::new(), broken: None, last: (0, 0) };
+        let mut rings = Self {
+            memory,
+            guest: None,
+            rings: Vec::new(),
+            current: 1,
+            flippers: Vec::new(),
+            broken: None,
+            last: (0, 0),
+        };
         rings.renew(count)?;
         Ok(rings)
     }
@@ -125,23 +180,41 @@ impl Rings {
 
     fn fill(&self, from: u64, to: u64, byte: u8) -> Result<(), String> {
         let block = [byte; 0x1_0000];
-        (from..to).step_by(block.len()).try_for_each(|at| self.write(at, &block))
+        let put = |at| self.memory.write_slice(&block, GuestAddress(at)).map_err(outside);
+        (from..to).step_by(block.len()).try_for_each(put)
     }
 
     /// Writes bytes.
     pub fn write(&self, at: u64, bytes: &[u8]) -> Result<(), String> {
-        self.memory.write_slice(bytes, GuestAddress(at)).map_err(outside)
+        match self.processor() {
+            None => self.memory.write_slice(bytes, GuestAddress(at)).map_err(outside),
+            // It has more memory than is the case's.
+            Some(_) if !self.is_inside(at, bytes.len()) => Err(outside(at)),
+            Some(processor) => {
+                processor.borrow().write(at, bytes, 1);
+                Ok(())
+            }
+        }
     }
 
     /// Reads bytes.
     pub fn read(&self, at: u64, length: usize) -> Result<Vec<u8>, String> {
         let mut bytes = vec![0; length];
-        self.memory.read_slice(&mut bytes, GuestAddress(at)).map_err(outside)?;
+        match self.processor() {
+            None => self.memory.read_slice(&mut bytes, GuestAddress(at)).map_err(outside)?,
+            Some(_) if !self.is_inside(at, length) => return Err(outside(at)),
+            Some(processor) => processor.borrow().read(at, &mut bytes),
+        }
         Ok(bytes)
     }
 
+    fn is_inside(&self, at: u64, length: usize) -> bool {
+        length == 0 || self.memory.check_range(GuestAddress(at), length)
+    }
+
     fn read_u16(&self, at: u64) -> Result<u16, String> {
-        self.memory.read_obj(GuestAddress(at)).map_err(outside)
+        let bytes = self.read(at, 2)?;
+        Ok(bytes.iter().rev().fold(0, |number, byte| number << 8 | u16::from(*byte)))
     }
 
     fn ring(&self) -> Result<&Ring, String> {
@@ -235,6 +308,12 @@ impl Rings {
     }
 
     fn flip(&mut self, at: u64, one: Vec<u8>, other: Vec<u8>) -> Result<(), String> {
+        if let Some(processor) = self.processor() {
+            if !self.is_inside(at, one.len().max(other.len())) {
+                return Err(outside(at));
+            }
+            return processor.borrow_mut().flip(at, &one, &other);
+        }
         let stop = Arc::new(AtomicBool::new(false));
         let (memory, stopped) = (self.memory.clone(), Arc::clone(&stop));
         self.write(at, &one)?;
@@ -252,6 +331,9 @@ impl Rings {
     }
 
     fn still(&mut self) -> Result<(), String> {
+        if let Some(processor) = self.processor() {
+            processor.borrow_mut().still();
+        }
         for flipper in self.flippers.drain(..) {
             flipper.stop.store(true, Ordering::Relaxed);
             flipper.thread.join().map_err(|_| "a flipper panicked".to_owned())?;

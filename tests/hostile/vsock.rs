@@ -11,7 +11,7 @@ use kiln_virtio::vsock::{Backend, Connector, Vsock};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::layout;
-use super::rings::Rings;
+use super::rings::{Driver, Rings};
 use super::script::{Step, Target};
 use super::value::Value;
 
@@ -64,7 +64,7 @@ pub struct VsockTarget {
 
 impl VsockTarget {
     /// A device without connections. `most_connections` as its process would have it.
-    pub fn new() -> Result<Self, String> {
+    pub fn new(driver: Driver) -> Result<Self, String> {
         let (sender, accepted) = channel();
         let made = Vsock::new(CID, usize::MAX, Box::new(OnePort(sender)));
         let (device, connector) = made.map_err(|error| error.to_string())?;
@@ -72,7 +72,7 @@ impl VsockTarget {
             device,
             connector,
             accepted,
-            rings: Rings::new(QUEUES)?,
+            rings: Rings::new(QUEUES, driver)?,
             posted: 0,
             streams: BTreeMap::new(),
             answers: BTreeMap::new(),

@@ -46,9 +46,17 @@ fn scratch() -> impl Strategy<Value = Scratch> {
     (name(), any::<u64>()).prop_map(|(serial, bytes)| Scratch { serial, bytes })
 }
 
+fn seed() -> impl Strategy<Value = [u8; 64]> {
+    any::<[u8; 32]>().prop_map(|half| {
+        let mut seed = [0; 64];
+        seed[..32].copy_from_slice(&half);
+        seed
+    })
+}
+
 fn setup() -> impl Strategy<Value = Setup> {
     (
-        (any::<[u8; 32]>(), any::<i64>(), 0..1_000_000_000u32),
+        (seed(), any::<i64>(), 0..1_000_000_000u32),
         source(),
         (proptest::option::of(scratch()), any::<u64>(), any::<u32>(), name()),
         vec(mount(), 0..5),
@@ -56,14 +64,12 @@ fn setup() -> impl Strategy<Value = Setup> {
     )
         .prop_map(
             |(
-                (half, seconds, nanoseconds),
+                (seed, seconds, nanoseconds),
                 root,
                 (scratch, layer_bytes, processes, hostname),
                 mounts,
                 load_modules,
             )| {
-                let mut seed = [0; 64];
-                seed[..32].copy_from_slice(&half);
                 let clock = Clock { seconds, nanoseconds };
                 Setup { seed, clock, root, scratch, layer_bytes, processes, mounts, hostname, load_modules }
             },
@@ -96,7 +102,7 @@ fn to_agent() -> impl Strategy<Value = ToAgent> {
         any::<u16>().prop_map(|version| ToAgent::Hello { version }),
         setup().prop_map(ToAgent::Setup),
         setup().prop_map(ToAgent::Rehearse),
-        scratch().prop_map(ToAgent::Swap),
+        (seed(), scratch()).prop_map(|(seed, scratch)| ToAgent::Settle { seed, scratch }),
         mount().prop_map(ToAgent::Mount),
         exec().prop_map(ToAgent::Exec),
         (any::<u32>(), 1..=u32::MAX).prop_map(|(id, bytes)| ToAgent::Credit { id, bytes }),

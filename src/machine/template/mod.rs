@@ -16,6 +16,7 @@
 //! and of the agent, no number of the step's. The agent is seeded and its clock set before anything of a step runs
 //! (`Setup`), and each copy has another generation id, at which the kernel's generator starts afresh.
 
+mod error;
 mod files;
 pub(super) mod greeting;
 pub(super) mod key;
@@ -37,11 +38,12 @@ use kiln_digest::Digest;
 use kiln_vmm::working_set::WorkingSet;
 use kiln_wire::{FromAgent, Scratch, ToAgent};
 
+pub(super) use self::error::TemplateError;
 pub(super) use self::files::Template;
 use self::greeting::{Greeting, exchange, greet};
 use super::ready::Lendable;
 use super::slots::Places;
-use super::{Carrier, Cpu, Death, Disk, MachineError, Spec, in_full, scratch, serial};
+use super::{Carrier, Cpu, Disk, MachineError, Spec, drawn, in_full, scratch, serial};
 use crate::shortage::Shortage;
 use crate::writes;
 
@@ -61,10 +63,6 @@ const CLOCK_TICKS: Duration = Duration::from_millis(20);
 /// for each.
 const LEFT_ALONE: [(&str, Duration); 2] =
     [(files::BARREN, Duration::from_secs(600)), (files::FULL, Duration::from_secs(30))];
-
-/// In these words QEMU says that KVM does not serve it (accel/kvm/kvm-all.c, system/vl.c).
-const KVM_REFUSED: [&str; 3] =
-    ["Could not access KVM", "ioctl(KVM_CREATE_VM) failed", "failed to initialize kvm"];
 
 /// Room that is held while what it is for is written.
 pub type Room = Box<dyn Any + Send>;
@@ -138,92 +136,6 @@ pub(super) struct Frozen {
     pub version: String,
     /// What its agent complained of.
     pub complaints: Vec<String>,
-}
-
-/// Why there is no template, or no copy of one.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum TemplateError {
-    /// A file.
-    #[error("cannot {what}: {source}")]
-    Io {
-        what: &'static str,
-        #[source]
-        source: io::Error,
-    },
-    /// The machine to be frozen, or the copy, did not come up.
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    /// Its agent does not answer as it should.
-    #[error("cannot hear the agent: {0}")]
-    Unheard(#[source] io::Error),
-    /// It came up and is gone.
-    #[error("{0}")]
-    Died(Death),
-    /// It came up without all that it should have: a module that was not loaded, say.
-    #[error("its agent said: {0}")]
-    Complained(String),
-    /// Its clock goes wrong, which every copy's would: on a busy host an emulated kernel may measure its processor so.
-    #[error(
-        "its clock showed {uptime:.1?} at most {most:.1?} after it was started, and {counted:.1?} more at least {least:.1?} after \
-         it first answered"
-    )]
-    Untimely { most: Duration, uptime: Duration, least: Duration, counted: Duration },
-    /// Its files are not what was written.
-    #[error("{0}")]
-    Damaged(&'static str),
-    /// Another kiln makes the template, and takes too long.
-    #[error("another kiln that makes it does not come to an end")]
-    Locked,
-    /// It could not be made a short time ago.
-    #[error("it could not be made before")]
-    Barren,
-}
-
-impl TemplateError {
-    /// What the host lacked, where that is why.
-    fn shortage(&self) -> Option<Shortage> {
-        match self {
-            Self::Died(death) | Self::Machine(MachineError::DiedAtStart(death)) => death.shortage(),
-            // The store's ceiling.
-            Self::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => Some(Shortage::Room),
-            error => {
-                let mut chain =
-                    std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
-                chain.find_map(|error| Shortage::in_words(&error.to_string()))
-            }
-        }
-    }
-
-    /// Whether the host lacked something or was in the way: that says nothing about a template.
-    fn is_hosts(&self) -> bool {
-        match (self.shortage(), self) {
-            // Room is different: what wrote a gibibyte in vain need not do so again at once.
-            (Some(lack), _) => lack != Shortage::Room,
-            (None, Self::Died(death) | Self::Machine(MachineError::DiedAtStart(death))) => match death {
-                Death::Failed(failure) => failure.is_hosts,
-                // QEMU's, where KVM does not serve it.
-                Death::Killed { said, .. } => KVM_REFUSED.iter().any(|words| said.contains(words)),
-                _ => false,
-            },
-            (None, Self::Machine(MachineError::Failed(failure))) => failure.is_hosts,
-            // What is done before the machine is there, and takes nothing from the template.
-            (None, Self::Machine(error)) => !matches!(error, MachineError::Device(_)),
-            (None, _) => false,
-        }
-    }
-
-    /// Whether another machine of the same parts may fare better.
-    fn is_chance(&self) -> bool {
-        let came_up_badly = match self {
-            Self::Died(_) | Self::Complained(_) | Self::Untimely { .. } | Self::Unheard(_) => true,
-            Self::Io { .. } | Self::Machine(_) | Self::Damaged(_) | Self::Locked | Self::Barren => false,
-        };
-        came_up_badly && !self.is_hosts()
-    }
-
-    pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { what, source }
-    }
 }
 
 /// Whether a machine of `spec` can be the copy of a template. What the wire over vsock and machines within machines
@@ -483,11 +395,13 @@ pub(super) fn copy<F: Freezer>(
 pub(super) fn settle(machine: &mut impl Lendable, started: Instant) -> Result<Vec<String>, TemplateError> {
     let mut first = greeting(machine, BOOT_PATIENCE)?;
     let mut complaints = mem::take(&mut first.complaints);
-    let swap = ToAgent::Swap(Scratch { serial: serial::SCRATCH.to_owned(), bytes: scratch::USUAL_BYTES });
+    let scratch = Scratch { serial: serial::SCRATCH.to_owned(), bytes: scratch::USUAL_BYTES };
+    let message =
+        ToAgent::Settle { seed: drawn().map_err(TemplateError::io("draw a seed"))?, scratch }.encode();
     // Twice: the second answer says that nothing was swapped out meanwhile.
     for _ in 0..2 {
         complaints.extend(asked(machine, |wire| {
-            exchange(wire, &swap.encode(), COPY_PATIENCE, |message| *message == FromAgent::SetupDone)
+            exchange(wire, &message, COPY_PATIENCE, |message| *message == FromAgent::SetupDone)
         })?);
     }
     let last = greeting(machine, COPY_PATIENCE)?;
@@ -546,7 +460,7 @@ mod tests {
     use kiln_virtio::fs::record::Record;
 
     use super::*;
-    use crate::machine::{Failure, Identity, Machine, Share};
+    use crate::machine::{Death, Failure, Identity, Machine, Share};
 
     /// A machine that there is none of.
     enum Never {}

@@ -28,6 +28,7 @@ use kiln_vmm::{End, Machine, Parts, memory};
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
+use crate::machine::drawn;
 use crate::machine::jail;
 use crate::machine::launch::RAM;
 use crate::machine::server::GUEST_CID;
@@ -249,12 +250,10 @@ impl Vmm {
             WorkingSet::decode(&bytes, self.memory_bytes).ok()
         });
         let pages = Pages { map: descriptors.take(PAGEMAP).ok().map(File::from), memory: memory.clone() };
-        let mut generation = [0; 16];
-        rustix::rand::getrandom(&mut generation, rustix::rand::GetRandomFlags::empty())?;
         let machine = Machine::new(Parts {
             kvm: descriptors.take("kvm")?,
             origin,
-            generation,
+            generation: drawn()?,
             memory: memory.clone(),
             working_set,
             cpus: self.cpus,

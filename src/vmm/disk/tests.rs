@@ -377,3 +377,40 @@ fn the_largest_request_that_a_driver_is_allowed_is_taken() {
     assert!(word(8) * word(12) <= MOST_BYTES);
     assert_eq!(Device::<()>::features(&disk) & SIZES, SIZES);
 }
+
+#[test]
+fn a_disk_that_is_slow_goes_on_with_what_it_has_taken_in_the_next_round() {
+    let memory = map(&make_file(LEAST_BYTES).expect("memory"), LEAST_BYTES).expect("a mapping");
+    let mut disk = Disk::new(file(), "root", true, |_| ()).expect("a disk");
+    disk.round_time = Duration::ZERO;
+    let put = |at, value: u64| memory.write_obj(value, GuestAddress(at)).expect("memory");
+    // Three reads, of a sector each.
+    for number in 0..3_u64 {
+        let header = HEADER + number * 16;
+        put(header, u64::from(IN));
+        put(header + 8, number + 1);
+        let pieces =
+            [(header, 16, NEXT), (DATA + number * 512, 512, NEXT | WRITE), (STATUS + number, 1, WRITE)];
+        for (index, (address, length, flags)) in (number * 3..).zip(pieces) {
+            put(TABLE + index * 16, address);
+            put(TABLE + index * 16 + 8, length | u64::from(flags) << 32 | (index + 1) << 48);
+        }
+        let head = u16::try_from(number * 3).expect("few");
+        memory.write_obj(head, GuestAddress(AVAILABLE + 4 + number * 2)).expect("memory");
+    }
+    memory.write_obj(3_u16, GuestAddress(AVAILABLE + 2)).expect("memory");
+    let mut queue = Queue::new(32).expect("a queue");
+    queue.try_set_desc_table_address(GuestAddress(TABLE)).expect("a table");
+    queue.try_set_avail_ring_address(GuestAddress(AVAILABLE)).expect("a ring");
+    queue.try_set_used_ring_address(GuestAddress(USED)).expect("a ring");
+    queue.set_ready(true);
+    for answered in 1..=3_u16 {
+        let outcome = disk.process(Wake::Queue(0), &mut [Some(&mut queue)], &memory).expect("it is served");
+        assert!(outcome.again);
+        assert_eq!(memory.read_obj::<u16>(GuestAddress(USED + 2)).expect("memory"), answered);
+        assert_eq!(queue.next_avail(), answered, "what is not answered is not taken");
+    }
+    let mut data = vec![0; 1536];
+    memory.read_slice(&mut data, GuestAddress(DATA)).expect("memory");
+    assert_eq!(data, [[1; 512], [2; 512], [3; 512]].concat());
+}
