@@ -39,6 +39,15 @@ impl Beside {
         })
     }
 
+    /// Begins to start a program as a command is started, which does nothing: an emulator has translated then, by another
+    /// processor, what the kernel does for it.
+    ///
+    /// # Errors
+    /// There can be no process.
+    pub fn warming_up() -> Result<Self, Failure> {
+        Self::start_in(sys::OWN_WORLD, "starting a program".to_owned(), warm_up)
+    }
+
     fn start_in(
         namespaces: libc::c_int,
         what: String,
@@ -70,6 +79,22 @@ impl Beside {
             Some(errno) => Err(Failure::new(self.what, Errno::from_raw_os_error(errno))),
             None => Err(Failure::new(self.what, Errno::INTR)),
         }
+    }
+}
+
+fn warm_up() -> Result<(), Errno> {
+    reap::mount_proc()?;
+    let _signals = sys::child_signals()?;
+    match sys::fork(0)? {
+        Fork::Child => {
+            setsid()?;
+            sys::reset_signals();
+            sys::close_on_exec_above_stdio()?;
+            // Not the first process of its namespace, it ends at once.
+            let words = StringArray::new(vec![c"agent".to_owned()]);
+            Err(sys::execve(c"/init", &words, &StringArray::new(Vec::new())))
+        }
+        Fork::Parent { child } => sys::wait(Some(child), true).map(drop),
     }
 }
 

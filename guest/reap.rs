@@ -180,6 +180,11 @@ pub fn enter_root() -> Result<(), Errno> {
     mount_move(".", "/")?;
     chroot(".")?;
     chdir("/")?;
+    mount_proc()
+}
+
+/// Mounts /proc for this pid namespace.
+pub fn mount_proc() -> Result<(), Errno> {
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("proc", "/proc", "proc", flags, None)
 }

@@ -168,6 +168,7 @@ impl Session {
                 Beside::rehearsing(&setup, shares, stock).and_then(Beside::join).map(|()| {
                     // What is swapped to is the machine's and not the rehearsal's.
                     stock.swapped = setup.scratch.or(stock.swapped.take());
+                    stock.is_rehearsed = true;
                     self.link.queue(&FromAgent::SetupDone);
                 })
             }

@@ -59,6 +59,8 @@ impl World {
 /// # Errors
 /// What failed, by name. The machine is of no use then.
 pub fn make(setup: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock) -> Result<World, Failure> {
+    // Before anything else, to be over in time; none of it is the step's.
+    let warm = (setup.warm_up && !stock.is_rehearsed).then(Beside::warming_up).transpose()?;
     seed(&setup.seed)?;
     set_clock(setup.clock)?;
     rustix::system::sethostname(setup.hostname.as_bytes())
@@ -90,6 +92,7 @@ pub fn make(setup: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stoc
         layer.remember()?;
     }
     swapping.map_or(Ok(()), Beside::join)?;
+    warm.map_or(Ok(()), Beside::join)?;
     Ok(World { root, maker, terminals: pieces.terminals })
 }
 

@@ -47,6 +47,8 @@ pub struct Stock {
     pub disks: Disks,
     /// What it swaps to already.
     pub swapped: Option<Scratch>,
+    /// Whether a step was rehearsed in this machine.
+    pub is_rehearsed: bool,
     /// For the step's processes, or why there is none.
     group: Option<Result<Group, Failure>>,
     /// For a step's world, and for one that is rehearsed before.
@@ -57,7 +59,7 @@ impl Stock {
     /// Makes and looks up all that is to be had; what is not is asked for again where it is needed.
     pub fn lay_in() -> Self {
         let pieces = [Pieces::make(), Pieces::make()].into_iter().filter_map(Result::ok).collect();
-        Self { disks: Disks::look(), swapped: None, group: Some(Group::make()), pieces }
+        Self { disks: Disks::look(), swapped: None, is_rehearsed: false, group: Some(Group::make()), pieces }
     }
 
     /// The pieces of a world, which has them for itself.

@@ -128,6 +128,7 @@ fn read_signal(r: &mut Reader<'_>) -> Result<u8, DecodeError> {
 
 fn write_setup(w: &mut Writer, setup: &Setup) {
     w.raw(&setup.seed);
+    w.bool(setup.warm_up);
     w.i64(setup.clock.seconds);
     w.u32(setup.clock.nanoseconds);
     write_source(w, &setup.root);
@@ -151,6 +152,7 @@ fn write_setup(w: &mut Writer, setup: &Setup) {
 fn read_setup(r: &mut Reader<'_>) -> Result<Setup, DecodeError> {
     Ok(Setup {
         seed: r.array("seed")?,
+        warm_up: r.bool("warm-up")?,
         clock: Clock { seconds: r.i64("clock")?, nanoseconds: r.nanoseconds("clock")? },
         root: read_source(r)?,
         scratch: if r.bool("scratch disk")? { Some(read_scratch(r)?) } else { None },

@@ -347,6 +347,8 @@ pub(super) fn describe(
     };
     let setup = Setup {
         seed,
+        // Of a machine that there is not yet.
+        warm_up: false,
         clock,
         root,
         scratch: Some(Scratch { serial: serial::SCRATCH.to_owned(), bytes: step.scratch_bytes }),

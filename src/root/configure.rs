@@ -149,6 +149,7 @@ impl Workshop<'_> {
         }
         session.setup(Setup {
             seed,
+            warm_up: false,
             clock: Clock { seconds: epoch, nanoseconds: 0 },
             root: Source::Disk {
                 serial: serial::ROOT.to_owned(),

@@ -95,6 +95,7 @@ pub fn to_agent(random: &mut Random) -> ToAgent {
         0 => ToAgent::Hello { version: VERSION },
         1 => ToAgent::Setup(Setup {
             seed: [random.byte(); 64],
+            warm_up: random.once_in(2),
             clock: Clock { seconds: random.edge().cast_signed(), nanoseconds: random.u32() >> 3 },
             root: source(random),
             scratch: random.once_in(2).then(|| scratch(random)),

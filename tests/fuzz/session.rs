@@ -37,6 +37,7 @@ fn converse(stream: UnixStream, blobs: &Blobs, seen: &mut Seen) -> Result<(), Bo
     seen.note(1);
     session.setup(Setup {
         seed: [0; 64],
+        warm_up: false,
         clock: Clock { seconds: 0, nanoseconds: 0 },
         root: Source::Share(String::new()),
         scratch: None,

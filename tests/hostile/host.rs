@@ -111,6 +111,7 @@ fn tags(mut agent: UnixStream) -> Vec<u8> {
 fn setup() -> Setup {
     Setup {
         seed: [7; 64],
+        warm_up: false,
         clock: Clock { seconds: 0, nanoseconds: 0 },
         root: Source::Share("root".into()),
         scratch: None,

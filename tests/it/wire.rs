@@ -98,6 +98,7 @@ pub fn session(liar: impl FnOnce(&mut Liar) + Send + 'static) -> Session {
 fn setup() -> Setup {
     Setup {
         seed: [7; 64],
+        warm_up: false,
         clock: kiln_wire::Clock { seconds: 0, nanoseconds: 0 },
         root: Source::Share("root".into()),
         scratch: None,

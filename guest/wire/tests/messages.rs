@@ -56,7 +56,7 @@ fn seed() -> impl Strategy<Value = [u8; 64]> {
 
 fn setup() -> impl Strategy<Value = Setup> {
     (
-        (seed(), any::<i64>(), 0..1_000_000_000u32),
+        (seed(), any::<bool>(), any::<i64>(), 0..1_000_000_000u32),
         source(),
         (proptest::option::of(scratch()), any::<u64>(), any::<u32>(), name()),
         vec(mount(), 0..5),
@@ -64,14 +64,25 @@ fn setup() -> impl Strategy<Value = Setup> {
     )
         .prop_map(
             |(
-                (seed, seconds, nanoseconds),
+                (seed, warm_up, seconds, nanoseconds),
                 root,
                 (scratch, layer_bytes, processes, hostname),
                 mounts,
                 load_modules,
             )| {
                 let clock = Clock { seconds, nanoseconds };
-                Setup { seed, clock, root, scratch, layer_bytes, processes, mounts, hostname, load_modules }
+                Setup {
+                    seed,
+                    warm_up,
+                    clock,
+                    root,
+                    scratch,
+                    layer_bytes,
+                    processes,
+                    mounts,
+                    hostname,
+                    load_modules,
+                }
             },
         )
 }

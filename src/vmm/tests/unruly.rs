@@ -88,17 +88,15 @@ impl Dice {
             1 => self.one_of(&[
                 0x20, 0x21, 0xa0, 0xa1, 0x4d0, 0x40, 0x43, 0x61, 0x64, 0x70, 0x71, 0x80, 0xcf8, 0xcfc,
             ]),
-            // Where the machine is switched off, which would end most programs at once.
-            _ => match self.word() as u16 {
-                0x600..0x608 => 0x5ff,
-                port => port,
-            },
+            // Where the machine is switched off, by the bytes of a few values: not often, as that ends a program.
+            2 if self.below(64) == 0 => 0x600 + u16::try_from(self.below(8)).expect("small"),
+            _ => self.word() as u16,
         }
     }
 
     fn register(&mut self) -> u32 {
         let low = u32::try_from(self.below(0x200)).expect("small");
-        match self.below(6) {
+        match self.below(7) {
             // Where it is, and what interrupts wait for.
             0 => self.one_of(&[
                 0x10,
@@ -116,6 +114,8 @@ impl Dice {
             2 => 0x4b56_4d00 + low % 16,
             3 => 0xc001_0000 + low,
             4 => low,
+            // Another hypervisor's.
+            5 => 0x4000_0000 + low,
             _ => self.word(),
         }
     }
