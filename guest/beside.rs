@@ -2,7 +2,7 @@
 //! processor, and the agent has no threads. All of it is over before anything of the step runs.
 
 use std::ffi::CStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use kiln_wire::Setup;
 use rustix::io::Errno;
@@ -99,9 +99,9 @@ fn warm_up() -> Result<(), Errno> {
 }
 
 fn rehearse(what: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock) -> Result<(), Errno> {
-    let world = setup::make(what, shares, pieces, stock).map_err(|failure| failure.errno)?;
+    let _world = setup::make(what, shares, pieces, stock).map_err(|failure| failure.errno)?;
     reap::enter_root()?;
-    let _signals = sys::child_signals()?;
+    let signals = sys::child_signals()?;
     match sys::fork(0)? {
         Fork::Child => {
             setsid()?;
@@ -113,10 +113,10 @@ fn rehearse(what: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock
             let _ = sys::execve(c"/bin/sh", &StringArray::new(words.to_vec()), &nothing);
             Err(sys::execve(c"/bin/true", &StringArray::new(vec![c"true".to_owned()]), &nothing))
         }
-        Fork::Parent { child } => {
-            sys::wait(Some(child), true)?;
-            drop(world);
-            Ok(())
-        }
+        // What it holds of the agent is nothing for a program of the root's.
+        Fork::Parent { child } => sys::close_all_but([signals.as_fd(), signals.as_fd()], || {
+            let _ = sys::wait(Some(child), true);
+            sys::exit(0)
+        }),
     }
 }

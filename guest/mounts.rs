@@ -4,7 +4,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use kiln_wire::{FILESYSTEMS_FOLDER, SHARES_TAG};
+use kiln_wire::{FILESYSTEMS_FOLDER, NOT_LISTED, SHARES_TAG};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -72,8 +72,8 @@ fn kernel_state(kind: &str) -> String {
     };
     let listed = line_of("/proc/filesystems", &|line| line.split_whitespace().last() == Some(kind)).is_some();
     let module = line_of("/proc/modules", &|line| line.split(' ').next() == Some(kind));
-    let listed = if listed { "listed" } else { "not listed" };
-    format!(": {listed} among the kernel's, its module {}", module.as_deref().unwrap_or("not loaded"))
+    let listed = if listed { "listed among the kernel's" } else { NOT_LISTED };
+    format!(": {listed}, its module {}", module.as_deref().unwrap_or("not loaded"))
 }
 
 /// What the kernel has to say about a failed mount: messages wait in the context, one a read.

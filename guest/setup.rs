@@ -59,8 +59,8 @@ impl World {
 /// # Errors
 /// What failed, by name. The machine is of no use then.
 pub fn make(setup: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock) -> Result<World, Failure> {
-    // Before anything else, to be over in time; none of it is the step's.
-    let warm = (setup.warm_up && !stock.is_rehearsed).then(Beside::warming_up).transpose()?;
+    // Before anything else, to be over in time; none of it is the step's, and what fails of it costs time.
+    let warm = (setup.warm_up && !stock.is_rehearsed).then(Beside::warming_up).and_then(Result::ok);
     seed(&setup.seed)?;
     set_clock(setup.clock)?;
     rustix::system::sethostname(setup.hostname.as_bytes())
@@ -92,7 +92,7 @@ pub fn make(setup: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stoc
         layer.remember()?;
     }
     swapping.map_or(Ok(()), Beside::join)?;
-    warm.map_or(Ok(()), Beside::join)?;
+    let _ = warm.map(Beside::join);
     Ok(World { root, maker, terminals: pieces.terminals })
 }
 
@@ -253,7 +253,15 @@ fn copy_attributes(from: &str, to: &str) -> std::io::Result<()> {
         Err(Errno::NOTSUP | Errno::NOSYS) => Vec::new(),
         result => vec![0; result?],
     };
-    let length = if names.is_empty() { 0 } else { rustix::fs::llistxattr(from, &mut names[..])? };
+    let length = match rustix::fs::llistxattr(from, &mut names[..]) {
+        _ if names.is_empty() => 0,
+        // There are more by now: as many as there can be (XATTR_LIST_MAX).
+        Err(Errno::RANGE) => {
+            names.resize(65_536, 0);
+            rustix::fs::llistxattr(from, &mut names[..])?
+        }
+        result => result?,
+    };
     let names = names.get(..length).unwrap_or_default().split(|&byte| byte == 0);
     for name in names.filter(|name| !name.is_empty() && !name.starts_with(b"trusted.overlay.")) {
         let mut value = vec![0; 65_536];

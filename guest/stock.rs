@@ -49,8 +49,8 @@ pub struct Stock {
     pub swapped: Option<Scratch>,
     /// Whether a step was rehearsed in this machine.
     pub is_rehearsed: bool,
-    /// For the step's processes, or why there is none.
-    group: Option<Result<Group, Failure>>,
+    /// For the step's processes.
+    group: Option<Group>,
     /// For a step's world, and for one that is rehearsed before.
     pieces: Vec<Pieces>,
 }
@@ -59,7 +59,7 @@ impl Stock {
     /// Makes and looks up all that is to be had; what is not is asked for again where it is needed.
     pub fn lay_in() -> Self {
         let pieces = [Pieces::make(), Pieces::make()].into_iter().filter_map(Result::ok).collect();
-        Self { disks: Disks::look(), swapped: None, is_rehearsed: false, group: Some(Group::make()), pieces }
+        Self { disks: Disks::look(), swapped: None, is_rehearsed: false, group: Group::make().ok(), pieces }
     }
 
     /// The pieces of a world, which has them for itself.
@@ -75,7 +75,7 @@ impl Stock {
     /// # Errors
     /// Those of [`Group::make`] and [`Group::limit`].
     pub fn group(&mut self, processes: u32) -> Result<Group, Failure> {
-        let group = self.group.take().unwrap_or_else(Group::make)?;
+        let group = self.group.take().map_or_else(Group::make, Ok)?;
         group.limit(processes).map(|()| group)
     }
 }

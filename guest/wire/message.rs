@@ -33,6 +33,9 @@ pub enum Stream {
     Stderr,
 }
 
+/// In a `Failed` text about a file system that the kernel does not know.
+pub const NOT_LISTED: &str = "not listed among the kernel's";
+
 /// The beginning of a `Failed` text that is about the root itself, not about what is made around it.
 pub const ABOUT_ROOT: &str = "mounting the root";
 
@@ -121,7 +124,7 @@ pub struct Setup {
     pub root: Source,
     /// The disk that is swapped to, if there is one.
     pub scratch: Option<Scratch>,
-    /// Most bytes that all private layers may hold together (size of their tmpfs); 0: the kernel's default.
+    /// Most bytes that all private layers may hold together (size of their tmpfs); 0: no limit.
     pub layer_bytes: u64,
     /// Most processes and threads that commands may have together; 0: as many as the kernel has room for.
     pub processes: u32,

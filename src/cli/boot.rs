@@ -168,7 +168,7 @@ pub(super) fn read(arguments: &BootArguments) -> Result<Boot, Failure> {
         .map_err(|_| usage(format!("--memory is a size such as 512M, not `{}`", arguments.memory)))?;
     if !MEMORY_BYTES.contains(&memory_bytes) {
         return Err(usage(format!(
-            "--memory is at least 128M and at most 16T, and not `{}`",
+            "--memory is at least 128M and at most 8T, and not `{}`",
             arguments.memory
         )));
     }

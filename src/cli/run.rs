@@ -271,7 +271,7 @@ pub(super) fn step(arguments: &RunArguments) -> Result<Step, Failure> {
         return Err(wrong(text));
     }
     if memory_bytes > *MEMORY_BYTES.end() {
-        return Err(wrong(format!("--memory {} is too much: 16T is the most", arguments.memory)));
+        return Err(wrong(format!("--memory {} is too much: 8T is the most", arguments.memory)));
     }
     let scratch_bytes = bytes("--scratch", &arguments.scratch)?;
     if scratch_bytes < *SCRATCH_BYTES.start() {

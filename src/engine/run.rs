@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use kiln_artifact::tree::{Kind, TreePath};
 use kiln_digest::Digest;
-use kiln_wire::{ABOUT_ROOT, Exec, Outcome, Setup, Usage};
+use kiln_wire::{ABOUT_ROOT, Exec, NOT_LISTED, Outcome, Setup, Usage};
 
 use super::collect::{Collect, Collection, collect};
 use super::error::RunError;
@@ -183,7 +183,8 @@ fn carry_through(
         && may_boot_again
         && came_up_badly(error, machine.identity())
     {
-        // Nothing of the step has run.
+        // Nothing of the step has run: what it took so far is part of the boot.
+        let _ = events(Event::Phase(Phase::Boot, talk.stopwatch.lap()));
         let _ = events(Event::Warning(&format!("the machine was booted again: {}", in_full(error))));
         drop((machine, registration));
         return carry_through(step, host, input, series, events, standing, false);
@@ -345,7 +346,7 @@ pub(super) fn start(
 fn came_up_badly(error: &RunError, identity: &Identity) -> bool {
     let (RunError::Root { source, .. } | RunError::Session(source)) = error else { return false };
     let lacks_a_file_system =
-        matches!(source, SessionError::Failed { errno, .. } if errno.raw_os_error() == Some(libc::ENODEV));
+        matches!(source, SessionError::Failed { what, .. } if what.contains(NOT_LISTED));
     lacks_a_file_system && identity.accelerator == Accelerator::Tcg && identity.origin == Origin::Boot
 }
 
@@ -586,4 +587,32 @@ fn register(
         let _ = wire.shutdown(Shutdown::Both);
     })?;
     Ok((registration, stopped))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::jail::Held;
+
+    #[test]
+    fn an_emulated_machine_that_booted_without_a_file_system_came_up_badly_and_no_other() {
+        let failed = |what: &str| {
+            RunError::Session(SessionError::Failed {
+                what: what.to_owned(),
+                errno: io::Error::from_raw_os_error(19),
+            })
+        };
+        let identity = |accelerator, origin| Identity {
+            backend: "qemu".to_owned(),
+            accelerator,
+            jail: Held::default(),
+            origin,
+        };
+        let lacks = failed(&format!("mounting layer as overlay: {NOT_LISTED}, its module not loaded"));
+        let booted = identity(Accelerator::Tcg, Origin::Boot);
+        assert!(came_up_badly(&lacks, &booted));
+        assert!(!came_up_badly(&failed("finding the disk with serial \"root\""), &booted));
+        assert!(!came_up_badly(&lacks, &identity(Accelerator::Kvm, Origin::Boot)));
+        assert!(!came_up_badly(&lacks, &identity(Accelerator::Tcg, Origin::Template)));
+    }
 }

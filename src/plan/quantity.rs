@@ -3,8 +3,8 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-/// Memory that a machine may have, in bytes: Linux does not come up in less, nor every processor address more.
-pub const MEMORY_BYTES: RangeInclusive<u64> = 128 << 20..=1 << 44;
+/// Memory that a machine may have, in bytes: Linux does not come up in less, nor does KVM take more.
+pub const MEMORY_BYTES: RangeInclusive<u64> = 128 << 20..=1 << 43;
 /// How large a scratch disk may be, in bytes: files of more than twice the most are beyond ext4.
 pub const SCRATCH_BYTES: RangeInclusive<u64> = 1 << 20..=1 << 43;
 

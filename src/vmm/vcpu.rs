@@ -101,8 +101,8 @@ pub struct Buses {
     pub ports: Bus,
 }
 
-/// Most accesses of one instruction: it moves what it moves on both sides of a page's end, and in pieces of eight bytes.
-const MOST_ACCESSES: usize = 1024;
+/// More accesses than KVM lets one instruction make, repeated or not, before it leaves the guest between two of them.
+const MOST_ACCESSES: usize = 4096;
 
 /// Lets `vcpu`, the processor of that number, finish what the guest was doing when it left it: only then are its registers
 /// those of a whole instruction.

@@ -200,6 +200,7 @@ impl VmError {
             Self::Lacks(_) | Self::Version(_) | Self::Cpus { .. } | Self::Io { .. } => true,
             Self::Memory(error) => error.is_hosts(),
             Self::Cpu(error) => error.is_hosts(),
+            Self::Instruction(end) => !end.is_the_guests(),
             _ => false,
         }
     }

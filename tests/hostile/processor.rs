@@ -31,7 +31,11 @@ const ADDRESS: u64 = ORDER + 8;
 const VALUE: u64 = ORDER + 16;
 const TIMES: u64 = ORDER + 24;
 const ROUTINE: u64 = ORDER + 32;
+/// How often all that flips has done so.
+const FLIPPED: u64 = ORDER + 40;
 const BYTES: u64 = ORDER + 64;
+/// For how long what flips stays as it is.
+const PAUSES: usize = 16;
 /// How long an order may take: in machines of machines everything is slow.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long to leave the processor to the guest where there is one for both.
@@ -175,8 +179,8 @@ pub struct Processor {
     ends: Receiver<End>,
     /// Where it waits.
     waits: u64,
-    /// What it does meanwhile, as code, and where the next is put.
-    meanwhile: Vec<u8>,
+    /// What flips meanwhile, and where the next routine is put.
+    flips: Vec<(u64, Vec<u8>, Vec<u8>)>,
     next: u64,
     /// It stops with this.
     _running: Running,
@@ -218,8 +222,7 @@ impl Processor {
         };
         let running = Machine::new(parts).and_then(|machine| machine.start(patient));
         let running = running.map_err(|error| error.to_string())?;
-        let processor =
-            Self { memory, ends, waits, meanwhile: Vec::new(), next: ROUTINES, _running: running };
+        let processor = Self { memory, ends, waits, flips: Vec::new(), next: ROUTINES, _running: running };
         // It has its own page tables by now.
         processor.order(COPY_IN, ORDER, 0, 0);
         Ok(processor)
@@ -247,31 +250,43 @@ impl Processor {
         self.memory.read_obj(GuestAddress(VALUE)).expect("memory")
     }
 
-    /// Lets it write one and the other at `address` whenever it waits, beside what it does then.
+    /// Lets it write one and the other at `address` whenever it waits: first one of all that flips, and after a pause the other.
     pub fn flip(&mut self, address: u64, one: &[u8], other: &[u8]) -> Result<(), String> {
-        for bytes in [one, other] {
-            put(&mut self.meanwhile, address, bytes)?;
+        self.flips.push((address, one.to_vec(), other.to_vec()));
+        let mut code = Vec::new();
+        for which in [false, true] {
+            for (address, one, other) in &self.flips {
+                put(&mut code, *address, if which { other } else { one })?;
+            }
+            // pause
+            code.extend(b"\xf3\x90".repeat(PAUSES));
         }
-        let mut code = self.meanwhile.clone();
-        let back = i64::try_from(self.waits)
-            .and_then(|to| Ok(to - i64::try_from(self.next + code.len() as u64 + 5)?));
-        let back = back.ok().and_then(|distance| i32::try_from(distance).ok()).ok_or("that is too far")?;
-        code.push(0xe9);
-        code.extend(back.to_le_bytes());
-        let end = self.next + code.len() as u64;
+        // inc qword [rbx + 40]
+        code.extend(b"\x48\xff\x43\x28");
+        let end = self.next + code.len() as u64 + 5;
         if end > ORDER {
             return Err("there is no room for more that flips".to_owned());
         }
+        // jmp to where it waits, which is behind it.
+        code.push(0xe9);
+        let back = u32::try_from(end - self.waits).map_err(|error| error.to_string())?;
+        code.extend(back.wrapping_neg().to_le_bytes());
         // Behind what it may be in the middle of.
         self.memory.write_slice(&code, GuestAddress(self.next)).map_err(|error| error.to_string())?;
         self.go(self.next);
         self.next = end;
+        let flipped = || self.memory.load::<u64>(GuestAddress(FLIPPED), Ordering::Acquire).expect("memory");
+        let (before, start) = (flipped(), Instant::now());
+        while flipped() == before {
+            assert!(start.elapsed() < PATIENCE, "the guest flips nothing");
+            std::thread::sleep(A_MOMENT);
+        }
         Ok(())
     }
 
     /// It only waits from now on.
     pub fn still(&mut self) {
-        self.meanwhile.clear();
+        self.flips.clear();
         self.go(self.waits);
         // What it was in the middle of is over.
         self.order(COPY_IN, ORDER, 0, 0);

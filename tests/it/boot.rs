@@ -24,7 +24,7 @@ fn settings_of_the_machine_that_cannot_be_are_refused() {
         (&["--disk", "a:b"], "`b`"),
         (&["--memory", "much"], "`much`"),
         (&["--memory", "1M"], "128M"),
-        (&["--memory", "18446744073709551615"], "16T"),
+        (&["--memory", "18446744073709551615"], "8T"),
         (&["--format", "vmdk"], "`vmdk`"),
     ] {
         host.run(&[&["boot", "x"], arguments].concat()).fails(2, &[word]);

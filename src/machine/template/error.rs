@@ -23,6 +23,9 @@ pub(in crate::machine) enum TemplateError {
     /// The machine to be frozen, or the copy, did not come up.
     #[error(transparent)]
     Machine(#[from] MachineError),
+    /// It does not come up: its kernel hangs, or its agent.
+    #[error("its agent said nothing for {0:.0?}")]
+    Silent(Duration),
     /// Its agent does not answer as it should.
     #[error("cannot hear the agent: {0}")]
     Unheard(#[source] io::Error),
@@ -85,9 +88,9 @@ impl TemplateError {
     /// Whether another machine of the same parts may fare better.
     pub(super) fn is_chance(&self) -> bool {
         let came_up_badly = match self {
-            Self::Died(_) | Self::Complained(_) | Self::Untimely { .. } => true,
-            // One that hangs is waited for again when it is booted without a template.
-            Self::Unheard(source) => source.kind() != io::ErrorKind::TimedOut,
+            Self::Died(_) | Self::Complained(_) | Self::Untimely { .. } | Self::Unheard(_) => true,
+            // It is waited for again when it is booted without a template.
+            Self::Silent(_) => false,
             Self::Io { .. } | Self::Machine(_) | Self::Damaged(_) | Self::Locked | Self::Barren => false,
         };
         came_up_badly && !self.is_hosts()
@@ -95,5 +98,17 @@ impl TemplateError {
 
     pub fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { what, source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_that_is_silent_from_the_start_is_not_booted_again_for_a_template() {
+        assert!(!TemplateError::Silent(Duration::from_secs(60)).is_chance());
+        assert!(TemplateError::Unheard(io::ErrorKind::TimedOut.into()).is_chance(), "it had answered before");
+        assert!(TemplateError::Complained("no module".to_owned()).is_chance());
     }
 }

@@ -1,4 +1,4 @@
-//! What is said to an agent before its machine is anybody's, a message and its answer each: a hello, a disk to swap to, a rehearsal.
+//! What is said to an agent before its machine is anybody's, a message and its answer each: a hello, what a machine settles before it is frozen, a rehearsal.
 
 use std::cell::Cell;
 use std::io::{self, ErrorKind, Read, Write};

@@ -393,7 +393,12 @@ pub(super) fn copy<F: Freezer>(
 /// Waits for a machine that boots since `started`, and lets it do what is the same for every step. What its agent complained of is
 /// returned: by its last answer, all that it had to say has been read.
 pub(super) fn settle(machine: &mut impl Lendable, started: Instant) -> Result<Vec<String>, TemplateError> {
-    let mut first = greeting(machine, BOOT_PATIENCE)?;
+    let mut first = greeting(machine, BOOT_PATIENCE).map_err(|error| match error {
+        TemplateError::Unheard(source) if source.kind() == io::ErrorKind::TimedOut => {
+            TemplateError::Silent(BOOT_PATIENCE)
+        }
+        error => error,
+    })?;
     let mut complaints = mem::take(&mut first.complaints);
     let scratch = Scratch { serial: serial::SCRATCH.to_owned(), bytes: scratch::USUAL_BYTES };
     let message =
