@@ -91,7 +91,7 @@ fn what_contradicts_itself_is_refused_where_it_stands() {
         (boot("expect = \"reboot\"\nchange = [{ sign = \"me\" }]"), 4, "nobody is called `me`"),
         (step("limits = { memory = \"1K\" }"), 3, "too little"),
         (step("limits = { memory = \"0\" }"), 3, "too little"),
-        (step("limits = { memory = \"18446744073709551615\" }"), 3, "16.0 TiB is the most"),
+        (step("limits = { memory = \"18446744073709551615\" }"), 3, "8.0 TiB is the most"),
         (step("limits = { scratch = \"18446744073709551615\" }"), 3, "8.0 TiB is the most"),
         (step("limits = { timeout = \"soon\" }"), 3, "not a duration"),
         (step("limits = { cpus = 0 }"), 3, "1 to 64"),
