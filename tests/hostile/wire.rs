@@ -46,7 +46,7 @@ const TO_AGENT: [(&str, u8, &str); 12] = [
     (
         "SETUP",
         0x02,
-        "seed:8 seed1:8 seed2:8 seed3:8 seed4:8 seed5:8 seed6:8 seed7:8 clock:8 nanos:4 root_kind:1 root:c=root \
+        "seed:8 seed1:8 seed2:8 seed3:8 seed4:8 seed5:8 seed6:8 seed7:8 warm_up:1 clock:8 nanos:4 root_kind:1 root:c=root \
          scratch:1 scratch_disk:b layer_bytes:8 processes:4 mounts:4 mount:b hostname:c=kiln modules:4 module:b",
     ),
     (
@@ -63,7 +63,11 @@ const TO_AGENT: [(&str, u8, &str); 12] = [
     ("MOUNT", 0x09, "source:1 name:c=tools target:c=/toolbox access:1"),
     ("CREDIT", 0x0a, "id:4=1 bytes:4=1"),
     ("RESIZE", 0x0b, "id:4=1 rows:2=24 columns:2=80"),
-    ("SWAP", 0x0d, "serial:c=scratch bytes:8=8192"),
+    (
+        "SETTLE",
+        0x0d,
+        "seed:8 seed1:8 seed2:8 seed3:8 seed4:8 seed5:8 seed6:8 seed7:8 serial:c=scratch bytes:8=8192",
+    ),
 ];
 
 /// Which end a message is from.
