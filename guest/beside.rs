@@ -82,14 +82,19 @@ impl Beside {
     }
 }
 
+/// What a command's process does before it executes a program.
+fn become_like_a_command() -> Result<(), Errno> {
+    setsid()?;
+    sys::reset_signals();
+    sys::close_on_exec_above_stdio()
+}
+
 fn warm_up() -> Result<(), Errno> {
     reap::mount_proc()?;
     let _signals = sys::child_signals()?;
     match sys::fork(0)? {
         Fork::Child => {
-            setsid()?;
-            sys::reset_signals();
-            sys::close_on_exec_above_stdio()?;
+            become_like_a_command()?;
             // Not the first process of its namespace, it ends at once.
             let words = StringArray::new(vec![c"agent".to_owned()]);
             Err(sys::execve(c"/init", &words, &StringArray::new(Vec::new())))
@@ -104,9 +109,7 @@ fn rehearse(what: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock
     let signals = sys::child_signals()?;
     match sys::fork(0)? {
         Fork::Child => {
-            setsid()?;
-            sys::reset_signals();
-            sys::close_on_exec_above_stdio()?;
+            become_like_a_command()?;
             // What they do does not matter: the kernel has started once what most commands begin with.
             let nothing = StringArray::new(Vec::new());
             let words = [c"sh", c"-eu", c"-c", c"/bin/true; exit"].map(CStr::to_owned);
