@@ -5,10 +5,12 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use kiln_wire::Setup;
-use rustix::io::Errno;
-use rustix::process::{Pid, setsid};
+use rustix::io::{Errno, read, write};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, Signal, kill_process, setsid};
 
 use crate::failure::{Doing, Failure};
+use crate::setup::{ROOT_LOWER, RootDisk};
 use crate::stock::{Pieces, Stock};
 use crate::sys::{self, Fork, StringArray};
 use crate::{reap, setup, swap};
@@ -28,38 +30,13 @@ impl Beside {
         Self::start_in(0, format!("swapping to {device}"), || swap::to(device, bytes))
     }
 
-    /// Begins to make the world of `setup` and to start a program in it, all of which goes with the process.
-    ///
-    /// # Errors
-    /// There can be no process.
-    pub fn rehearsing(setup: &Setup, shares: Option<OwnedFd>, stock: &mut Stock) -> Result<Self, Failure> {
-        let pieces = stock.take()?;
-        Self::start_in(sys::OWN_WORLD, "rehearsing a step".to_owned(), || {
-            rehearse(setup, shares, pieces, stock)
-        })
-    }
-
-    /// Begins to start a program as a command is started, which does nothing: an emulator has translated then, by another
-    /// processor, what the kernel does for it.
-    ///
-    /// # Errors
-    /// There can be no process.
-    pub fn warming_up() -> Result<Self, Failure> {
-        Self::start_in(sys::OWN_WORLD, "starting a program".to_owned(), warm_up)
-    }
-
     fn start_in(
         namespaces: libc::c_int,
         what: String,
         act: impl FnOnce() -> Result<(), Errno>,
     ) -> Result<Self, Failure> {
-        match sys::fork(namespaces).doing(|| what.clone())? {
-            Fork::Child => {
-                let errno = act().err().map_or(0, Errno::raw_os_error);
-                sys::exit(u8::try_from(errno).unwrap_or(u8::MAX))
-            }
-            Fork::Parent { child } => Ok(Self { child, what }),
-        }
+        let child = start_in(namespaces, act).doing(|| what.clone())?;
+        Ok(Self { child, what })
     }
 
     /// Waits for it to end, and gives what it came to.
@@ -82,6 +59,74 @@ impl Beside {
     }
 }
 
+/// A process that waits for a step, mounts its root then while the agent does the rest, and starts a program of the root's as a
+/// command is started: what the kernel does for a command, an emulator has translated by another processor when there is one.
+pub struct WarmUp {
+    helper: Pid,
+    /// Out go the root's disk and leave to start a program, in comes whether the root is mounted.
+    control: OwnedFd,
+}
+
+impl WarmUp {
+    /// Makes it, before a step is known.
+    ///
+    /// # Errors
+    /// There can be no process.
+    pub fn prepare() -> Result<Self, Failure> {
+        let what = "preparing a process";
+        let (control, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .doing(|| what)?;
+        // Whatever it starts ends with it.
+        let helper = start_in(libc::CLONE_NEWPID, || {
+            sys::close_all_but([theirs.as_fd(), theirs.as_fd()], || {
+                let _ = warm_up(&theirs);
+                sys::exit(0)
+            })
+        });
+        Ok(Self { helper: helper.doing(|| what)?, control })
+    }
+
+    /// Lets it mount `disk` at its place.
+    pub fn begin(&self, disk: &RootDisk) {
+        // If it cannot be told, it does not help.
+        let _ = write(&self.control, format!("{} {}", disk.device, disk.filesystem).as_bytes());
+    }
+
+    /// Lets it start a program, which may draw random numbers.
+    pub fn go_on(&self) {
+        let _ = write(&self.control, &[1]);
+    }
+
+    /// Whether what it was to mount is mounted. Waits until it is, or cannot be.
+    pub fn has_mounted(&self) -> bool {
+        let mut is_mounted = [0];
+        read(&self.control, &mut is_mounted) == Ok(1) && is_mounted == [1]
+    }
+
+    /// Begins to end it, however far it is, and what it has started.
+    pub fn kill(&self) {
+        // Nobody but this process waits for it, so the number is still its own.
+        let _ = kill_process(self.helper, Signal::KILL);
+    }
+
+    /// Waits until nothing of it is left.
+    pub fn end(self) {
+        self.kill();
+        let _ = sys::wait(Some(self.helper), true);
+    }
+}
+
+fn start_in(namespaces: libc::c_int, act: impl FnOnce() -> Result<(), Errno>) -> Result<Pid, Errno> {
+    match sys::fork(namespaces)? {
+        Fork::Child => {
+            let errno = act().err().map_or(0, Errno::raw_os_error);
+            sys::exit(u8::try_from(errno).unwrap_or(u8::MAX))
+        }
+        Fork::Parent { child } => Ok(child),
+    }
+}
+
 /// What a command's process does before it executes a program.
 fn become_like_a_command() -> Result<(), Errno> {
     setsid()?;
@@ -89,32 +134,76 @@ fn become_like_a_command() -> Result<(), Errno> {
     sys::close_on_exec_above_stdio()
 }
 
-fn warm_up() -> Result<(), Errno> {
-    reap::mount_proc()?;
-    let _signals = sys::child_signals()?;
-    match sys::fork(0)? {
+fn warm_up(control: &OwnedFd) -> Result<(), Errno> {
+    let mut words = [0; 256];
+    let length = read(control, &mut words)?;
+    let words = str::from_utf8(words.get(..length).unwrap_or_default()).unwrap_or_default();
+    let is_mounted = words.split_once(' ').is_some_and(|(device, filesystem)| {
+        RootDisk { device: device.to_owned(), filesystem: filesystem.to_owned() }.mount().is_ok()
+    });
+    write(control, &[u8::from(is_mounted)])?;
+    if !is_mounted || read(control, &mut [0])? == 0 {
+        return Ok(());
+    }
+    match sys::fork(sys::OWN_WORLD)? {
         Fork::Child => {
+            reap::enter(ROOT_LOWER)?;
+            // Not every root has a place for it.
+            let _ = reap::mount_proc();
             become_like_a_command()?;
-            // Not the first process of its namespace, it ends at once.
-            let words = StringArray::new(vec![c"agent".to_owned()]);
-            Err(sys::execve(c"/init", &words, &StringArray::new(Vec::new())))
+            Err(execute(c"/bin/true", &[c"true"]))
         }
         Fork::Parent { child } => sys::wait(Some(child), true).map(drop),
     }
 }
 
-fn rehearse(what: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock) -> Result<(), Errno> {
-    let _world = setup::make(what, shares, pieces, stock).map_err(|failure| failure.errno)?;
+fn execute(path: &CStr, words: &[&CStr]) -> Errno {
+    let words = words.iter().map(|&word| word.to_owned()).collect();
+    sys::execve(path, &StringArray::new(words), &StringArray::new(Vec::new()))
+}
+
+/// Makes the world of `setup` and starts a program in it, all of which goes with the process that does it: but for the root,
+/// which stays mounted as long as the kernel is to keep what it has read of it.
+///
+/// # Errors
+/// What failed, by name.
+pub fn rehearse(setup: Setup, shares: Option<OwnedFd>, stock: &mut Stock) -> Result<(), Failure> {
+    setup::seed(&setup.seed)?;
+    let warm_up = stock.warm_up(true);
+    let disk = RootDisk::of(&setup, &stock.disks).filter(|disk| stock.root.as_ref() != Some(disk));
+    if let Some(disk) = disk {
+        let is_mounted = match &warm_up {
+            Some(warm_up) => {
+                warm_up.begin(&disk);
+                warm_up.go_on();
+                warm_up.has_mounted()
+            }
+            None => disk.mount().is_ok(),
+        };
+        stock.root = is_mounted.then_some(disk);
+    }
+    let pieces = stock.take()?;
+    let rehearsal = Beside::start_in(sys::OWN_WORLD, "rehearsing a step".to_owned(), || {
+        play(&setup, shares, pieces, stock)
+    });
+    let ended = rehearsal.and_then(Beside::join);
+    if let Some(warm_up) = warm_up {
+        warm_up.end();
+    }
+    // What is swapped to is the machine's and not the rehearsal's.
+    ended.map(|()| stock.swapped = setup.scratch.or(stock.swapped.take()))
+}
+
+fn play(what: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock) -> Result<(), Errno> {
+    let _world = setup::make(what, shares, pieces, stock, None).map_err(|failure| failure.errno)?;
     reap::enter_root()?;
     let signals = sys::child_signals()?;
     match sys::fork(0)? {
         Fork::Child => {
             become_like_a_command()?;
             // What they do does not matter: the kernel has started once what most commands begin with.
-            let nothing = StringArray::new(Vec::new());
-            let words = [c"sh", c"-eu", c"-c", c"/bin/true; exit"].map(CStr::to_owned);
-            let _ = sys::execve(c"/bin/sh", &StringArray::new(words.to_vec()), &nothing);
-            Err(sys::execve(c"/bin/true", &StringArray::new(vec![c"true".to_owned()]), &nothing))
+            execute(c"/bin/sh", &[c"sh", c"-eu", c"-c", c"/bin/true; exit"]);
+            Err(execute(c"/bin/true", &[c"true"]))
         }
         // What it holds of the agent is nothing for a program of the root's.
         Fork::Parent { child } => sys::close_all_but([signals.as_fd(), signals.as_fd()], || {

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, read, write};
 use rustix::mount::{MountFlags, mount, mount_move};
+use rustix::path::Arg;
 use rustix::process::{Pid, Signal, chdir, chroot, ioctl_tiocsctty, setsid};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
 
@@ -175,12 +176,17 @@ pub fn run(program: &Program, ends: &Ends) -> ! {
 
 /// Makes the step's root this mount namespace's, as switch_root(8) does, and mounts /proc for this pid namespace.
 pub fn enter_root() -> Result<(), Errno> {
+    enter(ROOT)?;
+    mount_proc()
+}
+
+/// Makes the mount at `place` this mount namespace's root.
+pub fn enter(place: impl Arg) -> Result<(), Errno> {
     // By path: the descriptors that the agent holds refer to mounts of its own namespace, this is a copy.
-    chdir(ROOT)?;
+    chdir(place)?;
     mount_move(".", "/")?;
     chroot(".")?;
-    chdir("/")?;
-    mount_proc()
+    chdir("/")
 }
 
 /// Mounts /proc for this pid namespace.

@@ -12,7 +12,6 @@ use rustix::fs::Timespec;
 use rustix::io::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::beside::Beside;
 use crate::boot::{self, Booted};
 use crate::command::Command;
 use crate::failure::{Doing, Failure, cut, errno_number};
@@ -21,7 +20,7 @@ use crate::link::{ABSENCE, Link, LinkError};
 use crate::meter::Meter;
 use crate::setup::{self, World};
 use crate::stock::Stock;
-use crate::{shutdown, swap};
+use crate::{beside, shutdown, swap};
 
 /// How often memory in use is sampled while a command runs.
 const SAMPLE: Duration = Duration::from_millis(150);
@@ -53,8 +52,6 @@ struct Session {
     about: Option<About>,
     /// Laid in once that host has its answer.
     stock: Option<Stock>,
-    /// The root of a rehearsal, until `Setup`: while it is mounted the kernel keeps what it has read of it.
-    rehearsed: Option<OwnedFd>,
     world: Option<World>,
     commands: BTreeMap<u32, Command>,
     /// The last `List`: which layer, and what was in it.
@@ -77,7 +74,6 @@ pub fn run(link: Link, booted: Booted) -> Result<(), SessionError> {
         shares: booted.shares,
         about: None,
         stock: None,
-        rehearsed: None,
         world: None,
         commands: BTreeMap::new(),
         listing: None,
@@ -141,11 +137,12 @@ impl Session {
                     return Err(SessionError::Protocol("a second Setup"));
                 }
                 self.link.bind();
-                let world = stock.take();
-                let world = world.and_then(|pieces| setup::make(&setup, self.shares.take(), pieces, stock));
+                let warm_up = stock.warm_up(setup.warm_up);
+                let world = stock
+                    .take()
+                    .and_then(|pieces| setup::make(&setup, self.shares.take(), pieces, stock, warm_up));
                 world.map(|world| {
                     self.world = Some(world);
-                    self.rehearsed = None;
                     if setup.processes > 0 {
                         match stock.group(setup.processes) {
                             Ok(group) => self.meter.group = Some(group),
@@ -163,14 +160,8 @@ impl Session {
                 if self.world.is_some() {
                     return Err(SessionError::Protocol("a rehearsal after Setup"));
                 }
-                self.rehearsed = setup::mount_root(&setup, &stock.disks);
                 let shares = self.shares.as_ref().and_then(|shares| shares.try_clone().ok());
-                Beside::rehearsing(&setup, shares, stock).and_then(Beside::join).map(|()| {
-                    // What is swapped to is the machine's and not the rehearsal's.
-                    stock.swapped = setup.scratch.or(stock.swapped.take());
-                    stock.is_rehearsed = true;
-                    self.link.queue(&FromAgent::SetupDone);
-                })
+                beside::rehearse(setup, shares, stock).map(|()| self.link.queue(&FromAgent::SetupDone))
             }
             ToAgent::Settle { seed, scratch } => {
                 if self.world.is_some() {
@@ -237,7 +228,7 @@ impl Session {
             // in stock.
             self.link.flush()?;
             complaints.extend(boot::load_drivers());
-            self.stock = Some(Stock::lay_in());
+            self.stock = Some(Stock::lay_in(about.cpus));
         }
         for complaint in complaints {
             self.link.queue(&FromAgent::Log(cut(complaint.to_string())));
@@ -246,13 +237,13 @@ impl Session {
     }
 
     fn start(&mut self, exec: &Exec) -> Result<(), SessionError> {
-        let Some(world) = &self.world else {
+        let Some(world) = &mut self.world else {
             return Err(SessionError::Protocol("a command before Setup"));
         };
         if self.commands.contains_key(&exec.id) {
             return Err(SessionError::Protocol("a second command with the same id"));
         }
-        match Command::start(exec, &self.null, &world.terminals, &self.meter) {
+        match Command::start(exec, &self.null, world, &self.meter) {
             Ok(command) => {
                 self.commands.insert(exec.id, command);
             }

@@ -11,7 +11,7 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, Timespec, Timestamps, XattrFlags, o
 use rustix::io::Errno;
 use rustix::time::ClockId;
 
-use crate::beside::Beside;
+use crate::beside::{Beside, WarmUp};
 use crate::disk::Disks;
 use crate::failure::{Doing, Failure};
 use crate::layer::Layer;
@@ -24,6 +24,8 @@ use crate::{mounts, network, swap, sys};
 pub const ROOT: &CStr = c"/run/kiln/root";
 const ROOT_PATH: &str = "/run/kiln/root";
 const LAYERS: &str = "/run/kiln/layers";
+/// Where what is below the root's layer is mounted ahead of the rest.
+pub const ROOT_LOWER: &str = "/run/kiln/lower/root";
 
 /// A step's world, as far as it is needed after it was made.
 pub struct World {
@@ -31,9 +33,18 @@ pub struct World {
     maker: Maker,
     /// The devpts that the step's commands see.
     pub terminals: OwnedFd,
+    /// What helped with making it, which may not have ended yet.
+    warm_up: Option<WarmUp>,
 }
 
 impl World {
+    /// Waits until nothing runs in the machine but what commands must find in it.
+    pub fn settle(&mut self) {
+        if let Some(warm_up) = self.warm_up.take() {
+            warm_up.end();
+        }
+    }
+
     /// Adds a tree, which commands started from now on see. Where the step had no folder for it, one is made, which
     /// counts as the step's in a `List`.
     ///
@@ -54,14 +65,27 @@ impl World {
     }
 }
 
-/// Makes the world of `pieces` and what is in stock, with the device of `shares` where it is mounted.
+/// Makes the world of `pieces` and what is in stock, with the device of `shares` where it is mounted, and with the help of
+/// `warm_up`.
 ///
 /// # Errors
 /// What failed, by name. The machine is of no use then.
-pub fn make(setup: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock) -> Result<World, Failure> {
-    // Before anything else, to be over in time; none of it is the step's, and what fails of it costs time.
-    let warm = (setup.warm_up && !stock.is_rehearsed).then(Beside::warming_up).and_then(Result::ok);
+pub fn make(
+    setup: &Setup,
+    shares: Option<OwnedFd>,
+    pieces: Pieces,
+    stock: &Stock,
+    warm_up: Option<WarmUp>,
+) -> Result<World, Failure> {
+    let disk = RootDisk::of(setup, &stock.disks);
+    let helped = warm_up.as_ref().zip(disk.as_ref());
+    if let Some((warm_up, disk)) = helped {
+        warm_up.begin(disk);
+    }
     seed(&setup.seed)?;
+    if let Some((warm_up, _)) = helped {
+        warm_up.go_on();
+    }
     set_clock(setup.clock)?;
     rustix::system::sethostname(setup.hostname.as_bytes())
         .doing(|| format!("setting the host name {:?}", setup.hostname))?;
@@ -73,7 +97,12 @@ pub fn make(setup: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stoc
     let mut maker = Maker { shares, disks, lowers: 0, layers: Vec::new(), direct: Vec::new() };
     let about_root =
         |failure: Failure| Failure::new(format!("{ABOUT_ROOT}: {}", failure.what), failure.errno);
-    let lower = maker.lower(&setup.root).map_err(about_root)?;
+    let is_mounted = disk.is_some() && stock.root == disk;
+    let lower = if is_mounted || helped.is_some_and(|(warm_up, _)| warm_up.has_mounted()) {
+        ROOT_LOWER.to_owned()
+    } else {
+        maker.lower(&setup.root).map_err(about_root)?
+    };
     let root = maker.layered(lower, b"/").map_err(about_root)?;
     mounts::attach_at(&root, ROOT_PATH)?;
     let root = StepRoot::open(ROOT_PATH)?;
@@ -92,15 +121,36 @@ pub fn make(setup: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stoc
         layer.remember()?;
     }
     swapping.map_or(Ok(()), Beside::join)?;
-    let _ = warm.map(Beside::join);
-    Ok(World { root, maker, terminals: pieces.terminals })
+    if let Some(warm_up) = &warm_up {
+        warm_up.kill();
+    }
+    Ok(World { root, maker, terminals: pieces.terminals, warm_up })
 }
 
-/// The root of `setup` as a mount nobody sees; none where it is no disk, or cannot be mounted, which making the world says.
-pub fn mount_root(setup: &Setup, disks: &Disks) -> Option<OwnedFd> {
-    // One that is mounted to be written to cannot be mounted twice.
-    let Source::Disk { serial, filesystem, read_only: true } = &setup.root else { return None };
-    mounts::disk(&disks.find(serial).ok()?, filesystem, true).ok()
+/// A disk that the root's own tree is on, and is mounted from read-only.
+#[derive(Debug, PartialEq, Eq)]
+pub struct RootDisk {
+    /// Path of the device.
+    pub device: String,
+    /// As the kernel calls it.
+    pub filesystem: String,
+}
+
+impl RootDisk {
+    /// That of `setup`; none where the root is no such disk, or there is none, which making the world says.
+    pub fn of(setup: &Setup, disks: &Disks) -> Option<Self> {
+        // One that is mounted to be written to cannot be mounted twice.
+        let Source::Disk { serial, filesystem, read_only: true } = &setup.root else { return None };
+        Some(Self { device: disks.find(serial).ok()?, filesystem: filesystem.clone() })
+    }
+
+    /// Mounts it at [`ROOT_LOWER`].
+    ///
+    /// # Errors
+    /// It cannot be mounted.
+    pub fn mount(&self) -> Result<(), Failure> {
+        mounts::attach_at(&mounts::disk(&self.device, &self.filesystem, true)?, ROOT_LOWER)
+    }
 }
 
 /// Gives the kernel's generator of random numbers a seed, of which it makes what it gives from now on.

@@ -6,10 +6,12 @@ use std::os::fd::OwnedFd;
 use kiln_wire::Scratch;
 use rustix::mount::MountAttrFlags;
 
+use crate::beside::WarmUp;
 use crate::disk::Disks;
 use crate::failure::Failure;
 use crate::group::Group;
 use crate::mounts;
+use crate::setup::RootDisk;
 
 /// File systems of one world's own that nobody has mounted yet.
 pub struct Pieces {
@@ -47,19 +49,33 @@ pub struct Stock {
     pub disks: Disks,
     /// What it swaps to already.
     pub swapped: Option<Scratch>,
-    /// Whether a step was rehearsed in this machine.
-    pub is_rehearsed: bool,
+    /// What is mounted already at its place.
+    pub root: Option<RootDisk>,
     /// For the step's processes.
     group: Option<Group>,
     /// For a step's world, and for one that is rehearsed before.
     pieces: Vec<Pieces>,
+    /// Where there is a processor for it.
+    warm_up: Option<WarmUp>,
 }
 
 impl Stock {
     /// Makes and looks up all that is to be had; what is not is asked for again where it is needed.
-    pub fn lay_in() -> Self {
+    pub fn lay_in(cpus: u16) -> Self {
         let pieces = [Pieces::make(), Pieces::make()].into_iter().filter_map(Result::ok).collect();
-        Self { disks: Disks::look(), swapped: None, is_rehearsed: false, group: Group::make().ok(), pieces }
+        let (disks, group) = (Disks::look(), Group::make().ok());
+        let warm_up = (cpus > 1).then(WarmUp::prepare).and_then(Result::ok);
+        Self { disks, swapped: None, root: None, group, pieces, warm_up }
+    }
+
+    /// What helps with making a world, if it is to: gone for good.
+    pub fn warm_up(&mut self, is_wanted: bool) -> Option<WarmUp> {
+        let warm_up = self.warm_up.take()?;
+        if is_wanted {
+            return Some(warm_up);
+        }
+        warm_up.end();
+        None
     }
 
     /// The pieces of a world, which has them for itself.

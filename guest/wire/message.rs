@@ -115,8 +115,8 @@ pub struct Scratch {
 pub struct Setup {
     /// Fresh entropy, credited to the kernel's generator before anything else.
     pub seed: [u8; 64],
-    /// Whether a program that does nothing is started meanwhile. Where the machine is emulated and another of its processors is
-    /// free, what the kernel does for a command is translated then.
+    /// Whether a program of the root's that does nothing is started meanwhile. Where the machine is emulated and another of its
+    /// processors is free, what the kernel does for a command is translated then.
     pub warm_up: bool,
     /// What the clock is set to.
     pub clock: Clock,

@@ -81,6 +81,26 @@ fn an_image_that_the_kernel_does_not_mount_is_named_with_the_kernels_words() {
     assert!(!told.stderr.contains("SeaBIOS"), "{}", told.stderr);
 }
 
+/// It is started before a command is, where a machine is emulated: see `guest/beside.rs`.
+#[test]
+fn a_root_whose_true_never_ends_leaves_a_command_alone() {
+    let host = Host::new();
+    tree(&host);
+    for applet in ["grep", "sleep", "sort"] {
+        symlink("busybox", host.path(&format!("tree/bin/{applet}"))).expect("a link");
+    }
+    let script = "#!/bin/sh\nkill -9 -1\nwhile :; do :; done &\n/bin/sleep 1000 & while :; do :; done\n";
+    host.file("tree/bin/true", script);
+    fs::set_permissions(host.path("tree/bin/true"), fs::Permissions::from_mode(0o755)).expect("its own");
+    pack(&host, "mksquashfs", &["tree", "a.img", "-noappend", "-quiet", "-no-progress"]);
+    // A thread of the kernel's may run too at one look, not at each of them.
+    let look =
+        "i=0; while [ $i -lt 40 ]; do grep procs_running /proc/stat; i=$((i+1)); done | sort -u | head -n 1";
+    let told = run_in(&host, "a.img", look);
+    told.ends(0, &[]);
+    assert_eq!(told.text(), "procs_running 1\n");
+}
+
 #[test]
 fn programs_that_a_root_cannot_run_are_named_with_what_is_missing() {
     let host = Host::new();
