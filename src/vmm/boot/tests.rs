@@ -93,6 +93,37 @@ fn a_kernel_that_is_cut_off_anywhere_is_refused() {
 }
 
 #[test]
+fn a_kernel_whose_header_says_anything_is_entered_in_memory_or_refused() {
+    let memory = machine(LEAST_BYTES);
+    let (initramfs, mut entered, mut refused) = ([0x55; 5000], 0, 0);
+    let kernels = [
+        (elf(&[0x90; 64], 0x0100_0000, 64), 0..120),
+        (bz_image(&[0x90; 4096], KERNEL_64, 8192), 0x1f1..0x270),
+    ];
+    for (kernel, header) in kernels {
+        for (at, width) in header.flat_map(|at| [1, 2, 4, 8].map(|width| (at, width))) {
+            for value in [0, 1, 0x0fff, 1 << 31, (1 << 31) - 1, 1 << 63, (1 << 63) - 1, u64::MAX] {
+                let mut kernel = kernel.clone();
+                kernel[at..at + width].copy_from_slice(&value.to_le_bytes()[..width]);
+                let Ok(entry) = try_load(&memory, &kernel, &initramfs) else {
+                    refused += 1;
+                    continue;
+                };
+                entered += 1;
+                let what = format!("{value:#x} in {width} bytes at {at:#x}");
+                assert!(memory.address_in_range(entry), "{what}: entered at {entry:?}");
+                let parameters: boot_params = memory.read_obj(ZERO_PAGE).expect("memory");
+                let place = { parameters.hdr.ramdisk_image };
+                let mut bytes = [0; 5000];
+                memory.read_slice(&mut bytes, GuestAddress(place.into())).expect(&what);
+                assert!(bytes == initramfs, "{what}: another initramfs at {place:#x}");
+            }
+        }
+    }
+    assert!(entered > 500 && refused > 500, "{entered} entered, {refused} refused");
+}
+
+#[test]
 fn a_kernel_that_reaches_beyond_memory_or_is_entered_outside_is_refused() {
     let memory = machine(LEAST_BYTES);
     for size in [LEAST_BYTES, 1 << 40] {

@@ -86,6 +86,17 @@ fn a_triple_fault_is_called_that() {
 }
 
 #[test]
+fn a_guest_that_goes_on_where_no_memory_is_ends_for_want_of_an_instruction() {
+    // mov eax, 0xd0000000; jmp rax
+    let Some((end, _)) = run(b"\xb8\x00\x00\x00\xd0\xff\xe0") else { return };
+    assert_eq!(end, End::InternalError { cpu: 0, suberror: kvm_bindings::KVM_INTERNAL_ERROR_EMULATION });
+    assert!(
+        end.to_string().ends_with("processor 0: it cannot emulate an instruction of the guest's"),
+        "{end}"
+    );
+}
+
+#[test]
 fn what_no_device_has_reads_as_ones() {
     // mov ebx, 0xd0000000; mov eax, [rbx]; inc eax; mov dx, 0x3f8; add al, 'a'; out dx, al, and off.
     let code =
@@ -136,6 +147,57 @@ fn of_acknowledgements_only_those_that_change_something_come_to_the_registers() 
     assert_eq!(end_of(parts, || Ok(())), End::PoweredOff);
     let written: Vec<_> = written.try_iter().collect();
     assert_eq!(written, [(0x64, vec![2, 0, 0, 0]), (0x64, vec![3, 0, 0, 0]), (0x64, vec![1])]);
+}
+
+/// A device that keeps what is written to it, and takes its time over it.
+struct Slow(Kept);
+
+impl Window for Slow {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        self.0.read(offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+        let effect = self.0.write(offset, data);
+        thread::sleep(Duration::from_millis(300));
+        effect
+    }
+}
+
+impl Carried for Slow {
+    fn freeze(&mut self) -> Result<DeviceState, StateError> {
+        self.0.freeze()
+    }
+
+    fn thaw(&mut self, state: &DeviceState) -> io::Result<()> {
+        self.0.thaw(state)
+    }
+
+    fn halt(&mut self) {}
+
+    fn finish(&mut self) {}
+}
+
+#[test]
+fn an_instruction_of_several_accesses_is_whole_when_a_machine_is_frozen() {
+    // mov ebx, 0xd0000ffc; mov rax, 0x8877665544332211; mov [rbx], rax, over the end of a device and into the next; and so on.
+    let code = b"\xbb\xfc\x0f\x00\xd0\x48\xb8\x11\x22\x33\x44\x55\x66\x77\x88\x48\x89\x03\xeb\xfb";
+    let Some(device) = device() else { return };
+    let (mut parts, _) = parts(device, code);
+    let (sender, written) = mpsc::channel();
+    for _ in 0..2 {
+        let interrupt = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).expect("an event");
+        let device = Arc::new(Mutex::new(Slow(Kept(sender.clone()))));
+        parts.devices.push(Slot { device, interrupt, notified: Vec::new() });
+    }
+    let mut running = Machine::new(parts).expect("a machine").start(|| Ok(())).expect("threads");
+    let mut halves = vec![written.recv().expect("a first half")];
+    // These devices have no state to be frozen, which is asked for once the processor has stopped.
+    assert!(running.freeze().is_err());
+    halves.extend(written.try_iter());
+    let first = (0xffc, vec![0x11, 0x22, 0x33, 0x44]);
+    let second = (0, vec![0x55, 0x66, 0x77, 0x88]);
+    assert_eq!(halves, [first, second]);
 }
 
 #[test]
