@@ -24,7 +24,7 @@ use crate::{mounts, network, swap, sys};
 pub const ROOT: &CStr = c"/run/kiln/root";
 const ROOT_PATH: &str = "/run/kiln/root";
 const LAYERS: &str = "/run/kiln/layers";
-/// Where what is below the root's layer is mounted ahead of the rest.
+/// Where what is below the root's layer is mounted, whoever mounts it: a step sees the name in /proc/mounts.
 pub const ROOT_LOWER: &str = "/run/kiln/lower/root";
 
 /// A step's world, as far as it is needed after it was made.
@@ -98,12 +98,13 @@ pub fn make(
     let about_root =
         |failure: Failure| Failure::new(format!("{ABOUT_ROOT}: {}", failure.what), failure.errno);
     let is_mounted = disk.is_some() && stock.root == disk;
-    let lower = if is_mounted || helped.is_some_and(|(warm_up, _)| warm_up.has_mounted()) {
-        ROOT_LOWER.to_owned()
-    } else {
-        maker.lower(&setup.root).map_err(about_root)?
-    };
-    let root = maker.layered(lower, b"/").map_err(about_root)?;
+    if !is_mounted && !helped.is_some_and(|(warm_up, _)| warm_up.has_mounted()) {
+        maker
+            .read_only(&setup.root)
+            .and_then(|lower| mounts::attach_at(&lower, ROOT_LOWER))
+            .map_err(about_root)?;
+    }
+    let root = maker.layered(ROOT_LOWER, b"/").map_err(about_root)?;
     mounts::attach_at(&root, ROOT_PATH)?;
     let root = StepRoot::open(ROOT_PATH)?;
     mount_system(&root, &pieces)?;
@@ -224,7 +225,7 @@ impl Maker {
             (source, Access::ReadOnly) => attach(root, &self.read_only(source)?, &mount.target),
             (source, Access::Layered) => {
                 let lower = self.lower(source)?;
-                let overlay = self.layered(lower, &mount.target)?;
+                let overlay = self.layered(&lower, &mount.target)?;
                 attach(root, &overlay, &mount.target)
             }
             (Source::Disk { serial, filesystem, read_only }, Access::Direct) => {
@@ -278,15 +279,15 @@ impl Maker {
     }
 
     /// An overlay with a new layer above `lower`, known by `target`.
-    fn layered(&mut self, lower: String, target: &[u8]) -> Result<OwnedFd, Failure> {
+    fn layered(&mut self, lower: &str, target: &[u8]) -> Result<OwnedFd, Failure> {
         let number = self.layers.len();
         let (upper, work) = (format!("{LAYERS}/{number}/upper"), format!("{LAYERS}/{number}/work"));
         let what = || format!("making a layer for {}", target.escape_ascii());
         for path in [&upper, &work] {
             std::fs::DirBuilder::new().recursive(true).mode(0o755).create(path).doing(what)?;
         }
-        copy_attributes(&lower, &upper).doing(what)?;
-        let overlay = mounts::overlay(&lower, &upper, &work)?;
+        copy_attributes(lower, &upper).doing(what)?;
+        let overlay = mounts::overlay(lower, &upper, &work)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let top = openat(CWD, upper.as_str(), flags, Mode::empty()).doing(what)?;
         self.layers.push(Layer::new(target.to_vec(), top));

@@ -25,7 +25,6 @@ use serde::{Deserialize, Serialize};
 use super::fetcher::Fetcher;
 use super::jail::attempt::Trial;
 use super::jail::{self, Held, Profile};
-use super::spawn::ONE_HEAP;
 use super::vmm::Vmm;
 use super::{Failure, in_full};
 
@@ -48,7 +47,7 @@ pub(super) const MAX_DESCRIPTORS: usize = 253;
 /// What the child is to become.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Become {
-    /// QEMU, started with [`ONE_HEAP`] for an environment, in its jail. In an argument `{NAME}` stands for the number of the
+    /// QEMU, started with an empty environment, in its jail. In an argument `{NAME}` stands for the number of the
     /// descriptor or the path of the file of that name, and `{machine}` for the name by which people find the
     /// machine's processes. The guest's memory, where it is the descriptor `ram`, is the file `{memory}`.
     Qemu {
@@ -57,7 +56,7 @@ pub(super) enum Become {
         /// Its arguments, the program's name left out.
         arguments: Vec<String>,
     },
-    /// An emulated TPM in its jail, with the same environment. In an argument `{NAME}` stands for the number of the
+    /// An emulated TPM in its jail, with an empty environment. In an argument `{NAME}` stands for the number of the
     /// descriptor of that name, and `{state}` for the folder of its state.
     Tpm {
         /// Its jail, which names the program.
@@ -206,8 +205,7 @@ fn become_program<'a>(
         rustix::io::fcntl_setfd(descriptor, FdFlags::empty())?;
     }
     let mut command = Command::new(program);
-    command.args(arguments).env_clear().envs(ONE_HEAP).stdin(Stdio::null());
-    Err(command.exec().into())
+    Err(command.args(arguments).env_clear().stdin(Stdio::null()).exec().into())
 }
 
 /// Tells the parent which layers of the jail hold.

@@ -176,10 +176,6 @@ pub(super) fn spawn(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Resu
     start(what, descriptors).map(|(process, _)| process)
 }
 
-/// The whole environment of a machine's processes: their few threads share glibc's one heap, where each would have one of its own,
-/// most of it unused (mallopt(3), GNU C Library manual "Memory Allocation Tunables").
-pub(super) const ONE_HEAP: [(&str, &str); 1] = [("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")];
-
 fn start(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Result<(Process, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     let parent = rustix::process::getpid().as_raw_pid();
@@ -187,7 +183,6 @@ fn start(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Result<(Process
     command
         .args([SUBCOMMAND, &machine_name(parent)])
         .env_clear()
-        .envs(ONE_HEAP)
         .current_dir("/")
         .stdin(OwnedFd::from(theirs))
         .stderr(Stdio::piped());
