@@ -1,5 +1,5 @@
 //! What is done beside the making of a step's world, each in a process of its own: most machines have more than one
-//! processor, and the agent has no threads. All of it is over before anything of the step runs.
+//! processor, and the agent has no threads. All of it is over before a command runs.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use kiln_wire::Setup;
 use rustix::io::{Errno, read, write};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::{Pid, Signal, kill_process, setsid};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::failure::{Doing, Failure};
 use crate::setup::{ROOT_LOWER, RootDisk};
@@ -35,8 +35,19 @@ impl Beside {
         what: String,
         act: impl FnOnce() -> Result<(), Errno>,
     ) -> Result<Self, Failure> {
-        let child = start_in(namespaces, act).doing(|| what.clone())?;
-        Ok(Self { child, what })
+        match sys::fork(namespaces).doing(|| what.clone())? {
+            Fork::Child => {
+                let errno = act().err().map_or(0, Errno::raw_os_error);
+                sys::exit(u8::try_from(errno).unwrap_or(u8::MAX))
+            }
+            Fork::Parent { child } => Ok(Self { child, what }),
+        }
+    }
+
+    /// Begins to end it, however far it is.
+    fn kill(&self) {
+        // Nobody but this process waits for it, so the number is still its own.
+        let _ = kill_process(self.child, Signal::KILL);
     }
 
     /// Waits for it to end, and gives what it came to.
@@ -62,7 +73,7 @@ impl Beside {
 /// A process that waits for a step, mounts its root then while the agent does the rest, and starts a program of the root's as a
 /// command is started: what the kernel does for a command, an emulator has translated by another processor when there is one.
 pub struct WarmUp {
-    helper: Pid,
+    helper: Beside,
     /// Out go the root's disk and leave to start a program, in comes whether the root is mounted.
     control: OwnedFd,
 }
@@ -78,19 +89,20 @@ impl WarmUp {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .doing(|| what)?;
         // Whatever it starts ends with it.
-        let helper = start_in(libc::CLONE_NEWPID, || {
+        let helper = Beside::start_in(libc::CLONE_NEWPID, what.to_owned(), || {
             sys::close_all_but([theirs.as_fd(), theirs.as_fd()], || {
                 let _ = warm_up(&theirs);
                 sys::exit(0)
             })
-        });
-        Ok(Self { helper: helper.doing(|| what)?, control })
+        })?;
+        Ok(Self { helper, control })
     }
 
-    /// Lets it mount `disk` at its place.
-    pub fn begin(&self, disk: &RootDisk) {
+    /// Lets it mount `disk` at its place, if the root is on one.
+    pub fn begin(&self, disk: Option<&RootDisk>) {
+        let words = disk.map_or("none".to_owned(), |disk| format!("{} {}", disk.device, disk.filesystem));
         // If it cannot be told, it does not help.
-        let _ = write(&self.control, format!("{} {}", disk.device, disk.filesystem).as_bytes());
+        let _ = write(&self.control, words.as_bytes());
     }
 
     /// Lets it start a program, which may draw random numbers.
@@ -106,35 +118,19 @@ impl WarmUp {
 
     /// Begins to end it, however far it is, and what it has started.
     pub fn kill(&self) {
-        // Nobody but this process waits for it, so the number is still its own.
-        let _ = kill_process(self.helper, Signal::KILL);
+        self.helper.kill();
     }
 
-    /// Waits until nothing of it is left.
+    /// Ends it, and waits until nothing of it is left.
     pub fn end(self) {
         self.kill();
-        let _ = sys::wait(Some(self.helper), true);
+        // That it was killed.
+        let _ = self.helper.join();
     }
-}
-
-fn start_in(namespaces: libc::c_int, act: impl FnOnce() -> Result<(), Errno>) -> Result<Pid, Errno> {
-    match sys::fork(namespaces)? {
-        Fork::Child => {
-            let errno = act().err().map_or(0, Errno::raw_os_error);
-            sys::exit(u8::try_from(errno).unwrap_or(u8::MAX))
-        }
-        Fork::Parent { child } => Ok(child),
-    }
-}
-
-/// What a command's process does before it executes a program.
-fn become_like_a_command() -> Result<(), Errno> {
-    setsid()?;
-    sys::reset_signals();
-    sys::close_on_exec_above_stdio()
 }
 
 fn warm_up(control: &OwnedFd) -> Result<(), Errno> {
+    reap::be_spared_no_longer()?;
     let mut words = [0; 256];
     let length = read(control, &mut words)?;
     let words = str::from_utf8(words.get(..length).unwrap_or_default()).unwrap_or_default();
@@ -142,16 +138,20 @@ fn warm_up(control: &OwnedFd) -> Result<(), Errno> {
         RootDisk { device: device.to_owned(), filesystem: filesystem.to_owned() }.mount().is_ok()
     });
     write(control, &[u8::from(is_mounted)])?;
-    if !is_mounted || read(control, &mut [0])? == 0 {
+    if read(control, &mut [0])? == 0 {
         return Ok(());
     }
-    match sys::fork(sys::OWN_WORLD)? {
+    // No file system is mounted for it, which would have a number that a mount of the step's may have: a step sees those. A
+    // program of the root's is the first of its processes, and sees no other.
+    match sys::fork(libc::CLONE_NEWNS | if is_mounted { libc::CLONE_NEWPID } else { 0 })? {
         Fork::Child => {
-            reap::enter(ROOT_LOWER)?;
-            // Not every root has a place for it.
-            let _ = reap::mount_proc();
-            become_like_a_command()?;
-            Err(execute(c"/bin/true", &[c"true"]))
+            reap::leave_agent()?;
+            if is_mounted {
+                reap::enter(ROOT_LOWER)?;
+                return Err(execute(c"/bin/true", &[c"true"]));
+            }
+            // Not the first process of its namespace, the agent ends at once.
+            Err(execute(c"/init", &[c"agent"]))
         }
         Fork::Parent { child } => sys::wait(Some(child), true).map(drop),
     }
@@ -168,13 +168,14 @@ fn execute(path: &CStr, words: &[&CStr]) -> Errno {
 /// # Errors
 /// What failed, by name.
 pub fn rehearse(setup: Setup, shares: Option<OwnedFd>, stock: &mut Stock) -> Result<(), Failure> {
+    let disk = RootDisk::of(&setup, &stock.disks)?;
+    let pieces = stock.take()?;
     setup::seed(&setup.seed)?;
-    let warm_up = stock.warm_up(true);
-    let disk = RootDisk::of(&setup, &stock.disks).filter(|disk| stock.root.as_ref() != Some(disk));
-    if let Some(disk) = disk {
-        let is_mounted = match &warm_up {
+    let warm_up = stock.warm_up.take();
+    if let Some(disk) = disk.filter(|disk| stock.root.as_ref() != Some(disk)) {
+        let is_mounted = match warm_up.as_ref().filter(|_| setup.warm_up) {
             Some(warm_up) => {
-                warm_up.begin(&disk);
+                warm_up.begin(Some(&disk));
                 warm_up.go_on();
                 warm_up.has_mounted()
             }
@@ -182,7 +183,6 @@ pub fn rehearse(setup: Setup, shares: Option<OwnedFd>, stock: &mut Stock) -> Res
         };
         stock.root = is_mounted.then_some(disk);
     }
-    let pieces = stock.take()?;
     let rehearsal = Beside::start_in(sys::OWN_WORLD, "rehearsing a step".to_owned(), || {
         play(&setup, shares, pieces, stock)
     });
@@ -195,12 +195,13 @@ pub fn rehearse(setup: Setup, shares: Option<OwnedFd>, stock: &mut Stock) -> Res
 }
 
 fn play(what: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock) -> Result<(), Errno> {
-    let _world = setup::make(what, shares, pieces, stock, None).map_err(|failure| failure.errno)?;
+    let _world = setup::make(what, shares, pieces, stock).map_err(|failure| failure.errno)?;
     reap::enter_root()?;
     let signals = sys::child_signals()?;
     match sys::fork(0)? {
         Fork::Child => {
-            become_like_a_command()?;
+            reap::leave_agent()?;
+            reap::be_spared_no_longer()?;
             // What they do does not matter: the kernel has started once what most commands begin with.
             execute(c"/bin/sh", &[c"sh", c"-eu", c"-c", c"/bin/true; exit"]);
             Err(execute(c"/bin/true", &[c"true"]))

@@ -21,7 +21,6 @@ use crate::link::Link;
 use crate::meter::Meter;
 use crate::program::Program;
 use crate::reap::{self, Ends, Kill, MAX_REFUSAL_BYTES, Refusal, Stage, Verdict};
-use crate::setup::World;
 use crate::sys::{self, Fork};
 use crate::terminal::{END_OF_FILE, Terminal};
 
@@ -67,14 +66,19 @@ pub struct Command {
 pub struct StartError(#[from] pub Errno);
 
 impl Command {
-    /// Starts a command in `world`. `null` is an open `/dev/null`.
+    /// Starts a command. `null` is an open `/dev/null`, `terminals` the step's devpts.
     ///
     /// # Errors
     /// The machine has no room for it.
-    pub fn start(exec: &Exec, null: &OwnedFd, world: &mut World, meter: &Meter) -> Result<Self, StartError> {
+    pub fn start(
+        exec: &Exec,
+        null: &OwnedFd,
+        terminals: &OwnedFd,
+        meter: &Meter,
+    ) -> Result<Self, StartError> {
         let program = Program::new(exec)?;
         let Streams { terminal, stdin, outputs, theirs } = match exec.terminal {
-            Some(size) => Streams::terminal(Terminal::open(&world.terminals, size)?, exec.stdin)?,
+            Some(size) => Streams::terminal(Terminal::open(terminals, size)?, exec.stdin)?,
             None => Streams::pipes(exec.stdin, null)?,
         };
         let [stdin_read, stdout_write, stderr_write] = theirs;
@@ -96,7 +100,6 @@ impl Command {
         let usage = Usage { peak_memory_bytes: meter.used_bytes(), ..Usage::default() };
         let started = Instant::now();
         let group = meter.group.as_ref().map(Group::place);
-        world.settle();
         let init = match sys::fork_into(sys::OWN_WORLD, group)? {
             Fork::Child => reap::run(&program, &ends),
             Fork::Parent { child } => child,

@@ -195,19 +195,28 @@ pub fn mount_proc() -> Result<(), Errno> {
     mount("proc", "/proc", "proc", flags, None)
 }
 
+/// Begins a session, with the signals and, from the next program on, the descriptors that a program expects.
+pub fn leave_agent() -> Result<(), Errno> {
+    setsid()?;
+    sys::reset_signals();
+    sys::close_on_exec_above_stdio()
+}
+
+/// Lets the out-of-memory killer end this process: it spares the agent and a command's init, and what they start until then.
+pub fn be_spared_no_longer() -> Result<(), Errno> {
+    std::fs::write("/proc/self/oom_score_adj", "0").map_err(|_| Errno::ACCESS)
+}
+
 fn become_command(program: &Program, ends: &Ends) -> (Stage, Errno) {
     let prepare = || -> Result<(), Errno> {
-        setsid()?;
+        leave_agent()?;
         if ends.controls_terminal {
             ioctl_tiocsctty(&ends.stdin)?;
         }
-        sys::reset_signals();
         dup2_stdin(&ends.stdin)?;
         dup2_stdout(&ends.stdout)?;
         dup2_stderr(&ends.stderr)?;
-        sys::close_on_exec_above_stdio()?;
-        // The agent and the namespace's init are spared by the out-of-memory killer, the command is not.
-        std::fs::write("/proc/self/oom_score_adj", "0").map_err(|_| Errno::ACCESS)
+        be_spared_no_longer()
     };
     if let Err(errno) = prepare() {
         return (Stage::Process, errno);

@@ -137,10 +137,11 @@ impl Session {
                     return Err(SessionError::Protocol("a second Setup"));
                 }
                 self.link.bind();
-                let warm_up = stock.warm_up(setup.warm_up);
-                let world = stock
-                    .take()
-                    .and_then(|pieces| setup::make(&setup, self.shares.take(), pieces, stock, warm_up));
+                let world = stock.take();
+                let world = world.and_then(|pieces| setup::make(&setup, self.shares.take(), pieces, stock));
+                if let Some(warm_up) = &stock.warm_up {
+                    warm_up.kill();
+                }
                 world.map(|world| {
                     self.world = Some(world);
                     if setup.processes > 0 {
@@ -237,13 +238,14 @@ impl Session {
     }
 
     fn start(&mut self, exec: &Exec) -> Result<(), SessionError> {
-        let Some(world) = &mut self.world else {
+        let (Some(world), Some(stock)) = (&self.world, &mut self.stock) else {
             return Err(SessionError::Protocol("a command before Setup"));
         };
         if self.commands.contains_key(&exec.id) {
             return Err(SessionError::Protocol("a second command with the same id"));
         }
-        match Command::start(exec, &self.null, world, &self.meter) {
+        stock.settle();
+        match Command::start(exec, &self.null, &world.terminals, &self.meter) {
             Ok(command) => {
                 self.commands.insert(exec.id, command);
             }

@@ -33,18 +33,9 @@ pub struct World {
     maker: Maker,
     /// The devpts that the step's commands see.
     pub terminals: OwnedFd,
-    /// What helped with making it, which may not have ended yet.
-    warm_up: Option<WarmUp>,
 }
 
 impl World {
-    /// Waits until nothing runs in the machine but what commands must find in it.
-    pub fn settle(&mut self) {
-        if let Some(warm_up) = self.warm_up.take() {
-            warm_up.end();
-        }
-    }
-
     /// Adds a tree, which commands started from now on see. Where the step had no folder for it, one is made, which
     /// counts as the step's in a `List`.
     ///
@@ -65,25 +56,21 @@ impl World {
     }
 }
 
-/// Makes the world of `pieces` and what is in stock, with the device of `shares` where it is mounted, and with the help of
-/// `warm_up`.
+/// Makes the world of `pieces` and what is in stock, with the device of `shares` where it is mounted.
 ///
 /// # Errors
 /// What failed, by name. The machine is of no use then.
-pub fn make(
-    setup: &Setup,
-    shares: Option<OwnedFd>,
-    pieces: Pieces,
-    stock: &Stock,
-    warm_up: Option<WarmUp>,
-) -> Result<World, Failure> {
-    let disk = RootDisk::of(setup, &stock.disks);
-    let helped = warm_up.as_ref().zip(disk.as_ref());
-    if let Some((warm_up, disk)) = helped {
-        warm_up.begin(disk);
+pub fn make(setup: &Setup, shares: Option<OwnedFd>, pieces: Pieces, stock: &Stock) -> Result<World, Failure> {
+    let about_root =
+        |failure: Failure| Failure::new(format!("{ABOUT_ROOT}: {}", failure.what), failure.errno);
+    let disk = RootDisk::of(setup, &stock.disks).map_err(about_root)?;
+    let warm_up = stock.warm_up.as_ref().filter(|_| setup.warm_up);
+    // Before anything else, to come far; what fails of it costs time.
+    if let Some(warm_up) = warm_up {
+        warm_up.begin(disk.as_ref());
     }
     seed(&setup.seed)?;
-    if let Some((warm_up, _)) = helped {
+    if let Some(warm_up) = warm_up {
         warm_up.go_on();
     }
     set_clock(setup.clock)?;
@@ -95,10 +82,8 @@ pub fn make(
 
     let disks = stock.disks.clone();
     let mut maker = Maker { shares, disks, lowers: 0, layers: Vec::new(), direct: Vec::new() };
-    let about_root =
-        |failure: Failure| Failure::new(format!("{ABOUT_ROOT}: {}", failure.what), failure.errno);
-    let is_mounted = disk.is_some() && stock.root == disk;
-    if !is_mounted && !helped.is_some_and(|(warm_up, _)| warm_up.has_mounted()) {
+    let is_mounted = disk.is_some() && (stock.root == disk || warm_up.is_some_and(WarmUp::has_mounted));
+    if !is_mounted {
         maker
             .read_only(&setup.root)
             .and_then(|lower| mounts::attach_at(&lower, ROOT_LOWER))
@@ -122,10 +107,7 @@ pub fn make(
         layer.remember()?;
     }
     swapping.map_or(Ok(()), Beside::join)?;
-    if let Some(warm_up) = &warm_up {
-        warm_up.kill();
-    }
-    Ok(World { root, maker, terminals: pieces.terminals, warm_up })
+    Ok(World { root, maker, terminals: pieces.terminals })
 }
 
 /// A disk that the root's own tree is on, and is mounted from read-only.
@@ -138,11 +120,14 @@ pub struct RootDisk {
 }
 
 impl RootDisk {
-    /// That of `setup`; none where the root is no such disk, or there is none, which making the world says.
-    pub fn of(setup: &Setup, disks: &Disks) -> Option<Self> {
+    /// That of `setup`; none where the root is no such disk.
+    ///
+    /// # Errors
+    /// Those of [`Disks::find`].
+    pub fn of(setup: &Setup, disks: &Disks) -> Result<Option<Self>, Failure> {
         // One that is mounted to be written to cannot be mounted twice.
-        let Source::Disk { serial, filesystem, read_only: true } = &setup.root else { return None };
-        Some(Self { device: disks.find(serial).ok()?, filesystem: filesystem.clone() })
+        let Source::Disk { serial, filesystem, read_only: true } = &setup.root else { return Ok(None) };
+        Ok(Some(Self { device: disks.find(serial)?, filesystem: filesystem.clone() }))
     }
 
     /// Mounts it at [`ROOT_LOWER`].

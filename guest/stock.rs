@@ -55,8 +55,8 @@ pub struct Stock {
     group: Option<Group>,
     /// For a step's world, and for one that is rehearsed before.
     pieces: Vec<Pieces>,
-    /// Where there is a processor for it.
-    warm_up: Option<WarmUp>,
+    /// What helps with making a world, and may run until [`Stock::settle`]; none where there is no processor for it.
+    pub warm_up: Option<WarmUp>,
 }
 
 impl Stock {
@@ -68,14 +68,11 @@ impl Stock {
         Self { disks, swapped: None, root: None, group, pieces, warm_up }
     }
 
-    /// What helps with making a world, if it is to: gone for good.
-    pub fn warm_up(&mut self, is_wanted: bool) -> Option<WarmUp> {
-        let warm_up = self.warm_up.take()?;
-        if is_wanted {
-            return Some(warm_up);
+    /// Waits until nothing runs in the machine but what commands must find in it.
+    pub fn settle(&mut self) {
+        if let Some(warm_up) = self.warm_up.take() {
+            warm_up.end();
         }
-        warm_up.end();
-        None
     }
 
     /// The pieces of a world, which has them for itself.

@@ -3,7 +3,7 @@
 //! 1. host → `Hello`; agent → `Ready`. Versions must be equal. Until `Setup` another host may say `Hello` in this one's
 //!    place, as it does to the copy of a frozen machine. Before a machine is frozen, host → `Settle`; of one that is to wait for a
 //!    step, host → `Rehearse`. Agent → `SetupDone` or `Failed`.
-//! 2. host → `Setup`; agent → `SetupDone` or `Failed`. Seed and clock come first inside it.
+//! 2. host → `Setup`; agent → `SetupDone` or `Failed`. Inside it the seed comes before anything that draws random numbers.
 //! 3. host → `Exec` (any number, also at once, `id` chosen by the host); agent → `Started`, `Output`…, `Exited`, or
 //!    `ExecFailed`. Meanwhile host → `Stdin`, `Signal`, `Resize`. Input and output of each command flow on a
 //!    [`Credit`] of their own, so that one which nobody reads holds up no other message. Between commands host →
@@ -113,10 +113,10 @@ pub struct Scratch {
 /// Everything a machine needs before its first command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Setup {
-    /// Fresh entropy, credited to the kernel's generator before anything else.
+    /// Fresh entropy, credited to the kernel's generator before any program starts.
     pub seed: [u8; 64],
-    /// Whether a program of the root's that does nothing is started meanwhile. Where the machine is emulated and another of its
-    /// processors is free, what the kernel does for a command is translated then.
+    /// Whether a program that does nothing is started meanwhile, one of the root's where that is on a disk. Where the machine is
+    /// emulated and another of its processors is free, what the kernel does for a command is translated then.
     pub warm_up: bool,
     /// What the clock is set to.
     pub clock: Clock,

@@ -347,8 +347,7 @@ pub(super) fn describe(
     };
     let setup = Setup {
         seed,
-        // Of a machine that there is not yet.
-        warm_up: false,
+        warm_up: prepared.vmm.is_none() && !prepared.qemu.uses_kvm() && prepared.cpus > 1,
         clock,
         root,
         scratch: Some(Scratch { serial: serial::SCRATCH.to_owned(), bytes: step.scratch_bytes }),

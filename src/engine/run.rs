@@ -314,7 +314,7 @@ pub(super) fn start(
     events: Listener<'_>,
 ) -> Result<Started, RunError> {
     let mut prepared = prepare(step, host, &host.settings.work.value, events)?;
-    let (mut setup, exec, spec) = describe(step, host, &mut prepared)?;
+    let (setup, exec, spec) = describe(step, host, &mut prepared)?;
     let _ = events(Event::Phase(Phase::Prepare, stopwatch.lap()));
 
     let mut readiness = series.and_then(|series| Readiness::of(host, series, &prepared, &spec));
@@ -332,7 +332,6 @@ pub(super) fn start(
         }
     };
     let _ = events(Event::Machine(machine.identity()));
-    setup.warm_up = machine.identity().accelerator == Accelerator::Tcg && prepared.cpus > 1;
     for note in machine.notes() {
         let _ = events(Event::Warning(note));
     }

@@ -81,7 +81,8 @@ fn an_image_that_the_kernel_does_not_mount_is_named_with_the_kernels_words() {
     assert!(!told.stderr.contains("SeaBIOS"), "{}", told.stderr);
 }
 
-/// It is started before a command is, where a machine is emulated: see `guest/beside.rs`.
+/// It is started before a command is, where a machine is emulated and has processors enough (`guest/beside.rs`), and killed wherever
+/// it is then: it cannot be relied on to leave a mark.
 #[test]
 fn a_root_whose_true_never_ends_leaves_a_command_alone() {
     let host = Host::new();
