@@ -12,7 +12,7 @@ use crate::engine::{Boundary, Host, HostError, jail_of};
 use crate::machine::jail::attempt::{Attempt, Outcome, Targets};
 use crate::machine::jail::{Layer, Profile, ThreadKind};
 use crate::machine::qemu::{OLDEST, Qemu};
-use crate::machine::{Accelerator, MachineError};
+use crate::machine::{Accelerator, MachineError, program};
 use crate::root::bundle;
 use crate::root::debian::ArchiveError;
 use crate::settings::BackendChoice;
@@ -65,6 +65,13 @@ pub(super) fn doctor(host: &Host, arguments: &DoctorArguments) -> Result<ExitCod
         }
     });
     check("qemu", qemu);
+    check(
+        "program",
+        match program::find() {
+            Some(path) => Ok(path.display().to_string()),
+            None => Err((program::Missing.to_string(), program::HINT.to_owned())),
+        },
+    );
     let agent = bundle::find_agent(settings.agent.value.as_deref());
     check(
         "agent",

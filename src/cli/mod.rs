@@ -225,7 +225,7 @@ impl Failure {
 
 fn code_of_machine(error: &MachineError) -> u8 {
     match error {
-        MachineError::Missing { .. } | MachineError::TooOld { .. } => CANNOT,
+        MachineError::Missing { .. } | MachineError::TooOld { .. } | MachineError::NoProgram(_) => CANNOT,
         _ => FAILED,
     }
 }

@@ -23,7 +23,7 @@ use crate::machine::probe::{self, Cause, Verdict};
 use crate::machine::qemu::Qemu;
 use crate::machine::template::{Room, Templates};
 use crate::machine::vmm::KilnVmm;
-use crate::machine::{Accelerator, Carrier, MachineError};
+use crate::machine::{Accelerator, Carrier, MachineError, program};
 use crate::plan::RootSpec;
 use crate::root::bundle::{self, Bundle, BundleError};
 use crate::root::debian::{Archive, ArchiveError, ArchiveSettings, DebianSpec};
@@ -129,9 +129,7 @@ impl HostError {
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Machine(error) => error.hint(),
-            Self::NoAgent { .. } => {
-                Some("build it with ci/build, which puts kiln and its agent into target/dist".to_owned())
-            }
+            Self::NoAgent { .. } => Some(program::HINT.to_owned()),
             Self::Boundary { fix: Some(fix), .. } => {
                 Some(format!("{fix}; `kiln doctor` says whether it is there then"))
             }
@@ -330,6 +328,7 @@ impl Host {
     /// # Errors
     /// [`HostError::Boundary`] before anything is started; [`HostError::Machine`] without QEMU.
     pub fn backend(&self, boundary: &Boundary) -> Result<Qemu, HostError> {
+        program::find().ok_or(program::Missing).map_err(MachineError::from)?;
         let verdict = match self.settings.backend.value {
             BackendChoice::Tcg => {
                 Verdict::Absent { cause: Cause::Unwanted, why: "the backend is set to tcg".to_owned() }

@@ -7,7 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, ExitCode, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -24,6 +24,7 @@ use super::registry::Registry;
 use super::talk::{Answer, hear, hear_descriptors, say, say_descriptors};
 use crate::machine::jail;
 use crate::machine::meminfo::available_bytes;
+use crate::machine::program;
 use crate::machine::qemu::Qemu;
 use crate::machine::ready::{Lender, Readies, Ready};
 use crate::machine::template::Templates;
@@ -33,7 +34,7 @@ use crate::plan::harmless;
 use crate::store::Store;
 use crate::threads;
 
-/// The first argument that makes `kiln` a keeper.
+/// The first argument that makes kiln's program for machines a keeper.
 pub const SUBCOMMAND: &str = "__ready";
 
 /// How long whoever ordered a keeper may take to say what it wants.
@@ -166,10 +167,10 @@ static STARTED: Mutex<Vec<Child>> = Mutex::new(Vec::new());
 /// It cannot be started or spoken to.
 pub fn order(order: &Order, disks: &[OwnedFd]) -> io::Result<UnixStream> {
     let (ours, theirs) = UnixStream::pair()?;
-    let mut command = Command::new("/proc/self/exe");
-    command.arg(SUBCOMMAND).env_clear().current_dir("/").stdin(OwnedFd::from(theirs));
+    let mut command = program::command(SUBCOMMAND)?;
     // It ends by itself, after this process or before.
-    let keeper = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    command.stdin(OwnedFd::from(theirs)).stdout(Stdio::null()).stderr(Stdio::null());
+    let keeper = command.spawn()?;
     let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
     started.retain_mut(|keeper| matches!(keeper.try_wait(), Ok(None)));
     started.push(keeper);

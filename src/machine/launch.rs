@@ -1,9 +1,9 @@
-//! The child's half of starting a process: `kiln __launch`, which becomes what its parent asks for.
+//! The child's half of starting a process: kiln's program for machines, which becomes what its parent asks for.
 //!
 //! The parent sends one message over standard input: what to become, and the descriptors it may hold, by name. So
 //! no descriptor is ever inheritable in the parent, whose other threads may be starting processes too. Before
-//! anything else the child asks to die with its parent, and what it becomes it becomes in a [`jail`], whose layers it
-//! tells its parent in one line over the same connection.
+//! anything else the child asks to die with its parent, and what it becomes it becomes in a [`jail`], of which it tells
+//! its parent over the same connection.
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSliceMut};
@@ -36,7 +36,7 @@ pub(super) fn machine_name(parent: i32) -> String {
     format!("kiln-{parent}")
 }
 
-/// The first argument that makes `kiln` a child of itself.
+/// The first argument that makes kiln's program for machines a child of kiln's.
 pub const SUBCOMMAND: &str = "__launch";
 
 /// Most bytes of a request; an argument vector is far below it.
@@ -91,6 +91,15 @@ pub(super) struct Request {
     pub descriptors: Vec<String>,
 }
 
+/// What a child says of itself while it locks itself in, a line each.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Word {
+    /// Another child of the parent's goes on in its place, the first of its namespace.
+    WentOn(i32),
+    /// What holds.
+    Held(Held),
+}
+
 /// Runs the child. Returns only when it could not become what was asked, or when that has ended.
 pub fn main() -> ExitCode {
     match launch() {
@@ -132,25 +141,25 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             };
             // Emulation's buffer of translated code asks for huge pages, of which a machine that waits fills a part.
             rustix::thread::disable_transparent_huge_pages(true)?;
-            let held = jail::enter(&profile, &[], &[])?;
+            let held = jail::enter(&profile, &[], &[], went_on)?;
             let mut words = vec![("machine".to_owned(), machine_name(request.parent))];
             let number = |file: &OwnedFd| file.as_raw_fd().to_string();
             words.extend(descriptors.iter().map(|(name, file)| (name.clone(), number(file))));
             let names = files.iter().map(|(name, _)| name.as_str()).chain([jail::MEMORY]);
             let paths = names.filter_map(|name| Some((name.to_owned(), profile.path_of(name, &held)?)));
             words.extend(paths.map(|(name, path)| (name, path.display().to_string())));
-            become_program(program, &arguments, &words, &held, descriptors.values())
+            become_program(program, &arguments, &words, held, descriptors.values())
         }
         Become::Tpm { profile, arguments } => {
             let Profile::Tpm { program, .. } = &profile else {
                 return Err("this is no jail for a TPM".into());
             };
-            let held = jail::enter(&profile, &[], &[])?;
+            let held = jail::enter(&profile, &[], &[], went_on)?;
             let mut words: Vec<(String, String)> =
                 descriptors.iter().map(|(name, file)| (name.clone(), file.as_raw_fd().to_string())).collect();
             let state = profile.path_of(jail::STATE, &held).unwrap_or_default();
             words.push((jail::STATE.to_owned(), state.display().to_string()));
-            become_program(program, &arguments, &words, &held, descriptors.values())
+            become_program(program, &arguments, &words, held, descriptors.values())
         }
         Become::Devices { vsock_cid } => {
             enter_with_shares(&Profile::Devices)?;
@@ -174,8 +183,8 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             Ok(())
         }
         Become::Attempt(trial) => {
-            let held = jail::enter(&trial.profile, &[], &trial.without)?;
-            reply(&held)?;
+            let held = jail::enter(&trial.profile, &[], &trial.without, went_on)?;
+            reply(held)?;
             trial.carry_out()
         }
     }
@@ -185,9 +194,9 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
 fn enter_with_shares(profile: &Profile) -> Result<(), Box<dyn std::error::Error>> {
     // It sees no file of the host by name; what it is handed may lie anywhere.
     let anywhere = open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let held = jail::enter(profile, &[&anywhere], &[])?;
+    let held = jail::enter(profile, &[&anywhere], &[], went_on)?;
     drop(anywhere);
-    reply(&held)?;
+    reply(held)?;
     Ok(())
 }
 
@@ -196,7 +205,7 @@ fn become_program<'a>(
     program: &Path,
     arguments: &[String],
     words: &[(String, String)],
-    held: &Held,
+    held: Held,
     descriptors: impl Iterator<Item = &'a OwnedFd>,
 ) -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = arguments.iter().map(|text| substitute(text, words)).collect();
@@ -209,8 +218,17 @@ fn become_program<'a>(
 }
 
 /// Tells the parent which layers of the jail hold.
-fn reply(held: &Held) -> io::Result<()> {
-    let mut line = serde_json::to_vec(held)?;
+fn reply(held: Held) -> io::Result<()> {
+    tell(&Word::Held(held))
+}
+
+/// Tells the parent by which number it knows the process that goes on.
+fn went_on(number: i32) -> io::Result<()> {
+    tell(&Word::WentOn(number))
+}
+
+fn tell(word: &Word) -> io::Result<()> {
+    let mut line = serde_json::to_vec(word)?;
     line.push(b'\n');
     rustix::net::send(io::stdin(), &line, SendFlags::NOSIGNAL)?;
     Ok(())

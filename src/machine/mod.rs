@@ -18,6 +18,7 @@ pub mod jail;
 pub mod launch;
 pub mod meminfo;
 pub mod probe;
+pub mod program;
 pub mod qemu;
 pub mod ready;
 pub mod scratch;
@@ -329,6 +330,9 @@ pub enum MachineError {
         /// Its version.
         found: String,
     },
+    /// What belongs to kiln is not there.
+    #[error(transparent)]
+    NoProgram(#[from] program::Missing),
     /// The machine died before its agent answered.
     #[error("the machine died at start: {0}")]
     DiedAtStart(Death),
@@ -367,6 +371,7 @@ impl MachineError {
                  bookworm-backports), or name it with KILN_QEMU",
                 qemu::OLDEST
             )),
+            Self::NoProgram(_) => Some(program::HINT.to_owned()),
             Self::Kvm(error) => probe::Cause::of(error).fix().map(str::to_owned),
             Self::Memory(error) => error.hint(),
             Self::Failed(failure) => failure.hint(),

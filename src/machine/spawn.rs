@@ -7,17 +7,21 @@ use std::io::{self, BufRead, BufReader, IoSlice, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::io::retry_on_intr;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use super::Failure;
 use super::jail::Held;
-use super::launch::{Become, MAX_DESCRIPTORS, MAX_REQUEST_BYTES, Request, SUBCOMMAND, machine_name};
+use super::launch::{Become, MAX_DESCRIPTORS, MAX_REQUEST_BYTES, Request, SUBCOMMAND, Word, machine_name};
+use super::program;
 use super::tail::Tail;
 use crate::threads::{self, Refused};
 
@@ -28,13 +32,55 @@ const LAST_WORDS_PATIENCE: Duration = Duration::from_millis(500);
 #[derive(Debug)]
 pub(super) struct Process {
     child: Child,
+    /// As what it goes on, where it does.
+    successor: Option<Successor>,
     stderr: Tail,
+}
+
+/// Another child, in whose place the first one ended. Nobody else waits for it, so its number is its own until it has ended.
+#[derive(Debug)]
+struct Successor {
+    number: Pid,
+    ended: Option<ExitStatus>,
+}
+
+impl Successor {
+    fn wait(&mut self, options: WaitOptions) -> io::Result<Option<ExitStatus>> {
+        if self.ended.is_none() {
+            let ended = retry_on_intr(|| waitpid(Some(self.number), options))?;
+            self.ended = ended.map(|(_, status)| ExitStatus::from_raw(status.as_raw()));
+        }
+        Ok(self.ended)
+    }
+
+    fn kill(&self) {
+        if self.ended.is_none() {
+            let _ = kill_process(self.number, Signal::KILL);
+        }
+    }
 }
 
 impl Process {
     /// Its number.
     pub fn number(&self) -> Option<i32> {
-        i32::try_from(self.child.id()).ok()
+        match &self.successor {
+            Some(successor) => Some(successor.number.as_raw_pid()),
+            None => i32::try_from(self.child.id()).ok(),
+        }
+    }
+
+    fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
+        match &mut self.successor {
+            Some(successor) => successor.wait(WaitOptions::NOHANG),
+            None => self.child.try_wait(),
+        }
+    }
+
+    /// From now on it is the child `number`; what was started has ended, or is about to.
+    fn goes_on_as(&mut self, number: i32) -> io::Result<()> {
+        let number = Pid::from_raw(number).ok_or(io::ErrorKind::InvalidData)?;
+        self.successor = Some(Successor { number, ended: None });
+        self.child.wait().map(drop)
     }
 
     /// The end of its standard error, on one line.
@@ -74,7 +120,7 @@ impl Process {
     pub fn wait(&mut self, patience: Duration) -> Option<ExitStatus> {
         let deadline = Instant::now() + patience;
         loop {
-            match self.child.try_wait() {
+            match self.try_wait() {
                 Ok(Some(status)) => {
                     self.has_said_all();
                     return Some(status);
@@ -89,16 +135,24 @@ impl Process {
 impl Process {
     /// Kills and reaps it, if it still runs.
     pub fn stop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        match &mut self.successor {
+            Some(successor) => {
+                successor.kill();
+                let _ = successor.wait(WaitOptions::empty());
+            }
+            None => {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+            }
+        }
     }
 }
 
 impl Process {
     /// Kills all that is in the process group that it leads, and reaps it. It must still run.
     pub fn stop_group(&mut self) {
-        if let Some(group) = self.number().and_then(rustix::process::Pid::from_raw) {
-            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+        if let Some(group) = self.number().and_then(Pid::from_raw) {
+            let _ = rustix::process::kill_process_group(group, Signal::KILL);
         }
         self.stop();
     }
@@ -115,7 +169,6 @@ pub(super) const KILLED: &str = "killed by signal 9";
 
 /// How a process ended.
 pub(super) fn in_words(status: ExitStatus) -> String {
-    use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
         (Some(code), _) => format!("exit status {code}"),
         (None, Some(signal)) => format!("killed by signal {signal}"),
@@ -154,18 +207,25 @@ const MOST_REPLY_BYTES: u64 = 16 << 10;
 pub(super) fn spawn_jailed(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Result<(Process, Held)> {
     let (mut process, stream) = start(what, descriptors)?;
     stream.set_read_timeout(Some(JAIL_PATIENCE))?;
-    let mut line = String::new();
-    let read = BufReader::new(stream.take(MOST_REPLY_BYTES)).read_line(&mut line);
-    match (read, serde_json::from_str(&line)) {
-        (Ok(_), Ok(held)) => Ok((process, held)),
-        (result, _) => {
+    match hear(&mut process, stream) {
+        Ok(held) => Ok((process, held)),
+        Err(error) => {
             process.wait(Duration::from_secs(1));
             let said = process.said().trim_start_matches("kiln: ").to_owned();
-            let why =
-                result.err().map_or_else(|| "it ended without a word".to_owned(), |error| error.to_string());
-            Err(io::Error::other(if said.is_empty() { why } else { said }))
+            Err(io::Error::other(if said.is_empty() { error.to_string() } else { said }))
         }
     }
+}
+
+/// What of the jail holds around `process`, in its own words, which come over `stream`.
+fn hear(process: &mut Process, stream: UnixStream) -> io::Result<Held> {
+    for line in BufReader::new(stream.take(MOST_REPLY_BYTES)).lines() {
+        match serde_json::from_str(&line?)? {
+            Word::WentOn(number) => process.goes_on_as(number)?,
+            Word::Held(held) => return Ok(held),
+        }
+    }
+    Err(io::Error::other("it ended without a word"))
 }
 
 /// Starts a child that becomes `what`, holding `descriptors` by name.
@@ -179,13 +239,8 @@ pub(super) fn spawn(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Resu
 fn start(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Result<(Process, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     let parent = rustix::process::getpid().as_raw_pid();
-    let mut command = Command::new("/proc/self/exe");
-    command
-        .args([SUBCOMMAND, &machine_name(parent)])
-        .env_clear()
-        .current_dir("/")
-        .stdin(OwnedFd::from(theirs))
-        .stderr(Stdio::piped());
+    let mut command = program::command(SUBCOMMAND)?;
+    command.arg(machine_name(parent)).stdin(OwnedFd::from(theirs)).stderr(Stdio::piped());
     command.stdout(if matches!(what, Become::KvmProbe | Become::Attempt(_) | Become::Fetcher(_)) {
         Stdio::piped()
     } else {
@@ -197,7 +252,7 @@ fn start(what: Become, descriptors: &[(String, OwnedFd)]) -> io::Result<(Process
     let mut child = answer.recv().map_err(gone)??;
     let stderr = child.stderr.take();
     // Killed with it where it cannot be followed.
-    let mut process = Process { child, stderr: Tail::default() };
+    let mut process = Process { child, successor: None, stderr: Tail::default() };
     if let Some(stderr) = stderr {
         process.stderr = Tail::follow(stderr)?;
     }

@@ -70,8 +70,15 @@ fn the_processes_of_a_machine_have_no_powers_no_environment_and_what_they_need()
         let limits = fs::read_to_string(format!("{folder}/limits")).expect("it runs");
         let core = limits.lines().find(|line| line.starts_with("Max core")).expect("a limit");
         assert!(core.split_whitespace().skip(4).take(2).all(|limit| limit == "0"), "{core}");
-        let mine = fs::read_link("/proc/self/ns/net").expect("a namespace");
-        assert_ne!(fs::read_link(format!("{folder}/ns/net")).expect("it runs"), mine, "{words}");
+        for namespace in ["mnt", "net", "ipc", "uts", "pid"] {
+            let mine = fs::read_link(format!("/proc/self/ns/{namespace}")).expect("a namespace");
+            let its = fs::read_link(format!("{folder}/ns/{namespace}")).expect("it runs");
+            assert_ne!(its, mine, "{namespace} of {words}");
+        }
+        // The first of its namespace, where nobody else has a number.
+        let numbers = fs::read_to_string(format!("{folder}/status")).expect("it runs");
+        let numbers = numbers.lines().find(|line| line.starts_with("NSpid:")).expect("a number");
+        assert_eq!(numbers.split_whitespace().last(), Some("1"), "{numbers}");
         let root: Vec<_> = fs::read_dir(format!("{folder}/root/")).expect("it runs").flatten().collect();
         let root: Vec<_> = root.iter().map(|entry| entry.file_name().display().to_string()).collect();
         if devices {

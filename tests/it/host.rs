@@ -47,6 +47,13 @@ impl Host {
         path
     }
 
+    /// A copy of kiln at `name`, with its program for machines.
+    pub fn installed(&self, name: &str) -> PathBuf {
+        let machine = Path::new(env!("CARGO_BIN_EXE_kiln-machine"));
+        self.executable(&format!("{name}-machine"), machine);
+        self.executable(name, Path::new(env!("CARGO_BIN_EXE_kiln")))
+    }
+
     /// kiln, not started yet. KVM is not asked: what these tests see must not depend on the host's.
     pub fn kiln(&self) -> Command {
         self.program(Path::new(env!("CARGO_BIN_EXE_kiln")))

@@ -85,7 +85,9 @@ fn a_qemu_that_dies_at_start_is_quoted() {
 
 #[test]
 fn a_qemu_that_is_killed_is_told_from_one_that_exits() {
-    qemu(&host(), "10.0.2", "kill -KILL $$").fails(125, &["died at start", "QEMU", "killed by signal 9"]);
+    let host = host();
+    let told = Hanging::start(&host).without_qemu();
+    told.fails(125, &["died at start", "QEMU", "killed by signal 9"]);
 }
 
 #[test]
@@ -98,10 +100,26 @@ fn a_missing_agent_is_named_with_the_command_that_builds_it() {
     let host = host();
     let qemu = host.script("qemu", "exit 1");
     // Away from the build's own folder, where an agent may lie beside kiln.
-    let kiln = host.executable("bin/kiln", Path::new(env!("CARGO_BIN_EXE_kiln")));
+    let kiln = host.installed("bin/kiln");
     let mut command = host.program(&kiln);
     command.env("KILN_QEMU", qemu).args(["run", "--kernel", "kernel", "--root", "dir:root", "--", "true"]);
     Told::by(&mut command).fails(3, &["agent", "KILN_AGENT"]).hints(&["ci/build"]);
+}
+
+#[test]
+fn a_kiln_without_its_program_for_machines_names_it_with_the_command_that_builds_it() {
+    let host = host();
+    let kiln = host.executable("bin/kiln", Path::new(env!("CARGO_BIN_EXE_kiln")));
+    let command = |arguments: &[&str]| {
+        let mut command = host.program(&kiln);
+        command.env("KILN_QEMU", host.script("qemu", "exit 1")).env("KILN_AGENT", host.path("agent"));
+        command.args(arguments);
+        command
+    };
+    let run = ["run", "--kernel", "kernel", "--root", "dir:root", "--", "true"];
+    Told::by(&mut command(&run)).fails(3, &["kiln-machine"]).hints(&["ci/build"]);
+    let told = Told::by(&mut command(&["doctor"]));
+    assert!(told.stdout.contains("program    kiln's program for machines was not found"), "{}", told.stdout);
 }
 
 #[test]
@@ -236,14 +254,18 @@ pub struct Hanging {
 impl Hanging {
     /// Starts it on a host that has a kernel, an agent, a root and a source tree.
     pub fn start(host: &Host) -> Self {
+        // Whoever runs the tests in the background may ignore what Ctrl-C sends.
+        Self::start_through(&["env", "--default-signal=HUP,INT,TERM"], host)
+    }
+
+    /// The same, started by another program.
+    fn start_through(wrapper: &[&str], host: &Host) -> Self {
         // In its jail it can only show that it has come so far by what it becomes.
         let program = host.script("qemu", &format!("{VERSION_10}\nexec sleep 1000"));
-        // Whoever runs the tests in the background may ignore what Ctrl-C sends.
-        let heeding = ["env", "--default-signal=HUP,INT,TERM"];
         let mut run = command(host, &program);
         // One QEMU is enough.
         run.env("KILN_TEMPLATE", "off");
-        let child = through(&heeding, &run, host)
+        let child = through(wrapper, &run, host)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -258,6 +280,22 @@ impl Hanging {
     pub fn kill(&mut self) {
         self.child.kill().expect("kiln runs");
         self.child.wait().expect("kiln is ours");
+    }
+
+    /// Waits for kiln to end.
+    fn end(&mut self) -> Told {
+        let mut stderr = String::new();
+        let stream = self.child.stderr.take().expect("it is piped");
+        std::io::Read::read_to_string(&mut std::io::BufReader::new(stream), &mut stderr).expect("text");
+        let code = self.child.wait().expect("kiln is ours").code();
+        Told { code, stdout: String::new(), stderr }
+    }
+
+    /// Kills QEMU, as no process in its jail could, and waits for kiln to end.
+    fn without_qemu(&mut self) -> Told {
+        let qemu = qemu_of(self.child.id()).expect("it was started").cast_signed();
+        rustix::process::kill_process(Pid::from_raw(qemu).expect("not 0"), Signal::KILL).expect("QEMU runs");
+        self.end()
     }
 
     /// Asserts that all that was started ends within two seconds.
@@ -290,14 +328,12 @@ fn an_interrupted_run_says_what_it_was_doing_and_that_work_is_unchanged() {
         let host = host();
         let mut running = Hanging::start(&host);
         rustix::process::kill_process(Pid::from_child(&running.child), signal).expect("kiln runs");
-        let mut said = String::new();
-        let stderr = running.child.stderr.take().expect("it is piped");
-        std::io::Read::read_to_string(&mut std::io::BufReader::new(stderr), &mut said).expect("text");
-        assert_eq!(running.child.wait().expect("kiln is ours").code(), Some(code), "{said}");
+        let told = running.end();
+        assert_eq!(told.code, Some(code), "{}", told.stderr);
         running.is_gone();
         let work = host.path("work").display().to_string();
         assert_eq!(
-            said,
+            told.stderr,
             format!(
                 "kiln: error: interrupted by {name} while booting the machine; WORK `{work}` is unchanged\n"
             )
@@ -310,18 +346,17 @@ fn an_interrupted_run_says_what_it_was_doing_and_that_work_is_unchanged() {
 #[test]
 fn a_signal_that_was_ignored_when_kiln_was_started_is_ignored() {
     let host = host();
-    let program = host.script("qemu", &format!("{VERSION_10}\nkill -HUP $PPID; exit 1"));
-    let mut nohup = through(&["nohup"], &command(&host, &program), &host);
-    Told::by(&mut nohup).fails(125, &["died at start"]);
+    let mut running = Hanging::start_through(&["nohup"], &host);
+    let kiln = Pid::from_child(&running.child);
+    rustix::process::kill_process(kiln, Signal::HUP).expect("kiln runs");
+    running.without_qemu().fails(125, &["died at start"]);
 }
 
 #[test]
 fn a_machine_that_is_gone_takes_its_device_process_along() {
     let host = host();
     let mut running = Hanging::start(&host);
-    let qemu = qemu_of(running.child.id()).expect("it was started").cast_signed();
-    rustix::process::kill_process(Pid::from_raw(qemu).expect("not 0"), Signal::KILL).expect("QEMU runs");
-    assert_eq!(running.child.wait().expect("kiln is ours").code(), Some(125));
+    assert_eq!(running.without_qemu().code, Some(125));
     running.is_gone();
     host.is_untouched();
 }

@@ -36,7 +36,7 @@ fn limited(host: &Host, user: u32, kiln: &Command, processes: u32) -> Told {
 fn host() -> Host {
     let host = Host::new();
     fs::set_permissions(host.root(), fs::Permissions::from_mode(0o755)).expect("it is ours");
-    host.executable("kiln", Path::new(env!("CARGO_BIN_EXE_kiln")));
+    host.installed("kiln");
     host.file("kernel", super::qemu::kernel());
     host.file("agent", "an agent");
     host.file("root/etc/os-release", "ID=test");

@@ -7,7 +7,7 @@
 //! | --- | --- | --- |
 //! | descriptors, limits | what kiln's parent left open, core dumps, growing files (QEMU may) | always held |
 //! | capabilities | all of root's powers; the device process keeps reading what it was given, when kiln is root | always held |
-//! | namespaces | the host's file system, network, IPC and host name | reported missing |
+//! | namespaces | the host's file system, network, IPC, host name and other processes | reported missing |
 //! | landlock | files but those named, TCP, signals and abstract sockets of others | reported missing |
 //! | seccomp | system calls that its work does not need, thread by thread | refused: never optional |
 //!
@@ -48,7 +48,7 @@ pub(super) fn narrow(directories: &[OwnedFd]) -> io::Result<LockIn> {
 pub enum Layer {
     /// None of root's powers, and no way to them.
     Capabilities,
-    /// A mount namespace with next to nothing in it, and network, IPC and host name of its own.
+    /// A mount namespace with next to nothing in it, and network, IPC, host name and process numbers of its own.
     Namespaces,
     /// Landlock rules on files, TCP, signals and abstract sockets.
     Landlock,
@@ -87,7 +87,7 @@ impl Layer {
     pub fn what_missing_means(self) -> &'static str {
         match self {
             Self::Namespaces => {
-                "a process taken over by a guest keeps the host's network, and sees the names of the host's files"
+                "a process taken over by a guest keeps the host's network, and sees the names of the host's files and the numbers of its processes"
             }
             Self::Landlock => {
                 "without namespaces beside it, a process taken over by a guest can open what your user can open"
@@ -299,21 +299,29 @@ fn own_descriptor(descriptor: RawFd) -> PathBuf {
 }
 
 /// Locks the calling process in, which must have one thread and nothing of its own opened. `beneath` are directories
-/// that it may read in, which it gets as descriptors. `without` leaves layers out, for tests.
+/// that it may read in, which it gets as descriptors. `without` leaves layers out, for tests. Where the host grants namespaces
+/// it comes back in another process, by a number that `tell` is given.
 ///
 /// # Errors
 /// What cannot be done and must be: limits, capabilities, seccomp.
-pub(super) fn enter(profile: &Profile, beneath: &[&OwnedFd], without: &[Layer]) -> io::Result<Held> {
+pub(super) fn enter(
+    profile: &Profile,
+    beneath: &[&OwnedFd],
+    without: &[Layer],
+    tell: impl FnOnce(i32) -> io::Result<()>,
+) -> io::Result<Held> {
     limit(profile)?;
     let mut held = Held::default();
     let reach = profile.reach();
     let wanted = |layer| !without.contains(&layer);
     if wanted(Layer::Namespaces) {
-        match namespace::enter(&reach, matches!(profile, Profile::Qemu { network: true, .. })) {
+        match namespace::enter(&reach, matches!(profile, Profile::Qemu { network: true, .. }), tell) {
             Ok(()) => held.layers.push(Layer::Namespaces),
             Err(error) => held.missing.push((Layer::Namespaces, error.to_string())),
         }
     }
+    // Away from the terminal of whoever called kiln.
+    rustix::process::setsid()?;
     if wanted(Layer::Capabilities) {
         capability::drop_all(profile)?;
         held.layers.push(Layer::Capabilities);
@@ -381,7 +389,5 @@ fn limit(profile: &Profile) -> io::Result<()> {
         limit_files(0)?;
     }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-    // Away from the terminal of whoever called kiln.
-    rustix::process::setsid()?;
     Ok(())
 }

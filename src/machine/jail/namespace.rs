@@ -1,4 +1,4 @@
-//! Namespaces: a root with nothing in it but what is named, and no network.
+//! Namespaces: a root with nothing in it but what is named, no network, and no other process that has a number.
 //!
 //! Where kiln runs as root they are left as root, which then gives up its capabilities; another user gets them through
 //! a user namespace that maps nobody but that user. Descriptors that the process holds keep working: a share's
@@ -21,11 +21,16 @@ use super::{Reach, ReachKind, sys};
 /// Where the new root is put together: it must exist on every host, and is seen there by nobody else.
 const SITE: &str = "/tmp";
 
-/// Leaves the host's namespaces for a root that holds `reach`; its network stays where `network` says so.
+/// Leaves the host's namespaces for a root that holds `reach`; its network stays where `network` says so. It comes back in another
+/// process, whose number `tell` is given.
 ///
 /// # Errors
 /// What the host does not grant; the process may then be in some of the namespaces, but has the host's files.
-pub(super) fn enter(reach: &[Reach], network: bool) -> io::Result<()> {
+pub(super) fn enter(
+    reach: &[Reach],
+    network: bool,
+    tell: impl FnOnce(i32) -> io::Result<()>,
+) -> io::Result<()> {
     let mut others = UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
     others.set(UnshareFlags::NEWNET, !network);
     let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
@@ -42,6 +47,7 @@ pub(super) fn enter(reach: &[Reach], network: bool) -> io::Result<()> {
         write("uid_map", format!("{user} {user} 1"))?;
         write("gid_map", format!("{group} {group} 1"))?;
     }
+    sys::go_on_as_first(tell).map_err(in_words("make a namespace of process numbers"))?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .map_err(doing("keep mounts"))?;
     // Taken before the site covers anything.

@@ -2,7 +2,7 @@
 
 #![expect(
     unsafe_code,
-    reason = "descriptors closed by number, unshare, mount_setattr, ptrace, fork, ioctl and mmap have no safe wrapper"
+    reason = "descriptors closed by number, unshare, clone, mount_setattr, ptrace, fork, ioctl and mmap have no safe wrapper"
 )]
 
 use std::ffi::CStr;
@@ -34,6 +34,31 @@ pub(super) fn unshare(flags: UnshareFlags) -> io::Result<()> {
     }
     // SAFETY: the descriptor table stays shared among threads, which is the one thing that must not change.
     unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(io::Error::from)
+}
+
+/// Goes on in a copy of this process, which is the first of a namespace of process numbers and a child of this one's parent.
+/// This one gives `tell` the number that its parent knows the other by, and ends before that goes on.
+///
+/// # Errors
+/// What clone(2) says.
+pub(super) fn go_on_as_first(tell: impl FnOnce(i32) -> io::Result<()>) -> io::Result<()> {
+    let (until_told, telling) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    let flags = libc::CLONE_NEWPID | libc::CLONE_PARENT | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM and with a null stack this is fork(2): the child runs on a copy of this memory. What glibc's fork() adds
+    // concerns programs with other threads or handlers, and there are none here. glibc takes the number of the first thread for what it
+    // was before: it uses it for signals to that thread and as the owner of locks, where any number that is another's will do.
+    let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+    if child == 0 {
+        drop(telling);
+        rustix::io::retry_on_intr(|| rustix::io::read(&until_told, &mut [0]))?;
+        return Ok(());
+    }
+    if child < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let told = i32::try_from(child).map_err(io::Error::other).and_then(tell);
+    // SAFETY: _exit does not return and runs nothing of this program's.
+    unsafe { libc::_exit(i32::from(told.is_err())) }
 }
 
 /// mount_setattr(2), as Linux 5.12 has it.

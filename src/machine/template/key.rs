@@ -4,17 +4,19 @@ use std::fs::{self, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 
+use crate::machine::program;
+
 /// Tells a program from another that was installed in its place.
 pub fn identity(meta: &Metadata) -> String {
     format!("{} {} {}.{:09}", meta.ino(), meta.size(), meta.mtime(), meta.mtime_nsec())
 }
 
-/// Tells this kiln from another.
+/// Tells this kiln from another, in the processes that hold its machines as in itself.
 ///
 /// # Errors
 /// It cannot be looked at.
 pub fn kiln() -> io::Result<String> {
-    Ok(format!("kiln {}", identity(&fs::metadata("/proc/self/exe")?)))
+    Ok(format!("kiln {}", identity(&program::metadata()?)))
 }
 
 /// What of the host's processor a guest may meet.

@@ -1,0 +1,21 @@
+//! The entry of kiln's program for machines, which kiln starts: a process that a guest talks to, or one that holds a machine.
+
+use std::process::ExitCode;
+
+use kiln::keeper::ready;
+use kiln::machine::{launch, program};
+
+fn main() -> ExitCode {
+    program::is_this();
+    match std::env::args_os().nth(1) {
+        Some(word) if word == launch::SUBCOMMAND => launch::main(),
+        Some(word) if word == ready::SUBCOMMAND => ready::main(),
+        _ => {
+            let _ = std::io::Write::write_all(
+                &mut std::io::stderr(),
+                b"kiln-machine: kiln starts this program\n",
+            );
+            ExitCode::from(2)
+        }
+    }
+}
