@@ -193,7 +193,10 @@ fn share(tag: &str, read_ahead_kib: &str, folder: &str, load: &[&str]) -> Result
     for device in device {
         std::fs::write(format!("/sys/class/bdi/{device}/read_ahead_kb"), read_ahead_kib)?;
     }
-    let status = Command::new("/load").args(load).arg(format!("share=/share/{folder}")).status()?;
+    // As a step sees a share: the device is asked anew for the name of one each time.
+    std::fs::create_dir_all("/work")?;
+    rustix::mount::mount_bind(format!("/share/{folder}"), "/work")?;
+    let status = Command::new("/load").args(load).arg("share=/work").status()?;
     if status.success() { Ok(()) } else { Err(format!("load: {status}").into()) }
 }
 
