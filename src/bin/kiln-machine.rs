@@ -7,6 +7,8 @@ use kiln::machine::{launch, program};
 
 fn main() -> ExitCode {
     program::is_this();
+    // It was executed by the number of a descriptor, which ps(1) and top(1) would show.
+    let _ = rustix::thread::set_name(c"kiln-machine");
     match std::env::args_os().nth(1) {
         Some(word) if word == launch::SUBCOMMAND => launch::main(),
         Some(word) if word == ready::SUBCOMMAND => ready::main(),

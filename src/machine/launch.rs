@@ -141,7 +141,7 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             };
             // Emulation's buffer of translated code asks for huge pages, of which a machine that waits fills a part.
             rustix::thread::disable_transparent_huge_pages(true)?;
-            let held = jail::enter(&profile, &[], &[], went_on)?;
+            let held = jail::enter(&profile, &[], &[], went_on, nothing)?;
             let mut words = vec![("machine".to_owned(), machine_name(request.parent))];
             let number = |file: &OwnedFd| file.as_raw_fd().to_string();
             words.extend(descriptors.iter().map(|(name, file)| (name.clone(), number(file))));
@@ -154,7 +154,7 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             let Profile::Tpm { program, .. } = &profile else {
                 return Err("this is no jail for a TPM".into());
             };
-            let held = jail::enter(&profile, &[], &[], went_on)?;
+            let held = jail::enter(&profile, &[], &[], went_on, nothing)?;
             let mut words: Vec<(String, String)> =
                 descriptors.iter().map(|(name, file)| (name.clone(), file.as_raw_fd().to_string())).collect();
             let state = profile.path_of(jail::STATE, &held).unwrap_or_default();
@@ -162,13 +162,12 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             become_program(program, &arguments, &words, held, descriptors.values())
         }
         Become::Devices { vsock_cid } => {
-            enter_with_shares(&Profile::Devices)?;
+            enter_with_shares(&Profile::Devices, nothing)?;
             serve_devices(descriptors, vsock_cid)
         }
         Become::Vmm(vmm) => {
-            vmm.open_own(&mut descriptors)?;
             jail::limit_files(vmm.most_file_bytes(&descriptors)?)?;
-            enter_with_shares(&Profile::Vmm)?;
+            enter_with_shares(&Profile::Vmm, || vmm.open_own(&mut descriptors))?;
             vmm.run(descriptors)
         }
         Become::Fetcher(fetcher) => {
@@ -183,7 +182,7 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
             Ok(())
         }
         Become::Attempt(trial) => {
-            let held = jail::enter(&trial.profile, &[], &trial.without, went_on)?;
+            let held = jail::enter(&trial.profile, &[], &trial.without, went_on, nothing)?;
             reply(held)?;
             trial.carry_out()
         }
@@ -191,10 +190,13 @@ fn launch() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// Enters the jail of `profile`, which serves shares, and tells the parent what holds.
-fn enter_with_shares(profile: &Profile) -> Result<(), Box<dyn std::error::Error>> {
+fn enter_with_shares(
+    profile: &Profile,
+    open_own: impl FnOnce() -> io::Result<()>,
+) -> Result<(), Box<dyn std::error::Error>> {
     // It sees no file of the host by name; what it is handed may lie anywhere.
     let anywhere = open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    let held = jail::enter(profile, &[&anywhere], &[], went_on)?;
+    let held = jail::enter(profile, &[&anywhere], &[], went_on, open_own)?;
     drop(anywhere);
     reply(held)?;
     Ok(())
@@ -220,6 +222,11 @@ fn become_program<'a>(
 /// Tells the parent which layers of the jail hold.
 fn reply(held: Held) -> io::Result<()> {
     tell(&Word::Held(held))
+}
+
+/// What most open for themselves.
+fn nothing() -> io::Result<()> {
+    Ok(())
 }
 
 /// Tells the parent by which number it knows the process that goes on.

@@ -31,6 +31,8 @@ use kiln_virtio::process::LockIn;
 use rustix::process::{DumpableBehavior, Resource, Rlimit, Signal};
 use serde::{Deserialize, Serialize};
 
+use crate::threads::Refused;
+
 pub use self::filter::{ThreadKind, enter_thread};
 pub(super) use self::filter::{enter_disk, enter_owner, enter_plain_device, enter_processor};
 
@@ -75,7 +77,7 @@ impl Layer {
         match self {
             Self::Capabilities => "let kiln start without securebits of its parent's",
             Self::Namespaces => {
-                "allow user namespaces: sysctl kernel.unprivileged_userns_clone=1 and user.max_user_namespaces; on \
+                "allow user namespaces: sysctl kernel.unprivileged_userns_clone=1 and user.max_user_namespaces and user.max_pid_namespaces; on \
                  Ubuntu an AppArmor profile for kiln that says `userns`"
             }
             Self::Landlock => "a kernel of 5.13 or newer, with `landlock` in its boot parameter `lsm=`",
@@ -300,7 +302,8 @@ fn own_descriptor(descriptor: RawFd) -> PathBuf {
 
 /// Locks the calling process in, which must have one thread and nothing of its own opened. `beneath` are directories
 /// that it may read in, which it gets as descriptors. `without` leaves layers out, for tests. Where the host grants namespaces
-/// it comes back in another process, by a number that `tell` is given.
+/// it comes back in another process, by a number that `tell` is given. `open_own` is called in the process that comes back, while it
+/// still sees the host's files.
 ///
 /// # Errors
 /// What cannot be done and must be: limits, capabilities, seccomp.
@@ -309,19 +312,29 @@ pub(super) fn enter(
     beneath: &[&OwnedFd],
     without: &[Layer],
     tell: impl FnOnce(i32) -> io::Result<()>,
+    open_own: impl FnOnce() -> io::Result<()>,
 ) -> io::Result<Held> {
     limit(profile)?;
     let mut held = Held::default();
     let reach = profile.reach();
     let wanted = |layer| !without.contains(&layer);
-    if wanted(Layer::Namespaces) {
-        match namespace::enter(&reach, matches!(profile, Profile::Qemu { network: true, .. }), tell) {
-            Ok(()) => held.layers.push(Layer::Namespaces),
-            Err(error) => held.missing.push((Layer::Namespaces, error.to_string())),
+    let network = matches!(profile, Profile::Qemu { network: true, .. });
+    let left = wanted(Layer::Namespaces).then(|| namespace::leave(network));
+    if let Some(Ok(())) = left
+        && let Err(error) = namespace::be_first(tell)
+    {
+        if namespace::is_shortage(&error) {
+            return Err(Refused::told("process")(error));
         }
+        // The other namespaces are worth having without it.
+        held.missing.push((Layer::Namespaces, format!("cannot number processes anew: {error}")));
     }
-    // Away from the terminal of whoever called kiln.
-    rustix::process::setsid()?;
+    open_own()?;
+    match left.map(|left| left.and_then(|()| namespace::enter(&reach))) {
+        Some(Ok(())) => held.layers.push(Layer::Namespaces),
+        Some(Err(error)) => held.missing.push((Layer::Namespaces, error.to_string())),
+        None => {}
+    }
     if wanted(Layer::Capabilities) {
         capability::drop_all(profile)?;
         held.layers.push(Layer::Capabilities);
@@ -330,7 +343,6 @@ pub(super) fn enter(
     rustix::thread::set_no_new_privs(true)?;
     if wanted(Layer::Landlock) {
         let inside = held.layers.contains(&Layer::Namespaces);
-        let network = matches!(profile, Profile::Qemu { network: true, .. });
         match rules::enter(&reach, beneath, inside, network) {
             Ok(abi) => {
                 held.landlock_abi = Some(abi);
@@ -389,5 +401,7 @@ fn limit(profile: &Profile) -> io::Result<()> {
         limit_files(0)?;
     }
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    // Away from the terminal of whoever called kiln.
+    rustix::process::setsid()?;
     Ok(())
 }

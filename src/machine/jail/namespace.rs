@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_change,
     mount_remount, move_mount, open_tree, unmount,
@@ -21,16 +22,11 @@ use super::{Reach, ReachKind, sys};
 /// Where the new root is put together: it must exist on every host, and is seen there by nobody else.
 const SITE: &str = "/tmp";
 
-/// Leaves the host's namespaces for a root that holds `reach`; its network stays where `network` says so. It comes back in another
-/// process, whose number `tell` is given.
+/// Leaves the host's namespaces, with all of its files; its network stays where `network` says so.
 ///
 /// # Errors
-/// What the host does not grant; the process may then be in some of the namespaces, but has the host's files.
-pub(super) fn enter(
-    reach: &[Reach],
-    network: bool,
-    tell: impl FnOnce(i32) -> io::Result<()>,
-) -> io::Result<()> {
+/// What the host does not grant.
+pub(super) fn leave(network: bool) -> io::Result<()> {
     let mut others = UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
     others.set(UnshareFlags::NEWNET, !network);
     let (user, group) = (rustix::process::geteuid(), rustix::process::getegid());
@@ -47,7 +43,27 @@ pub(super) fn enter(
         write("uid_map", format!("{user} {user} 1"))?;
         write("gid_map", format!("{group} {group} 1"))?;
     }
-    sys::go_on_as_first(tell).map_err(in_words("make a namespace of process numbers"))?;
+    Ok(())
+}
+
+/// Goes on in another process, the first of its namespace, whose number `tell` is given.
+///
+/// # Errors
+/// What the host does not grant, or has not got: [`is_shortage`] tells.
+pub(super) fn be_first(tell: impl FnOnce(i32) -> io::Result<()>) -> io::Result<()> {
+    sys::go_on_as_first(tell)
+}
+
+/// Whether `error` says that there is no room for another process now.
+pub(super) fn is_shortage(error: &io::Error) -> bool {
+    matches!(Errno::from_io_error(error), Some(Errno::AGAIN | Errno::NOMEM))
+}
+
+/// Enters a root that holds `reach`, where the host's namespaces were left.
+///
+/// # Errors
+/// What the host does not grant; the process then has the host's files.
+pub(super) fn enter(reach: &[Reach]) -> io::Result<()> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
         .map_err(doing("keep mounts"))?;
     // Taken before the site covers anything.

@@ -36,8 +36,9 @@ pub(super) fn unshare(flags: UnshareFlags) -> io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(io::Error::from)
 }
 
-/// Goes on in a copy of this process, which is the first of a namespace of process numbers and a child of this one's parent.
-/// This one gives `tell` the number that its parent knows the other by, and ends before that goes on.
+/// Goes on in a copy of this process, which is the first of a namespace of process numbers and a child of this one's parent, and dies
+/// with that. This one gives `tell` the number that its parent knows the other by, and ends before that goes on. Where the parent
+/// was not told, it does not.
 ///
 /// # Errors
 /// What clone(2) says.
@@ -46,17 +47,23 @@ pub(super) fn go_on_as_first(tell: impl FnOnce(i32) -> io::Result<()>) -> io::Re
     let flags = libc::CLONE_NEWPID | libc::CLONE_PARENT | libc::SIGCHLD;
     // SAFETY: without CLONE_VM and with a null stack this is fork(2): the child runs on a copy of this memory. What glibc's fork() adds
     // concerns programs with other threads or handlers, and there are none here. glibc takes the number of the first thread for what it
-    // was before: it uses it for signals to that thread and as the owner of locks, where any number that is another's will do.
+    // was before, which may be another thread's in the new namespace: it goes by it for the owner of recursive locks, of which there is
+    // the loader's alone here, and for signals to the first thread, which nothing sends.
     let child = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
     if child == 0 {
         drop(telling);
-        rustix::io::retry_on_intr(|| rustix::io::read(&until_told, &mut [0]))?;
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        if !matches!(rustix::io::retry_on_intr(|| rustix::io::read(&until_told, &mut [0])), Ok(1)) {
+            // SAFETY: _exit does not return and runs nothing of this program's.
+            unsafe { libc::_exit(1) }
+        }
         return Ok(());
     }
     if child < 0 {
         return Err(io::Error::last_os_error());
     }
     let told = i32::try_from(child).map_err(io::Error::other).and_then(tell);
+    let told = told.and_then(|()| Ok(rustix::io::write(&telling, &[1])?));
     // SAFETY: _exit does not return and runs nothing of this program's.
     unsafe { libc::_exit(i32::from(told.is_err())) }
 }

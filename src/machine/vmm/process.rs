@@ -140,7 +140,7 @@ impl Descriptors {
 const MOST_STATE_BYTES: u64 = 64 << 20;
 
 impl Vmm {
-    /// Adds what it needs and can open for itself only, before it is locked in: what tells the process about its own pages, where
+    /// Adds what it needs and can open for itself only, as the process that it stays and before it is locked in: what tells the process about its own pages, where
     /// that is what its machine is there for.
     ///
     /// # Errors
