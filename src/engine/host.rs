@@ -328,7 +328,7 @@ impl Host {
     /// # Errors
     /// [`HostError::Boundary`] before anything is started; [`HostError::Machine`] without QEMU.
     pub fn backend(&self, boundary: &Boundary) -> Result<Qemu, HostError> {
-        program::find().ok_or(program::Missing).map_err(MachineError::from)?;
+        program::open()?;
         let verdict = match self.settings.backend.value {
             BackendChoice::Tcg => {
                 Verdict::Absent { cause: Cause::Unwanted, why: "the backend is set to tcg".to_owned() }

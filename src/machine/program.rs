@@ -13,14 +13,13 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
+use super::MachineError;
+
 /// Its name where cargo builds it.
 const NAME: &str = "kiln-machine";
 
 /// Its place beside the folder of an installed kiln.
 const INSTALLED: &str = "../libexec/kiln/machine";
-
-/// What a process that is it calls itself.
-const SELF: &str = "/proc/self/exe";
 
 /// It is not there.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +40,7 @@ pub fn is_this() {
 /// Where it is, if it is there.
 pub fn find() -> Option<PathBuf> {
     if IS_THIS.load(Ordering::Relaxed) {
-        return Some(SELF.into());
+        return Some("/proc/self/exe".into());
     }
     let folder = std::env::current_exe().ok()?.parent()?.to_owned();
     [folder.join(NAME), folder.join(INSTALLED)].into_iter().find(|path| path.is_file())
@@ -52,7 +51,7 @@ pub fn find() -> Option<PathBuf> {
 /// # Errors
 /// [`Missing`]; it cannot be opened.
 pub(crate) fn command(subcommand: &str) -> io::Result<Command> {
-    let mut command = Command::new(path()?);
+    let mut command = Command::new(path().map_err(io::Error::other)?);
     command.arg(subcommand).env_clear().current_dir("/");
     Ok(command)
 }
@@ -62,22 +61,29 @@ pub(crate) fn command(subcommand: &str) -> io::Result<Command> {
 /// # Errors
 /// As for starting it.
 pub(super) fn metadata() -> io::Result<Metadata> {
-    path()?.metadata()
+    path().map_err(io::Error::other)?.metadata()
+}
+
+/// Holds it open from now on.
+///
+/// # Errors
+/// [`Missing`]; it cannot be opened.
+pub fn open() -> Result<(), MachineError> {
+    path().map(drop)
 }
 
 /// The path of the program as it was when it was first asked for: one that is put in its place later may be another version's.
-fn path() -> io::Result<PathBuf> {
+fn path() -> Result<PathBuf, MachineError> {
     // Protects that all see one.
     static OPENED: Mutex<Option<File>> = Mutex::new(None);
-    if IS_THIS.load(Ordering::Relaxed) {
-        return Ok(SELF.into());
-    }
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
     let number = match &*opened {
         Some(file) => file.as_raw_fd(),
         None => {
-            let path = find().ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, Missing))?;
-            let file = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+            let path = find().ok_or(Missing)?;
+            let file = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+            let file =
+                file.map_err(|errno| MachineError::io("open kiln's program for machines")(errno.into()))?;
             opened.insert(file.into()).as_raw_fd()
         }
     };
